@@ -91,7 +91,7 @@ def test_images_are_written(
 def test_a_task_s_method(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (found,) = lines(capsys, "answer", "--from", place / "vqa.ckpt", place / "0.png", "what colour")
     model = PretrainedMaskVLM.from_pretrained(place / "vqa.ckpt")
-    assert found == model.answer(place / "0.png", "what colour")._asdict()
+    assert found == {**model.answer(place / "0.png", "what colour")._asdict(), "unknown_words": ["what"]}
 
 
 def test_which_patches_a_box_touches() -> None:

@@ -158,6 +158,14 @@ def test_the_shell_tells_what_is_strange_after_the_answer(tmp_path: Path, capsys
         assert main(["match", "--from", DEFAULT, photo, "a horse"]) == 0
     first, second, third = capsys.readouterr().err.splitlines()
     assert first.startswith(f"warning: {photo}: this image is unlike those that the model was trained on: ")
+    assert main(["match", "--from", DEFAULT, photo, "a horse", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["far"] == [first.removeprefix("warning: ")]
+    assert answer["unknown_words"] == ["horse"]
+    assert main(["scene", "3", "--out", str(tmp_path / "scene.png")]) == 0
+    capsys.readouterr()
+    assert main(["match", "--from", DEFAULT, str(tmp_path / "scene.png"), "a red square", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"match", "text"}
     assert second == "warning: words that the model's tokenizer does not know: horse; take the answers with care"
     assert third.startswith(f"{DEFAULT}: It knows drawn scenes alone (at most ")
 

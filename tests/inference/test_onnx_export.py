@@ -409,6 +409,14 @@ def test_options_that_do_not_fit(words: str, said: str, path: Path, tmp_path: Pa
     assert caught.value.code == ExitCode.USAGE
 
 
-def test_what_must_be_named(tmp_path: Path) -> None:
-    said = "maskvlm export: the following arguments are required: --from. See maskvlm export --help."
-    refused(ExitCode.USAGE, said, lambda: export.main([str(tmp_path / "new")], []))
+def test_what_must_be_named() -> None:
+    said = "maskvlm export: the following arguments are required: FOLDER. See maskvlm export --help."
+    refused(ExitCode.USAGE, said, lambda: export.main([], []))
+
+
+def test_the_model_that_comes_along_is_exported_where_none_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export.main([str(tmp_path / "new"), "--format", "torch"], []) == 0
+    assert capsys.readouterr().err.startswith("no from=: scenes-tiny is exported")
+    assert {path.stem for path in (tmp_path / "new").glob("*.pt2")} >= {"image_encoder", "text_encoder"}

@@ -12,7 +12,9 @@ from maskvlm import MaskVLM
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.cli.convert import convert
 from maskvlm.cli.main import main
+from maskvlm.data.images import BadImage
 from maskvlm.data.inputs import open_image
+from maskvlm.inference.pretrained import spread
 from maskvlm.objectives.novelty import (
     LEAST,
     MOST,
@@ -158,17 +160,33 @@ def test_strange_images_are_warned_of_in_every_call(tmp_path: Path) -> None:
     assert "\x1b" not in model.told_far[-1]
 
 
-@pytest.mark.parametrize(("images", "warned"), [(16, 16), (17, 0)])
+@pytest.mark.parametrize("images", [16, 17, 40])
 @pytest.mark.parametrize("batch", [3, 64])
 def test_whether_few_are_asked_about_does_not_depend_on_the_batch(
-    tmp_path: Path, images: int, warned: int, batch: int, recwarn: pytest.WarningsRecorder
+    tmp_path: Path, images: int, batch: int, recwarn: pytest.WarningsRecorder
 ) -> None:
     model = MaskVLM.from_pretrained(write(tmp_path / "a.ckpt", sign=-1))
     model.batch_size = batch
     shown = [toy_image(seed) for seed in range(images)]
     model.encode_image(shown)
+    model.encode_image(shown)  # of many it is said once
     told = [str(each.message).partition(":")[0] for each in recwarn if issubclass(each.category, FarFromTraining)]
-    assert told == [f"image {number}" for number in range(1, warned + 1)]
+    if images > 16:
+        line = f"16 of 16 images that were looked at, of {images}, are unlike those that the model was trained on"
+        assert told == [f"{line}; take the answers with care"]
+    else:
+        assert told == 2 * [f"image {number}" for number in range(1, images + 1)]
+
+
+def test_of_many_images_those_looked_at_are_spread_evenly(tmp_path: Path) -> None:
+    assert spread([*range(16)]) == [*range(16)]
+    assert spread([*range(32)]) == [*range(0, 32, 2)]
+    assert spread([]) == []
+    model = MaskVLM.from_pretrained(write(tmp_path / "a.ckpt"))
+    with pytest.raises(BadImage, match=r"gone\.png"):  # named by what encodes it
+        model.encode_image([*(toy_image(seed) for seed in range(20)), "gone.png"])
+    with pytest.raises(BadImage, match=r"gone\.png"):
+        model.encode_image(["gone.png", *(toy_image(seed) for seed in range(20))])
 
 
 def test_it_goes_through_the_hubs_format_and_back(tmp_path: Path) -> None:

@@ -916,11 +916,20 @@ def test_the_command_runs_each_suite(
     assert all(line["origin"] for line in lines)
 
 
+def test_the_model_that_comes_along_is_asked_where_none_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = LAYOUTS["vsr"][0](tmp_path / "suite"), tmp_path / "out"
+    assert main(["suite", "vsr", "--path", str(root), "--out", str(out)]) == 0
+    assert capsys.readouterr().err.startswith("no from=: scenes-tiny is asked")
+    assert json.loads((out / "result.json").read_text())["options"]["source"] == "scenes-tiny"
+
+
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
         (["nope"], 2, "no such suite"),
-        (["vsr", "--path", "."], 2, "--from is missing"),
+        (["vsr"], 2, "--path is missing"),
         (["vsr", "from=x.ckpt"], 2, "--path is missing"),
         (["vsr", "from=x.ckpt", "--path", "."], 66, "none of the files of this set"),
         (["vsr", "from=x.ckpt", "--path", ".", "--by", "score"], 2, "not asked by score"),

@@ -43,10 +43,20 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     found = ASKS.get(method) or task_ask(model, method)
     with told_after(model):
         for answer in found(model, options.inputs, options):
-            print(json.dumps(answer, ensure_ascii=False) if options.json else answer_line(answer), flush=True)
+            if options.json:
+                print(json.dumps(answer | cautions(model), ensure_ascii=False), flush=True)
+            else:
+                print(answer_line(answer), flush=True)
     if named:  # of the model that comes along it was said
         print(f"{options.source}: {model.knows}", file=sys.stderr, flush=True)
     return 0
+
+
+def cautions(model: PretrainedMaskVLM) -> Answer:
+    """What to take an answer with care for: `far`, a line for each strange image, and `unknown_words`; neither where
+    there is nothing."""
+    told = {"far": [*model.told_far], "unknown_words": [*model.told_words]}
+    return {name: each for name, each in told.items() if each}
 
 
 @contextmanager

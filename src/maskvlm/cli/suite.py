@@ -1,4 +1,4 @@
-"""`maskvlm suite NAME from=CHECKPOINT --path FOLDER`: a published evaluation suite (`suites/`)."""
+"""`maskvlm suite NAME --path FOLDER`: a published evaluation suite (`suites/`)."""
 
 import inspect
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from maskvlm.config.arguments import OptionParser
+from maskvlm.config.bundled_models import DEFAULT, default_model
 from maskvlm.config.compose import moment
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.suites.registry import suite_class, suite_names
@@ -20,7 +21,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         f"maskvlm suite {name}".strip(), description="a published evaluation suite", allow_abbrev=False
     )
     parser.add_argument("suite", metavar="NAME", help=f"{', '.join(suite_names())}, or the path of a class")
-    parser.add_argument("--from", dest="source", help="a checkpoint, a folder of the hub's format, or a hub name")
+    parser.add_argument("--from", dest="source", help=f"a checkpoint, a folder or name of the hub ({DEFAULT})")
     parser.add_argument("--path", type=Path, help="the suite's folder or file, as it is distributed")
     parser.add_argument("--images", type=Path, help="the folder of its images (images/ in --path, or --path)")
     parser.add_argument("--by", nargs="+", default=[], metavar="WAY", help="how the model is asked; all: every way")
@@ -34,9 +35,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         kind.add_options(parser)
     options = parser.parse_args(arguments)
     assert kind is not None  # argparse has refused a command without a name
-    for option, given in (("--from", options.source), ("--path", options.path)):
-        if given is None:
-            raise UserError(f"suite {name}", f"{option} is missing", f"See maskvlm suite {name} --help")
+    if options.path is None:
+        raise UserError(f"suite {name}", "--path is missing", f"See maskvlm suite {name} --help")
     if options.limit is not None:
         check_least(1, {"--limit": options.limit})
     suite = kind(**{key: getattr(options, key) for key in own})
@@ -45,6 +45,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     # What is wrong with the files is told before a large model is read.
     check_ways(suite, ways, options.limit)
     found = suite.read(options.path, options.images)
+    options.source = options.source or default_model("asked")
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     report = run_suite(suite, model, found, ways, options.limit, options.seed)
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}

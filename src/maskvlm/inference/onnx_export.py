@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from maskvlm.checkpoint.integrity import first_line
 from maskvlm.config.arguments import OptionParser
+from maskvlm.config.bundled_models import DEFAULT, default_model
 from maskvlm.inference.hf_config import processor_of
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.model.heads import Matching, Projection
@@ -134,12 +135,13 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     """Export; arguments are what follows the command's name. `allowed`: packages that a task may come from."""
     parser = OptionParser("maskvlm export", description="ONNX or torch.export files, float32", allow_abbrev=False)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
-    parser.add_argument("--from", dest="source", metavar="CHECKPOINT", required=True, help="or a folder, or a hub name")
+    parser.add_argument("--from", dest="source", metavar="CHECKPOINT", help=f"or a folder, or a hub name ({DEFAULT})")
     parser.add_argument("--format", choices=tuple(SUFFIX), default="onnx", help="onnx, or torch for torch.export")
     parser.add_argument("--opset", type=int, help=f"of ONNX's operators: {OPSET} (default) to {NEWEST_OPSET}")
     options = parser.parse_args(arguments)
     check_export(options.folder, options.format, options.opset)  # before a large model is read
-    model = PretrainedMaskVLM.from_pretrained(options.source, allow_import=allowed)
+    source = options.source or default_model("exported")
+    model = PretrainedMaskVLM.from_pretrained(source, allow_import=allowed)
     report = export(model, options.folder, options.format, options.opset)
     for line in export_lines(options.folder, report):
         print(line, flush=True)

@@ -13,6 +13,7 @@ import inspect
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,7 +52,7 @@ from maskvlm.objectives.task import Task
 from maskvlm.training.run_record import write_text
 from maskvlm.utils.errors import ExitCode, UserError
 
-WATCHED = 16  # images or texts of one call that are looked at
+WATCHED = 16  # images or texts of one call that are looked at, evenly spread over it
 KEYWORDS = ("device", "dtype", "allow_import", "revision", "token", "cache_dir", "local_files_only")
 MOST_TOLD = 1_000  # warnings and unknown words that are remembered
 MESSAGE = "Upload a MaskVLM model"
@@ -95,6 +96,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         self.known = known_of(backbone, origin)
         self.told_far: deque[str] = deque(maxlen=MOST_TOLD)
         self.told_words: deque[str] = deque(maxlen=MOST_TOLD)
+        self.told_many = False  # that some of many images are far
         # It sets what save_pretrained reads, and would draw weights by `_init_weights`, which does nothing here.
         self.post_init()
 
@@ -176,8 +178,11 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
 
     def notice_images(self, images: list[Any]) -> list[Any]:
         """See `Asked.notice_images`. Of a few images it warns of those that are unlike the training data, by their
-        names where they have some: the encoder runs once more for that."""
-        if self.known is None or len(images) > WATCHED:
+        names where they have some: the encoder runs once more for that. Of many it looks at a few."""
+        if self.known is None:
+            return images
+        if len(images) > WATCHED:
+            self._notice_some(images)
             return images
         # Each is opened once; an image that is given several times stays one.
         opened = {
@@ -196,11 +201,21 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             warnings.warn(which + told, FarFromTraining, stacklevel=calls_within())
         return [opened.get(id(each)) for each in images]
 
+    def _notice_some(self, images: list[Any]) -> None:
+        """Warn, once for a model, where some of many images are unlike the training data."""
+        looked = [image for image in spread(images) if image is not None]
+        with suppress(UserError):  # of an image that cannot be read; told, by its name, where it is encoded
+            far = sum(line is not None for line in self.far(looked))
+            told = f"{far} of {len(looked)} images that were looked at, of {len(images):,}, are unlike those that the"
+            told += " model was trained on; take the answers with care"
+            if far and not self.told_many:
+                self.told_many = True
+                self.told_far.append(told)
+                warnings.warn(told, FarFromTraining, stacklevel=calls_within())
+
     def notice_texts(self, texts: list[Any]) -> None:
-        """See `Asked.notice_texts`. Names the words that the tokenizer does not know, if only a few texts are given."""
-        if len(texts) > WATCHED:
-            return
-        new = [word for word in self.unknown_words(texts) if word not in self.told_words]
+        """See `Asked.notice_texts`. Names the words that the tokenizer does not know, of many texts those of a few."""
+        new = [word for word in self.unknown_words(spread(texts)) if word not in self.told_words]
         if new:
             self.told_words += new
             warnings.warn(unknown_line(new), UnknownWords, stacklevel=calls_within())
@@ -374,6 +389,12 @@ def calls_within() -> int:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("maskvlm", "tasks", "torch"):
         frame, calls = frame.f_back, calls + 1
     return calls
+
+
+def spread(given: list[Any]) -> list[Any]:
+    """All of a few, or WATCHED of many at even distances."""
+    count = min(len(given), WATCHED)
+    return [given[place * len(given) // count] for place in range(count)]
 
 
 def unknown_line(words: Sequence[str]) -> str:
