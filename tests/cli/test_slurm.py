@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from toy_pretrained import saved
 
+from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.cli.main import main
 from maskvlm.utils.errors import ExitCode
 
@@ -64,14 +65,35 @@ def test_a_second_submission_says_that_the_run_goes_on_and_the_data_are_looked_a
     cluster: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
-    saved(tmp_path / "run" / "last.ckpt")
-    assert main(["submit", "--run", str(tmp_path / "run"), *cluster]) == 0
+    run = tmp_path / "run"
+    assert main(["submit", "--run", str(run), *cluster]) == 0
+    assert "submitted before" not in capsys.readouterr().out
+    assert main(["submit", "--run", str(run), *cluster]) == 0  # it may wait still
+    assert f"{run} was submitted before and has begun nothing" in capsys.readouterr().out
+    saved(run / "last.ckpt")
+    config = run_command(Parsed, ["fit", "--run", str(run), *cluster]).composed()
+    (run / "config-fit.yaml").write_text(config)
+    assert main(["submit", "--run", str(run), *cluster]) == 0
     told = f"{tmp_path / 'run'} holds a run already: the job goes on from {tmp_path / 'run' / 'last.ckpt'}"
     assert told in capsys.readouterr().out
     prepared = ["--data.source", "maskvlm.data.prepared.source.Prepared", "--data.source.root", str(tmp_path / "none")]
     assert main(["submit", "--run", str(tmp_path / "other"), *cluster, *prepared]) == ExitCode.MISSING_INPUT
     assert "none" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_job_that_its_folder_would_refuse_is_not_submitted(
+    cluster: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
+    run = tmp_path / "run"
+    saved(run / "last.ckpt")
+    (run / "config-fit.yaml").write_text(run_command(Parsed, ["fit", "--run", str(run), *cluster]).composed())
+    words = ["submit", "--run", str(run), *cluster, "--model.task.image_mask_ratio", "0.7"]
+    assert main(words) == ExitCode.CANNOT_CREATE
+    assert "already holds a run with other settings (model.task.image_mask_ratio" in capsys.readouterr().err
+    assert not (run / "job.sh").exists()
+    assert main([*words, "--ckpt_path", "last"]) == 0  # asked for
 
 
 def test_a_refusal_of_sbatch_is_one_line(

@@ -150,7 +150,7 @@ class LightningCommand(LightningCLI):
         """Take the folder, and find where its run goes on. What is refused has touched nothing."""
         # Every process looks, which touches nothing; the first alone takes the lock.
         named = settings.ckpt_path is not None
-        composed = self._parser("fit").dump(settings, skip_none=False)
+        composed = self.composed()
         if not named:
             may_go_on(folder, composed)
         if process_rank() == 0:
@@ -161,6 +161,11 @@ class LightningCommand(LightningCLI):
             if settings.ckpt_path is None and process_rank() == 0:
                 claim_folder(folder)
                 self.claimed = True
+
+    def composed(self) -> str:
+        """The configuration of a training as YAML, every default written out."""
+        text: str = self._parser("fit").dump(self.settings, skip_none=False)
+        return text
 
     def instantiate_classes(self) -> None:
         """Instantiate with `{run}` filled in; the saved configuration keeps it, so that it fits another folder too."""

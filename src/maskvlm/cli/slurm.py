@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from maskvlm.checkpoint.integrity import newest_valid
 from maskvlm.cli.lightning import Parsed, built_source, run_command
 from maskvlm.data.streaming.source import Stream
+from maskvlm.training.resume import may_go_on
 from maskvlm.training.run_record import write_text
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -51,15 +52,26 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     """Write the batch script of a run into its folder, and hand it to sbatch where there is one.
 
     Raises:
-        UserError: the data are not there or damaged; sbatch refused it (69).
+        UserError: the data are not there or damaged; the folder holds another run, which the job would be refused for
+            (73); sbatch refused it (69).
+        Finished: the folder's run is.
     """
-    settings = run_command(Parsed, ["fit", *arguments], allowed).settings
+    command = run_command(Parsed, ["fit", *arguments], allowed)
+    settings = command.settings
     folder, source = Path(settings.run), built_source(settings)
     if not isinstance(source, Stream):  # to look at a stream is to begin it
         source.split("train")
-    goes_on = newest_valid(folder)
+    if settings.get("ckpt_path") is None:
+        may_go_on(folder, command.composed())
+    goes_on, waits = newest_valid(folder), (folder / "job.sh").exists()
     told = hand_over(folder / "job.sh", batch_script(settings, ["fit", *arguments], allowed))
-    return f"{told}\n{folder} holds a run already: the job goes on from {goes_on}" if goes_on else told
+    if goes_on:
+        return f"{told}\n{folder} holds a run already: the job goes on from {goes_on}"
+    if waits:
+        name = shlex.quote(folder.name)
+        line = "was submitted before and has begun nothing: if that job still waits, scancel one of the two"
+        return f"{told}\n{folder} {line} (squeue --name {name})"
+    return told
 
 
 def submit_array(
