@@ -14,7 +14,7 @@ from maskvlm.cli.convert import convert
 from maskvlm.cli.main import main
 from maskvlm.data.images import BadImage
 from maskvlm.data.inputs import open_image
-from maskvlm.inference.pretrained import watched
+from maskvlm.inference.pretrained import some_of
 from maskvlm.objectives.novelty import (
     LEAST,
     MOST,
@@ -179,9 +179,9 @@ def test_whether_few_are_asked_about_does_not_depend_on_the_batch(
 
 
 def test_of_many_images_those_looked_at_are_spread_evenly(tmp_path: Path) -> None:
-    assert watched([*range(16)]) == [*range(16)]
-    assert watched([*range(32)]) == [*range(0, 32, 2)]
-    assert watched([]) == []
+    assert some_of([*range(16)]) == [*range(16)]
+    assert some_of([*range(32)]) == [*range(0, 32, 2)]
+    assert some_of([]) == []
     model = MaskVLM.from_pretrained(write(tmp_path / "a.ckpt"))
     with pytest.raises(BadImage, match=r"gone\.png"):  # named by what encodes it
         model.encode_image([*(toy_image(seed) for seed in range(20)), "gone.png"])

@@ -203,7 +203,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
 
     def _notice_some(self, images: list[Any]) -> None:
         """Warn, once for a model, where some of many images are unlike the training data."""
-        looked = [image for image in watched(images) if image is not None]
+        looked = [image for image in some_of(images) if image is not None]
         with suppress(UserError):  # of an image that cannot be read; told, by its name, where it is encoded
             far = sum(line is not None for line in self.far(looked))
             told = f"{far} of {len(looked)} images that were looked at, of {len(images):,}, are unlike those that the"
@@ -215,7 +215,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
 
     def notice_texts(self, texts: list[Any]) -> None:
         """See `Asked.notice_texts`. Names the words that the tokenizer does not know, of many texts those of a few."""
-        new = [word for word in self.unknown_words(watched(texts)) if word not in self.told_words]
+        new = [word for word in self.unknown_words(some_of(texts)) if word not in self.told_words]
         if new:
             self.told_words += new
             warnings.warn(unknown_line(new), UnknownWords, stacklevel=calls_within())
@@ -391,7 +391,7 @@ def calls_within() -> int:
     return calls
 
 
-def watched(given: list[Any]) -> list[Any]:
+def some_of(given: list[Any]) -> list[Any]:
     """All of a few, or WATCHED of many at even distances."""
     count = min(len(given), WATCHED)
     return [given[place * len(given) // count] for place in range(count)]
