@@ -62,7 +62,7 @@ def test_readme_is_one_screen_that_is_read_once() -> None:
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
     prose = re.sub(r"\]\([^)]*\)", "]", prose)  # where a link leads
     for line in re.split(r"\n\s*\n|^[|#].*$|^- ", prose, flags=re.MULTILINE):
-        for sentence in re.split(r"(?<=[.;:?!])\s", line):
+        for sentence in re.split(r"(?<=[.?!])\s", line):
             assert len(sentence.split()) <= LONGEST_SENTENCE, sentence
 
 

@@ -178,6 +178,13 @@ def test_what_a_script_takes_from_the_package_is_there(script: Path) -> None:
             assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
+@pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_is_to_be_copied_names_real_folders(page: Path) -> None:
+    """No command stands for any run: whoever copies it would have to know what to put there."""
+    for block in re.findall(r"^```(?:bash|console|sh)\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL):
+        assert not re.search(r"checkpoints/RUN|\bRUN/", block), block
+
+
 @pytest.mark.parametrize("toy", TOYS)
 def test_the_layouts_are_those_that_are_read(toy: str) -> None:
     """The files of the toys, which `make data` reads in tests/data, are listed."""
