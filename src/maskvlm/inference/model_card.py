@@ -25,6 +25,16 @@ USES = {
     "Entailment": 'model.entail("image.jpg", "a dog sleeps")',
     "Captioning": 'model.caption("image.jpg")',
 }
+"""What a model is asked, by its task."""
+USES_DRAWN = {
+    "MaskedPretraining": 'model.fill_mask("scene.png", "a [MASK] star at the top")  # `maskvlm scene 6` draws one',
+    "Retrieval": 'model.rank("scene.png", ["a blue star", "a red square"])',
+    "Vqa": 'model.answer("scene.png", "what colour is the star?")',
+    "Nlvr": 'model.compare("left.png", "right.png", "there is a star in both pictures")',
+    "Entailment": 'model.entail("scene.png", "the star is blue")',
+    "Captioning": 'model.caption("scene.png")',
+}
+"""The same of one that knows drawn scenes alone."""
 
 
 class KnownSet(NamedTuple):
@@ -71,6 +81,7 @@ def model_card(config: MaskVLMConfig, spec: InputSpec, name: str, sets: Mapping[
     """
     task = str((config.task or {}).get("class_path", "unknown"))
     lineage = config.lineage or []
+    uses = USES_DRAWN if knows_drawn_alone(lineage) else USES
     lines = [
         # What is between the dashes the hub reads as YAML.
         "---",
@@ -97,7 +108,7 @@ def model_card(config: MaskVLMConfig, spec: InputSpec, name: str, sets: Mapping[
         "from maskvlm import MaskVLM",
         "",
         f'model = MaskVLM.from_pretrained("{name}")',
-        USES.get(task.rpartition(".")[2], USES["MaskedPretraining"]),
+        uses.get(task.rpartition(".")[2], uses["MaskedPretraining"]),
         "```",
         "",
         "## Data seen",
