@@ -213,3 +213,23 @@ def test_null_is_no_text(words: str, capsys: pytest.CaptureFixture[str]) -> None
     backbone = yaml.safe_load(capsys.readouterr().out)["model"]["backbone"]["init_args"]
     assert backbone["image"]["init_args"]["feature_cache"] is None
     assert backbone["text"]["init_args"]["tokenizer"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "length"),
+    [
+        ("", {"steps": 4500, "epochs": None}),
+        ("--data.epochs 3", {"steps": None, "epochs": 3.0}),
+        ("--data.steps=20", {"steps": 20, "epochs": None}),
+        ("model=compact data=flickr8k", {"steps": None, "epochs": 12.0}),
+        ("model=compact data=flickr8k --data.steps 20", {"steps": 20, "epochs": None}),
+    ],
+)
+def test_a_printed_configuration_has_one_length(
+    words: str, length: dict[str, float | None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with two would be refused when it is given back."""
+    monkeypatch.chdir(ROOT)
+    assert main(["config", *words.split()]) == 0
+    data = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
+    assert {name: data[name] for name in length} == length

@@ -105,7 +105,7 @@ class LightningCommand(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Before --print_config ends the command.
         refuse_two_lengths(self.arguments)
-        self.config = parsed(parser, self.arguments)
+        self.config = parsed(parser, one_length(self.arguments))
         for line in old_names_given(self.arguments):
             warn(line)
         for line in parts_left_behind(self.start, self.settings.model.task):
@@ -421,6 +421,16 @@ def refuse_two_lengths(arguments: list[str]) -> None:
         raise UserError(f"--{both[1]}", f"beside --{both[0]}", "Give one of the two")
 
 
+def one_length(arguments: list[str]) -> list[str]:
+    """The arguments; where steps or passes are typed, the other one, which a file may set, is cleared. So a
+    configuration that is printed has one length, too."""
+    given = {option.key: option.value for option in options(arguments)}
+    for key, other in (("data.steps", "data.epochs"), ("data.epochs", "data.steps")):
+        if given.get(key, "null") != "null" and other not in given:
+            return [*arguments, f"--{other}=null"]
+    return arguments
+
+
 def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
     """`trainer.max_steps` and `trainer.max_epochs` as the data's `steps` and `epochs`, which the sample order, the
     learning rate and the progress follow: a run that the trainer alone cut short would end at a high rate.
@@ -440,11 +450,6 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
     passes = 1 if trainer.max_epochs is None else trainer.max_epochs
     if "steps" not in data or trainer.fast_dev_run:  # a data module of somebody else's, or a trial
         return
-    # Either of the two typed clears the other, which a file may set.
-    if len(beside) == 1:
-        here, other = beside[0].partition(".")[2], "epochs" if beside[0] == "data.steps" else "steps"
-        if data.get(here) is not None:
-            data[other] = None
     if trainer.max_steps > 0 and passes != 1:
         raise UserError("trainer.max_steps", f"beside {passes} trainer.max_epochs", "Give one of the two")
     if passes < 1:
