@@ -79,7 +79,7 @@ def copy(made: Path, tmp_path: Path) -> Path:
 def test_a_flat_index_finds_what_numpy_finds() -> None:
     vector_NE, query_QE = unit(400, 16, 0), unit(7, 16, 1)
     index, about = build_index(vector_NE, query_QE)
-    assert (about["kind"], about["recall_at_10"], about["knob"], about["queries"]) == ("flat", 1.0, None, 7)
+    assert (about["kind"], about["share_of_exact_10"], about["knob"], about["queries"]) == ("flat", 1.0, None, 7)
     cosine_QN = query_QE @ vector_NE.T
     similarity_QK, position_QK = SearchIndex(index, None, about).search(torch.tensor(query_QE), 5)
     assert position_QK.tolist() == np.argsort(-cosine_QN, axis=1)[:, :5].tolist()
@@ -96,7 +96,7 @@ def test_a_large_one_is_turned_up_until_it_finds_enough(
     vector_NE, query_QE = unit(6000, 32, 0, centres), unit(300, 32, 1, centres, shift=0.5)
     index, about = build_index(vector_NE, query_QE[:100])
     assert (about["kind"], about["factory"][:2]) == (kind, {"ivf": "IV", "pq": "PQ"}[kind])
-    assert about["recall_at_10"] >= 0.95
+    assert about["share_of_exact_10"] >= 0.95
     exact_QK = np.argsort(-query_QE[100:] @ vector_NE.T, axis=1)[:, :10]
     found_QK = SearchIndex(index, None, about).search(query_QE[100:])[1]
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found_QK, exact_QK, strict=True)])
@@ -122,7 +122,7 @@ def test_the_folder_says_what_the_index_is(made: Path, model: PretrainedMaskVLM)
     wanted = {"kind": "flat", "count": 12, "width": 8, "data": "photos", "split": "val", "asked": "captions"}
     assert wanted.items() <= about.items()
     assert about["weights"] == searching.identity(model)
-    assert (about["recall_at_10"], about["queries"]) == (1.0, 24)
+    assert (about["share_of_exact_10"], about["queries"]) == (1.0, 24)
     assert about["median_ms"] > 0
 
 
@@ -438,7 +438,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, monke
         (["--split", "train"], "--split: is of no use beside --vectors"),
         (["--no-captions"], "--no-captions: is of no use beside --vectors"),
         (["--from", "a.ckpt"], "--from: is of no use beside --vectors"),
-        (["--recall", "7"], "--recall: 7.0 is no share"),
+        (["--exact-share", "7"], "--exact-share: 7.0 is no share"),
     ],
 )
 def test_what_embedding_was_told_is_not_asked_again(tmp_path: Path, words: list[str], said: str) -> None:

@@ -25,8 +25,12 @@ def make(arguments: list[str], allowed: list[str]) -> int:
     """`index`: embed where no vectors are named, and build; arguments as in the shell."""
     parser = data_parser("index", "checkpoints/index", "an index of a data set's images, from vectors or a checkpoint")
     parser.add_argument("--vectors", type=Path, help="a folder that `embed` wrote; without it this embeds first")
-    parser.add_argument("--kind", default="auto", choices=["auto", *kinds(1, 2)], help="auto: by size and recall")
-    parser.add_argument("--recall", type=float, default=RECALL, help="share of the 10 nearest to be found")
+    parser.add_argument(
+        "--kind", default="auto", choices=["auto", *kinds(1, 2)], help="auto: by size and what it finds"
+    )
+    parser.add_argument(
+        "--exact-share", type=float, default=RECALL, help=f"of the 10 nearest by exact search to be found ({RECALL})"
+    )
     options, rest = parser.parse_known_args(arguments)
     # Told before hours of embedding, if FAISS is not installed.
     faiss_module()
@@ -34,22 +38,22 @@ def make(arguments: list[str], allowed: list[str]) -> int:
         raise UserError("index", "several processes", "`embed` with them, then `index --vectors FOLDER` with one")
     if options.vectors is not None:
         # What `embed` was told is in the vectors by now.
-        own = ("vectors", "out", "kind", "recall")
+        own = ("vectors", "out", "kind", "exact_share")
         given = [name for name, value in vars(options).items() if value != parser.get_default(name) and name not in own]
         for name in (*(OPTION_OF.get(name, f"--{name}") for name in given), *rest):
             raise UserError(name, "is of no use beside --vectors", "Leave it out")
-    if not 0 < options.recall <= 1:
-        raise UserError("--recall", f"{options.recall} is no share", "Give a number above 0, up to 1")
+    if not 0 < options.exact_share <= 1:
+        raise UserError("--exact-share", f"{options.exact_share} is no share", "Give a number above 0, up to 1")
     vectors = options.vectors or options.out / "vectors"
     if options.vectors is None:
         print(embed_data(options, rest, allowed, vectors, (0, 1)), flush=True)
-    about = index_folder(vectors, options.out, options.kind, options.recall)
-    told = "{count} images, {factory} {knob} {value}, made in {build_seconds} s; finds {recall_at_10} of the 10 nearest"
-    told += " that exact search finds, asked with {queries} {asked}; {median_ms} ms a query"
+    about = index_folder(vectors, options.out, options.kind, options.exact_share)
+    told = "{count} images, {factory} {knob} {value}, made in {build_seconds} s; finds {share_of_exact_10} of the 10"
+    told += " nearest that exact search finds, asked with {queries} {asked}; {median_ms} ms a query"
     # A flat index has no knob and no value.
     told = told.format(**about).replace(" None", "")
     low = "; the share asked for is not reached: --kind flat misses nothing"
-    print(f"{options.out}: {told}{low if about['recall_at_10'] < options.recall else ''}", flush=True)
+    print(f"{options.out}: {told}{low if about['share_of_exact_10'] < options.exact_share else ''}", flush=True)
     return 0
 
 

@@ -112,7 +112,7 @@ def build_index(vector_NE: Array, query_QE: Array, name: str = "auto", least: fl
         index.add(vector_NE)
         value, recall = tune(index, kind, vector_NE, query_QE, least)
         about: Facts = {"kind": each, "factory": kind.factory, "knob": kind.knob, "value": value}
-        about |= {"recall_at_10": round(recall, 4), "build_seconds": round(time.perf_counter() - start, 3)}
+        about |= {"share_of_exact_10": round(recall, 4), "build_seconds": round(time.perf_counter() - start, 3)}
         # By recall: where no kind finds enough, the best one is taken.
         made[recall] = index, about
         if recall >= least:
