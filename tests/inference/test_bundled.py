@@ -226,3 +226,18 @@ def test_where_no_word_is_found_the_caption_is_empty(model: PretrainedMaskVLM, m
     some = infill.Written("blue star", -3.0)
     monkeypatch.setattr(infill, "write_captions", lambda *_: [[empty], [empty, some]])
     assert model.caption([image, image]) == ["", "blue star"]
+
+
+def test_python_says_once_what_a_model_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("maskvlm.inference.pretrained.TOLD", set())
+    monkeypatch.chdir(tmp_path)
+    assert main(["scene", "6"]) == 0
+    assert main(["caption", "scene.png"]) == 0  # a command says it by itself
+    assert caplog.messages == []
+    monkeypatch.setattr("maskvlm.inference.pretrained.TOLD", set())
+    for _ in range(2):
+        model = MaskVLM.from_pretrained()
+    assert caplog.messages == [f"scenes-tiny: {model.knows}"]
+    assert "It knows drawn scenes alone" in model.knows

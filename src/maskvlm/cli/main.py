@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.metadata
+import logging
 import os
 import re
 import signal
@@ -26,7 +27,14 @@ CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)+[A-Z]\w*")
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status (see `errors.ExitCode`)."""
-    code = end_of(argv)
+    # Commands themselves say what a model knows; in Python `from_pretrained` does.
+    library = logging.getLogger("maskvlm.inference")
+    before = library.level
+    library.setLevel(logging.ERROR)
+    try:
+        code = end_of(argv)
+    finally:
+        library.setLevel(before)
     # Tells the other processes of the run, where there are some, how this one ends.
     leave(code)
     return code

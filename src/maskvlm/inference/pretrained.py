@@ -10,6 +10,7 @@ Shapes: B images, C texts, E contrast width, T tokens, D width.
 """
 
 import inspect
+import logging
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,8 +53,10 @@ from maskvlm.objectives.task import Task
 from maskvlm.training.run_record import write_text
 from maskvlm.utils.errors import ExitCode, UserError
 
+log = logging.getLogger(__name__)
 WATCHED = 16  # images or texts of one call that are looked at, evenly spread over it
 KEYWORDS = ("device", "dtype", "allow_import", "revision", "token", "cache_dir", "local_files_only")
+TOLD: set[str] = set()  # models of which it was said what they know
 MOST_TOLD = 1_000  # warnings and unknown words that are remembered
 MESSAGE = "Upload a MaskVLM model"
 TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
@@ -113,7 +116,7 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         allow_import: Iterable[str] = (),
         **hub: Any,
     ) -> Self:
-        """Load a model, in evaluation mode.
+        """Load a model, in evaluation mode. When one is first loaded a line of the log says what it knows.
 
         Args:
             path: a checkpoint of a run, a folder that `save_pretrained` wrote, a name on the hub, or `scenes-tiny`, the
@@ -146,6 +149,9 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         config = configuration(portable(spec, backbone.text.config), origin, evaluation, content.get("global_step", 0))
         # The modules hold the tensors by now: what is kept of the origin is its history.
         model = cls(config, backbone, task, origin._replace(backbone={}, heads={})).eval()
+        if str(path) not in TOLD:
+            TOLD.add(str(path))
+            log.warning("%s: %s", cut(str(path), 300), model.knows)
         return model.to(device=device, dtype=dtype)
 
     @classmethod
