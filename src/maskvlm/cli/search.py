@@ -97,7 +97,9 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         found = search_index(index, model, options.query, options.k, options.rerank)
     for place, each in enumerate(found, 1):
         told: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}
-        told |= {"image": each.path or each.origin, "caption": each.captions[0] if each.captions else None}
+        # Of an image of a prepared set the id has the file's name, as the user's table wrote it.
+        place_of = each.origin if each.id in each.origin else f"{each.id}, {each.origin}"
+        told |= {"image": each.path or place_of, "caption": each.captions[0] if each.captions else None}
         whole = {**told, "id": each.id, "captions": each.captions}
         print(json.dumps(whole, ensure_ascii=False) if options.json else answer_line(told), flush=True)
     if options.show is not None:
