@@ -2,7 +2,9 @@
 and with the output that stands there, the pages with toy checkpoints in the place of real ones."""
 
 import doctest
+import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -55,6 +57,20 @@ def test_readme_prints_what_it_shows(
     assert len(test.examples) >= 5
     result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test)
     assert result.failed == 0, capsys.readouterr().out
+
+
+def test_the_first_answer_costs_ten_seconds_of_a_processor_at_most(tmp_path: Path) -> None:
+    """Imports and loading included. Of a processor, not of the clock: other tests run beside it."""
+    maskvlm = [sys.executable, "-m", "maskvlm"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*maskvlm, "scene", "6"], cwd=tmp_path, check=True, capture_output=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [*maskvlm, "caption", "scene.png"], cwd=tmp_path, check=True, capture_output=True, text=True, env=one_thread
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout == "big dotted blue star over big striped pink heart\n"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 10
 
 
 def test_readme_is_one_screen_that_is_read_once() -> None:
