@@ -920,8 +920,13 @@ def test_the_model_that_comes_along_is_asked_where_none_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, out = LAYOUTS["vsr"][0](tmp_path / "suite"), tmp_path / "out"
+    lines = vsr_line(COCO[0], "The giraffe is left of the zebra.", 1) + vsr_line(COCO[1], "The star is above.", 0)
+    (root / "data/splits/zeroshot/test.jsonl").write_text(lines)
     assert main(["suite", "vsr", "--path", str(root), "--out", str(out)]) == 0
-    assert capsys.readouterr().err.startswith("no from=: scenes-tiny is asked")
+    told = capsys.readouterr()
+    assert told.err.startswith("no from=: scenes-tiny is asked")
+    assert len(told.err.splitlines()) == 1  # strange words and images are no Python warnings
+    assert "words that the model's tokenizer does not know, of some of the texts: giraffe, zebra\n" in told.out
     assert json.loads((out / "result.json").read_text())["options"]["source"] == "scenes-tiny"
 
 

@@ -4,8 +4,9 @@ import json
 import random
 import warnings
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -16,16 +17,15 @@ from maskvlm.data.files import digest_of
 from maskvlm.data.images import BadImage
 from maskvlm.data.inputs import open_image
 from maskvlm.data.subset import hash_of_photo
+from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords
 from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.training.run_record import json_ready, write_json, write_text
 from maskvlm.utils.errors import ExitCode, UserError
 
-if TYPE_CHECKING:
-    from maskvlm.inference.pretrained import PretrainedMaskVLM
-
 RESULT, SCORES = "result.json", "scores.jsonl"
 MAX_SCORES = 5_000_000  # of a way that are written, some 100 MB: not every image with every caption of a gallery
+MOST_WORDS = 10  # unknown ones that are named
 SHOWN = 20  # figures of a way that are printed; a thousand classes have a thousand more
 
 
@@ -60,7 +60,7 @@ def check_ways(suite: Suite, ways: Sequence[str], limit: int | None) -> None:
 
 def run_suite(
     suite: Suite,
-    model: "PretrainedMaskVLM",
+    model: PretrainedMaskVLM,
     found: ItemRows,
     ways: Sequence[str] = (),
     limit: int | None = None,
@@ -88,9 +88,14 @@ def run_suite(
         first = next(iter(found.skipped.values()), ["; ".join(found.notes) or "the files are empty"])[0]
         raise UserError(path, f"no item can be used: {first}", "Check --path and --images", ExitCode.BAD_DATA)
     with warnings.catch_warnings():
-        # The images are strange by intention, and the line would be about one of thousands.
-        warnings.simplefilter("ignore", FarFromTraining)
+        # The images are strange by intention, and the line would be about one of thousands; of words there is a note.
+        for kind in (FarFromTraining, UnknownWords):
+            warnings.simplefilter("ignore", kind)
         scores = {way: suite.ask(model, items, way) for way in ways}
+    if model.told_words:
+        more = f" and {len(model.told_words) - MOST_WORDS} more" if len(model.told_words) > MOST_WORDS else ""
+        named = ", ".join(islice(model.told_words, MOST_WORDS))
+        found.notes.append(f"words that the model's tokenizer does not know, of some of the texts: {named}{more}")
     metrics = {}
     for way in ways:
         asked = [row for row, each in enumerate(scores[way]) if len(each)]
@@ -135,7 +140,7 @@ def with_images(items: list[SuiteItem], found: ItemRows) -> list[SuiteItem]:
     return kept
 
 
-def trained_on(model: "PretrainedMaskVLM", items: Sequence[SuiteItem]) -> int | None:
+def trained_on(model: PretrainedMaskVLM, items: Sequence[SuiteItem]) -> int | None:
     """How many images of the items are in the data that the weights have seen, by their ids."""
     history = model.origin.history
     wanted = {hash_of_photo(image_id) for item in items for image_id in item.image_ids}
@@ -179,7 +184,7 @@ def lines_of_suite(report: SuiteReport) -> list[str]:
 
 
 def write_result(
-    folder: Path, name: str, suite: Suite, options: dict[str, Any], report: SuiteReport, model: "PretrainedMaskVLM"
+    folder: Path, name: str, suite: Suite, options: dict[str, Any], report: SuiteReport, model: PretrainedMaskVLM
 ) -> None:
     """`result.json`: figures, the suite's card, and what was measured on what; `scores.jsonl`: every item's scores, out
     of which anybody can compute other figures. options: plain values, as given."""
