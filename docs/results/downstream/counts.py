@@ -17,63 +17,52 @@ import numpy as np
 import torch
 from probe import SOURCES, Rows, choose, grams, right
 from rich.progress import track
+from scipy import ndimage
 from torch import Tensor
-from torch.nn.functional import max_pool2d
 
 from maskvlm import MaskVLM
 from maskvlm.data.images import safe_open
 from maskvlm.inference.embeddings import text_features
 
 COLOURS = torch.tensor([[255, 255, 0], [0, 153, 255], [0, 0, 0]])  # yellow, blue, black
-NEAR = 90  # sum of the differences in red, green and blue
-SIDE, STEP = 100, 2  # a box in pixels; every second one is looked at
+NEAR = 150  # sum of the differences in red, green and blue
+SIDE = 100  # a box in pixels
 LEFT_EDGES = ((0, 0), (0, 150), (1, 0))  # image and left edge of each box
-LEAST = 5  # pixels of a shape; fewer are the blur at its edge
-SQUARE, CIRCLE = 0.92, 0.66  # share of its bounding box that it fills at least: 1 and 0.79; a triangle fills half
-
-
-def shapes(colour_CHW: Tensor) -> Tensor:
-    """A number for each set of connected pixels of one colour, the same for all of them, 0 elsewhere, [C, H, W]: the
-    largest number travels until nothing changes."""
-    there_CHW = colour_CHW.float()
-    number_CHW = there_CHW * torch.arange(1.0, 1 + there_CHW[0].numel()).view_as(there_CHW[0])
-    while True:
-        across = max_pool2d(number_CHW, (1, 3), 1, (0, 1))
-        further_CHW = torch.maximum(across, max_pool2d(number_CHW, (3, 1), 1, (1, 0))) * there_CHW
-        if torch.equal(further_CHW, number_CHW):
-            return number_CHW.long()
-        number_CHW = further_CHW
+LEAST = 15  # pixels of a shape; fewer are the blur at its edge
+# Share of its bounding box that it fills at least: 1 and 0.79. A triangle fills half of it, a small one up to 0.69.
+SQUARE, CIRCLE = 0.9, 0.7
 
 
 def counted(box_HW3: Tensor) -> Tensor:
     """Of each colour in a box: shapes, squares, circles, triangles, shapes at the wall, area, largest area, height of
     the highest, [C, 8]."""
-    number_CHW = shapes((box_HW3 - COLOURS[:, None, None]).abs().sum(-1) < NEAR)
-    last = number_CHW.shape[-1] - 1
+    there_CHW = ((box_HW3 - COLOURS[:, None, None]).abs().sum(-1) < NEAR).numpy()
+    last = there_CHW.shape[-1] - 1
     told = torch.zeros(len(COLOURS), 8)
-    for told_8, number_HW in zip(told, number_CHW, strict=True):
-        for number in number_HW.unique().tolist():
-            row_P, column_P = (number_HW == number).nonzero(as_tuple=True)
-            if number == 0 or len(row_P) < LEAST:
+    for told_8, there_HW in zip(told, there_CHW, strict=True):
+        number_HW = ndimage.label(there_HW)[0]  # connected pixels are one shape
+        for number, (rows, columns) in enumerate(ndimage.find_objects(number_HW), 1):
+            area = int((number_HW[rows, columns] == number).sum())
+            if area < LEAST:
                 continue
-            high, wide = int(row_P.max() - row_P.min()) + 1, int(column_P.max() - column_P.min()) + 1
-            filled = len(row_P) / (high * wide)
+            high, wide = rows.stop - rows.start, columns.stop - columns.start
+            filled = area / (high * wide)
             told_8[0] += 1
             if filled >= SQUARE:
                 told_8[1] += max(1, round(max(high, wide) / min(high, wide)))  # a tower of one colour is one shape
             else:
                 told_8[2 if filled >= CIRCLE else 3] += 1
-            told_8[4] += bool(min(row_P.min(), column_P.min()) == 0 or max(row_P.max(), column_P.max()) == last)
-            told_8[5] += len(row_P) / 250
-            told_8[6] = max(float(told_8[6]), len(row_P) / 250)
-            told_8[7] = max(float(told_8[7]), 1 - float(row_P.min()) / last)
+            told_8[4] += 0 in (rows.start, columns.start) or last in (rows.stop - 1, columns.stop - 1)
+            told_8[5] += area / 1000
+            told_8[6] = max(float(told_8[6]), area / 1000)
+            told_8[7] = max(float(told_8[7]), 1 - rows.start / last)
     return told
 
 
 def numbers(images: list[Any]) -> Tensor:
     """All that is told of the boxes of an example, [F]."""
     pixels = [torch.from_numpy(np.array(safe_open(image, "a drawing"))).long() for image in images]
-    boxes = [pixels[place][:SIDE:STEP, left : left + SIDE : STEP] for place, left in LEFT_EDGES]
+    boxes = [pixels[place][:SIDE, left : left + SIDE] for place, left in LEFT_EDGES]
     of_colour = torch.stack([counted(box) for box in boxes])  # [boxes, C, 8]
     each = torch.cat([of_colour, of_colour.sum(1, keepdim=True)], 1)
     among = [each.sum(0), each.amax(0), each.amin(0), (each > 0).float().sum(0)]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from counts import LEFT_EDGES, SIDE, STEP, counted
+from counts import LEFT_EDGES, SIDE, counted
 from probe import SOURCES
 from rich.progress import track
 from torch import Tensor
@@ -40,7 +40,7 @@ def pieces(sentence: str) -> set[str]:
 def values(images: list[Any]) -> Tensor:
     """Which counts have which values, 0 or 1, [V]."""
     pixels = [torch.from_numpy(np.array(safe_open(image, "a drawing"))).long() for image in images]
-    boxes = [pixels[place][:SIDE:STEP, left : left + SIDE : STEP] for place, left in LEFT_EDGES]
+    boxes = [pixels[place][:SIDE, left : left + SIDE] for place, left in LEFT_EDGES]
     of_colour_3CK = torch.stack([counted(box)[:, :KINDS] for box in boxes])
     box_3CK = torch.cat([of_colour_3CK, of_colour_3CK.sum(1, keepdim=True)], 1)
     among = [box_3CK.sum(0), box_3CK.amax(0), box_3CK.amin(0), (box_3CK > 0).float().sum(0)]
