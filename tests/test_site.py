@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -223,6 +224,36 @@ def test_the_reference_has_docstrings() -> None:
                 assert kind == "data" or inspect.getdoc(each), f"{path} {each}"
                 count += 1
     assert count > 60
+
+
+def documented() -> list[str]:
+    """Paths of the classes and functions on the reference's pages."""
+    pages = (DOCS / "reference" / "api").glob("*.md")
+    return [path for page in pages for path in re.findall(r"\.\. auto(?:class|function):: ([\w.]+)", text_of(page))]
+
+
+def raised_by(function: Any) -> bool:
+    """Whether its own lines raise a UserError."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    calls = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    return any(getattr(call.func, "id", "") == "UserError" for call in calls)
+
+
+def test_the_reference_says_which_mistakes_are_refused() -> None:
+    """Of every public method and function in it whose own lines raise a UserError."""
+    silent = []
+    for path in documented():
+        module, _, name = path.rpartition(".")
+        known = getattr(importlib.import_module(module), name, None)
+        members = vars(known).items() if inspect.isclass(known) else [(name, known)]
+        for member, function in members:
+            function = getattr(function, "fget", None) or getattr(function, "__func__", function)
+            if member.startswith("_") or not inspect.isfunction(function) or not raised_by(function):
+                continue
+            text = inspect.getdoc(function) or ""
+            if "UserError" not in text and "aises" not in text:
+                silent.append(f"{path}.{member}")
+    assert silent == []
 
 
 def test_one_version() -> None:

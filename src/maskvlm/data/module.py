@@ -193,7 +193,11 @@ class PairData(L.LightningDataModule):
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimiser steps of the whole run.
+
+        Raises:
+            UserError: it is told in passes over a streamed set, whose length is not known.
+        """
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
@@ -346,6 +350,11 @@ class PairData(L.LightningDataModule):
         return batch._replace(**{name: image})
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch as the model reads it; in training its bad samples are counted.
+
+        Raises:
+            UserError: more than `max_bad_fraction` of the samples could not be read (65).
+        """
         batch = self.normalised(batch)
         if not getattr(self.trainer, "training", True):
             return batch

@@ -144,6 +144,9 @@ class Asked(nn.Module):
 
         Returns:
             Of each query; `place` is the candidate's in the list.
+
+        Raises:
+            UserError: candidates that are no list, none of them, or both sides of one kind.
         """
         queries, single = as_list(cast(Any, query))
         gallery, one = as_list(_listed(candidates))
@@ -239,6 +242,9 @@ class Asked(nn.Module):
 
         Args:
             word: of the text, or several that follow each other; one for all texts, for each one, or several of one.
+
+        Raises:
+            UserError: as many words as neither one nor texts; a word that its text does not have.
         """
         parts, single = self._parts("explain", image, text)
         rows = [row for part in parts for row in zip(*part, strict=True)]

@@ -126,7 +126,11 @@ class Classification(Task):
         return ("head.",)
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
-        """The projections take the checkpoint's width, and read what they read there."""
+        """The projections take the checkpoint's width, and read what they read there.
+
+        Raises:
+            UserError: scores are to be read, and the checkpoint has no heads that give them.
+        """
         if self.reads == "scores":
             missing = [name for name in self.state_dict() if name.startswith(SCORING) and name not in heads]
             if missing:
@@ -147,7 +151,11 @@ class Classification(Task):
         return F.cross_entropy(logits_BK, target_BK, reduction="none")
 
     def logits(self, backbone: MaskVLM, batch: ExampleBatch, uniform: Uniform) -> Tensor:
-        """Logits of the labels, [B, K]."""
+        """Logits of the labels, [B, K].
+
+        Raises:
+            UserError: an example has another number of images than `images_per_example`.
+        """
         image = batch.image_BPCHW
         if image.shape[1] != self.images_per_example:
             what = f"the data has {image.shape[1]} images an example, the task is set to {self.images_per_example}"

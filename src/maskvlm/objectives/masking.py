@@ -233,6 +233,7 @@ class RandomBlocks(ImageMasking):
         self.ratio, self.block, self.whole = ratio, block, whole
 
     def check(self, patch_size: int) -> None:
+        """Raises UserError for a block that does not hold whole patches of so many pixels."""
         if self.block < patch_size or self.block % patch_size:
             what, todo = (
                 f"{self.block} px do not hold whole {patch_size}-px patches",

@@ -328,6 +328,11 @@ class MaskedPretraining(Task):
                 part.requires_grad_(False)
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
+        """As `Task.warm_start`; positions of the pixel decoder are resized to another image size.
+
+        Raises:
+            UserError: the checkpoint's contrast reads other tokens, or has vectors of another width.
+        """
         theirs, own = heads.get("projection.image.weight"), self.state_dict().get("projection.image.weight")
         if theirs is not None and own is not None and theirs.shape[1] != own.shape[1]:
             reads = "class_and_mean" if self.contrastive.reads == "class" else "class"
@@ -340,6 +345,7 @@ class MaskedPretraining(Task):
         return super().warm_start(resize_positions(heads, self))
 
     def compute_in_chunks(self, size: int) -> None:
+        """As `Task.compute_in_chunks`. Raises UserError for a further loss that does not say that it adds up."""
         names = [loss.name for loss in self.losses if not loss.adds_up and loss.needs - {Need.IMAGE, Need.TEXT}]
         if names:
             todo = "Say so in its class (`adds_up`, see PretrainingLoss), or leave model.chunk out"

@@ -193,6 +193,12 @@ class LitModel(L.LightningModule):
         return (self.backbone.provenance.under("backbone") | heads.under("task")).complete(self)
 
     def setup(self, stage: str) -> None:
+        """Take the data's tokenizer, and what the run's start needs of the data.
+
+        Raises:
+            UserError: no PairData; data of another kind than the task reads; lengths that contradict each other; a
+                feature cache of images that are augmented or streamed.
+        """
         self.trained |= stage == "fit"
         if not isinstance(self.data, PairData):
             raise UserError("trainer", "has no PairData", "Give it as the data: trainer.fit(model, PairData(...))")
@@ -213,7 +219,11 @@ class LitModel(L.LightningModule):
                 self._open_feature_cache()
 
     def configure_model(self) -> None:
-        """Shard the weights where the trainer's strategy does (`sharding.py`); asked before each fit and evaluation."""
+        """Shard the weights where the trainer's strategy does (`sharding.py`); asked before each fit and evaluation.
+
+        Raises:
+            UserError: blocks are to be compiled as well.
+        """
         if self.device_mesh is not None and not isinstance(self, FSDPModule):
             if self.compiled:
                 what = "blocks cannot be compiled while weights are sharded"
