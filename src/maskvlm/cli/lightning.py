@@ -332,7 +332,9 @@ class LightningCommand(LightningCLI):
             with attempted(Path(self.settings.run)), writing(self.settings.run), told_of_interval(), memory:
                 super()._run_subcommand(subcommand)
         except UserError:  # with another error there is a report of it
-            if self.claimed and not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+            # Of several processes the folder tells the others how this one ended.
+            alone, begun = self.trainer.world_size == 1, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+            if self.claimed and alone and not begun:
                 give_up_folder(Path(self.settings.run))
             raise
         finally:
