@@ -382,9 +382,10 @@ def test_a_failed_start_leaves_no_folder(fails: Callable[..., str], tmp_path: Pa
     fails(*wrong)
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/notes.txt").write_text("mine")
-    fails(*wrong)
-    assert (tmp_path / "run/notes.txt").exists()
+    for name in ("config-fit.yaml", "notes.txt"):  # one of a run's own files, and one that is none
+        (tmp_path / "run" / name).write_text("# mine\ndata: {}\n")
+        fails(*wrong)
+        assert (tmp_path / "run" / name).exists()
 
 
 def test_a_card_that_is_not_there(fails: Callable[..., str]) -> None:

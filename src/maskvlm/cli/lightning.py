@@ -66,7 +66,7 @@ class LightningCommand(LightningCLI):
 
     def __init__(self, arguments: list[str], start: ModelSpec | None = None) -> None:
         self.arguments, self.start = arguments, start
-        self.claimed = False  # the folder, for a run that begins
+        self.claimed = False  # whether all that lies in the run's folder is of this start
         super().__init__(
             LitModel,
             PairData,
@@ -159,8 +159,9 @@ class LightningCommand(LightningCLI):
             # Looked at again under the lock: somebody may have trained here in between.
             settings.ckpt_path = newest_of(folder, composed, warn)
             if settings.ckpt_path is None and process_rank() == 0:
+                # What lay there before, such as the settings of an earlier start, is not this one's to remove.
+                self.claimed = not folder.is_dir() or {path.name for path in folder.iterdir()} <= {"run.lock"}
                 claim_folder(folder)
-                self.claimed = True
 
     def composed(self) -> str:
         """The configuration of a training as YAML, every default written out."""

@@ -209,12 +209,14 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
 
     def _notice_some(self, images: list[Any]) -> None:
         """Warn, once for a model, where some of many images are unlike the training data."""
+        if self.told_many:
+            return
         looked = [image for image in some_of(images) if image is not None]
         with suppress(UserError):  # of an image that cannot be read; told, by its name, where it is encoded
             far = sum(line is not None for line in self.far(looked))
             told = f"{far} of {len(looked)} images that were looked at, of {len(images):,}, are unlike those that the"
             told += " model was trained on; take the answers with care"
-            if far and not self.told_many:
+            if far:
                 self.told_many = True
                 self.told_far.append(told)
                 warnings.warn(told, FarFromTraining, stacklevel=calls_within())
