@@ -56,8 +56,11 @@ def test_it_is_as_good_as_its_card_says(tmp_path: Path) -> None:
 
 
 def test_its_card_shows_a_question_that_it_understands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (FOLDER / DEFAULT / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
+    convert([DEFAULT, "again"])
+    cards = [folder.joinpath("README.md").read_text() for folder in (FOLDER / DEFAULT, Path("again"))]
+    (code,), written = (re.findall(r"```python\n(.*?)```", card, re.DOTALL) for card in cards)
+    assert written == [code]  # and no other is written today
     assert main(["scene", "6"]) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
