@@ -78,8 +78,8 @@ class PlainStep:
             raise ValueError("the plain step has the paper's four losses alone")
         self.backbone, self.task, self.shared = backbone, task, shared
 
-    def __call__(self, batch: Batch, masks: Masks | None = None, found: Indices | None = None) -> dict[str, Tensor]:
-        """Terms by name. `masks` and `found` replace what it would draw."""
+    def __call__(self, batch: Batch, masks: Masks | None = None, negatives: Indices | None = None) -> dict[str, Tensor]:
+        """Terms by name. `masks` and `negatives` replace what it would draw."""
         masks = self.task.mask(self.backbone, batch, self.task.uniform) if masks is None else masks
         if not self.shared:
             length, pad_id = self.backbone.text.text_length, self.backbone.text.pad_id
@@ -88,7 +88,7 @@ class PlainStep:
             image_BLD, text_BTD = self.encode_image(batch), self.encode_text(batch)
             whole = (image_BLD, text_BTD) if self.shared else None
             contrast, similarities = self.contrast(batch, image_BLD, text_BTD)
-            captions, images = map(draw_one_by_one, similarities) if found is None else found
+            captions, images = map(draw_one_by_one, similarities) if negatives is None else negatives
             return {
                 "itc": contrast,
                 "itm": self.matching(batch, image_BLD, text_BTD, captions, images),
@@ -110,14 +110,16 @@ class PlainStep:
         head = self.task.projection
         head.clamp_temperature()
         image_BE, text_BE = head.embed_image(image_BLD), head.embed_text(text_BTD, batch.attention_CT)
-        told = gather_contrast(batch, image_BE, text_BE, head.logit_scale)
-        own_BG = F.one_hot(told.own_B, told.excluded_BG.shape[1]).bool()
+        gathered = gather_contrast(batch, image_BE, text_BE, head.logit_scale)
+        own_BG = F.one_hot(gathered.own_B, gathered.excluded_BG.shape[1]).bool()
         terms, weights = [], []
-        for query_BE, key_GE in ((image_BE, told.text_GE), (text_BE, told.image_GE)):
-            logits_BG = (told.scale * query_BE @ key_GE.T).masked_fill(told.excluded_BG & ~own_BG, float("-inf"))
-            terms.append(F.cross_entropy(logits_BG, told.own_B))
+        for query_BE, key_GE in ((image_BE, gathered.text_GE), (text_BE, gathered.image_GE)):
+            logits_BG = (gathered.scale * query_BE @ key_GE.T).masked_fill(
+                gathered.excluded_BG & ~own_BG, float("-inf")
+            )
+            terms.append(F.cross_entropy(logits_BG, gathered.own_B))
             # A little more than the probability, as in BLIP: no row is without a negative once contrast is learned.
-            weights.append((logits_BG.detach().softmax(1) + 1e-4).masked_fill(told.excluded_BG, 0.0))
+            weights.append((logits_BG.detach().softmax(1) + 1e-4).masked_fill(gathered.excluded_BG, 0.0))
         return (terms[0] + terms[1]) / 2, weights
 
     def matching(
@@ -250,9 +252,9 @@ def built(words: Sequence[str]) -> Built:
     return run_command(Built, ["fit", *COMMANDS["bench"].full([*words, *FOUR_LOSSES])[1:]])
 
 
-def batches_of(made: Built, count: int) -> list[Batch]:
+def batches_of(setup: Built, count: int) -> list[Batch]:
     """Training batches of the configured data, and the model ready for them."""
-    data, model = made.datamodule, made.model
+    data, model = setup.datamodule, setup.model
     data.setup("fit")
     if data.tokenizer is not None:
         model.backbone.text.set_tokenizer(data.tokenizer)
@@ -279,12 +281,12 @@ class Trained:
     """A model with an optimiser whose step is made by one way or another.
 
     Args:
-        made: the configured model.
+        setup: the configured model.
         device: where it is trained; on a GPU in bfloat16 by autocast.
     """
 
-    def __init__(self, made: Built, device: torch.device) -> None:
-        model, task = made.model, made.model.task
+    def __init__(self, setup: Built, device: torch.device) -> None:
+        model, task = setup.model, setup.model.task
         assert isinstance(task, MaskedPretraining)
         self.device, self.backbone, self.task = device, model.backbone, task
         self.modules = nn.ModuleList([self.backbone, self.task]).to(device).train()
@@ -357,16 +359,16 @@ def compared(trained: Trained, batches: Sequence[Batch], steps: int, repeats: in
     """Seconds of a step of each way, in turns."""
     for way in trained.ways:
         trained.seconds(way, batches, 2)  # memory is reserved, kernels are chosen
-    found: dict[str, list[float]] = {way: [] for way in trained.ways}
+    times: dict[str, list[float]] = {way: [] for way in trained.ways}
     for _ in range(repeats):
-        for way, seconds in found.items():
+        for way, seconds in times.items():
             seconds.append(trained.seconds(way, batches, steps))
-    return found
+    return times
 
 
-def ratios(found: dict[str, list[float]], way: str) -> list[float]:
+def ratios(times: dict[str, list[float]], way: str) -> list[float]:
     """How many times as fast ours was, in each round."""
-    return [plain / ours for plain, ours in zip(found[way], found["ours"], strict=True)]
+    return [plain / ours for plain, ours in zip(times[way], times["ours"], strict=True)]
 
 
 def main() -> None:
@@ -377,17 +379,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options, more = parser.parse_known_args()
     torch.set_num_threads(1)
-    made = built(["where=cpu", *options.words, *more])
-    batches = batches_of(made, options.steps)
-    trained = Trained(made, torch.device("cpu"))
+    setup = built(["where=cpu", *options.words, *more])
+    batches = batches_of(setup, options.steps)
+    trained = Trained(setup, torch.device("cpu"))
     print(f"largest difference of a loss: {trained.furthest(batches[0]):.1e}, with the same masks and negatives")
-    found = compared(trained, batches, options.steps, options.repeats)
+    times = compared(trained, batches, options.steps, options.repeats)
     flops = {way: trained.flops(way, batches[0]) for way in trained.ways}
-    for way, seconds in found.items():
+    for way, seconds in times.items():
         pairs = len(batches[0].valid_B) / statistics.median(seconds)
         print(f"{way:14} {pairs:7.1f} pairs/s, {flops[way] / 1e9:.2f} GFLOP in matrix products")
     for way in ("plain", "plain, shared"):
-        each = ratios(found, way)
+        each = ratios(times, way)
         print(
             f"ours is {statistics.median(each):.2f} times as fast as {way} ({min(each):.2f} to {max(each):.2f}; "
             f"operations {flops[way] / flops['ours']:.2f})"

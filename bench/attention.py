@@ -22,7 +22,7 @@ from maskvlm.model.attention_kernel import attend
 WAYS = {
     "as it is": "",
     "torch's kernel": "maskvlm.training.lit.attend_by_products = lambda model: None",
-    "memory given back": "maskvlm.cli.lightning.freed_memory_kept = contextlib.nullcontext",
+    "memory given back": "maskvlm.cli.lightning.keep_freed_memory = contextlib.nullcontext",
 }
 WAYS["neither"] = "; ".join(way for way in WAYS.values() if way)
 RUN = """
@@ -70,13 +70,13 @@ def main() -> None:
                 times = [kernel(size, kind, by_products) for by_products in (False, True)]
                 print(f"{size} {kind}: torch's kernel {times[0]:.1f} ms, products {times[1]:.1f} ms", flush=True)
         return
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    durations: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(options.rounds):
         for way, change in WAYS.items():
-            found[way].append(milliseconds(options.words, change, options.steps))
-            print(f"{way}: {found[way][-1]:.0f} ms a step", flush=True)
+            durations[way].append(milliseconds(options.words, change, options.steps))
+            print(f"{way}: {durations[way][-1]:.0f} ms a step", flush=True)
     for way in list(WAYS)[1:]:
-        times = [other / own for other, own in zip(found[way], found["as it is"], strict=True)]
+        times = [other / own for other, own in zip(durations[way], durations["as it is"], strict=True)]
         print(f"{way}: {statistics.median(times):.2f} times as long ({', '.join(f'{each:.2f}' for each in times)})")
 
 

@@ -100,8 +100,8 @@ def measure(state: State, folder: Path, times: int) -> dict[str, Any]:
 
 def line(name: str, held: list[Held]) -> str:
     clock, processor = ([getattr(each, kind) for each in held] for kind in Held._fields)
-    told = f"{statistics.median(clock):.2f} s ({min(clock):.2f} to {max(clock):.2f})"
-    return f"{name}: holds the training {told}; processor {statistics.median(processor):.2f} s"
+    duration = f"{statistics.median(clock):.2f} s ({min(clock):.2f} to {max(clock):.2f})"
+    return f"{name}: holds the training {duration}; processor {statistics.median(processor):.2f} s"
 
 
 def main() -> int:
@@ -112,16 +112,16 @@ def main() -> int:
     options = parser.parse_args()
     state = State(options.gigabytes * 1e9)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found = measure(state, Path(folder), options.times)
-    held = found["held"]
+        results = measure(state, Path(folder), options.times)
+    held = results["held"]
     for name, each in held.items():
         print(line(name, each[1:]))
     ratio = [back.clock / front.clock for back, front in zip(*(each[1:] for each in held.values()), strict=True)]
     print(f"background / foreground, median of pairs: {statistics.median(ratio):.3f}")
     print(line("the first in the background", held["background"][:1]))
-    print(f"its memory is reserved in the background: {found['reserved']:.1f} s")
-    print(f"a write in the background: {statistics.median(found['writes'][1:]):.1f} s")
-    print(f"a step of work meanwhile: {found['slower']:.2f} times as long")
+    print(f"its memory is reserved in the background: {results['reserved']:.1f} s")
+    print(f"a write in the background: {statistics.median(results['writes'][1:]):.1f} s")
+    print(f"a step of work meanwhile: {results['slower']:.2f} times as long")
     return 0
 
 

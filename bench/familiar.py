@@ -46,7 +46,7 @@ def images(place: str, most: int) -> list[Any]:
     return [files[number] for number in chosen]
 
 
-def made(kind: str, count: int, side: int) -> list[Image.Image]:
+def synthetic_images(kind: str, count: int, side: int) -> list[Image.Image]:
     """Noise, or plain colours."""
     rng = np.random.default_rng(0)
     # Noise in every pixel; a plain colour is a single pixel made large.
@@ -55,9 +55,9 @@ def made(kind: str, count: int, side: int) -> list[Image.Image]:
 
 
 @torch.no_grad()
-def features(model: MaskVLM, asked: list[Any]) -> torch.Tensor:
+def features(model: MaskVLM, pictures: list[Any]) -> torch.Tensor:
     """Features of the images by `mean_patch`, [N, D]."""
-    parts = (asked[start : start + 64] for start in range(0, len(asked), 64))
+    parts = (pictures[start : start + 64] for start in range(0, len(pictures), 64))
     return torch.cat([mean_patch(model.backbone.image(model.pixels(part))) for part in parts])
 
 
@@ -69,27 +69,29 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=1000, help="images of a place")
     options = parser.parse_args()
     model = MaskVLM.from_pretrained(options.checkpoint)
-    asked = {place: features(model, images(place, options.most)) for place in options.asked}
-    asked |= {kind: features(model, made(kind, 100, model.image_size)) for kind in ("noise", "plain colours")}
+    features_by_place = {place: features(model, images(place, options.most)) for place in options.asked}
+    features_by_place |= {
+        kind: features(model, synthetic_images(kind, 100, model.image_size)) for kind in ("noise", "plain colours")
+    }
     if options.known is None:
         if model.known is None:
             raise UserError(options.checkpoint, "does not tell what it knows", "Name images like its own with --known")
-        print_shares("the checkpoint's own range", asked, model.known)
+        print_shares("the checkpoint's own range", features_by_place, model.known)
         return
     known_ND = features(model, images(options.known, options.most))
     # Odd places are asked, even ones are the sample: no image is compared with itself.
-    asked = {f"{options.known}, others": known_ND[1::2]} | asked
+    features_by_place = {f"{options.known}, others": known_ND[1::2]} | features_by_place
     for share in SHARES:
         known = fit_range(sample_of(known_ND[::2]), share)
         if known is None:
             raise UserError("--known", f"{len(known_ND)} images are too few", "Name a folder with 100 or more")
-        print_shares(f"{100 * share:g} % of the sample", asked, known)
+        print_shares(f"{100 * share:g} % of the sample", features_by_place, known)
 
 
-def print_shares(title: str, asked: dict[str, torch.Tensor], known: KnownRange) -> None:
-    """How many images of each place are far. asked: features by place, [N, D]."""
+def print_shares(title: str, features_by_place: dict[str, torch.Tensor], known: KnownRange) -> None:
+    """How many images of each place are far. features_by_place: [N, D] of each."""
     print(f"\n{title}: far is beyond {known.most:.3f}")
-    for name, feature_ND in asked.items():
+    for name, feature_ND in features_by_place.items():
         far = 100 * float((distance_to(feature_ND, known) > known.most).float().mean())
         median = float(distance_to(feature_ND, known).median())
         print(f"  {name[-40:]:40} {far:5.1f} % far of {len(feature_ND):4}, median {median:.3f}")

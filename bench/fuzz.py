@@ -110,8 +110,8 @@ class Kinds:
         folder = self.folder / "raw"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        _, bad, told = read(TOYS[name][0], write(folder, damaged(toy(name), rng.randrange(2**32))))
-        return "one line" if told else "bad rows" if bad else "ok"
+        _, bad, message = read(TOYS[name][0], write(folder, damaged(toy(name), rng.randrange(2**32))))
+        return "one line" if message else "bad rows" if bad else "ok"
 
     # ------------------------------------------------------------------ models
 
@@ -143,14 +143,14 @@ class Kinds:
 
         from maskvlm.checkpoint.hf_folder import write_sums
 
-        whole, made = self.folder / "whole", self.folder / "hub"
+        whole, copy = self.folder / "whole", self.folder / "hub"
         if not whole.exists():
             shutil.copytree(OLD / "hub", whole)
             write_sums(whole)
-        shutil.rmtree(made, ignore_errors=True)
-        model_mutators.folder(whole, made, rng, str(self.mark))
+        shutil.rmtree(copy, ignore_errors=True)
+        model_mutators.folder(whole, copy, rng, str(self.mark))
         # Without the sums nobody can tell which content was written.
-        return self.model(made, written=(made / "checksums.json").exists())
+        return self.model(copy, written=(copy / "checksums.json").exists())
 
     def model(self, source: Path, written: bool) -> str:
         """written: sums tell whether it is what was written."""
@@ -179,7 +179,7 @@ class Kinds:
         stack = [word for name in names for word in ("-c", f"conf/{name}.yaml")]
         parsed = run_command(Parsed, ["fit", "--run", "x", *stack])
         whole = yaml.safe_load(parsed._parser("fit").dump(parsed.settings, skip_unset=False))
-        kept = (
+        trainer_keys = (
             "max_steps",
             "accelerator",
             "devices",
@@ -189,7 +189,7 @@ class Kinds:
             "plugins",
             "log_every_n_steps",
         )
-        whole["trainer"] = {key: whole["trainer"][key] for key in kept}
+        whole["trainer"] = {key: whole["trainer"][key] for key in trainer_keys}
         self.text = yaml.safe_dump({key: whole[key] for key in ("seed_everything", "model", "data", "run", "trainer")})
         self.keys = sorted(option_names(parsed._subcommand_parsers["fit"]))
         # A module of nobody's that leaves a mark as soon as it is imported.
@@ -246,27 +246,27 @@ def outcome(kinds: Kinds, kind: str, seed: int, number: int, show: bool = False)
     try:
         with warnings.catch_warnings(), limited():
             warnings.simplefilter("ignore")
-            found = make(rng), ""
+            verdict = make(rng), ""
     except UserError as error:
         if show:
             print(error)
-        found = (f"exit {int(error.code)}", "") if "\n" not in str(error) else ("several lines", str(error)[:300])
+        verdict = (f"exit {int(error.code)}", "") if "\n" not in str(error) else ("several lines", str(error)[:300])
     except TimeoutError as error:
-        found = "hang", str(error)
+        verdict = "hang", str(error)
     except Silent as error:
-        found = "silent", str(error)
+        verdict = "silent", str(error)
     except BaseException as error:
-        told = user_line(error)  # as the command would end
-        if show and told is None:
+        user_error = user_line(error)  # as the command would end
+        if show and user_error is None:
             traceback.print_exc()
-        found = ("traceback", repr(error)[:300]) if told is None else (f"exit {int(told.code)}", "")
+        verdict = ("traceback", repr(error)[:300]) if user_error is None else (f"exit {int(user_error.code)}", "")
     # A library may swallow the alarm's exception: the clock tells.
-    if time.monotonic() - began > LIMIT + 1 and found[0] != "hang":
-        found = "hang", f"{time.monotonic() - began:.0f} s"
+    if time.monotonic() - began > LIMIT + 1 and verdict[0] != "hang":
+        verdict = "hang", f"{time.monotonic() - began:.0f} s"
     if kinds.mark.exists():
         kinds.mark.unlink()
-        found = "marker", "its code ran"
-    return found
+        verdict = "marker", "its code ran"
+    return verdict
 
 
 def worker(kind: str, seed: int, numbers: range, place: Path) -> None:
@@ -299,9 +299,9 @@ def run(options: argparse.Namespace, place: Path) -> dict[str, Counter[str]]:
     ]
     # Kinds are mixed, as their speeds differ and the time left follows from the mean.
     random.Random(0).shuffle(parts)
-    found: dict[str, Counter[str]] = {kind: Counter() for kind in options.counts}
+    outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in options.counts}
     running: dict[int, tuple[str, range, float]] = {}
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     total, done = sum(options.counts.values()), 0
     while parts or running:
         while parts and len(running) < options.jobs:
@@ -324,23 +324,24 @@ def run(options: argparse.Namespace, place: Path) -> dict[str, Counter[str]]:
             kind, numbers, _ = running.pop(child)
             lines = (place / f"{kind}-{numbers.start}.txt").read_text().splitlines()
             for number, what, why in map(json.loads, lines):
-                found[kind][what] += 1
+                outcomes[kind][what] += 1
                 if what in BAD:
                     print(f"{kind}:{number}: {what}: {why}", flush=True)
             done += len(lines)
             next_one = numbers.start + len(lines)
             if status and next_one < numbers.stop:  # the process ended within a mutant: go on behind it
-                found[kind]["crash"] += 1
+                outcomes[kind]["crash"] += 1
                 done += 1
                 print(f"{kind}:{next_one}: crash: signal {status & 127}", flush=True)
                 parts.append((kind, range(next_one + 1, numbers.stop)))
-            if time.monotonic() - told > 30:
-                told = time.monotonic()
-                left = (told - began) / max(done, 1) * (total - done)
+            if time.monotonic() - reported > 30:
+                reported = time.monotonic()
+                remaining = (reported - began) / max(done, 1) * (total - done)
                 print(
-                    f"{done:,} of {total:,}  {done / (told - began):.1f} a second  {left / 60:.0f} min left", flush=True
+                    f"{done:,} of {total:,}  {done / (reported - began):.1f} a second  {remaining / 60:.0f} min left",
+                    flush=True,
                 )
-    return found
+    return outcomes
 
 
 def main() -> int:
@@ -367,9 +368,9 @@ def main() -> int:
         import tasks.entailment.task  # noqa: F401
 
         began = time.monotonic()
-        found = run(options, Path(scratch))
-    every: Counter[str] = sum(found.values(), Counter())
-    for kind, counts in found.items():
+        outcomes = run(options, Path(scratch))
+    every: Counter[str] = sum(outcomes.values(), Counter())
+    for kind, counts in outcomes.items():
         print(f"{kind:11} {sum(counts.values()):6,}  " + ", ".join(f"{what} {n:,}" for what, n in counts.most_common()))
     bad = {what: every[what] for what in BAD}
     print(f"{sum(every.values()):,} mutants, seed {options.seed}, {time.monotonic() - began:.0f} s: {bad}")

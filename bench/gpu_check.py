@@ -148,10 +148,10 @@ def trained(case: Case, folder: Path) -> dict[str, str]:
 
 def steps_alone(case: Case, steps: int, repeats: int) -> list[dict[str, str]]:
     """A row for each way to make the step."""
-    made = built([*case.words, f"--data.batch_size={case.pairs}"])
+    setup = built([*case.words, f"--data.batch_size={case.pairs}"])
     device = torch.device("cuda" if "where=gpu1" in case.words else "cpu")
-    batch = move_data_to_device(noise_batch(case.pairs, made.model.backbone), device)
-    one = Trained(made, device)
+    batch = move_data_to_device(noise_batch(case.pairs, setup.model.backbone), device)
+    one = Trained(setup, device)
     memory = {way: step_memory(one, way, batch) for way in case.ways}
     seconds: dict[str, list[float]] = {way: [] for way in case.ways}
     for _ in range(repeats):
@@ -185,8 +185,8 @@ def step_memory(one: Trained, way: str, batch: Any) -> float | None:
 
 def simulated_gib(case: Case) -> float | None:
     """What `tests/gpu_sim` found for it."""
-    found: dict[str, dict[str, float]] = json.loads(TABLE.read_text())
-    return None if case.simulated is None else found[case.simulated]["peak_gib"]
+    table: dict[str, dict[str, float]] = json.loads(TABLE.read_text())
+    return None if case.simulated is None else table[case.simulated]["peak_gib"]
 
 
 def in_gib(value: float | None) -> str:
@@ -253,13 +253,13 @@ def driver() -> str:
 def title(cpu: bool) -> str:
     """What all of it was measured on."""
     facts = versions()
-    made_of = f"torch {torch.__version__}, commit {facts['commit']}, {datetime.now(UTC):%Y-%m-%d}"
+    origin = f"torch {torch.__version__}, commit {facts['commit']}, {datetime.now(UTC):%Y-%m-%d}"
     if cpu:
         return (
             f"CPU trial of `make gpu-check`, which says nothing of a card: {machine()['processor']}, "
-            f"{torch.get_num_threads()} threads, {made_of}"
+            f"{torch.get_num_threads()} threads, {origin}"
         )
-    return f"{torch.cuda.get_device_name()}, driver {driver()}, CUDA {torch.version.cuda}, {made_of}"
+    return f"{torch.cuda.get_device_name()}, driver {driver()}, CUDA {torch.version.cuda}, {origin}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

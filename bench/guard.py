@@ -71,9 +71,9 @@ class Timed(LightningCommand):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         # In the place of the recipe's own guard.
-        kept = [each for each in trainer.callbacks if not isinstance(each, StepGuard)]  # type: ignore[attr-defined]
+        others = [each for each in trainer.callbacks if not isinstance(each, StepGuard)]  # type: ignore[attr-defined]
         type(self).guard = Alternating()
-        trainer.callbacks = [type(self).guard, *kept]  # type: ignore[attr-defined]
+        trainer.callbacks = [type(self).guard, *others]  # type: ignore[attr-defined]
         return trainer
 
 

@@ -72,7 +72,7 @@ SMALL: dict[str, Any] = {
     "trainer.val_check_interval": MEASURED,
     "trainer.log_every_n_steps": 1,
 }
-KEPT = """
+RUN_SETTINGS = """
 trainer:
   logger: [{class_path: maskvlm.training.csv_log.RunLog, init_args: {save_dir: "{run}", name: "", version: ""}}]
   callbacks:
@@ -98,12 +98,12 @@ class Result(NamedTuple):
 def command(folder: Path, workers: int, more: tuple[str, ...] = ()) -> list[str]:
     """The arguments of the small training."""
     # Written once; `{run}` in it is filled in by the command.
-    kept = folder.parent / "kept.yaml"
-    if not kept.exists():
-        kept.write_text(KEPT.replace("STEPS", str(EVERY)))
+    run_yaml = folder.parent / "kept.yaml"
+    if not run_yaml.exists():
+        run_yaml.write_text(RUN_SETTINGS.replace("STEPS", str(EVERY)))
     stack = [word for name in STACK for word in ("-c", str(ROOT / "conf" / f"{name}.yaml"))]
     settings = [f"--{key}={value}" for key, value in SMALL.items()]
-    return ["fit", "--run", str(folder), *stack, "-c", str(kept), *settings, f"--data.workers={workers}", *more]
+    return ["fit", "--run", str(folder), *stack, "-c", str(run_yaml), *settings, f"--data.workers={workers}", *more]
 
 
 def fork(arguments: list[str], broken: str = "", env: dict[str, str] | None = None, log: Path | None = None) -> int:
@@ -172,19 +172,19 @@ VOLATILE = ("train/pairs_per_second", "train/data_wait")
 
 def differences(one: Result, other: Result) -> list[str]:
     """What is not equal to the bit."""
-    found = []
+    lines = []
     if one.log != other.log:
         unlike = [(a, b) for a, b in zip(one.log, other.log, strict=False) if a != b]
         keys = [key for key in unlike[0][0] if unlike[0][0][key] != unlike[0][1].get(key)] if unlike else []
         where = f"at step {unlike[0][0]['step']} in {', '.join(keys[:3])}" if unlike else "in number"
-        found.append(f"log: {len(one.log)} and {len(other.log)} rows, first difference {where}")
+        lines.append(f"log: {len(one.log)} and {len(other.log)} rows, first difference {where}")
     for name in ("state", "optimiser"):
         was, now = getattr(one, name), getattr(other, name)
         unequal = [key for key in was if key not in now or not torch.equal(was[key], now[key])]
         if unequal or was.keys() != now.keys():
             first = unequal[0] if unequal else "one that was not there"
-            found.append(f"{name}: {len(unequal)} of {len(was)} tensors differ, first {first}")
-    return found
+            lines.append(f"{name}: {len(unequal)} of {len(was)} tensors differ, first {first}")
+    return lines
 
 
 # ------------------------------------------------------------------ one process, killed again and again
@@ -228,8 +228,8 @@ def kill_runs(folder: Path, kills: int, workers: int, broken: str, seed: int) ->
                 break
         counts["runs"] += 1
         counts["most kills of one run"] = max(counts["most kills of one run"], survived)
-        if status == 0 and (found := differences(whole, result(run))):
-            wrong.append(f"run{number}: {'; '.join(found)}")
+        if status == 0 and (unequal := differences(whole, result(run))):
+            wrong.append(f"run{number}: {'; '.join(unequal)}")
         # A run that was right leaves nothing; one that was wrong stays to be looked at.
         if not wrong or not wrong[-1].startswith(f"run{number}:"):
             shutil.rmtree(run)
@@ -254,9 +254,9 @@ def strike(child: int, kind: signal.Signals, run: Path, duration: float, chance:
         if wanted and writing(run, born) and chance.random() < 0.5:
             break
         time.sleep(0.0005 if wanted else 0.003)
-    found = writing(run, born)
+    in_write = writing(run, born)
     os.kill(child, kind)
-    return found
+    return in_write
 
 
 def writing(run: Path, since: float) -> bool:
@@ -279,10 +279,10 @@ def kill_writes(folder: Path, kills: int, broken: str, seed: int) -> dict[str, A
     run, began = folder / "writes", time.monotonic()
     run.mkdir(parents=True)
     for number in track(range(kills), description="killing writes", disable=not sys.stdout.isatty()):
-        told, born = folder / f"saved{number}.txt", time.time()
-        child = fork_saver(run, told, broken)
+        log, born = folder / f"saved{number}.txt", time.time()
+        child = fork_saver(run, log, broken)
         saves, until = chance.randint(2, 5), time.monotonic() + 60
-        while (len(lines_of(told)) < saves or not writing(run, born)) and time.monotonic() < until:
+        while (len(lines_of(log)) < saves or not writing(run, born)) and time.monotonic() < until:
             time.sleep(0.0002)
         # Somewhere within a write, or the next one.
         time.sleep(chance.uniform(0.0, 0.03))
@@ -291,15 +291,15 @@ def kill_writes(folder: Path, kills: int, broken: str, seed: int) -> dict[str, A
         os.waitpid(child, 0)
         counts["SIGKILL"] += 1
         damaged: list[str] = []
-        saved, found = int(lines_of(told)[-1]), steps_in(run, damaged)
-        behind = saved - max(found, default=-1)
+        saved, steps = int(lines_of(log)[-1]), steps_in(run, damaged)
+        behind = saved - max(steps, default=-1)
         counts[f"steps behind: {behind}"] += 1
-        if damaged or len(found) != 1 or behind > SNAPSHOTS:
-            wrong.append(f"kill {number}: step {saved} was saved, the file holds {sorted(found)} {damaged}")
+        if damaged or len(steps) != 1 or behind > SNAPSHOTS:
+            wrong.append(f"kill {number}: step {saved} was saved, the file holds {sorted(steps)} {damaged}")
     return {"counts": dict(counts), "wrong": wrong, "seconds": round(time.monotonic() - began)}
 
 
-def fork_saver(run: Path, told: Path, broken: str) -> int:
+def fork_saver(run: Path, log: Path, broken: str) -> int:
     """A process that goes on from the newest whole checkpoint; notes each step whose save has returned."""
     child = os.fork()
     if child:
@@ -310,7 +310,7 @@ def fork_saver(run: Path, told: Path, broken: str) -> int:
         state = {str(part): torch.full((100_000,), step) for part in range(8)}
         io = SafeCheckpointIO()
         io.begin()
-        with breaking(broken), told.open("w", buffering=1) as file:
+        with breaking(broken), log.open("w", buffering=1) as file:
             while True:
                 step += 1
                 for tensor in state.values():
@@ -322,17 +322,17 @@ def fork_saver(run: Path, told: Path, broken: str) -> int:
     os._exit(1)
 
 
-def lines_of(told: Path) -> list[str]:
+def lines_of(log: Path) -> list[str]:
     """Whole lines alone."""
-    text = told.read_text() if told.exists() else ""
+    text = log.read_text() if log.exists() else ""
     return text[: text.rfind("\n") + 1].split()
 
 
 def steps_in(run: Path, damaged: list[str]) -> set[int]:
     """The steps that the newest whole checkpoint's tensors are of; empty where there is none. damaged: gets newer ones
     that are not whole."""
-    found = newest_valid(run, damaged.append)
-    tensors = [] if found is None else load(found)["state_dict"].values()
+    newest = newest_valid(run, damaged.append)
+    tensors = [] if newest is None else load(newest)["state_dict"].values()
     return {step for tensor in tensors for step in tensor.unique().tolist()}
 
 
@@ -400,10 +400,10 @@ def free_port() -> int:
 # ------------------------------------------------------------------ command line
 
 
-def report(found: dict[str, Any]) -> int:
-    print(yaml.safe_dump(found, sort_keys=False, width=200), end="")
-    print(f"{len(found['wrong'])} wrong")
-    return int(bool(found["wrong"]))
+def report(summary: dict[str, Any]) -> int:
+    print(yaml.safe_dump(summary, sort_keys=False, width=200), end="")
+    print(f"{len(summary['wrong'])} wrong")
+    return int(bool(summary["wrong"]))
 
 
 def parse() -> argparse.Namespace:

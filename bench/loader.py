@@ -87,7 +87,7 @@ def scene(scenes: Any, number: int) -> np.ndarray:
     return np.clip(pixels + grain, 0, 255).astype(np.uint8)
 
 
-class Given(RawSet):
+class JpegFolder(RawSet):
     """The JPEGs of a folder, which every fortieth is of the validation split."""
 
     facts = Facts("bench", None, None, "")
@@ -123,7 +123,7 @@ def make(work: Path, images: str | None, count: int) -> None:
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
     plan = Plan("folder", str(work / "folder"), Settings("bench", SIDE), {}, rows=each)
-    prepare(Given(work / "folder"), plan, work / "prepared", 1, lambda text: None)
+    prepare(JpegFolder(work / "folder"), plan, work / "prepared", 1, lambda text: None)
 
 
 # ------------------------------------------------------------------ loaders
@@ -174,8 +174,8 @@ class ToSample:
     def __init__(self, transform: Callable[..., torch.Tensor]) -> None:
         self.transform = transform
 
-    def __call__(self, found: tuple[Image.Image, str]) -> Sample:
-        image, text = found
+    def __call__(self, row: tuple[Image.Image, str]) -> Sample:
+        image, text = row
         return sample(self.transform(image, text), text, 0)
 
 
@@ -245,14 +245,14 @@ def timed(name: str, work: Path, options: argparse.Namespace, workers: int) -> t
 
 def speed(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     names = options.loaders
-    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    timings: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for turn in range(options.rounds):
         for workers in options.workers:
             # Each loader is first, second ... in turn, so that none always meets a cold cache.
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                found.setdefault((name, workers), []).append(timed(name, work, options, workers))
+                timings.setdefault((name, workers), []).append(timed(name, work, options, workers))
     rows = []
-    for (name, workers), rounds in sorted(found.items(), key=lambda item: (item[0][1], names.index(item[0][0]))):
+    for (name, workers), rounds in sorted(timings.items(), key=lambda item: (item[0][1], names.index(item[0][0]))):
         rates, cpus = zip(*rounds, strict=True)
         rows.append(
             {

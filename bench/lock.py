@@ -38,10 +38,10 @@ def trial(folder: Path, late: float) -> tuple[list[int], str]:
         return codes, f"exits {codes}: {logs[codes.index(max(codes))].read_text()[-300:]}"
     trained = codes.index(0)
     # Of the one refused a single line, which names the process that trains.
-    said = logs[1 - trained].read_text()
-    told = f"error: {folder}: another process trains here (process {children[trained]} on "
-    if said.count("\n") != 1 or not said.startswith(told):
-        return codes, f"the one refused said {said[-300:]!r}"
+    output = logs[1 - trained].read_text()
+    beginning = f"error: {folder}: another process trains here (process {children[trained]} on "
+    if output.count("\n") != 1 or not output.startswith(beginning):
+        return codes, f"the one refused said {output[-300:]!r}"
     with (folder / "metrics.csv").open(newline="") as file:
         # Each step once and in order: two trainings in one file would show here.
         steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")]
@@ -71,10 +71,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found = trials(Path(scratch), options.trials, options.seed)
-    print(yaml.safe_dump(found, sort_keys=False, width=200), end="")
-    print(f"{len(found['wrong'])} wrong of {options.trials}")
-    return int(bool(found["wrong"]))
+        summary = trials(Path(scratch), options.trials, options.seed)
+    print(yaml.safe_dump(summary, sort_keys=False, width=200), end="")
+    print(f"{len(summary['wrong'])} wrong of {options.trials}")
+    return int(bool(summary["wrong"]))
 
 
 if __name__ == "__main__":

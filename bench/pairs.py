@@ -110,34 +110,34 @@ def wrong(
     """What is not as it should be."""
     # 69: a process was lost; 70: a bug; 75: stopped with a checkpoint.
     expected = {"killed": (-9, 69), "stop": (-9, 69), "raises": (70, 70)}.get(kind, (75, 75))
-    found, said = [], "".join(log.read_text(errors="replace") for log in logs)
+    problems, output = [], "".join(log.read_text(errors="replace") for log in logs)
     # Whom it struck comes first in `expected`.
     if codes != (expected if whom == 0 else expected[::-1]):
-        found.append(f"exits {codes}")
+        problems.append(f"exits {codes}")
     most = patience + 5 if kind == "stop" else 15.0
     if seconds > most:
-        found.append(f"{seconds:.1f} s, more than {most:.0f}")
+        problems.append(f"{seconds:.1f} s, more than {most:.0f}")
     causes = {"killed": f"rank {whom} (", "stop": f"rank {whom} (", "raises": TORCH[1]}
     # The cause is told once, by one process; the other points to it.
-    if kind in causes and (said.count("error: ") != 1 or causes[kind] not in said):
-        found.append(f"the cause is told {said.count('error: ')} times")
+    if kind in causes and (output.count("error: ") != 1 or causes[kind] not in output):
+        problems.append(f"the cause is told {output.count('error: ')} times")
     # A bug is named so only where one was raised.
-    if kind != "raises" and "This is a bug" in said:
-        found.append("it is called a bug")
+    if kind != "raises" and "This is a bug" in output:
+        problems.append("it is called a bug")
     try:
         newest = newest_valid(run, lambda _: None)
         step = load(newest)["global_step"] if newest else 0
     except Exception as error:
-        found.append(f"no checkpoint: {error}")
+        problems.append(f"no checkpoint: {error}")
     else:
         if not step:
-            found.append("no checkpoint")
-    if found:
-        found += [line[:300] for line in said.replace("\r", "\n").splitlines() if "rror:" in line][:3]
-    return found
+            problems.append("no checkpoint")
+    if problems:
+        problems += [line[:300] for line in output.replace("\r", "\n").splitlines() if "rror:" in line][:3]
+    return problems
 
 
-def left_over() -> list[int]:
+def orphan_pids() -> list[int]:
     """Processes that outlive the two by more than a second: orphans come to this one."""
     until = time.monotonic() + 1.0
     while True:
@@ -175,9 +175,9 @@ def main() -> int:
             more = (*more, f"--data.workers={options.workers}")
         with tempfile.TemporaryDirectory() as folder:
             done = trial(Path(folder), kind, options.patience, chance, more)
-        if left := left_over():
-            done.wrong.append(f"{len(left)} processes left over")
-            for pid in left:
+        if orphans := orphan_pids():
+            done.wrong.append(f"{len(orphans)} processes left over")
+            for pid in orphans:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
         trials.append(done)

@@ -84,14 +84,14 @@ class Clock(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.seen: dict[int, float] = {}
+        self.seconds: dict[int, float] = {}
         self.past: list[tuple[float, float, int]] = []
         self.over = threading.Event()
 
     @staticmethod
     def now(ready: list[int] | None = None) -> dict[int, float]:
         # A group number finds the workers' own children, too.
-        found, group = {}, os.getpgid(0)
+        seconds, group = {}, os.getpgid(0)
         for place in Path("/proc").iterdir():
             if place.name.isdigit():
                 try:
@@ -102,13 +102,13 @@ class Clock(threading.Thread):
                 if int(fields[2]) == group:
                     if ready is not None and fields[0] == "R":
                         ready.append(int(place.name))
-                    found[int(place.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        return found
+                    seconds[int(place.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return seconds
 
     def run(self) -> None:
         while not self.over.is_set():
             ready: list[int] = []
-            self.seen.update(self.now(ready))
+            self.seconds.update(self.now(ready))
             running = len({*ready} - {os.getpid()})  # this process is running as it looks
             self.past.append((time.perf_counter(), self.total(), running))
             self.over.wait(0.2)
@@ -116,10 +116,10 @@ class Clock(threading.Thread):
     def stop(self) -> None:
         self.over.set()
         self.join()
-        self.seen.update(self.now())
+        self.seconds.update(self.now())
 
     def total(self) -> float:
-        return sum(self.seen.values())
+        return sum(self.seconds.values())
 
     def busy(self, wall: float, workers: int) -> tuple[float, float]:
         times = np.array(self.past)
@@ -178,10 +178,10 @@ def main() -> None:
             plan = Plan("bench", "bench", Settings("bench", SIDE, QUALITY), {})
             root = Path(work) / f"set{turn}"
 
-            def made(root=root, plan=plan) -> object:  # type: ignore[no-untyped-def]
+            def run_prepare(root=root, plan=plan) -> object:  # type: ignore[no-untyped-def]
                 return prepare(Repeated(paths, options.count), plan, root, options.workers)
 
-            results["prepare", turn] = measured(made, options.workers)
+            results["prepare", turn] = measured(run_prepare, options.workers)
             for name in ("bare loop", "prepare"):
                 used = results[name, turn]
                 speed, each = options.count / used.wall, 1000 * used.cpu / options.count

@@ -62,8 +62,8 @@ def main() -> None:
     match_BC[wanted_BC] = torch.randn(int(wanted_BC.sum())) + 20 * contrast_BC[wanted_BC]
     started = time.process_time()
     scores = Scores(contrast_BC, match_BC, owner_C, best)
-    found = rankings(scores, [0, k])
-    retrieval_metrics(scores, found, k)
+    ranks_by_k = rankings(scores, [0, k])
+    retrieval_metrics(scores, ranks_by_k, k)
     total += timed("ranks of both stages", started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{int(wanted_BC.sum()):,} pairs to match; the CPU's part {total:.2f} s, {peak:.2f} GiB at most")
@@ -72,11 +72,11 @@ def main() -> None:
     started = time.process_time()
     ranks = [loop_rank(contrast_BC[b], match_BC[b], of_image[b], k) for b in range(queries)]
     loop = (time.process_time() - started) / queries * images
-    assert ranks == found[k].text.rank_Q[:queries].tolist()
+    assert ranks == ranks_by_k[k].text.rank_Q[:queries].tolist()
     started = time.process_time()
     ranks = [loop_rank(contrast_BC[:, c], match_BC[:, c], {int(owner_C[c])}, k) for c in range(queries)]
     loop += (time.process_time() - started) / queries * len(owner_C)
-    assert ranks == found[k].image.rank_Q[:queries].tolist()
+    assert ranks == ranks_by_k[k].image.rank_Q[:queries].tolist()
     print(f"one query at a time: {loop:.0f} s, {loop / total:.0f} times as long, the same ranks")
 
 

@@ -85,10 +85,10 @@ def main() -> None:
                 continue
             value, _ = tune(index, kind, vector_NE, tune_QE, RECALL)
             tuned = time.perf_counter() - start - built
-            found_QK = index.search(ask_QE, 10)[1]
+            nearest_QK = index.search(ask_QE, 10)[1]
             # By position: equal vectors hardly occur here.
-            both = zip(found_QK.tolist(), exact_QK.tolist(), strict=True)
-            recall = np.mean([len(set(found) & set(exact)) / 10 for found, exact in both])
+            both = zip(nearest_QK.tolist(), exact_QK.tolist(), strict=True)
+            recall = np.mean([len(set(nearest) & set(exact)) / 10 for nearest, exact in both])
             alone_QE, cpu_then = ask_QE if name != "flat" else ask_QE[:100], time.process_time()
             times = milliseconds(index, alone_QE)
             each = 1000 * (time.process_time() - cpu_then) / len(alone_QE)

@@ -38,10 +38,10 @@ def pairs_a_second(checkout: Path, options: list[str]) -> float:
         [sys.executable, "-m", "maskvlm", "bench", *files, *options],
         capture_output=True, text=True, cwd=checkout, env=os.environ | {"PYTHONPATH": "src"},
     )  # fmt: skip
-    found = re.search(r"([\d.]+) pairs/s", done.stdout)
-    if found is None:
+    match = re.search(r"([\d.]+) pairs/s", done.stdout)
+    if match is None:
         raise SystemExit(f"{checkout}: {done.stderr.strip().splitlines()[-1:] or done.stdout}")
-    return float(found[1])
+    return float(match[1])
 
 
 def main() -> None:

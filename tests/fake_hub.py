@@ -27,7 +27,7 @@ class FakeHub:
         self.account: dict[str, Any] = {
             "name": "ann", "type": "user", "orgs": [{"name": "acme"}], "auth": {"accessToken": {"role": "write"}},
         }  # fmt: skip
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         self.address = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -42,10 +42,10 @@ class FakeHub:
     def post(self, path: str, body: bytes) -> Any:
         """The answer to a POST, plain data."""
         if path == "/api/repos/create":
-            given = json.loads(body)
-            name = "/".join(filter(None, (given.get("organization"), given["name"])))
+            request = json.loads(body)
+            name = "/".join(filter(None, (request.get("organization"), request["name"])))
             if name not in self.files:
-                self.files[name], self.created[name] = {}, given
+                self.files[name], self.created[name] = {}, request
             return {"url": f"{self.address}/{name}", "name": name, "id": name}
         name, what = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(\w+)/.*", path).groups()  # type: ignore[union-attr]
         if what == "preupload":
@@ -59,17 +59,17 @@ class FakeHub:
 
     def get(self, path: str) -> bytes | None:
         """The answer to a GET; None for what is not there."""
-        if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(/revision/\w+)?(/tree/\w+)?", path):
-            name = found[1]
+        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(/revision/\w+)?(/tree/\w+)?", path):
+            name = match[1]
             if name not in self.files:
                 return None
-            if found[3]:
+            if match[3]:
                 sizes = ((key, len(value)) for key, value in self.files[name].items())
                 return json.dumps([{"type": "file", "path": p, "size": s, "oid": p} for p, s in sizes]).encode()
-            told = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": key} for key in self.files[name]]}
-            return json.dumps(told).encode()
-        if found := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/\w+/(.*)", path):
-            return self.files.get(found[1], {}).get(found[2])
+            record = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": key} for key in self.files[name]]}
+            return json.dumps(record).encode()
+        if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/\w+/(.*)", path):
+            return self.files.get(match[1], {}).get(match[2])
         return b"{}" if path in ("/", "/api/validate-yaml") else None
 
     def handler(self) -> type[BaseHTTPRequestHandler]:
@@ -81,7 +81,7 @@ class FakeHub:
             def log_message(self, *_: object) -> None: ...
 
             def answer(self, status: int, body: bytes) -> None:
-                hub.asked.append(f"{self.command} {self.path} {status}")
+                hub.requests.append(f"{self.command} {self.path} {status}")
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.send_header("Content-Type", "application/json")

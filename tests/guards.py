@@ -39,11 +39,11 @@ class Build(NamedTuple):
 def function_of(guard: str) -> Any:
     """The function that a guard's name means: `module:function` or `module:Class.method`."""
     module, _, path = guard.partition(":")
-    found: Any = importlib.import_module(module)
+    target: Any = importlib.import_module(module)
     for name in path.split("."):
-        found = getattr(found, name)
-    found = getattr(found, "fget", found)  # of a property
-    return getattr(found, "__wrapped__", getattr(found, "__func__", found))
+        target = getattr(target, name)
+    target = getattr(target, "fget", target)  # of a property
+    return getattr(target, "__wrapped__", getattr(target, "__func__", target))
 
 
 @contextmanager
@@ -53,9 +53,9 @@ def without(guard: str, gives: str = "None") -> Iterator[None]:
     was, defaults = function.__code__, function.__kwdefaults__
     free = "".join(f"{name} = None\n    " for name in was.co_freevars)
     inner = f"def outer():\n    {free}def taken(*args, **kwargs):\n        {', '.join(was.co_freevars) or '()'}\n"
-    made: dict[str, Any] = {}
-    exec(f"{inner}        return {gives}\n    return taken", made)
-    function.__code__, function.__kwdefaults__ = made["outer"]().__code__, None
+    namespace: dict[str, Any] = {}
+    exec(f"{inner}        return {gives}\n    return taken", namespace)
+    function.__code__, function.__kwdefaults__ = namespace["outer"]().__code__, None
     try:
         yield
     finally:

@@ -63,8 +63,8 @@ class Asker:
             for each in self.config["dependencies"]
             if [self.ids[part], event] in each["targets"] and not each["js"]
         ]
-        given = {self.ids[name]: value for name, value in values.items()}
-        data = [given.get(each, self.parts[each].get("value")) for each in known[0]["inputs"]]
+        by_id = {self.ids[name]: value for name, value in values.items()}
+        data = [by_id.get(each, self.parts[each].get("value")) for each in known[0]["inputs"]]
         body = {"fn_index": known[0]["id"], "session_hash": f"s{time.time_ns()}", "data": data}
         return body | {"event_data": event_data}
 
@@ -85,24 +85,24 @@ class Asker:
         body, reply = self.join(part, event, event_data, **values)
         reply.raise_for_status()
         (known,) = (each for each in self.config["dependencies"] if each["id"] == body["fn_index"])
-        told = json.loads(self.answer(body["session_hash"]))["output"]["data"]
+        outputs = json.loads(self.answer(body["session_hash"]))["output"]["data"]
         names = {number: name for name, number in self.ids.items()}
-        given = zip(known["outputs"], told, strict=True)
-        made = {names[part]: each for part, each in given if part in names}
-        return {name: plain(each) for name, each in made.items()}
+        pairs = zip(known["outputs"], outputs, strict=True)
+        by_name = {names[part]: each for part, each in pairs if part in names}
+        return {name: plain(each) for name, each in by_name.items()}
 
     def answer(self, session: str) -> str:
         with self.client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as stream:
             for line in stream.iter_lines():
-                told = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
-                if told.get("msg") in ("process_completed", "unexpected_error"):
-                    return json.dumps(told)
+                event = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+                if event.get("msg") in ("process_completed", "unexpected_error"):
+                    return json.dumps(event)
         return "nothing"
 
 
-def plain(told: Any) -> Any:
+def plain(output: Any) -> Any:
     """What a part shows; of an update its value, None where it has none."""
-    return told.get("value") if isinstance(told, dict) and told.get("__type__") == "update" else told
+    return output.get("value") if isinstance(output, dict) and output.get("__type__") == "update" else output
 
 
 class Live(NamedTuple):
@@ -123,7 +123,7 @@ class Live(NamedTuple):
         return f"http://127.0.0.1:{self.port}"
 
     @property
-    def kept(self) -> set[Path]:
+    def uploads(self) -> set[Path]:
         """Images that were uploaded and are still there."""
         return set(self.folder.rglob("image.*"))
 
@@ -134,10 +134,10 @@ class Live(NamedTuple):
         return {"path": path, "url": f"{self.base}/gradio_api/file={path}"}
 
     @property
-    def asked(self) -> int:
+    def question_count(self) -> int:
         """Questions that reached the queue so far."""
-        asked: int = self.guard.calls.blocks._queue.events_recorded
-        return asked
+        count: int = self.guard.calls.blocks._queue.events_recorded
+        return count
 
 
 @contextmanager

@@ -40,11 +40,11 @@ def lines(*values: Any) -> bytes:
 
 def archive(*files: tuple[str, bytes]) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as made:
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in files:
             info = tarfile.TarInfo(name)
             info.size = len(content)
-            made.addfile(info, io.BytesIO(content))
+            tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
 
 
@@ -64,11 +64,11 @@ def links(file: str, order: Callable[[str, str], tuple[str, str]]) -> Files:
 
 
 def vqa(part: str) -> Files:
-    asked = [{"question_id": n, "image_id": n, "question": "what is it"} for n in (1, 2, 3)]
-    told = [{"question_id": n, "image_id": n, "answers": [{"answer": "dog"}]} for n in (1, 2, 3)]
+    questions = [{"question_id": n, "image_id": n, "question": "what is it"} for n in (1, 2, 3)]
+    annotations = [{"question_id": n, "image_id": n, "answers": [{"answer": "dog"}]} for n in (1, 2, 3)]
     return {
-        f"v2_OpenEnded_{part}_questions.json": dump({"questions": asked}),
-        f"v2_{part}_annotations.json": dump({"annotations": told}),
+        f"v2_OpenEnded_{part}_questions.json": dump({"questions": questions}),
+        f"v2_{part}_annotations.json": dump({"annotations": annotations}),
         **named(*(f"images/COCO_{n:012d}.jpg" for n in (1, 2, 3))),
     }
 

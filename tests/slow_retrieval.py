@@ -69,8 +69,8 @@ class Slow:
 
     def negative(self, b: int, c: int) -> bool:
         """Another image, none of whose captions says the same."""
-        said = self.batch.text_id_C[self.batch.owner_C == b]
-        return not self.same(b, c) and bool((said != self.batch.text_id_C[c]).all())
+        own_texts = self.batch.text_id_C[self.batch.owner_C == b]
+        return not self.same(b, c) and bool((own_texts != self.batch.text_id_C[c]).all())
 
     def itc(self) -> Tensor:
         head = self.task.projection
@@ -82,9 +82,9 @@ class Slow:
                         [{(b, c) for b in self.images} for c in self.captions]):  # fmt: skip
             terms = []
             for pairs in queries:
-                found = [cosine[pair] for pair in sorted(pairs) if self.same(*pair)]
-                seen = torch.stack([cosine[p] for p in sorted(pairs) if self.same(*p) or self.negative(*p)])
-                terms.append(seen.logsumexp(0) - torch.stack(found).mean())
+                positives = [cosine[pair] for pair in sorted(pairs) if self.same(*pair)]
+                candidates = torch.stack([cosine[p] for p in sorted(pairs) if self.same(*p) or self.negative(*p)])
+                terms.append(candidates.logsumexp(0) - torch.stack(positives).mean())
             means.append(torch.stack(terms).mean())
         return (means[0] + means[1]) / 2
 

@@ -21,7 +21,7 @@ class Recorded(MaskedPretraining):
     """Keeps the masks, negatives and exchanged captions of its last step."""
 
     masks: Masks
-    found: tuple[Negatives, Negatives] | None
+    last_negatives: tuple[Negatives, Negatives] | None
     exchanged: ExchangedCaptions | None
 
     def exchange(self, *args: Any) -> ExchangedCaptions | None:
@@ -33,8 +33,8 @@ class Recorded(MaskedPretraining):
         return self.masks
 
     def negatives(self, *args: Any) -> tuple[Negatives, Negatives] | None:
-        self.found = super().negatives(*args)
-        return self.found
+        self.last_negatives = super().negatives(*args)
+        return self.last_negatives
 
 
 def build(backbone: MaskVLM | None = None, **settings: Any) -> tuple[MaskVLM, Recorded]:
@@ -122,8 +122,8 @@ class Slow:
         return torch.stack(terms).mean()
 
     def itm(self) -> Tensor:
-        assert self.task.found is not None
-        captions, images = self.task.found
+        assert self.task.last_negatives is not None
+        captions, images = self.task.last_negatives
         pairs = [(i, i, 1) for i in self.valid]
         pairs += [(i, int(captions.index_B[i]), 0) for i in self.valid if captions.weight_B[i]]
         pairs += [(int(images.index_B[i]), i, 0) for i in self.valid if images.weight_B[i]]

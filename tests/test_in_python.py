@@ -51,11 +51,11 @@ def test_the_page_runs_and_its_checkpoint_is_one_of_ours(tmp_path: Path, monkeyp
         exec(compile(block, str(PAGE), "exec"), known)
     assert known["terms"].keys() == {"itc", "itm", "mlm", "mim"}
     # The checkpoint of the second block says what it is of.
-    asked, content = MaskVLM.from_pretrained("mine.ckpt"), torch.load("mine.ckpt", weights_only=True)
+    model, content = MaskVLM.from_pretrained("mine.ckpt"), torch.load("mine.ckpt", weights_only=True)
     trained: dict[str, Tensor] = content["state_dict"]
-    for name, value in asked.backbone.state_dict().items():
+    for name, value in model.backbone.state_dict().items():
         torch.testing.assert_close(value, trained[f"backbone.{name}"], rtol=0, atol=0)
-    assert asked.task.arguments["contrast_dim"] == 32
+    assert model.task.arguments["contrast_dim"] == 32
     assert "data.source" not in content["model"]  # nor where anything lay
     assert content["lineage"][0]["steps"] == 20
     maskvlm("finetune", "vqa", "from=mine.ckpt", "run=vqa", "where=cpu", *SIZES, folder=tmp_path)
@@ -64,8 +64,8 @@ def test_the_page_runs_and_its_checkpoint_is_one_of_ours(tmp_path: Path, monkeyp
     maskvlm("pretrain", *more, folder=tmp_path)
     assert (tmp_path / "checkpoints/more/best.ckpt").is_file()
     # The folder of the third block holds what was trained there.
-    kept = MaskVLM.from_pretrained("mine")
-    for name, value in kept.task.state_dict().items():
+    reloaded = MaskVLM.from_pretrained("mine")
+    for name, value in reloaded.task.state_dict().items():
         torch.testing.assert_close(value, known["task"].state_dict()[name], rtol=0, atol=0)
 
 
@@ -100,8 +100,8 @@ def read(task: MaskedPretraining) -> dict[str, Any]:
 
 
 def test_a_class_that_hands_on_arguments_comes_back_with_them() -> None:
-    found = read(Keyed(0.25, mask_block=16, image_mask_ratio=0.9))
-    assert (found["extra"], found["mask_block"], found["image_mask_ratio"]) == (0.25, 16, 0.9)
+    arguments = read(Keyed(0.25, mask_block=16, image_mask_ratio=0.9))
+    assert (arguments["extra"], arguments["mask_block"], arguments["image_mask_ratio"]) == (0.25, 16, 0.9)
     with pytest.raises(UserError, match=r"x\.ckpt: task\.extra: its class does not say of which type it is\. Annotate"):
         read(Untyped(0.75))
     spec = spec_of_modules(toy_backbone(), Listed(0.25, 0.9, 0.15))
@@ -126,9 +126,9 @@ def test_heads_that_are_there_stay() -> None:
     backbone, task = toy_backbone(), MaskedPretraining(mask_block=8, contrast_dim=8)
     LitModel(backbone, task)
     before = {name: value.clone() for name, value in task.state_dict().items()}
-    asked = MaskVLM.from_modules(backbone, task)
-    assert not asked.task.training
-    again = LitModel(asked.backbone, asked.task)
+    model = MaskVLM.from_modules(backbone, task)
+    assert not model.task.training
+    again = LitModel(model.backbone, model.task)
     assert all(module.training for module in again.modules())
     for name, value in task.state_dict().items():
         assert torch.equal(value, before[name])
@@ -194,8 +194,8 @@ def test_a_task_of_pairs_is_not_trained_on_examples_nor_the_other_way_round() ->
         if right:
             check_source(task, data)
             continue
-        given, read = kinds[::-1] if source is examples else kinds
-        words = f"data.source: {type(source).__name__} gives {given}, {type(task).__name__} reads {read}"
+        source_kind, task_kind = kinds[::-1] if source is examples else kinds
+        words = f"data.source: {type(source).__name__} gives {source_kind}, {type(task).__name__} reads {task_kind}"
         with pytest.raises(UserError, match=words):
             check_source(task, data)
 
@@ -223,7 +223,7 @@ class Base:
     """Notes what its most specific class was built with."""
 
     def __init__(self, number: int) -> None:
-        self.number, self.given = number, given_arguments(self)
+        self.number, self.arguments = number, given_arguments(self)
 
 
 class Middle(Base):
@@ -242,11 +242,11 @@ class Whole(Middle):
 
 
 def test_a_base_class_sees_what_the_most_specific_class_was_given() -> None:
-    made = Whole(size=0.5, extra=2)
-    assert made.given == {"size": 0.5, "extra": 2}
-    assert made.part.given == {"name": "part"}
-    assert Base(number=3).given == {"number": 3}
+    whole = Whole(size=0.5, extra=2)
+    assert whole.arguments == {"size": 0.5, "extra": 2}
+    assert whole.part.arguments == {"name": "part"}
+    assert Base(number=3).arguments == {"number": 3}
     names: Any = ["a"]
     later = Middle(names)
     names.append("b")
-    assert later.given == {"name": ["a"]}
+    assert later.arguments == {"name": ["a"]}

@@ -27,17 +27,17 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         for inner in ast.walk(node)
     }
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(tree):
         if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            found.add(node.module or "")
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            modules.add(node.module or "")
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
 
 
 def part(module: str) -> str:
@@ -59,17 +59,17 @@ def test_the_core_knows_no_task_and_no_test() -> None:
 
 def test_imports_point_one_way() -> None:
     """No module leads back to itself: nothing is left when those without imports are taken away in turn."""
-    left = {name: found & GRAPH.keys() for name, found in GRAPH.items()}
-    while free := {name for name, found in left.items() if not found}:
-        left = {name: found - free for name, found in left.items() if name not in free}
-    assert left == {}, "these import each other"
+    remaining = {name: targets & GRAPH.keys() for name, targets in GRAPH.items()}
+    while free := {name for name, targets in remaining.items() if not targets}:
+        remaining = {name: targets - free for name, targets in remaining.items() if name not in free}
+    assert remaining == {}, "these import each other"
 
 
 def test_packages_import_those_before_them_alone() -> None:
     against = {
         f"{name} imports {m}"
-        for name, found in GRAPH.items()
-        for m in found
+        for name, targets in GRAPH.items()
+        for m in targets
         if part(name + ".") in ORDER and part(m) in ORDER and ORDER.index(part(m)) > ORDER.index(part(name + "."))
     }
     assert against == set()

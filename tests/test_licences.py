@@ -24,32 +24,32 @@ FREE = r"\| (CC0|public domain\b.*) \|$"
 def rows(heading: str) -> dict[str, list[str]]:
     """The tables of a section: each name in backquotes of the first cell -> the cells."""
     section = PAGE[PAGE.index(f"\n## {heading}\n") + 1 :].partition("\n## ")[0]
-    found: dict[str, list[str]] = {}
+    table: dict[str, list[str]] = {}
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("| ") and cells[0] != "`SET`":
-            found = dict.fromkeys(re.findall("`([^`]+)`", cells[0]), cells) | found  # the first table counts
-    return found
+            table = dict.fromkeys(re.findall("`([^`]+)`", cells[0]), cells) | table  # the first table counts
+    return table
 
 
 def weights_named() -> set[str]:
     """Of the models in conf/model that do not start from random weights."""
-    found = set()
+    names = set()
     for file in (ROOT / "conf" / "model").glob("*.yaml"):
         model = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
         if not model.get("random_init"):
             encoders = model["backbone"]["init_args"]
-            found |= {encoders[side]["init_args"]["name"] for side in ("image", "text")}
-    return found
+            names |= {encoders[side]["init_args"]["name"] for side in ("image", "text")}
+    return names
 
 
 def test_every_set_that_make_data_knows_has_its_terms() -> None:
     """A new set fails here until its licence stands in its Facts and on the page."""
-    told = rows("Data sets")
+    table = rows("Data sets")
     assert SETS.keys() == FACTS.keys() | OWN
     for name in SETS:
-        assert name in told, f"docs/licences.md has no row for the set {name}"
-        _, terms, stated_at = told[name]
+        assert name in table, f"docs/licences.md has no row for the set {name}"
+        _, terms, stated_at = table[name]
         assert terms == (UNKNOWN_LICENCE if name in OWN else FACTS[name].licence)
         assert stated_at
 
@@ -61,15 +61,15 @@ def test_a_manifest_has_the_words_of_the_page(shared_data: Path) -> None:
 
 
 def test_every_weight_that_a_model_names_has_its_licence() -> None:
-    told = rows("Weights")
+    table = rows("Weights")
     larger = {"vit_base_patch16_224", "vit_large_patch16_224", "roberta-base", "roberta-large"}
     compact = {"vit_small_patch14_dinov2.lvd142m", "sentence-transformers/all-MiniLM-L6-v2"}
     assert weights_named() == larger | compact
-    assert weights_named() <= told.keys()
+    assert weights_named() <= table.keys()
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     installed = re.findall(r"pip install (?:-\S+ )*--no-deps (?:-\S+ )*([\w-]+)", makefile)
     assert installed
-    assert set(installed) <= told.keys()
+    assert set(installed) <= table.keys()
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_large_patch16_224", "vit_small_patch14_dinov2.lvd142m"])
@@ -81,12 +81,12 @@ def test_timm_states_the_licence_that_the_page_does(name: str) -> None:
 
 def test_every_photograph_is_free_and_says_whose_it_is() -> None:
     lines = (PHOTOS / "LICENCES.md").read_text(encoding="utf-8").splitlines()
-    told = {found[1]: line for line in lines if (found := re.match(r"\| `([\w.]+)` \|", line))}
+    entries = {match[1]: line for line in lines if (match := re.match(r"\| `([\w.]+)` \|", line))}
     files = sorted(PHOTOS.glob("*.jpg"))
-    assert {file.name for file in files} == told.keys()
+    assert {file.name for file in files} == entries.keys()
     assert len(files) >= 4
     for file in files:
-        assert re.search(FREE, told[file.name]), told[file.name]
+        assert re.search(FREE, entries[file.name]), entries[file.name]
         with Image.open(file) as image:
             assert (min(image.size), image.format) == (288, "JPEG")
             assert not image.getexif()

@@ -26,18 +26,18 @@ MOST_WORDS, LONGEST_SENTENCE = 1500, 30
 
 def blocks(text: str, *kinds: str) -> list[tuple[str, str]]:
     """Kind and content of its code blocks."""
-    found = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return [(kind, content) for kind, content in found if kind in kinds]
+    matches = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(kind, content) for kind, content in matches if kind in kinds]
 
 
 # ---------------------------------------------------------------------- README
 
 
-def check_printed(printed: str, shown: str) -> None:
+def check_printed(printed: str, expected: str) -> None:
     """The same words; numbers may differ in the last digits, as machines add up in different orders."""
-    assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown)
-    for found, wanted in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
-        assert float(found) == pytest.approx(float(wanted), abs=0.02)
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", expected)
+    for number, wanted in zip(NUMBER.findall(printed), NUMBER.findall(expected), strict=True):
+        assert float(number) == pytest.approx(float(wanted), abs=0.02)
 
 
 def test_readme_prints_what_it_shows(
@@ -47,11 +47,11 @@ def test_readme_prints_what_it_shows(
     ((_, console),) = blocks(README, "console")
     commands = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", console, re.MULTILINE)
     assert len(commands) >= 3
-    for command, shown in commands:
+    for command, output in commands:
         first, *words = shlex.split(command)
         assert first == "maskvlm"
         assert main(words) == 0
-        check_printed(capsys.readouterr().out, shown)
+        check_printed(capsys.readouterr().out, output)
     ((_, session),) = blocks(README, "pycon")
     test = doctest.DocTestParser().get_doctest(session, {}, "README.md", None, 0)
     assert len(test.examples) >= 5
@@ -128,9 +128,9 @@ def test_pages_on_using_a_model_work_as_printed(tmp_path: Path, monkeypatch: pyt
     saved(tmp_path / "checkpoints" / "first" / "best.ckpt")
     saved(tmp_path / "checkpoints" / "vqa" / "best.ckpt", "vqa")
     monkeypatch.chdir(tmp_path)
-    found = blocks(PAGE, "bash", "python")
-    assert [kind for kind, _ in found] == ["bash", "python", "bash", "bash"]
-    for kind, text in found:
+    code_blocks = blocks(PAGE, "bash", "python")
+    assert [kind for kind, _ in code_blocks] == ["bash", "python", "bash", "bash"]
+    for kind, text in code_blocks:
         if kind == "python":
             exec(compile(text, "docs/how-to", "exec"), {})
         else:

@@ -94,10 +94,10 @@ def words_of(line: str) -> list[str] | None:
         assert re.search(rf"^{target}:|\b{target}\b", text_of(ROOT / "Makefile"), re.MULTILINE), line
         if target in OF_MAKE:
             return None
-        given = [word.partition("=") for word in rest]
-        extra = [each for name, _, value in given if name == "ARGS" for each in shlex.split(value)]
-        plain = [value for name, _, value in given if name in ("TASK", "SET", "STUDY")]
-        rest = [f"{name.lower()}={value}" for name, _, value in given if name not in OTHER_WORDS]
+        variables = [word.partition("=") for word in rest]
+        extra = [each for name, _, value in variables if name == "ARGS" for each in shlex.split(value)]
+        plain = [value for name, _, value in variables if name in ("TASK", "SET", "STUDY")]
+        rest = [f"{name.lower()}={value}" for name, _, value in variables if name not in OTHER_WORDS]
         named = [word.replace("=...", "=checkpoints/first/best.ckpt") for word in rest]
         return [target, *plain, *named, *extra]
     if words and words[0].startswith("--"):  # a list of options
@@ -107,7 +107,7 @@ def words_of(line: str) -> list[str] | None:
     return None
 
 
-SHOWN = {
+PAGE_OF_COMMAND = {
     tuple(word for word in words if not word.startswith("run=")): page.relative_to(ROOT).as_posix()
     for page in [*PAGES, *OUTSIDE]
     if "results" not in page.parts
@@ -137,9 +137,9 @@ def test_every_command_is_understood(project: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(project)
     monkeypatch.syspath_prepend(str(ROOT / "tests"))  # acme
     (project / "mine.yaml").write_text("data: {init_args: {batch_size: 8}}\n")
-    assert len(SHOWN) > 80
+    assert len(PAGE_OF_COMMAND) > 80
     wrong = []
-    for words, page in SHOWN.items():
+    for words, page in PAGE_OF_COMMAND.items():
         name, rest = words[0], [word for word in words[1:] if word not in ("--allow-import", "acme")]
         known = name in COMMANDS or name in ("answer", "compare", "entail", "--help") or "." in name
         assert known or name in ("COMMAND", "first"), f"{page}: {' '.join(words)}"
@@ -160,11 +160,11 @@ def test_every_command_is_understood(project: Path, monkeypatch: pytest.MonkeyPa
 def layouts() -> dict[str, tuple[str, set[str]]]:
     """Of docs/reference/data-sets.md: set -> its section, and the files that its layouts list."""
     parts = re.split(r"^### (\w+)$", text_of(DOCS / "reference" / "data-sets.md"), flags=re.MULTILINE)[1:]
-    found = {}
+    sections = {}
     for name, section in zip(parts[::2], parts[1::2], strict=True):
         block = section.split("```")[1].removeprefix("text\n")
-        found[name] = section, {line.split()[0] for line in block.splitlines() if line != "or"}
-    return found
+        sections[name] = section, {line.split()[0] for line in block.splitlines() if line != "or"}
+    return sections
 
 
 SCRIPTS = sorted(path for folder in ("bench", "docs/results") for path in ROOT.joinpath(folder).rglob("*.py"))
@@ -198,10 +198,10 @@ def test_the_layouts_are_those_that_are_read(toy: str) -> None:
 
 
 def test_every_set_has_a_layout_and_its_terms() -> None:
-    found = layouts()
-    assert found.keys() == SETS.keys()
+    sections = layouts()
+    assert sections.keys() == SETS.keys()
     for name, facts in FACTS.items():
-        section = found[name][0].lower()
+        section = sections[name][0].lower()
         terms = re.split(r"[;,(]", facts.licence.lower())[0].strip()
         assert terms in section or "terms as of cc3m" in section, name
         assert facts.title.partition(",")[0].partition(" (")[0].lower().split(" in ")[0] in section, name
@@ -209,10 +209,10 @@ def test_every_set_has_a_layout_and_its_terms() -> None:
 
 def test_the_reference_has_docstrings() -> None:
     """Of every name on its pages, and of every public member that it shows."""
-    shown = re.compile(r"\.\. auto(class|function|data|module):: ([\w.]+)\n((?:   .*\n)*)")
+    directive = re.compile(r"\.\. auto(class|function|data|module):: ([\w.]+)\n((?:   .*\n)*)")
     count = 0
     for page in (DOCS / "reference" / "api").glob("*.md"):
-        for kind, path, options in shown.findall(text_of(page)):
+        for kind, path, options in directive.findall(text_of(page)):
             module, _, name = path.rpartition(".")
             thing: Any = importlib.import_module(path if kind == "module" else module)
             thing = thing if kind == "module" else getattr(thing, name)
@@ -270,11 +270,11 @@ def test_one_version() -> None:
 def test_issue_templates_are_forms() -> None:
     forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
     for form in forms:
-        told = yaml.safe_load(text_of(form))
+        template = yaml.safe_load(text_of(form))
         if form.name == "config.yml":
             continue
-        assert {"name", "description", "body"} <= told.keys(), form
-        for part in told["body"]:
+        assert {"name", "description", "body"} <= template.keys(), form
+        for part in template["body"]:
             assert part["type"] in ("markdown", "textarea", "input", "dropdown", "checkboxes")
             assert part["attributes"].keys() & {"label", "value"}
     assert len(forms) >= 3

@@ -86,9 +86,9 @@ def test_it_trains_two_steps_on_its_own_sample(task: str, tmp_path: Path) -> Non
 def blocks(package: str) -> dict[str, str]:
     """The files of the example in tasks/README.md, as that page gives them, for a package of any name."""
     text = (ROOT / "tasks" / "README.md").read_text()
-    found = re.findall(r"```(?:python|yaml)\n# tasks/counting/(\S+)\n(.*?)```", text, re.DOTALL)
-    assert sorted(name for name, _ in found) == ["conf.yaml", "data.py", "task.py"]
-    return {name: content.replace("tasks.counting", package) for name, content in found}
+    files = re.findall(r"```(?:python|yaml)\n# tasks/counting/(\S+)\n(.*?)```", text, re.DOTALL)
+    assert sorted(name for name, _ in files) == ["conf.yaml", "data.py", "task.py"]
+    return {name: content.replace("tasks.counting", package) for name, content in files}
 
 
 def write(folder: Path, package: str) -> None:

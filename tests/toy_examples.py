@@ -44,7 +44,7 @@ def example(number: int, count: int = 1, **changes: Any) -> Example:
     return Example(**{**whole, **changes})  # type: ignore[typeddict-item]
 
 
-class Asked:
+class ToySplit:
     """Examples over a list."""
 
     def __init__(self, rows: list[Example], fingerprint: str = "toy") -> None:
@@ -77,20 +77,20 @@ class Questions(ExampleSource):
     def labels(self) -> tuple[str, ...]:
         return self.names
 
-    def split(self, name: str) -> Asked:
+    def split(self, name: str) -> ToySplit:
         first, size = FIRST[name]
         other = self.changes.get(name, {})
         rows = [example(first + n, self.images, **other.get(n, {})) for n in range(size)]
-        return Asked(rows, f"toy {name}")
+        return ToySplit(rows, f"toy {name}")
 
 
 class Nameless(Questions):
     """Cannot tell its images without opening them."""
 
     def split(self, name: str) -> Any:
-        found: Any = super().split(name)
-        found.image_ids = None
-        return found
+        examples: Any = super().split(name)
+        examples.image_ids = None
+        return examples
 
 
 def example_batch(rows: int = 5, images: int = 1, holes: tuple[int, ...] = (), seed: int = 0) -> ExampleBatch:
@@ -129,11 +129,11 @@ def take_examples(batch: ExampleBatch, first: int, last: int) -> ExampleBatch:
     longest = int(batch.attention_BT[rows].sum(1).max())
     names = ("image_BPCHW", "target_BK", "valid_B", "index_B", "image_id_BP", "examples")
     text = ("token_BT", "attention_BT", "special_BT", "word_BT")
-    kept = (batch.answers.owner_A >= first) & (batch.answers.owner_A < last)
-    end = int(batch.answers.attention_AT[kept].sum(1).max())
+    inside_A = (batch.answers.owner_A >= first) & (batch.answers.owner_A < last)
+    end = int(batch.answers.attention_AT[inside_A].sum(1).max())
     answers = AnswerTokens(
-        batch.answers.token_AT[kept, :end], batch.answers.attention_AT[kept, :end],
-        batch.answers.owner_A[kept] - first, batch.answers.weight_A[kept],
+        batch.answers.token_AT[inside_A, :end], batch.answers.attention_AT[inside_A, :end],
+        batch.answers.owner_A[inside_A] - first, batch.answers.weight_A[inside_A],
     )  # fmt: skip
     parts = {name: getattr(batch, name)[rows] for name in names}
     return ExampleBatch(**parts, **{name: getattr(batch, name)[rows, :longest] for name in text}, answers=answers)

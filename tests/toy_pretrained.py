@@ -9,7 +9,7 @@ from toy_examples import LABELS, matters
 from toys import SIZE, toy_backbone
 
 from maskvlm.checkpoint import io as checkpoint
-from maskvlm.checkpoint.warm_start import Seen
+from maskvlm.checkpoint.warm_start import LineageEntry
 from maskvlm.data.scenes.source import vocabulary
 from maskvlm.data.text import tokenizer_json, train_tokenizer
 from maskvlm.model.maskvlm import MaskVLM
@@ -45,7 +45,7 @@ PRETRAINING = {
     "rerank_k": 3,
     "contrast_reads": "class_and_mean",
 }
-SEEN = Seen(
+LINEAGE_ENTRY = LineageEntry(
     "maskvlm.objectives.pretraining.MaskedPretraining",
     "maskvlm.data.scenes.source.Scenes",
     "abc",
@@ -55,7 +55,7 @@ SEEN = Seen(
 )
 
 
-def made(kind: str, **settings: Any) -> tuple[MaskVLM, Task, dict[str, Any]]:
+def toy_model(kind: str, **settings: Any) -> tuple[MaskVLM, Task, dict[str, Any]]:
     """Backbone, task with heads, and the recipe of the task: `pretrain` or the name of a downstream one."""
     backbone = toy_backbone(length=24, vocab=256)
     backbone.text.tokenizer = None
@@ -79,22 +79,22 @@ def content_of(backbone: MaskVLM, task: Task, spec: dict[str, Any] | None) -> di
     state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
     state |= {f"task.{name}": value for name, value in task.state_dict().items()}
     assert backbone.text.tokenizer is not None
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "state_dict": state,
         "tokenizer": tokenizer_json(backbone.text.tokenizer),
         "model": yaml.safe_dump({"model": {"random_init": True, "backbone": BACKBONE}}),
-        "lineage": [SEEN.plain()],
+        "lineage": [LINEAGE_ENTRY.plain()],
         "global_step": 7,
     }
     if spec is not None:
-        found["task"] = yaml.safe_dump(spec)
+        content["task"] = yaml.safe_dump(spec)
     if getattr(task, "labels", None) is not None:
-        found["labels"] = list(task.labels)  # type: ignore[arg-type]
-    return found
+        content["labels"] = list(task.labels)  # type: ignore[arg-type]
+    return content
 
 
 def saved(path: Path, kind: str = "pretrain", **settings: Any) -> tuple[MaskVLM, Task]:
     """Write a checkpoint; returns what it is of."""
-    backbone, task, spec = made(kind, **settings)
+    backbone, task, spec = toy_model(kind, **settings)
     checkpoint.save(content_of(backbone, task, spec), path)
     return backbone, task

@@ -39,8 +39,8 @@ def cider_function() -> Callable[..., Any]:
     except ImportError as error:
         what = f"aac-metrics cannot be used ({error})"
         raise UserError("captioning", what, "pip install 'maskvlm[captioning]'", ExitCode.UNAVAILABLE) from error
-    found: Callable[..., Any] = cider_d
-    return found
+    function: Callable[..., Any] = cider_d
+    return function
 
 
 def cider_of_images(written: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
@@ -53,13 +53,13 @@ def cider_of_images(written: Sequence[str], references: Sequence[Sequence[str]])
         0 to 1,000, one an image, in order. NaN for an image none of whose references has a letter or digit, as it is
         left out; and for all where fewer than two are left: the idf of all words is then 0.
     """
-    said, truths, kept = _readable(written, references)
-    found = [float("nan")] * len(written)
-    if len(kept) > 1:
-        _, of_images = cider_function()(said, truths)
-        for row, value in zip(kept, of_images["cider_d"].tolist(), strict=True):
-            found[row] = 100 * value
-    return found
+    captions, truths, rows = _readable(written, references)
+    scores = [float("nan")] * len(written)
+    if len(rows) > 1:
+        _, of_images = cider_function()(captions, truths)
+        for row, value in zip(rows, of_images["cider_d"].tolist(), strict=True):
+            scores[row] = 100 * value
+    return scores
 
 
 def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -74,12 +74,12 @@ def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]])
         words is then 0. `bleu_1` ... `bleu_4`: in percent, over all images together; a caption's length is held
         against that of the reference nearest to it.
     """
-    said, truths, kept = _readable(written, references)
-    if not kept:
+    captions, truths, rows = _readable(written, references)
+    if not rows:
         return {"cider": float("nan"), **{f"bleu_{n}": float("nan") for n in NGRAMS}}
     of_images = cider_of_images(written, references)
-    bleu = {f"bleu_{n}": 100 * float(bleu_score(said, truths, n_gram=n)) for n in NGRAMS}
-    return {"cider": statistics.fmean(of_images[row] for row in kept), **bleu}
+    bleu = {f"bleu_{n}": 100 * float(bleu_score(captions, truths, n_gram=n)) for n in NGRAMS}
+    return {"cider": statistics.fmean(of_images[row] for row in rows), **bleu}
 
 
 def _readable(
@@ -88,5 +88,5 @@ def _readable(
     """The words of captions and references, and the rows that are kept: a reference without a letter or digit says
     nothing, an image without another is left out."""
     truths = [[words for text in each if (words := bare_words(text))] for each in references]
-    kept = [row for row, each in enumerate(truths) if each]
-    return [bare_words(written[row]) for row in kept], [truths[row] for row in kept], kept
+    rows = [row for row, each in enumerate(truths) if each]
+    return [bare_words(written[row]) for row in rows], [truths[row] for row in rows], rows

@@ -45,13 +45,13 @@ class CaptionedImage(NamedTuple):
 
 def caption_images(task: "Captioning", model: Model, examples: list[tuple[Any, ...]]) -> list[WrittenCaption]:
     """A `Method`: a caption of each image."""
-    found: list[WrittenCaption] = []
+    captions: list[WrittenCaption] = []
     for part, numbers in numbered(examples, model.batch_size):
         image_BCHW = model.pixels([image for (image,) in part], numbers)
         # Random numbers are asked for by the image ablation alone.
         context = task.look(model.backbone, image_BCHW, None, Draw(EVAL_SEED, 0, image_BCHW.device).local)
-        found += task.written(model.backbone, context, len(part))
-    return found
+        captions += task.written(model.backbone, context, len(part))
+    return captions
 
 
 class Captioning(Task):
@@ -84,17 +84,15 @@ class Captioning(Task):
         self.measured: dict[str, Any] = {}
 
     def build(self, backbone: MaskVLM) -> None:
-        """The decoder. What no loss reaches is frozen: DDP would wait for its gradient for ever."""
+        """The decoder. What no loss reaches is frozen."""
         self.writer = TextDecoder(backbone, backbone.text.text_length)
-        for part in (backbone.text, backbone.cross_image, backbone.cross_text):
-            part.requires_grad_(False)
-        backbone.text.word_embeddings.requires_grad_(True)
-        backbone.image.mask_token.requires_grad_(False)
+        unread = [each for each in backbone.text.parameters() if each is not backbone.text.word_embeddings]
+        backbone.freeze_for_task(*unread, backbone.cross_image, backbone.cross_text, backbone.image.mask_token)
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """Take over the token head of pre-training; the decoder has its weights already."""
-        found, copied = heads_to_start_from("writer", heads, self.state_dict())
-        return super().warm_start(found) | copied
+        own_heads, copied = heads_to_start_from("writer", heads, self.state_dict())
+        return super().warm_start(own_heads) | copied
 
     # ------------------------------------------------------------------ training
 
@@ -137,10 +135,13 @@ class Captioning(Task):
         start, end = self.texts.ends
         # The end token ends a caption; no other special token belongs in one, nor what the head has no logit for.
         special = [token for token in no_words(tokenizer, backbone.text.vocab_size) if token != end]
-        found = self.writer.search(backbone, context, rows, start, end, special, self.beams)
-        texts = [self.texts.decode(row[1:]) for row in found.token_BS.tolist()]
-        probability = found.mean_B.exp().tolist()
+        searched = self.writer.search(backbone, context, rows, start, end, special, self.beams)
+        texts = [self.texts.decode(row[1:]) for row in searched.token_BS.tolist()]
+        probability = searched.mean_B.exp().tolist()
         return [WrittenCaption(*each) for each in zip(texts, probability, strict=True)]
+
+    def begin_evaluation(self) -> None:
+        self.own = []
 
     @torch.no_grad()
     def update(self, backbone: MaskVLM, batch: Batch) -> None:
@@ -149,10 +150,10 @@ class Captioning(Task):
         draw = Draw(EVAL_SEED, int(batch.index_B[0]), batch.image_BCHW.device)
         context = self.look(backbone, batch.image_BCHW, None, draw.local)
         captions = self.written(backbone, context, len(batch.image_BCHW))
-        said: list[list[str]] = [[] for _ in captions]
+        references: list[list[str]] = [[] for _ in captions]
         for row, text in zip(batch.owner_C.tolist(), batch.texts, strict=True):
-            said[row].append(text)
-        rows = zip(batch.index_B.tolist(), captions, said, strict=True)
+            references[row].append(text)
+        rows = zip(batch.index_B.tolist(), captions, references, strict=True)
         self.own += [CaptionedImage(row, one.caption, tuple(texts)) for row, one, texts in rows]
 
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
@@ -160,19 +161,19 @@ class Captioning(Task):
         reaches where it is given to all images (`_majority`). `score` is CIDEr-D."""
         shards: list[list[CaptionedImage]] = gather_objects(self.own)  # type: ignore[assignment]
         self.own, self.predictions = [], []
-        found = sorted((one for shard in shards for one in shard), key=lambda one: one.row)
-        if not found:
+        images = sorted((one for shard in shards for one in shard), key=lambda one: one.row)
+        if not images:
             return {}
-        references = [one.references for one in found]
-        ciders = cider_of_images([one.caption for one in found], references)
-        self.predictions = [prediction_of(one, cider) for one, cider in zip(found, ciders, strict=True)]
+        references = [one.references for one in images]
+        ciders = cider_of_images([one.caption for one in images], references)
+        self.predictions = [prediction_of(one, cider) for one, cider in zip(images, ciders, strict=True)]
         usual = usual_caption(references)
         self.measured = {"the most frequent caption": usual}
         metrics: dict[str, float] = {}
-        for ending, texts in (("", [one.caption for one in found]), ("_majority", [usual] * len(found))):
+        for ending, texts in (("", [one.caption for one in images]), ("_majority", [usual] * len(images))):
             measured = caption_metrics(texts, references)
             metrics |= {f"{self.name}/{name}{ending}": value for name, value in measured.items()}
-        return metrics | {f"{self.name}/examples": float(len(found)), "score": metrics[f"{self.name}/cider"]}
+        return metrics | {f"{self.name}/examples": float(len(images)), "score": metrics[f"{self.name}/cider"]}
 
     def card(self) -> dict[str, Any]:
         return {

@@ -151,7 +151,7 @@ def parse_entailment(origin: RowOrigin, corrected: dict[str, str]) -> ParsedColu
             text=get(record, "sentence2", str, where, LAYOUT),
             answers=[label],
         )
-    return rows.made()
+    return rows.finish()
 
 
 # ------------------------------------------------------------------ corrected labels

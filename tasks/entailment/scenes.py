@@ -45,13 +45,13 @@ GHOST = Thing("circle", "red", "small", "plain", cell=0)  # what might stand beh
 
 
 class Hypothesis(NamedTuple):
-    """There are things that fit what is `said`, each in one of its `cells`, the first in `relation` to the second.
+    """There are things that fit the `traits`, each in one of its `cells`, the first in `relation` to the second.
 
     `denied` turns it round: there are none. `background` is claimed besides, unless it is None.
     """
 
     text: str
-    said: tuple[Traits, ...]
+    traits: tuple[Traits, ...]
     cells: tuple[Sequence[int], ...]
     relation: str | None = None
     background: str | None = None
@@ -61,8 +61,8 @@ class Hypothesis(NamedTuple):
 def is_so(claim: Hypothesis, things: tuple[Thing, ...]) -> bool:
     """True where there are such things; looks neither at `denied` nor at `background`."""
     fit = [
-        [thing for thing in things if thing.cell in cells and fits(said, thing)]
-        for said, cells in zip(claim.said, claim.cells, strict=True)
+        [thing for thing in things if thing.cell in cells and fits(traits, thing)]
+        for traits, cells in zip(claim.traits, claim.cells, strict=True)
     ]
     if claim.relation is None:
         return all(fit)  # two that are mentioned are never the same thing: their cells differ
@@ -72,12 +72,12 @@ def is_so(claim: Hypothesis, things: tuple[Thing, ...]) -> bool:
 def verdict(claim: Hypothesis, view: View) -> str:
     """One of LABELS: what the seen part of the image says of the claim."""
     assert view.curtain is not None
-    seen, hidden = view.scene.things, LINES[view.curtain]
+    visible, hidden = view.scene.things, LINES[view.curtain]
     if claim.background not in (None, view.scene.background):
         return "contradiction"
     # More things never make a claim less true: where all that is spoken of, everywhere behind, is no help, nothing is.
-    ghosts = [replace(GHOST, cell=cell, dx=0, dy=0, **said) for cell in hidden for said in claim.said]
-    certain, possible = is_so(claim, seen), is_so(claim, (*seen, *ghosts))
+    ghosts = [replace(GHOST, cell=cell, dx=0, dy=0, **traits) for cell in hidden for traits in claim.traits]
+    certain, possible = is_so(claim, visible), is_so(claim, (*visible, *ghosts))
     if claim.denied:
         # "There is none": certain where one is impossible, possible where one is not certain.
         certain, possible = not possible, not certain
@@ -123,7 +123,7 @@ def curtain_view(rng: random.Random, split: str, kind: str, names: tuple[str, ..
 
 
 # ---- random hypotheses of any class -----------------------------------------------------------------------
-def said_of(rng: random.Random, thing: Thing, names: tuple[str, ...], taken: Sequence[str] = ()) -> Traits:
+def near_traits(rng: random.Random, thing: Thing, names: tuple[str, ...], taken: Sequence[str] = ()) -> Traits:
     """What the thing is like, or nearly that."""
     traits = traits_of(thing, names)
     return traits if rng.random() < 0.5 else near_miss(rng, traits, taken)
@@ -138,50 +138,50 @@ def two_of(rng: random.Random, view: View, names: tuple[str, ...]) -> tuple[list
     """The two things of a scene in any order, and what is said of them: unlike each other, too."""
     one, other = shuffled(rng, view.scene.things)
     # What is said of one thing never fits the other by accident: colours and shapes are kept apart.
-    first = said_of(rng, one, names, (other.colour, other.shape))
-    return [one, other], (first, said_of(rng, other, names, (first["colour"], first["shape"])))
+    first = near_traits(rng, one, names, (other.colour, other.shape))
+    return [one, other], (first, near_traits(rng, other, names, (first["colour"], first["shape"])))
 
 
 def say_place(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:
     """A thing is at a place."""
     thing = choose(rng, view.scene.things)
-    said, cell = said_of(rng, thing, names), cell_of(rng, thing)
-    return Hypothesis(f"{a_noun(said)} is {SENTENCES.place(PLACES[cell])}", (said,), ((cell,),))
+    traits, cell = near_traits(rng, thing, names), cell_of(rng, thing)
+    return Hypothesis(f"{a_noun(traits)} is {SENTENCES.place(PLACES[cell])}", (traits,), ((cell,),))
 
 
 def say_region(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:
     """A thing is in a row or column."""
-    said, line = said_of(rng, choose(rng, view.scene.things), names), choose(rng, tuple(LINES))
-    return Hypothesis(f"{a_noun(said)} is in the {line}", (said,), (LINES[line],))
+    traits, line = near_traits(rng, choose(rng, view.scene.things), names), choose(rng, tuple(LINES))
+    return Hypothesis(f"{a_noun(traits)} is in the {line}", (traits,), (LINES[line],))
 
 
 def say_relation(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:
     """A thing is left of, right of, above or below another."""
     assert view.curtain is not None
-    _, said = two_of(rng, view, names)
+    _, both_traits = two_of(rng, view, names)
     relation = choose(rng, ACROSS[view.curtain.split()[1]])
-    text = f"{a_noun(said[0])} is {relation} {a_noun(said[1])}"
-    return Hypothesis(text, said, (EVERYWHERE, EVERYWHERE), relation=relation)
+    text = f"{a_noun(both_traits[0])} is {relation} {a_noun(both_traits[1])}"
+    return Hypothesis(text, both_traits, (EVERYWHERE, EVERYWHERE), relation=relation)
 
 
 def say_ground(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:
     """There is a thing, and the background is so."""
-    said = said_of(rng, choose(rng, view.scene.things), names)
+    traits = near_traits(rng, choose(rng, view.scene.things), names)
     background = view.scene.background if rng.random() < 0.5 else choose(rng, BACKGROUNDS)
-    return Hypothesis(f"{a_noun(said)} is on {background}", (said,), (EVERYWHERE,), background=background)
+    return Hypothesis(f"{a_noun(traits)} is on {background}", (traits,), (EVERYWHERE,), background=background)
 
 
 def say_two(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis | None:
     """Two things are at two places."""
     assert view.curtain is not None
-    things, said = two_of(rng, view, names)
+    things, both_traits = two_of(rng, view, names)
     cells = [cell_of(rng, thing) for thing in things]
     if not is_apart("two", view.curtain, cells):
         return None
     first, second = (
-        f"{a_noun(traits)} {{}}{SENTENCES.place(PLACES[c])}" for traits, c in zip(said, cells, strict=True)
+        f"{a_noun(traits)} {{}}{SENTENCES.place(PLACES[c])}" for traits, c in zip(both_traits, cells, strict=True)
     )
-    return Hypothesis(f"{first.format('is ')} and {second.format('')}", said, ((cells[0],), (cells[1],)))
+    return Hypothesis(f"{first.format('is ')} and {second.format('')}", both_traits, ((cells[0],), (cells[1],)))
 
 
 def say_empty(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:

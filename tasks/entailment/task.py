@@ -29,13 +29,13 @@ class Entailment(Classification):
             return {}
         column = {label: number for number, label in enumerate(self.labels)}
         truth_N = torch.tensor([column[one.truth] for one in known])
-        said_N = torch.tensor([column[one.prediction] for one in known])
+        predicted_N = torch.tensor([column[one.prediction] for one in known])
         # Rows are truths, columns predictions.
-        count_KK = multiclass_confusion_matrix(said_N, truth_N, len(self.labels))
-        found: dict[str, float] = {}
+        count_KK = multiclass_confusion_matrix(predicted_N, truth_N, len(self.labels))
+        metrics: dict[str, float] = {}
         for row, label in zip(count_KK.tolist(), self.labels, strict=True):
-            found[f"recall/{label}"] = 100 * row[column[label]] / sum(row) if sum(row) else float("nan")
-            found[f"recall/{label}_chance"] = 100 / len(self.labels)
+            metrics[f"recall/{label}"] = 100 * row[column[label]] / sum(row) if sum(row) else float("nan")
+            metrics[f"recall/{label}_chance"] = 100 / len(self.labels)
         for row, label in zip(count_KK.tolist(), self.labels, strict=True):
-            found |= {f"confusion/{label}_as_{said}": float(n) for n, said in zip(row, self.labels, strict=True)}
-        return found
+            metrics |= {f"confusion/{label}_as_{answer}": float(n) for n, answer in zip(row, self.labels, strict=True)}
+        return metrics

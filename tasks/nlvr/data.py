@@ -97,4 +97,4 @@ def parse_nlvr(origin: RowOrigin) -> ParsedColumns:
             # All pairs of one sentence.
             group=f"{split}-{images}-{sentence}",
         )
-    return rows.made()
+    return rows.finish()

@@ -91,30 +91,30 @@ class Slot(NamedTuple):
     taken: frozenset[str]
 
 
-def slot_of(rng: random.Random, role: str, said: Traits, taken: frozenset[str] = frozenset()) -> Slot:
+def slot_of(rng: random.Random, role: str, thing: Traits, taken: frozenset[str] = frozenset()) -> Slot:
     """The mentioned thing, or a near miss of it, in each image, as the role says (see ROLES)."""
-    near = near_miss(rng, said, taken)
+    near = near_miss(rng, thing, taken)
     # Every picture shows the thing or its near miss: that nothing stands there cannot give a role away.
-    left = said if role in ("same", "left") else near
-    right = said if role in ("same", "right") else near
+    left = thing if role in ("same", "left") else near
+    right = thing if role in ("same", "right") else near
     # Others must not look like either of the two.
-    return Slot(left, right, taken | {traits[name] for traits in (said, near) for name in ("colour", "shape")})
+    return Slot(left, right, taken | {traits[name] for traits in (thing, near) for name in ("colour", "shape")})
 
 
 def say_thing(rng: random.Random, kind: str) -> Sentence:
     """One thing, and in which of the images it is."""
     names = names_by_lot(rng)
-    said = traits_by_lot(rng, names)
+    traits = traits_by_lot(rng, names)
 
     def make(rng: random.Random, truth: bool) -> Pair:
         role = choose(rng, ROLES[kind][truth])
-        main = slot_of(rng, role, said)
+        main = slot_of(rng, role, traits)
         # One of the two is alike in both pictures and the other is not, whatever the role.
         other_role = "same" if role in ("left", "right") else "left"
         other = slot_of(rng, other_role, strangers(rng, names, main.taken), main.taken)
         return filled(rng, main, other)
 
-    return Sentence(PHRASES[kind].format(a_noun(said)), make)
+    return Sentence(PHRASES[kind].format(a_noun(traits)), make)
 
 
 def say_sides(rng: random.Random, kind: str) -> Sentence:
@@ -145,14 +145,14 @@ def say_background(rng: random.Random, kind: str) -> Sentence:
 
     Over the four forms, pairs of equal and of different backgrounds are true as often as false.
     """
-    form, said = choose(rng, tuple(GROUNDS)), choose(rng, BACKGROUNDS)
+    form, background = choose(rng, tuple(GROUNDS)), choose(rng, BACKGROUNDS)
 
     def make(rng: random.Random, truth: bool) -> Pair:
         # Two backgrounds: `first` is the one that the sentence names, where it names one.
         named = form in ("both", "one")
         first, second = shuffled(rng, BACKGROUNDS)[:2]
         if named:
-            first, second = said, choose(rng, [name for name in BACKGROUNDS if name != said])
+            first, second = background, choose(rng, [name for name in BACKGROUNDS if name != background])
         # "both" and "same" are true of equal backgrounds, "one" and "differ" of different ones.
         equal = (form in ("both", "same")) == truth
         if equal:
@@ -163,20 +163,20 @@ def say_background(rng: random.Random, kind: str) -> Sentence:
             grounds = (first, second) if rng.random() < 0.5 else (second, first)
         return Pair([{}] * choose(rng, (1, 2, 3)), [{}] * choose(rng, (1, 2, 3)), grounds)
 
-    return Sentence(GROUNDS[form].format(said), make)
+    return Sentence(GROUNDS[form].format(background), make)
 
 
 def say_count(rng: random.Random, kind: str) -> Sentence:
     """How many things there are in the two images together."""
-    said = choose(rng, tuple(NUMBERS))
+    number = choose(rng, tuple(NUMBERS))
 
     def make(rng: random.Random, truth: bool) -> Pair:
-        total = said if truth else choose(rng, BESIDE[said])
+        total = number if truth else choose(rng, BESIDE[number])
         # So that each picture has 1 to 3 things.
         left = choose(rng, range(max(1, total - 3), min(3, total - 1) + 1))
         return Pair([{}] * left, [{}] * (total - left))
 
-    return Sentence(f"there are {NUMBERS[said]} things in all", make)
+    return Sentence(f"there are {NUMBERS[number]} things in all", make)
 
 
 SAY: dict[str, Callable[[random.Random, str], Sentence]] = {

@@ -25,8 +25,8 @@ class Nlvr(Classification):
         reads: Reads = "fused",
     ) -> None:
         super().__init__(labels, images_per_example, hidden, dropout, image_ablation, reads)
-        told = f"whether a sentence is true of {images_per_example} images"
-        self.methods = {"compare": Method(predict_labels, images_per_example, "sentence", told)}
+        description = f"whether a sentence is true of {images_per_example} images"
+        self.methods = {"compare": Method(predict_labels, images_per_example, "sentence", description)}
 
     def extra_metrics(self, scored: list[ScoredExample]) -> dict[str, float]:
         return {"consistency": consistency(scored), "consistency_chance": consistency_chance(scored)}
@@ -34,12 +34,12 @@ class Nlvr(Classification):
 
 def groups_of(scored: list[ScoredExample]) -> list[list[ScoredExample]]:
     """Examples with a known truth by sentence."""
-    found: dict[str, list[ScoredExample]] = {}
+    groups: dict[str, list[ScoredExample]] = {}
     for one in scored:
         if one.correct is not None:
             # An example without a group stands alone.
-            found.setdefault(one.example["group"] or one.example["id"], []).append(one)
-    return list(found.values())
+            groups.setdefault(one.example["group"] or one.example["id"], []).append(one)
+    return list(groups.values())
 
 
 def consistency(scored: list[ScoredExample]) -> float:

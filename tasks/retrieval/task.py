@@ -105,21 +105,19 @@ class Retrieval(Task):
         self.rerank_contrast = rerank_contrast
         self.compares_examples = True
         self.pairs_at_once: int | None = None  # in training
-        self.kept: list[EncodedBatch] = []
-        self.shown = 1.0  # captions an image in training, for the chance levels
+        self.encodings: list[EncodedBatch] = []
+        self.captions_per_image = 1.0  # captions an image in training, for the chance levels
         self.measured: dict[str, Any] = {}
 
     def build(self, backbone: MaskVLM) -> None:
-        """The heads of `MaskedPretraining`, by the same names. What no loss reaches is frozen: DDP would wait for
-        its gradient for ever."""
+        """The heads of `MaskedPretraining`, by the same names. What no loss reaches is frozen."""
         # Also without ITC: contrast picks the candidates that matching looks at.
         self._project((self.contrast_dim or 256, backbone.width), backbone.width)
         if self.weights["itm"]:
             self.matching = Matching(backbone.width)
             init_normal(self.matching)
-        backbone.image.mask_token.requires_grad_(False)
-        for part in (backbone.cross_image, backbone.cross_text):
-            part.requires_grad_(bool(self.weights["itm"]))
+        unread = () if self.weights["itm"] else (backbone.cross_image, backbone.cross_text)
+        backbone.freeze_for_task(backbone.image.mask_token, *unread)
 
     def _project(self, shape: Sequence[int], width: int) -> None:
         self.projection = Projection.shaped_as(shape, width, self.temperature)
@@ -145,7 +143,7 @@ class Retrieval(Task):
         # Texts are gathered, and a gather needs one shape in all processes.
         if world_size() > 1:
             batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
-        self.shown = len(batch.owner_C) / len(batch.valid_B)
+        self.captions_per_image = len(batch.owner_C) / len(batch.valid_B)
         if self.blind is not None:
             batch = batch._replace(image_BCHW=self.blind(batch.image_BCHW, self.uniform))
         # Noise differs in each step and unreadable images are blank: neither may be cached.
@@ -164,8 +162,8 @@ class Retrieval(Task):
             terms["itc"] = self.contrastive_loss(contrast, batch)
         if self.weights["itm"]:
             hard = self.negatives(contrast)
-            rows, found = matching_rows(image_BLD, text_CTD, batch.attention_CT, hard)
-            terms["itm"] = self.matching_loss(backbone, batch, rows, HardNegatives(*found))
+            rows, negatives = matching_rows(image_BLD, text_CTD, batch.attention_CT, hard)
+            terms["itm"] = self.matching_loss(backbone, batch, rows, HardNegatives(*negatives))
         return terms
 
     def contrast(self, batch: Batch, image_BLD: Tensor, text_CTD: Tensor) -> CaptionContrast:
@@ -224,12 +222,15 @@ class Retrieval(Task):
         """Chance level of each loss. ITC: log of the number of columns, mean of both directions. ITM: entropy
         of its class prior, m of 2m + 1 pairs with m captions an image (0.6365 for one)."""
         # Of M = 2C + B pairs C belong together, C = m * B.
-        share = self.shown / (2 * self.shown + 1)
-        itc = math.log(max(batch_size, 1)) + math.log(self.shown) / 2
+        share = self.captions_per_image / (2 * self.captions_per_image + 1)
+        itc = math.log(max(batch_size, 1)) + math.log(self.captions_per_image) / 2
         itm = -share * math.log(share) - (1 - share) * math.log(1 - share)
         return {name: level for name, level in {"itc": itc, "itm": itm}.items() if self.weights[name]}
 
     # ------------------------------------------------------------------ evaluation
+
+    def begin_evaluation(self) -> None:
+        self.encodings = []
 
     @torch.no_grad()
     def update(self, backbone: MaskVLM, batch: Batch) -> None:
@@ -238,14 +239,14 @@ class Retrieval(Task):
             # From the batch's place in the split alone: every checkpoint sees the same noise.
             image = self.blind(image, Draw(EVAL_SEED, int(batch.index_B[0]), image.device).local)
         image_BLD, text_CTD = backbone.image(image), backbone.text(batch.token_CT, batch.attention_CT)
-        self.kept.append(offload(self.projection, batch, image_BLD, text_CTD, matched=bool(self.weights["itm"])))
+        self.encodings.append(offload(self.projection, batch, image_BLD, text_CTD, matched=bool(self.weights["itm"])))
 
     @torch.no_grad()
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
         """Recall@1/5/10 in percent, their sum (`rsum`), by contrast alone (`itc_`) and re-ranked; `k<k>_` and
         `k_all_` with the sweep."""
         # Gather what all processes encoded, and forget the own share.
-        gallery, self.kept = gather_gallery(self.kept), []
+        gallery, self.encodings = gather_gallery(self.encodings), []
         self.predictions = []
         if gallery is None:
             return {}
@@ -257,14 +258,14 @@ class Retrieval(Task):
         scores = score_gallery(backbone, head, gallery, None if self.sweep else k, self.chunk, added)
         # Every pair has been matched where there is a sweep, so that each k only orders anew.
         swept = sweep_ks(max(scores.contrast_BC.shape)) if self.sweep and matched else {}
-        found = rankings(scores, sorted({0, k, *swept.values()}))
-        self.predictions = predictions(gallery, found[k])
+        ranks = rankings(scores, sorted({0, k, *swept.values()}))
+        self.predictions = predictions(gallery, ranks[k])
         self.measured = {"rerank_k": k, "captions_a_picture": round(len(gallery.owner_C) / len(gallery.index_B), 2)}
-        metrics = retrieval_metrics(scores, found, k) | rsum(found[0], "itc_") | (rsum(found[k], "") if k else {})
+        metrics = retrieval_metrics(scores, ranks, k) | rsum(ranks[0], "itc_") | (rsum(ranks[k], "") if k else {})
         # At each k of the sweep R@1 alone, both ways.
         for name, at in swept.items():
-            metrics |= named(recall_of(found[at].text, [1]), f"{name}_tr")
-            metrics |= named(recall_of(found[at].image, [1]), f"{name}_ir")
+            metrics |= named(recall_of(ranks[at].text, [1]), f"{name}_tr")
+            metrics |= named(recall_of(ranks[at].image, [1]), f"{name}_ir")
         return metrics
 
     def card(self) -> dict[str, Any]:
@@ -292,12 +293,12 @@ def sweep_ks(largest: int) -> dict[str, int]:
     return {f"k{k}": k for k in [0, *powers]} | {"k_all": largest}
 
 
-def rsum(found: Rankings, name: str) -> dict[str, float]:
+def rsum(directions: Rankings, name: str) -> dict[str, float]:
     """Sum of the six recalls, at most 600."""
-    return {f"retrieval/{name}rsum": sum(sum(recall_of(ranked).values()) for ranked in found)}
+    return {f"retrieval/{name}rsum": sum(sum(recall_of(ranked).values()) for ranked in directions)}
 
 
-def predictions(gallery: Gallery, found: Rankings) -> list[Prediction]:
+def predictions(gallery: Gallery, directions: Rankings) -> list[Prediction]:
     """The image found for every caption, then the caption found for every image; right: R@1.
 
     `index` has the image that was found, then the true one. All captions of an image are true: the truth beside one
@@ -308,19 +309,19 @@ def predictions(gallery: Gallery, found: Rankings) -> list[Prediction]:
     # Backwards, so that the first caption of an image is the one that stays.
     first = {image: captions[row] for row, image in reversed(list(enumerate(owner)))}
     lines = []
-    for row, (at, right) in enumerate(_firsts(found.image)):
+    for row, (at, right) in enumerate(_firsts(directions.image)):
         name, index = f"caption {row}", gallery.index_B[[at, owner[row]]].tolist()
         words = gallery.texts[row], images[owner[row]], images[at]
         lines.append(_line(name, words, right, index, "image retrieval"))
-    for row, (at, right) in enumerate(_firsts(found.text)):
+    for row, (at, right) in enumerate(_firsts(directions.text)):
         words = images[row], captions[at] if right else first[row], captions[at]
         lines.append(_line(images[row], words, right, gallery.index_B[[row]].tolist(), "text retrieval"))
     return lines
 
 
-def _firsts(found: Ranking) -> list[tuple[int, float]]:
+def _firsts(ranking: Ranking) -> list[tuple[int, float]]:
     """First item of each query, with 1 where it is relevant, else 0."""
-    return list(zip(found.found_Q.tolist(), (found.rank_Q == 0).double().tolist(), strict=True))
+    return list(zip(ranking.top_Q.tolist(), (ranking.rank_Q == 0).double().tolist(), strict=True))
 
 
 def _line(name: str, words: tuple[str, str, str], right: float, index: list[int], kind: str) -> Prediction:

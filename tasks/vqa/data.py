@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from maskvlm.data.examples import Example, ExampleSource
 from maskvlm.data.files import ImagesByKey, digest_of, family_of, get, images_by_number, load_json, opened
 from maskvlm.data.prepare.example_images import Album, open_album
+from maskvlm.data.raw.genome import IMAGE_DATA, genome_files, read_coco_ids
 from maskvlm.data.safe_open import check_below
 from maskvlm.data.table import (
     EXAMPLE_COLUMNS,
@@ -44,7 +45,7 @@ from tasks.vqa.vocabulary import (
     soft_targets,
 )
 
-VERSION = 3
+VERSION = 4
 """Raise it when the same files give another table or vocabulary, also where answers are normalised otherwise."""
 
 LAYOUT = "VQA v2"
@@ -64,7 +65,8 @@ class VqaV2(ExampleSource):
         train: parts to train on; with val's the model trains on all answers that are published.
         val, test: parts to evaluate on; None where there is none. Without annotations, `test` has no answers.
         images: folder of the images, or of a prepared set; by default the root's own, `images/` in it, or the root.
-        visual_genome: a `question_answers.json` whose questions are added to training, `<id>.jpg` somewhere beside it.
+        visual_genome: a `question_answers.json` whose questions are added to training, `<id>.jpg` somewhere beside it,
+            and `image_data.json`, which tells which of them are COCO's photos (also those that are evaluated on).
         answers: file with the vocabulary; by default that of the training parts' annotations.
         min_count: questions that must share an answer for it to be in the vocabulary.
         cache: where the tables are kept; by default with those of Hugging Face datasets.
@@ -103,8 +105,8 @@ class VqaV2(ExampleSource):
             check_majorities(ids, majorities, self._annotations(part))
         # Table names follow from file contents: the kept vocabulary is found again only for the same ones.
         key = hashed("vqa-answers", self.min_count, *(table.name for table in tables))
-        kept = cached_table(key, self.cache, {"answer": "string"}, lambda: self._vocabulary(tables))
-        return tuple(kept.rows.data.column("answer").to_pylist())
+        vocabulary_table = cached_table(key, self.cache, {"answer": "string"}, lambda: self._vocabulary(tables))
+        return tuple(vocabulary_table.rows.data.column("answer").to_pylist())
 
     @cached_property
     def _inside(self) -> frozenset[str]:
@@ -174,12 +176,19 @@ class VqaV2(ExampleSource):
 
     def _genome(self, file: Path) -> TableExamples:
         origin = RowOrigin(file, "{file} question {place}")
-        key = f"vqa-genome-{EXAMPLE_VERSION}.{VERSION}-{digest_of(file, todo='Correct data.source.visual_genome')[:32]}"
-        table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse_genome(origin))
+        digest = digest_of(file, todo="Correct data.source.visual_genome")
+        image_data = file.with_name(IMAGE_DATA)
+        coco_ids = read_coco_ids(image_data)
+        key = hashed("vqa-genome", EXAMPLE_VERSION, digest, digest_of(image_data))
+        table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse_genome(origin, coco_ids))
         album = Album(file.parent)
-        # Backwards: of two files of one name the first one stays.
-        stems = {f"vg {PurePosixPath(name).stem}": name for name in reversed(album.names)}
-        return self._choose(table, origin, "train", album.images(stems), None)  # an addition may be empty
+        names = genome_files(album.names, coco_ids)
+        # A prepared set keeps a photo that both have once, by COCO's name.
+        own = {*names.values()}
+        others = [name for name in album.names if name not in own]
+        for part in chain.from_iterable(self.parts.values()):
+            names = images_by_number(others, part) | names
+        return self._choose(table, origin, "train", album.images(names), None)  # an addition may be empty
 
     # -------------------------------------------------------------- vocabulary
 
@@ -194,10 +203,10 @@ class VqaV2(ExampleSource):
     def _known(self, table: Table) -> np.ndarray:
         """Whether an answer of the row is in the vocabulary (N), kept beside the table."""
         key = hashed("vqa-known", table.name, *self.labels)
-        kept = cached_table(
+        known_table = cached_table(
             key, self.cache, {"known": "bool"}, lambda: ParsedColumns({"known": self._look_up(table)}, {})
         )
-        return np.asarray(kept.rows.data.column("known").to_numpy())
+        return np.asarray(known_table.rows.data.column("known").to_numpy())
 
     def _look_up(self, table: Table) -> list[bool]:
         """Each different answer is looked up once: ten people to a question give few different ones."""
@@ -227,9 +236,9 @@ class Joined:
         # Each part was checked alone; here they meet.
         counted = pc.value_counts(self.column("id"))
         if twice := counted.field("values").filter(pc.greater(counted.field("counts"), 1)).to_pylist():
-            shown = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
+            ids = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
             number = "1 question_id stands" if len(twice) == 1 else f"{len(twice)} question_ids stand"
-            what = f"{number} in more than one of the training parts: {shown}"
+            what = f"{number} in more than one of the training parts: {ids}"
             raise UserError(where, what, "Name each part once in data.source.train", ExitCode.BAD_DATA)
 
     def __len__(self) -> int:
@@ -244,6 +253,11 @@ class Joined:
     def column(self, name: str) -> pa.ChunkedArray:
         """Column of all lists, one after the other."""
         return pa.chunked_array([chunk for each in self.lists for chunk in each.column(name).chunks])
+
+    @property
+    def image_identity(self) -> str:
+        """As `TableExamples.image_identity`, of all lists."""
+        return " ".join(each.image_identity for each in self.lists)
 
     def image_ids(self) -> Iterator[str]:
         """Ids of all its images, each once for each list."""
@@ -273,11 +287,11 @@ def parse_vqa(origin: RowOrigin, part: str, annotations: Path | None) -> ParsedC
         number = get(record, "question_id", int, where, LAYOUT)
         image = get(record, "image_id", int, where, LAYOUT)
         # Without annotations a question has no answers; with them it must have its own.
-        given = answered.get(number) or Annotation(number, [], "", "", "", "")
+        entry = answered.get(number) or Annotation(number, [], "", "", "", "")
         if annotations and number not in answered:
             what = f"question {number} has no annotation in {annotations}"
             raise UserError(where, what, SAME_PART, ExitCode.BAD_DATA)
-        check_image(given, image, where)
+        check_image(entry, image, where)
         rows.add(
             place=place,
             id=str(number),
@@ -285,13 +299,13 @@ def parse_vqa(origin: RowOrigin, part: str, annotations: Path | None) -> ParsedC
             text=get(record, "question", str, where, LAYOUT),
             # Of VQA v2 as people wrote them, which the official accuracy asks for. Of a set with one answer a question
             # that accuracy would compare the raw texts: `garbage_bin`, which no head is taught to say.
-            answers=given.answers if family_of(part) == "coco" else [normalise(each) for each in given.answers],
-            kind=given.question_type,
-            majority=given.majority if family_of(part) == "coco" else normalise(given.majority),
+            answers=entry.answers if family_of(part) == "coco" else [normalise(each) for each in entry.answers],
+            kind=entry.question_type,
+            majority=entry.majority if family_of(part) == "coco" else normalise(entry.majority),
         )
     # And the other way round: an annotation without a question means files of two parts.
     for each in answered.values():
         if str(each.question_id) not in rows:
             what = f"question {each.question_id} is not in {origin.file}"
             raise UserError(each.origin, what, SAME_PART, ExitCode.BAD_DATA)
-    return rows.made()
+    return rows.finish()

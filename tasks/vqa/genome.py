@@ -1,6 +1,9 @@
 """The questions of Visual Genome (Krishna et al. 2017, visualgenome.org), which VQA v2 may be trained with."""
 
+from collections.abc import Mapping
+
 from maskvlm.data.files import get, load_json, opened
+from maskvlm.data.raw.genome import genome_photo_id
 from maskvlm.data.table import ParsedColumns, RowOrigin, TableRows
 from maskvlm.utils.errors import ExitCode, UserError
 from tasks.vqa.vocabulary import get_text
@@ -8,8 +11,13 @@ from tasks.vqa.vocabulary import get_text
 LAYOUT = "Visual Genome"
 
 
-def parse_genome(origin: RowOrigin) -> ParsedColumns:
-    """Visual Genome's questions with their only answer; `vg` marks ids, which VQA v2 also counts from 1."""
+def parse_genome(origin: RowOrigin, coco_ids: Mapping[int, int]) -> ParsedColumns:
+    """Visual Genome's questions with their only answer; `vg` marks ids, which VQA v2 also counts from 1.
+
+    Args:
+        origin: of the rows.
+        coco_ids: numbers of images -> COCO's numbers of those that are COCO's, too.
+    """
     # `place` counts questions through the whole file, as errors name them.
     rows, place = TableRows(origin, "qa_id"), 0
     with opened(origin.file) as stream:
@@ -25,9 +33,9 @@ def parse_genome(origin: RowOrigin) -> ParsedColumns:
             rows.add(
                 place=place,
                 id=f"vg {get(record, 'qa_id', int, inside, LAYOUT)}",
-                images=[f"vg {image}"],
+                images=[genome_photo_id(image, coco_ids)],
                 text=get(record, "question", str, inside, LAYOUT),
                 answers=[get_text(record, "answer", inside)],
             )
             place += 1
-    return rows.made()
+    return rows.finish()

@@ -78,10 +78,10 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
     Raises:
         ValueError: there are no answers.
     """
-    prediction, given = _tidy(prediction), [_tidy(answer) for answer in answers]
-    if len(set(given)) > 1:
-        prediction, given = normalise(prediction), [normalise(answer) for answer in given]
-    return credit(given.count(prediction), len(given))
+    prediction, texts = _tidy(prediction), [_tidy(answer) for answer in answers]
+    if len(set(texts)) > 1:
+        prediction, texts = normalise(prediction), [normalise(answer) for answer in texts]
+    return credit(texts.count(prediction), len(texts))
 
 
 def credit(matches: int, people: int) -> float:
@@ -100,8 +100,8 @@ def credit(matches: int, people: int) -> float:
         return float(matches)
     need = min(FULL, people - 1)
     # Who gave the answer leaves one match fewer behind; who did not leaves all.
-    left_out = matches * min(matches - 1, need) + (people - matches) * min(matches, need)
-    return left_out / (people * need)
+    total = matches * min(matches - 1, need) + (people - matches) * min(matches, need)
+    return total / (people * need)
 
 
 def vqa_accuracy(
@@ -117,7 +117,7 @@ def vqa_accuracy(
     """
     if not predictions:
         raise ValueError("an accuracy needs at least one question")
-    scores = [accuracy(prediction, given) for prediction, given in zip(predictions, answers, strict=True)]
+    scores = [accuracy(prediction, texts) for prediction, texts in zip(predictions, answers, strict=True)]
     return VqaAccuracy(_mean(scores), _by(question_types, scores), _by(answer_types, scores))
 
 

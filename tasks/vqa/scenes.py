@@ -71,10 +71,10 @@ def only(traits: Traits, scene: Scene) -> bool:
     return sum(fits(traits, thing) for thing in scene.things) == 1
 
 
-def company(rng: random.Random, said: Traits, most: int = 2) -> list[Traits]:
+def company(rng: random.Random, traits: Traits, most: int = 2) -> list[Traits]:
     """Up to `most` more things, each one random or nearly what was said."""
     number = choose(rng, range(most + 1))
-    return [near_miss(rng, said) if rng.random() < 0.5 else {} for _ in range(number)]
+    return [near_miss(rng, traits) if rng.random() < 0.5 else {} for _ in range(number)]
 
 
 def ask_attribute(rng: random.Random, kind: str, answer: str) -> Query:
@@ -85,18 +85,18 @@ def ask_attribute(rng: random.Random, kind: str, answer: str) -> Query:
     # One in four names a place instead of a thing.
     if kind in ("colour", "shape") and rng.random() < 0.25:
         return ask_at_place(rng, kind, answer)
-    said = traits_by_lot(rng, (*more, *basis))
+    traits = traits_by_lot(rng, (*more, *basis))
     text = {
         "colour": "what colour is the {}",
         "shape": "what shape is the {}",
         "pattern": "what pattern has the {}",
         "size": "how large is the {}",
-    }[kind].format(noun(said))
+    }[kind].format(noun(traits))
 
     def make() -> Scene | None:
-        scene = scene_like(rng, [said | {kind: answer}, *company(rng, said)])
+        scene = scene_like(rng, [traits | {kind: answer}, *company(rng, traits)])
         # None where the company fits the words, too: a question must mean one thing.
-        return scene if only(said, scene) else None
+        return scene if only(traits, scene) else None
 
     return Query(text, make)
 
@@ -116,15 +116,15 @@ def ask_at_place(rng: random.Random, kind: str, answer: str) -> Query:
 
 def ask_place(rng: random.Random, kind: str, answer: str) -> Query:
     """Where the one thing of the said traits is."""
-    said = traits_by_lot(rng, names_by_lot(rng))
+    traits = traits_by_lot(rng, names_by_lot(rng))
 
     def make() -> Scene | None:
-        scene = scene_like(rng, [said, *company(rng, said)])
-        found = [thing for thing in scene.things if fits(said, thing)]
+        scene = scene_like(rng, [traits, *company(rng, traits)])
+        matches = [thing for thing in scene.things if fits(traits, thing)]
         # The place was drawn with the scene, so most tries fail: first_of_split goes on trying.
-        return scene if len(found) == 1 and found[0].place == answer else None
+        return scene if len(matches) == 1 and matches[0].place == answer else None
 
-    return Query(f"where is the {noun(said)}", make)
+    return Query(f"where is the {noun(traits)}", make)
 
 
 def ask_background(rng: random.Random, kind: str, answer: str) -> Query:
@@ -136,13 +136,13 @@ def ask_background(rng: random.Random, kind: str, answer: str) -> Query:
 def ask_count(rng: random.Random, kind: str, answer: str) -> Query:
     """How many of three things have a colour, a shape or a pattern."""
     name = choose(rng, ("colour", "shape", "pattern"))
-    said = traits_by_lot(rng, (name,))
-    text = f"how many {noun(said)}{'es' if said.get('shape') == 'cross' else 's'} are there"
+    traits = traits_by_lot(rng, (name,))
+    text = f"how many {noun(traits)}{'es' if traits.get('shape') == 'cross' else 's'} are there"
     number = NUMBERS.index(answer)
 
     def make() -> Scene | None:
         # Always three things: how many there are in all tells nothing of the answer.
-        things = [said] * number + [near_miss(rng, said) for _ in range(3 - number)]
+        things = [traits] * number + [near_miss(rng, traits) for _ in range(3 - number)]
         return scene_like(rng, things)
 
     return Query(text, make)
@@ -150,15 +150,15 @@ def ask_count(rng: random.Random, kind: str, answer: str) -> Query:
 
 def ask_existence(rng: random.Random, kind: str, answer: str) -> Query:
     """Whether there is such a thing; where there is none, one that differs in one attribute stands instead."""
-    said = traits_by_lot(rng, names_by_lot(rng))
+    traits = traits_by_lot(rng, names_by_lot(rng))
 
     def make() -> Scene | None:
         # The company is like what stands there, with either answer.
-        first = said if answer == "yes" else near_miss(rng, said)
+        first = traits if answer == "yes" else near_miss(rng, traits)
         scene = scene_like(rng, [first, *company(rng, first)])
-        return scene if any(fits(said, thing) for thing in scene.things) == (answer == "yes") else None
+        return scene if any(fits(traits, thing) for thing in scene.things) == (answer == "yes") else None
 
-    return Query(f"is there {a_noun(said)}", make)
+    return Query(f"is there {a_noun(traits)}", make)
 
 
 def ask_relation(rng: random.Random, kind: str, answer: str) -> Query:
@@ -176,7 +176,7 @@ def ask_relation(rng: random.Random, kind: str, answer: str) -> Query:
         if not (only(first, scene) and only(second, scene)):
             return None
         # Each is the only one of its kind here, so the first that fits is it.
-        one, other = (next(thing for thing in scene.things if fits(said, thing)) for said in (first, second))
+        one, other = (next(thing for thing in scene.things if fits(traits, thing)) for traits in (first, second))
         return scene if one.relates(true, other) else None
 
     return Query(f"is the {noun(first)} {relation} the {noun(second)}", make)

@@ -42,21 +42,21 @@ def score_answers(results: Path, annotations: Path, questions: Path | None = Non
     Raises:
         UserError: a file is missing, of another form, or speaks of other questions than the annotations do.
     """
-    asked = list(read_annotations(annotations))
-    if not asked:
+    records = list(read_annotations(annotations))
+    if not records:
         raise UserError(annotations, "no annotations", "Take the complete file", ExitCode.BAD_DATA)
     # A dict for its order: errors name the first question of the file.
-    known = dict.fromkeys(annotation.question_id for annotation in asked)
+    known = dict.fromkeys(annotation.question_id for annotation in records)
     # All three files must speak of the same questions: a missing answer is an error and no 0.
     if questions is not None:
         compare(read_questions(questions), questions, known, annotations, "annotation")
-    given = read_results(results)
-    compare(known, annotations, given, results, "answer")
+    answers = read_results(results)
+    compare(known, annotations, answers, results, "answer")
     return vqa_accuracy(
-        [given[annotation.question_id] for annotation in asked],
-        [annotation.answers for annotation in asked],
-        [annotation.question_type for annotation in asked],
-        [annotation.answer_type for annotation in asked],
+        [answers[annotation.question_id] for annotation in records],
+        [annotation.answers for annotation in records],
+        [annotation.question_type for annotation in records],
+        [annotation.answer_type for annotation in records],
     )
 
 
@@ -71,35 +71,35 @@ def read_results(path: Path) -> dict[int, str]:
         what = f"{json_kind(entries)} where a list of answers belongs"
         todo = 'Write [{"question_id": 1, "answer": "yes"}, ...]'
         raise UserError(path, what, todo, ExitCode.BAD_DATA)
-    seen: dict[int, int] = {}
+    positions: dict[int, int] = {}
     answers: dict[int, str] = {}
     for position, entry in enumerate(entries):
         where = f"{path} [{position}]"
-        question_id = number_once(entry, where, position, seen)
+        question_id = number_once(entry, where, position, positions)
         answers[question_id] = get_text(entry, "answer", where)
     return answers
 
 
 def read_questions(path: Path) -> dict[int, int]:
     """question_id -> position in the file of questions."""
-    seen: dict[int, int] = {}
+    positions: dict[int, int] = {}
     for position, entry in enumerate(get(read_json_file(path), "questions", list, str(path), LAYOUT)):
-        number_once(entry, f"{path} questions[{position}]", position, seen)
-    return seen
+        number_once(entry, f"{path} questions[{position}]", position, positions)
+    return positions
 
 
-def compare(asked: Collection[int], source: Path, given: Collection[int], path: Path, what: str) -> None:
+def compare(source_ids: Collection[int], source: Path, path_ids: Collection[int], path: Path, what: str) -> None:
     """Refuse a file that lacks questions of the other one, or has more.
 
     Args:
-        asked: ids that `source` has.
-        given: ids for which `path` has an answer or annotation.
+        source_ids: ids that `source` has.
+        path_ids: ids for which `path` has an answer or annotation.
         what: "answer" or "annotation".
     """
-    if missing := [number for number in asked if number not in given]:
-        problem = f"no {what} to {len(missing)} of {len(asked)} questions of {source}, the first is {missing[0]}"
-    elif unknown := [number for number in given if number not in asked]:
-        problem = f"{len(unknown)} of {len(given)} question ids are not in {source}, the first is {unknown[0]}"
+    if missing := [number for number in source_ids if number not in path_ids]:
+        problem = f"no {what} to {len(missing)} of {len(source_ids)} questions of {source}, the first is {missing[0]}"
+    elif unknown := [number for number in path_ids if number not in source_ids]:
+        problem = f"{len(unknown)} of {len(path_ids)} question ids are not in {source}, the first is {unknown[0]}"
     else:
         return
     raise UserError(path, problem, "Give two files of the same split", ExitCode.BAD_DATA)

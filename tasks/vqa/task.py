@@ -72,7 +72,7 @@ class Vqa(Classification):
             nn.init.constant_(self.head.last.bias, -math.log(max(1, len(self.labels) - 1)))
             return
         self.answer = AnswerDecoder(backbone, self.answer_length)
-        backbone.image.mask_token.requires_grad_(False)
+        backbone.freeze_for_task(backbone.image.mask_token)
 
     def heads_of_labels(self) -> tuple[str, ...]:
         # An answer that is written knows no vocabulary.
@@ -82,8 +82,8 @@ class Vqa(Classification):
         """Take over the token head of pre-training into the generative head, whose decoder has its weights already."""
         if not self.generates:
             return super().warm_start(heads)
-        found, copied = heads_to_start_from("answer", heads, self.state_dict())
-        return super().warm_start(found) | copied
+        own_heads, copied = heads_to_start_from("answer", heads, self.state_dict())
+        return super().warm_start(own_heads) | copied
 
     # ------------------------------------------------------------------ training
 
@@ -169,8 +169,8 @@ class Vqa(Classification):
             predicted = self.spelt_out(backbone, token_BS)
             return [LabelPrediction(word, p, {word: p}) for word, p in zip(predicted, likelihood, strict=True)]
         token_KS, attention_KS = (part.to(device) for part in self.vocabulary(backbone))
-        found = self.answer.compare(backbone, question, token_KS, attention_KS, rows, self.candidates)
-        chosen_BM, likelihood_BM = found
+        comparison = self.answer.compare(backbone, question, token_KS, attention_KS, rows, self.candidates)
+        chosen_BM, likelihood_BM = comparison
         # (B, M) -> (B, K): candidates that were not compared get 0.
         probability_BK = likelihood_BM.new_zeros(rows, len(self.labels)).scatter(1, chosen_BM, likelihood_BM.exp())
         return top_labels(probability_BK, self.labels)
@@ -190,9 +190,9 @@ class Vqa(Classification):
     def vocabulary(self, backbone: MaskVLM) -> tuple[Tensor, Tensor]:
         """Tokens of every label and their padding mask, [K, S] each; made once."""
         if self.table is None:
-            made = Captioner(backbone.text.tokenizer, self.answer_length)(list(self.labels))  # type: ignore[arg-type]
-            self.table = made.token_CT, made.attention_CT
-            rows = zip(made.token_CT.tolist(), made.special_CT.tolist(), self.labels, strict=True)
+            label_tokens = Captioner(backbone.text.tokenizer, self.answer_length)(list(self.labels))  # type: ignore[arg-type]
+            self.table = label_tokens.token_CT, label_tokens.attention_CT
+            rows = zip(label_tokens.token_CT.tolist(), label_tokens.special_CT.tolist(), self.labels, strict=True)
             self.spelt = {
                 tuple(t for t, special in zip(tokens, specials, strict=True) if not special): label
                 for tokens, specials, label in rows
@@ -211,23 +211,23 @@ class Vqa(Classification):
             return {}
         usual = Counter(one.truth for one in known).most_common(1)[0][0]
         # Ceiling: the best that the vocabulary allows. Prior: one answer to all questions.
-        labels, given = set(self.labels), [one.example["answers"] for one in known]
+        labels, all_answers = set(self.labels), [one.example["answers"] for one in known]
         # An answer counts as it is written and as the vocabulary writes it.
-        named = [{*answers, *map(normalise, answers)} & labels for answers in given]
+        named = [{*answers, *map(normalise, answers)} & labels for answers in all_answers]
         best = [
-            max((accuracy(one, answers) for one in found), default=0.0)
-            for found, answers in zip(named, given, strict=True)
+            max((accuracy(one, answers) for one in choices), default=0.0)
+            for choices, answers in zip(named, all_answers, strict=True)
         ]
-        prior = [accuracy(usual, answers) for answers in given]
+        prior = [accuracy(usual, answers) for answers in all_answers]
         return {"accuracy_prior": 100 * sum(prior) / len(known), "accuracy_ceiling": 100 * sum(best) / len(known)}
 
     def files(self) -> dict[str, str]:
         """What the VQA server takes, where ids are its numbers; and the answer vocabulary."""
-        found = {"answers.json": json.dumps(list(self.labels), ensure_ascii=False, indent=0) + "\n"}
+        contents = {"answers.json": json.dumps(list(self.labels), ensure_ascii=False, indent=0) + "\n"}
         if all(one["id"].isdecimal() for one in self.predictions):
             results = [{"question_id": int(one["id"]), "answer": one["prediction"]} for one in self.predictions]
-            found["submission.json"] = json.dumps(results, ensure_ascii=False) + "\n"
-        return found
+            contents["submission.json"] = json.dumps(results, ensure_ascii=False) + "\n"
+        return contents
 
     def card(self) -> dict[str, Any]:
         if not self.generates:

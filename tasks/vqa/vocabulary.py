@@ -54,8 +54,8 @@ def build_vocabulary(answers: Iterable[str], min_count: int = 9) -> tuple[str, .
     """
     check_least(1, {"min_count": min_count})
     counts = Counter(map(normalise, answers))
-    kept = [answer for answer, count in counts.items() if count >= min_count]
-    return tuple(sorted(kept, key=lambda answer: (-counts[answer], answer)))
+    frequent = [answer for answer, count in counts.items() if count >= min_count]
+    return tuple(sorted(frequent, key=lambda answer: (-counts[answer], answer)))
 
 
 def soft_targets(answers: Sequence[str]) -> dict[str, float]:
@@ -125,23 +125,23 @@ def _by_index(entries: dict[str, Any], path: Path) -> list[str]:
 
 def _unique(entries: Iterable[tuple[int, Any]], path: Path, sign: str) -> tuple[str, ...]:
     """The answers, numbered by line or position; only json can say that an answer is empty."""
-    seen: dict[str, int] = {}
+    number_of: dict[str, int] = {}
     for number, answer in entries:
         if not isinstance(answer, str):
             what = f"{type(answer).__name__} where an answer belongs"
         elif BROKEN.search(answer):
             what = f"{answer!r} has half a surrogate pair"
-        elif answer in seen:
-            what = f"'{answer}' stands there twice, first at {seen[answer]}"
+        elif answer in number_of:
+            what = f"'{answer}' stands there twice, first at {number_of[answer]}"
         elif sign == ":" and not answer.strip():
             what = "an empty line; the empty answer needs a .json file"
         else:
-            seen[answer] = number
+            number_of[answer] = number
             continue
         raise UserError(f"{path}{sign}{number}", what, "Correct the list of answers", ExitCode.BAD_DATA)
-    if not seen:
+    if not number_of:
         raise UserError(path, "no answers", "Give a list with at least one", ExitCode.BAD_DATA)
-    return tuple(seen)
+    return tuple(number_of)
 
 
 # ------------------------------------------------------------------ annotations
@@ -153,7 +153,7 @@ def read_annotations(path: Path) -> Iterator[Annotation]:
     Raises:
         UserError: names the file and the position of what is missing, of the wrong type, empty, or there twice.
     """
-    seen: dict[int, int] = {}
+    positions: dict[int, int] = {}
     for position, entry in enumerate(get(read_json_file(path), "annotations", list, str(path), LAYOUT)):
         where = f"{path} annotations[{position}]"
         answers = [
@@ -163,7 +163,7 @@ def read_annotations(path: Path) -> Iterator[Annotation]:
         if not answers:
             what = "a question without answers"
             raise UserError(where, what, "Take annotations with people's answers (train or val)", ExitCode.BAD_DATA)
-        question_id = number_once(entry, where, position, seen)
+        question_id = number_once(entry, where, position, positions)
         optional = (get_text(entry, key, where) if key in entry else "" for key in OPTIONAL)
         yield Annotation(question_id, answers, where, *optional)._replace(image_id=entry.get("image_id"))
 
@@ -186,13 +186,13 @@ def check_image(annotation: Annotation, image: int, where: str) -> None:
         raise UserError(annotation.origin, what, SAME_PART, ExitCode.BAD_DATA)
 
 
-def number_once(entry: Any, where: str, position: int, seen: dict[int, int]) -> int:
-    """The `question_id` of an entry, which no earlier one may have; `seen`: id -> position, filled here."""
+def number_once(entry: Any, where: str, position: int, positions: dict[int, int]) -> int:
+    """The `question_id` of an entry, which no earlier one may have; `positions`: id -> position, filled here."""
     question_id = get(entry, "question_id", int, where, LAYOUT)
-    if question_id in seen:
-        what = f"question_id {question_id} is also that of position {seen[question_id]}"
+    if question_id in positions:
+        what = f"question_id {question_id} is also that of position {positions[question_id]}"
         raise UserError(where, what, "Keep one of them", ExitCode.BAD_DATA)
-    seen[question_id] = position
+    positions[question_id] = position
     return question_id
 
 

@@ -36,8 +36,8 @@ class TextLength(PretrainingLoss):
 
     def measure(self, heads: Any, seen: EvaluatedBatch) -> Mapping[str, tuple[Tensor, Tensor]]:
         words_C = (~seen.batch.special_CT).sum(1).float() / self.unit
-        found_C = heads.length(seen.image_BLD[:, 0])[:, 0][seen.batch.owner_C]
-        return {"error": ((found_C - words_C).square(), torch.ones_like(words_C))}
+        predicted_C = heads.length(seen.image_BLD[:, 0])[:, 0][seen.batch.owner_C]
+        return {"error": ((predicted_C - words_C).square(), torch.ones_like(words_C))}
 
     def chance(self, batch_size: int, texts_per_image: int) -> float | None:
         return None if self.level is None else float(torch.as_tensor(self.level))

@@ -40,5 +40,5 @@ class LastWords(TextMasking):
     def __call__(self, texts: Texts, vocabulary: Vocabulary, uniform: Uniform) -> TokenMask:
         from_end_CT = (~texts.special_CT).flip(1).cumsum(1).flip(1)
         mask_CT = ~texts.special_CT & (from_end_CT <= self.count)
-        shown_CT = texts.token_CT.masked_fill(mask_CT, vocabulary.mask_id)
-        return TokenMask(shown_CT, mask_CT, *positions(mask_CT, self.count))
+        masked_CT = texts.token_CT.masked_fill(mask_CT, vocabulary.mask_id)
+        return TokenMask(masked_CT, mask_CT, *positions(mask_CT, self.count))

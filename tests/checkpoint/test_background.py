@@ -34,10 +34,10 @@ def state(fill: float = 1.0) -> dict[str, Any]:
 
 @pytest.fixture
 def writes(monkeypatch: pytest.MonkeyPatch) -> Iterator["Writes"]:
-    made = Writes(checkpoint._write)
-    monkeypatch.setattr(checkpoint, "_write", made)
-    yield made
-    made.gate.release(100)
+    gated_writes = Writes(checkpoint._write)
+    monkeypatch.setattr(checkpoint, "_write", gated_writes)
+    yield gated_writes
+    gated_writes.gate.release(100)
 
 
 class Writes:
@@ -55,11 +55,11 @@ class Writes:
 
 @pytest.fixture
 def plugin() -> Iterator[SafeCheckpointIO]:
-    made = SafeCheckpointIO()
-    made.begin()
-    yield made
-    if made.writer is not None:
-        made.writer.close()
+    checkpoint_io = SafeCheckpointIO()
+    checkpoint_io.begin()
+    yield checkpoint_io
+    if checkpoint_io.writer is not None:
+        checkpoint_io.writer.close()
 
 
 @pytest.mark.guard("maskvlm.checkpoint.background:Snapshot.take", gives="args[1]")
@@ -98,13 +98,13 @@ def test_memory_is_reserved_before_the_first_save(plugin: SafeCheckpointIO, tmp_
     plugin.reserve([*content["state_dict"].values(), torch.zeros(3)])
     plugin.finish()
     reserved = plugin.writer.free.queue[-1]
-    kept = {room.bytes: [buffer.data_ptr() for buffer in buffers] for room, buffers in reserved.buffers.items()}
-    assert {size: len(places) for size, places in kept.items()} == {800: 1, 56: 1, 12: 1}
+    addresses = {room.bytes: [buffer.data_ptr() for buffer in buffers] for room, buffers in reserved.buffers.items()}
+    assert {size: len(places) for size, places in addresses.items()} == {800: 1, 56: 1, 12: 1}
     plugin.save_checkpoint({**content, "more": torch.ones(5)}, tmp_path / "x.ckpt")
     plugin.finish()
     now = {room.bytes: [buffer.data_ptr() for buffer in buffers] for room, buffers in reserved.buffers.items()}
     assert now.keys() == {800, 56, 0, 20}  # what was not needed is given up
-    assert (now[800], now[56]) == (kept[800], kept[56])
+    assert (now[800], now[56]) == (addresses[800], addresses[56])
 
 
 def test_nobody_waits_for_memory_to_be_reserved(plugin: SafeCheckpointIO, writes: "Writes", tmp_path: Path) -> None:
@@ -121,21 +121,21 @@ def test_no_thread_stays_behind(plugin: SafeCheckpointIO, tmp_path: Path) -> Non
     plugin.reserve([torch.ones(3)])
     plugin.save_checkpoint(state(), tmp_path / "x.ckpt")
     plugin.finish()
-    left = [each for each in threading.enumerate() if each.name.startswith("checkpoint")]
-    for each in left:
+    threads = [each for each in threading.enumerate() if each.name.startswith("checkpoint")]
+    for each in threads:
         each.join(30)
-    assert not any(each.is_alive() for each in left)
+    assert not any(each.is_alive() for each in threads)
 
 
 @pytest.mark.gpu
 def test_a_state_on_a_card_is_copied_to_pinned_memory() -> None:
     content = {"a": torch.rand(1000, 1000, device="cuda"), "step": torch.tensor(3.0)}
-    taken = Snapshot().take(content)
+    snapshot = Snapshot().take(content)
     expected = content["a"].cpu()
     content["a"].zero_()
-    assert taken["a"].is_pinned()
-    assert torch.equal(taken["a"], expected)
-    assert taken["step"] == 3.0
+    assert snapshot["a"].is_pinned()
+    assert torch.equal(snapshot["a"], expected)
+    assert snapshot["step"] == 3.0
 
 
 def test_two_wait_at_most_and_all_are_written_in_order(

@@ -83,7 +83,7 @@ def test_every_flipped_bit_of_the_content_is_found(saved: Path, with_side: bool)
     whole, draw = bytearray(saved.read_bytes()), random.Random(0)
     if not with_side:
         (saved.parent / "last.ckpt.sha256").unlink()
-    found = 0
+    refusals = 0
     for _ in range(150):
         place, bit = draw.randrange(len(whole)), 1 << draw.randrange(8)
         whole[place] ^= bit
@@ -92,12 +92,12 @@ def test_every_flipped_bit_of_the_content_is_found(saved: Path, with_side: bool)
         try:
             back = load(saved)
         except UserError:
-            found += 1
+            refusals += 1
         else:
             assert not with_side
             assert torch.equal(back["state_dict"]["a"], torch.ones(20, 10))
             assert back["callbacks"] == content()["callbacks"]
-    assert found == 150 if with_side else found > 0
+    assert refusals == 150 if with_side else refusals > 0
 
 
 class Attack:
@@ -215,19 +215,19 @@ def test_a_name_may_have_as_many_bytes_as_the_file_system_allows(tmp_path: Path)
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
-    told: list[str] = []
-    assert newest_valid(tmp_path, told.append) is None
+    messages: list[str] = []
+    assert newest_valid(tmp_path, messages.append) is None
     for age, name in enumerate(["new", "middle", "old"]):
         save(content(), tmp_path / f"{name}.ckpt")
         os.utime(tmp_path / f"{name}.ckpt", (1000 - age, 1000 - age))
-    assert newest_valid(tmp_path, told.append) == tmp_path / "new.ckpt"
+    assert newest_valid(tmp_path, messages.append) == tmp_path / "new.ckpt"
     (tmp_path / "new.ckpt").write_bytes(b"")
-    assert newest_valid(tmp_path, told.append) == tmp_path / "middle.ckpt"
-    assert len(told) == 1
-    assert "new.ckpt: truncated" in told[0]
+    assert newest_valid(tmp_path, messages.append) == tmp_path / "middle.ckpt"
+    assert len(messages) == 1
+    assert "new.ckpt: truncated" in messages[0]
     for name in ("middle", "old"):
         (tmp_path / f"{name}.ckpt").write_bytes(b"")
-    assert error_of(lambda: newest_valid(tmp_path, told.append)).code == ExitCode.REFUSED
+    assert error_of(lambda: newest_valid(tmp_path, messages.append)).code == ExitCode.REFUSED
     assert (tmp_path / "new.ckpt").exists()  # the evidence stays
 
 

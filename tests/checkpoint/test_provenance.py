@@ -48,9 +48,9 @@ def test_the_report_counts_every_tensor(tmp_path: Path) -> None:
 
 
 def test_a_start_from_nothing_is_one_line() -> None:
-    found = Provenance({"a": Origin("random", (2, 3)), "b": Origin("random", (2,))})
-    assert found.table() == "weights: all random, 2 tensors, 8 parameters"
-    assert not isinstance((found | Provenance({"b": Origin("loaded", (2,), "x")})).table(), str)
+    provenance = Provenance({"a": Origin("random", (2, 3)), "b": Origin("random", (2,))})
+    assert provenance.table() == "weights: all random, 2 tensors, 8 parameters"
+    assert not isinstance((provenance | Provenance({"b": Origin("loaded", (2,), "x")})).table(), str)
 
 
 def test_what_is_loaded_later_counts() -> None:

@@ -21,12 +21,12 @@ from maskvlm import MaskVLM
 from maskvlm.utils.errors import UserError
 
 path, token, folder = sys.argv[1:]
-model, told = MaskVLM.from_pretrained(path), {}
-told["commit"] = str(model.push_to_hub("acme/toy", token=token))
+model, report = MaskVLM.from_pretrained(path), {}
+report["commit"] = str(model.push_to_hub("acme/toy", token=token))
 model.save_pretrained(folder, push_to_hub=True, repo_id="acme/again", token=token)
 other = MaskVLM.from_pretrained("acme/toy")
 ours, theirs = model.state_dict(), other.state_dict()
-told["equal"] = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+report["equal"] = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 for name, ask in (
     ("wrong token", lambda: model.push_to_hub("acme/toy", token="hf_wrong")),
     ("no name", lambda: model.push_to_hub("not a name", token=token)),
@@ -35,8 +35,8 @@ for name, ask in (
     try:
         ask()
     except UserError as error:
-        told[name] = [str(error), int(error.code)]
-print(json.dumps(told))
+        report[name] = [str(error), int(error.code)]
+print(json.dumps(report))
 """
 
 
@@ -55,27 +55,27 @@ def test_what_goes_up_comes_down(path: Path, tmp_path: Path) -> None:
         command = [sys.executable, "-c", SCRIPT, str(path), TOKEN, str(tmp_path / "folder")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert told["commit"].startswith(f"{hub.address}/acme/toy/commit/")
-    assert told["equal"]
+        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert report["commit"].startswith(f"{hub.address}/acme/toy/commit/")
+    assert report["equal"]
     PretrainedMaskVLM.from_pretrained(path).save_pretrained(tmp_path / "local")
     local = {file.name: file.read_bytes() for file in sorted((tmp_path / "local").iterdir())}
     for name in ("acme/toy", "acme/again"):
-        found = hub.files[name]
-        assert found.keys() == local.keys()
+        remote = hub.files[name]
+        assert remote.keys() == local.keys()
         # The card knows the name, and the sums know the card.
-        assert [file for file in local if found[file] != local[file]] == ["README.md", "checksums.json"]
-        assert found["README.md"].replace(b"# " + name.encode(), b"# MaskVLM") == local["README.md"].replace(
+        assert [file for file in local if remote[file] != local[file]] == ["README.md", "checksums.json"]
+        assert remote["README.md"].replace(b"# " + name.encode(), b"# MaskVLM") == local["README.md"].replace(
             b"THIS_FOLDER_OR_HUB_NAME", name.encode()
         )
     assert b"| retrieval/tr_r1 | 12.5 | 0.5 |" in local["README.md"]  # the card of this project, not a template
     assert (tmp_path / "folder" / "README.md").read_bytes() == hub.files["acme/again"]["README.md"]
-    for name, said, code in (
+    for name, message, code in (
         ("wrong token", "acme/toy: cannot be uploaded (Client error '401", 69),
         ("no name", "not a name: cannot be uploaded (", 69),
         ("unknown", "acme/none: the hub has no acme/none", 66),
     ):
-        line, status = told[name]
-        assert line.startswith(said), line
+        line, status = report[name]
+        assert line.startswith(message), line
         assert status == code
         assert "\n" not in line

@@ -13,7 +13,7 @@ from toys import SIZE, toy_backbone
 
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.model_spec import model_spec_of
-from maskvlm.checkpoint.warm_start import Seen, Start, overlap, part, read_content, read_start
+from maskvlm.checkpoint.warm_start import LineageEntry, Start, overlap, part, read_content, read_start
 from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.cli.main import main
 from maskvlm.data.caption_text import stable_id
@@ -68,16 +68,16 @@ def test_backbone_heads_tokenizer_and_history_are_handed_on(pretrained: Path) ->
     assert torch.equal(start.heads["matching.classify.weight"], content["state_dict"]["task.matching.classify.weight"])
     assert start.labels is None
     ids = sorted({stable_id(name) for name in scenes().split("train").image_ids()})
-    (seen,) = start.history
-    assert seen.words() == {
+    (entry,) = start.history
+    assert entry.words() == {
         "task": "maskvlm.objectives.pretraining.MaskedPretraining",
         "source": "maskvlm.data.scenes.source.Scenes",
         "sha": scenes().split("train").fingerprint,
         "pictures": len(ids),
         "steps": 2,
     }
-    assert seen.ids is not None
-    assert seen.ids.tolist() == ids
+    assert entry.ids is not None
+    assert entry.ids.tolist() == ids
     backbone = bare_backbone(pretrained, seed=9)  # other random weights
     for name, value in start.backbone.items():
         assert torch.equal(backbone.state_dict()[name], value), name
@@ -90,7 +90,9 @@ def test_backbone_heads_tokenizer_and_history_are_handed_on(pretrained: Path) ->
 
 def test_a_fine_tuned_checkpoint_tells_both_parts_of_its_history(tuned: Path) -> None:
     start = read_start(str(tuned))
-    assert [(seen.task.rpartition(".")[2], seen.source.rpartition(".")[2], seen.steps) for seen in start.history] == [
+    assert [
+        (entry.task.rpartition(".")[2], entry.source.rpartition(".")[2], entry.steps) for entry in start.history
+    ] == [
         ("MaskedPretraining", "Scenes", 2),
         ("Entailment", "Questions", 3),
     ]
@@ -171,22 +173,22 @@ def test_positions_follow_the_image_size_and_a_step_runs(pretrained: Path, tmp_p
 
 
 def test_overlap_counts_images_that_any_part_of_the_history_saw() -> None:
-    def seen(ids: list[int] | None) -> Seen:
-        return Seen("t", "s", "sha", 3, 1, None if ids is None else torch.tensor(ids))
+    def entry(ids: list[int] | None) -> LineageEntry:
+        return LineageEntry("t", "s", "sha", 3, 1, None if ids is None else torch.tensor(ids))
 
-    asked = torch.tensor([2, 3, 5, 7])
-    assert overlap(asked, ()) == 0
-    assert overlap(asked, (seen([1, 2]), seen([2, 7, 9]))) == 2
-    assert overlap(asked, (seen([1, 4]),)) == 0
-    assert overlap(asked, (seen([2]), seen(None))) is None
-    assert overlap(torch.tensor([], dtype=torch.long), (seen([2]),)) == 0
+    image_ids = torch.tensor([2, 3, 5, 7])
+    assert overlap(image_ids, ()) == 0
+    assert overlap(image_ids, (entry([1, 2]), entry([2, 7, 9]))) == 2
+    assert overlap(image_ids, (entry([1, 4]),)) == 0
+    assert overlap(image_ids, (entry([2]), entry(None))) is None
+    assert overlap(torch.tensor([], dtype=torch.long), (entry([2]),)) == 0
 
 
 def test_a_source_without_ids_leaves_the_history_unknown(tmp_path: Path) -> None:
     backbone = bare_backbone()
     fit(LitModel(backbone, Entailment(LABELS)), data_for(backbone, Nameless()), tmp_path / "x.ckpt")
-    (seen,) = read_start(str(tmp_path / "x.ckpt")).history
-    assert (seen.ids, seen.images, seen.steps) == (None, 16, 2)
+    (entry,) = read_start(str(tmp_path / "x.ckpt")).history
+    assert (entry.ids, entry.images, entry.steps) == (None, 16, 2)
 
 
 class Saving(L.Callback):
@@ -207,8 +209,8 @@ def test_a_run_that_goes_on_states_its_own_part_once(pretrained: Path, tmp_path:
         model = LitModel(backbone, Entailment(LABELS))
         fit(model, data_for(backbone, Questions(), steps=5), whole, Saving(half), **settings)
         for path, steps in ((half, 2), (whole, 5)):
-            told = [(seen.task.rpartition(".")[2], seen.steps) for seen in read_start(str(path)).history]
-            assert told == [("MaskedPretraining", 2), ("Entailment", steps)]
+            history = [(entry.task.rpartition(".")[2], entry.steps) for entry in read_start(str(path)).history]
+            assert history == [("MaskedPretraining", 2), ("Entailment", steps)]
 
 
 def test_a_checkpoint_that_is_only_measured_keeps_its_history(pretrained: Path, tuned: Path, tmp_path: Path) -> None:
@@ -217,9 +219,9 @@ def test_a_checkpoint_that_is_only_measured_keeps_its_history(pretrained: Path, 
     model = LitModel(backbone, Entailment(LABELS))
     trainer = trainer_in(tmp_path)
     trainer.validate(model, data_for(backbone, Questions()), ckpt_path=tuned, weights_only=True, verbose=False)
-    assert [seen.steps for seen in model.history] == [2, 3]
+    assert [entry.steps for entry in model.history] == [2, 3]
     trainer.save_checkpoint(tmp_path / "copy.ckpt", weights_only=True)
-    assert [seen.steps for seen in read_start(str(tmp_path / "copy.ckpt")).history] == [2, 3]
+    assert [entry.steps for entry in read_start(str(tmp_path / "copy.ckpt")).history] == [2, 3]
 
 
 def test_a_run_that_learned_nothing_has_seen_nothing(tmp_path: Path) -> None:
@@ -250,10 +252,10 @@ def test_an_older_checkpoint_takes_the_configuration_beside_it(tmp_path: Path) -
         "trainer": {"any": "thing"},
     }
     path = older(tmp_path / "x.ckpt", {}, config)
-    found = model_spec_of(read_content(path), path)
-    args = found.backbone["init_args"]
+    spec = model_spec_of(read_content(path), path)
+    args = spec.backbone["init_args"]
     assert (args["cross_layers"], args["image"]["init_args"]["name"]) == (2, "vit_tiny_patch16_224")
-    assert found.task == {
+    assert spec.task == {
         "class_path": "maskvlm.objectives.pretraining.MaskedPretraining",
         "init_args": {"mask_block": 16},
     }
@@ -273,7 +275,7 @@ def test_without_both_it_is_one_line(tmp_path: Path) -> None:
 def test_an_older_checkpoint_has_seen_unknown_data(tmp_path: Path) -> None:
     start = read_start(older(tmp_path / "x.ckpt", {"global_step": 7}))
     assert (start.tokenizer, start.labels) == (None, None)
-    assert [(seen.task, seen.steps, seen.ids) for seen in start.history] == [("unknown", 7, None)]
+    assert [(entry.task, entry.steps, entry.ids) for entry in start.history] == [("unknown", 7, None)]
     assert overlap(torch.tensor([1]), start.history) is None
 
 
@@ -290,10 +292,10 @@ def with_other_labels(**settings: Any) -> set[str]:
     backbone, before = toy_backbone(), Vqa(("red", "blue"), **settings)
     before.build(backbone)
     backbone.origin = Start("x.ckpt", {}, before.state_dict(), None, ("red", "blue"), ())
-    found = LitModel(backbone, Vqa(("red", "blue", "green"), **settings))
-    for name in found.warm_started:
-        assert torch.equal(found.task.state_dict()[name], before.state_dict()[name]), name
-    return set(found.task.state_dict()) - found.warm_started
+    model = LitModel(backbone, Vqa(("red", "blue", "green"), **settings))
+    for name in model.warm_started:
+        assert torch.equal(model.task.state_dict()[name], before.state_dict()[name]), name
+    return set(model.task.state_dict()) - model.warm_started
 
 
 def test_an_answer_that_is_written_is_taken_over_whatever_the_vocabulary_was() -> None:
@@ -301,9 +303,9 @@ def test_an_answer_that_is_written_is_taken_over_whatever_the_vocabulary_was() -
 
 
 def test_a_head_among_other_labels_is_new() -> None:
-    left = with_other_labels(head="classify")
-    assert left
-    assert all(name.startswith("head.") for name in left)
+    new_names = with_other_labels(head="classify")
+    assert new_names
+    assert all(name.startswith("head.") for name in new_names)
 
 
 # ---------------------------------------------------------------------- measuring what cannot be measured
@@ -337,7 +339,7 @@ def test_scores_are_not_read_from_heads_that_a_checkpoint_lacks(tuned: Path, pre
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"width": 32}, r"last.ckpt: does not fit MaskVLM: \d+ of another shape \("),
         ({"cross_layers": 1}, r"last.ckpt: does not fit MaskVLM: \d+ left over of the file's \d+ \("),
@@ -345,9 +347,9 @@ def test_scores_are_not_read_from_heads_that_a_checkpoint_lacks(tuned: Path, pre
         ({"vocab": 180}, r"last.ckpt: does not fit .* of another shape \(text.model.embeddings.word_embeddings.weight"),
     ],
 )
-def test_another_model_is_one_line(pretrained: Path, settings: dict[str, int], said: str) -> None:
+def test_another_model_is_one_line(pretrained: Path, settings: dict[str, int], message: str) -> None:
     whole = {"length": 24, "vocab": 150, **settings}
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         toy_backbone(start=str(pretrained), **whole)
     assert caught.value.code == ExitCode.BAD_DATA
 
@@ -379,7 +381,7 @@ def test_the_checkpoints_model_comes_first_and_everything_overrides_it(named: li
 
 
 @pytest.mark.parametrize(
-    ("content", "code", "said"),
+    ("content", "code", "message"),
     [
         (None, ExitCode.MISSING_INPUT, "not there ("),
         (b"", ExitCode.BAD_DATA, "truncated (0 of unknown bytes)"),
@@ -388,7 +390,7 @@ def test_the_checkpoints_model_comes_first_and_everything_overrides_it(named: li
     ],
 )
 def test_what_is_no_checkpoint_is_one_line(
-    named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any, code: ExitCode, said: str
+    named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any, code: ExitCode, message: str
 ) -> None:
     path = tmp_path / "other.ckpt"
     if content == "folder":
@@ -397,12 +399,12 @@ def test_what_is_no_checkpoint_is_one_line(
         path.write_bytes(content)
     assert main(["fit", "--run", str(tmp_path / "run"), "--from", str(path), *named[2:]]) == code
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {path}: {said}")
+    assert error.startswith(f"error: {path}: {message}")
     assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--model.lrr 3", "--model.lrr: unknown key (did you mean model.lr?)"),
         ("--data.batch_size 1.5", "--data.batch_size: 1.5 does not fit. Give a whole number."),
@@ -410,10 +412,10 @@ def test_what_is_no_checkpoint_is_one_line(
     ],
 )
 def test_a_wrong_option_beside_a_checkpoint_is_one_line(
-    named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, said: str
+    named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
     """The checkpoint's part of the configuration is a file of its own, which is gone when a mistake is explained."""
     assert main(["fit", "--run", str(tmp_path / "run"), *named, *words.split()]) == ExitCode.USAGE
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {said}")
+    assert error.startswith(f"error: {message}")
     assert len(error.splitlines()) == 1

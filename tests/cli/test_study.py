@@ -52,9 +52,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "toy.yaml", "--jobs", "2", "--page", "page"]) == 0
-    said = capfd.readouterr().out
-    assert "2 runs, 2 to make, 2 at once" in said
-    assert "wrote page/README.md (2 of 2 runs)" in said
+    output = capfd.readouterr().out
+    assert "2 runs, 2 to make, 2 at once" in output
+    assert "wrote page/README.md (2 of 2 runs)" in output
     runs = place / "checkpoints" / "toy"
     steps = yaml.safe_load((runs / "contrast@flops-of-all-s3" / "config-fit.yaml").read_text())["data"]["init_args"][
         "steps"
@@ -74,16 +74,16 @@ def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureF
     for folder in runs.glob("*-s3"):
         folder.rename(place / folder.name)
     assert main(["study", "toy.yaml", "--page", "page"]) == 0
-    said = capfd.readouterr().out
-    assert "0 to make" in said
-    assert "wrote page/README.md (2 of 2 runs)" in said
+    output = capfd.readouterr().out
+    assert "0 to make" in output
+    assert "wrote page/README.md (2 of 2 runs)" in output
     assert main(["study", "toy.yaml", "--page", "page", "--submit"]) == 0
     assert "nothing to submit: 2 runs are finished" in capfd.readouterr().out
     rows = (place / "page" / "runs.csv").read_text().splitlines(keepends=True)
-    kept = [row for row in rows if not row.startswith("contrast")]
-    assert len(kept) == len(rows) - 1
+    remaining = [row for row in rows if not row.startswith("contrast")]
+    assert len(remaining) == len(rows) - 1
     (place / "fewer").mkdir()
-    (place / "fewer" / "runs.csv").write_text("".join(kept))
+    (place / "fewer" / "runs.csv").write_text("".join(remaining))
     assert main(["study", "toy.yaml", "--page", "fewer", "--submit"]) == 0
     assert "#SBATCH --array=1%1\n" in (runs / "job.sh").read_text()
     for folder in place.glob("*-s3"):
@@ -112,16 +112,16 @@ def test_runs_are_listed_and_chosen(plain: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_task_of_an_array_makes_its_run(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[str, ...]] = []
+    commands: list[tuple[str, ...]] = []
 
     def instead(program: str, command: tuple[str, ...]) -> None:
-        made.append(command)
+        commands.append(command)
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execv", instead)
     assert main(["study", "toy.yaml", "--task", "3"]) == 0
-    assert made[0][:6] == (sys.executable, "-m", "maskvlm", "pretrain", "where=cpu", "--folder")
-    assert made[0][6] == "checkpoints/toy/contrast-s1"
+    assert commands[0][:6] == (sys.executable, "-m", "maskvlm", "pretrain", "where=cpu", "--folder")
+    assert commands[0][6] == "checkpoints/toy/contrast-s1"
     assert json.loads((plain / "checkpoints" / "toy" / "contrast-s1" / "study.json").read_text())["seed"] == 1
     assert os.environ["MASKVLM_STUDY"] == "0"
 
@@ -212,10 +212,10 @@ def test_two_studies_of_one_name_do_not_meet(plain: Path, capsys: pytest.Capture
 
 def test_a_key_that_no_run_measures_is_told() -> None:
     metric = Metric("R@1", ("retrieval/tr_r11",), otherwise=("mlm/accuracy",))
-    found = {"retrieval/tr_r1": 1.0, "mlm/accuracy": 1.0}
-    told = "retrieval/tr_r11 (did you mean retrieval/tr_r1?)"
-    assert unknown_keys([metric], found) == [f"metric R@1: the first run has no {told}"]
-    assert unknown_keys([metric], found, "no run") == [f"metric R@1: no run has {told}"]
+    metrics = {"retrieval/tr_r1": 1.0, "mlm/accuracy": 1.0}
+    hint = "retrieval/tr_r11 (did you mean retrieval/tr_r1?)"
+    assert unknown_keys([metric], metrics) == [f"metric R@1: the first run has no {hint}"]
+    assert unknown_keys([metric], metrics, "no run") == [f"metric R@1: no run has {hint}"]
 
 
 def test_a_list_and_a_page_say_what_does_not_fit(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,15 +235,15 @@ def test_a_list_and_a_page_say_what_does_not_fit(plain: Path, capsys: pytest.Cap
 def test_a_missing_package_is_told_before_any_run(
     plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "scipy" else found(name))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "scipy" else find_spec(name))
     assert main(["study", "toy.yaml"]) == ExitCode.UNAVAILABLE
     assert capsys.readouterr().err.startswith("error: study: scipy not installed. Run `make study`, or pip install")
     assert not (plain / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "said", "code"),
+    ("words", "message", "code"),
     [
         (["nothing"], "nothing: no such study. Give a YAML file, or one of ", ExitCode.MISSING_INPUT),
         (["toy.yaml", "--only", "some"], "--only: there is no some. There are: all, contrast", ExitCode.USAGE),
@@ -254,11 +254,11 @@ def test_a_missing_package_is_told_before_any_run(
     ],
 )
 def test_a_mistake_is_one_line(
-    plain: Path, words: list[str], said: str, code: int, capsys: pytest.CaptureFixture[str]
+    plain: Path, words: list[str], message: str, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["study", *words]) == code
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert len(error.strip().splitlines()) == 1
 
 

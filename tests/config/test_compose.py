@@ -47,19 +47,19 @@ def test_a_recipe_stands_in_the_place_of_the_models_own() -> None:
 
 
 def test_training_images_are_searched_under_their_own_name() -> None:
-    found = composed("index data=flickr8k from=x.ckpt split=train")
-    assert found[:7] == ["index", "--from", "x.ckpt", "--split", "train", "--out", "checkpoints/index-flickr8k-train"]
+    argv = composed("index data=flickr8k from=x.ckpt split=train")
+    assert argv[:7] == ["index", "--from", "x.ckpt", "--split", "train", "--out", "checkpoints/index-flickr8k-train"]
     for words in ("--split train", "split=val --split=train"):
         with pytest.raises(UserError, match="index: --split: is a word of this command"):
             composed(f"index data=flickr8k from=x.ckpt {words}")
 
 
 def test_vectors_of_a_set_by_its_name() -> None:
-    found = composed("embed data=flickr8k from=x.ckpt split=train --no-captions")
-    assert found[:5] == ["embed", "--from", "x.ckpt", "--split", "train"]
-    assert "conf/data/flickr8k.yaml" in found
-    assert found[-1] == "--no-captions"
-    assert found[5:7] == ["--out", "checkpoints/vectors-flickr8k-train"]
+    argv = composed("embed data=flickr8k from=x.ckpt split=train --no-captions")
+    assert argv[:5] == ["embed", "--from", "x.ckpt", "--split", "train"]
+    assert "conf/data/flickr8k.yaml" in argv
+    assert argv[-1] == "--no-captions"
+    assert argv[5:7] == ["--out", "checkpoints/vectors-flickr8k-train"]
     assert "--out" not in composed("embed from=x.ckpt --out x")[:6]
     with pytest.raises(UserError, match="embed: --split: is a word of this command"):
         composed("embed from=x.ckpt --split val")
@@ -72,8 +72,8 @@ def test_without_a_word_the_built_in_world_is_learned() -> None:
 
 def test_a_checkpoint_keeps_its_model_and_goes_on_by_another_recipe() -> None:
     files = ("base", "pretrain", "pretrain-compact", "data/flickr8k", "where/cpu", "continue", "continue-compact")
-    found = composed("pretrain model=compact data=flickr8k where=cpu run=x from=a/b.ckpt")
-    assert found == ["fit", "--folder", "checkpoints/x", "--from", "a/b.ckpt", *stack(*(f"conf/{n}" for n in files))]
+    argv = composed("pretrain model=compact data=flickr8k where=cpu run=x from=a/b.ckpt")
+    assert argv == ["fit", "--folder", "checkpoints/x", "--from", "a/b.ckpt", *stack(*(f"conf/{n}" for n in files))]
 
 
 @pytest.mark.parametrize(("split", "command"), [("val", "validate"), ("test", "test")])
@@ -86,25 +86,25 @@ def test_all_of_a_split_is_measured(split: str, command: str) -> None:
 
 
 def test_without_a_task_pretraining_is_measured() -> None:
-    found = composed("evaluate model=compact data=flickr8k from=a/b.ckpt where=cpu run=x")
+    argv = composed("evaluate model=compact data=flickr8k from=a/b.ckpt where=cpu run=x")
     fitted = composed("pretrain model=compact data=flickr8k from=a/b.ckpt where=cpu run=x")
     own = ["--task_from", "a/b.ckpt"]
-    assert found == ["validate", *fitted[1:], *own, "--trainer.limit_val_batches", "1.0"]
+    assert argv == ["validate", *fitted[1:], *own, "--trainer.limit_val_batches", "1.0"]
 
 
 def test_the_control_begins_with_random_weights_of_the_model() -> None:
-    found = composed("finetune vqa data=daquar from=random model=small where=cpu run=x")
-    assert found[3:7] == ["--model.random_init", "true", "-c", "conf/model/small.yaml"]
-    assert "--from" not in found
-    assert "tasks/vqa/daquar.yaml" in found
+    argv = composed("finetune vqa data=daquar from=random model=small where=cpu run=x")
+    assert argv[3:7] == ["--model.random_init", "true", "-c", "conf/model/small.yaml"]
+    assert "--from" not in argv
+    assert "tasks/vqa/daquar.yaml" in argv
 
 
 def test_a_prepared_set_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "manifest.json").touch()
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
-    found = composed("pretrain data=mine")
-    assert found[found.index("conf/data/prepared.yaml") - 1 :][-2:] == ["--data.source.root", str(tmp_path / "mine")]
+    argv = composed("pretrain data=mine")
+    assert argv[argv.index("conf/data/prepared.yaml") - 1 :][-2:] == ["--data.source.root", str(tmp_path / "mine")]
 
 
 def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
@@ -113,12 +113,12 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     text, image = f"{tmp_path}/a-text", f"{tmp_path}/vit/model.safetensors"
-    found = composed(f"pretrain model=compact encoders={tmp_path}")
-    assert found[-4:] == ["--model.backbone.image.weights", image, "--model.backbone.text.name", text]
+    argv = composed(f"pretrain model=compact encoders={tmp_path}")
+    assert argv[-4:] == ["--model.backbone.image.weights", image, "--model.backbone.text.name", text]
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         ("pretrain model=nope", "model=nope: no such model. There are: base, compact, large, small, tiny."),
         ("pretrain model=../base", "model=../base: no such model"),
@@ -161,10 +161,10 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
           for run in ("", "../x", "/tmp/x", ".", "a/../../x")),
     ],
 )  # fmt: skip
-def test_a_wrong_word_is_one_line(command: str, said: str) -> None:
+def test_a_wrong_word_is_one_line(command: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         composed(command)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -246,8 +246,8 @@ def test_a_set_is_a_folder_of_the_data_root(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_options_name_a_checkpoint_as_words_do() -> None:
-    for given in ("--from a.ckpt", "--from=a.ckpt"):
-        assert composed(f"finetune vqa {given} --model.lr 1") == composed("finetune vqa from=a.ckpt --model.lr 1")
+    for option in ("--from a.ckpt", "--from=a.ckpt"):
+        assert composed(f"finetune vqa {option} --model.lr 1") == composed("finetune vqa from=a.ckpt --model.lr 1")
     with pytest.raises(UserError, match="from is given twice"):
         composed("finetune vqa from=a.ckpt --from=b.ckpt")
     stack = "index --from a.ckpt -c conf/base.yaml"
@@ -261,9 +261,9 @@ def test_a_command_with_a_whole_stack_is_taken_as_it_is() -> None:
 
 @pytest.mark.parametrize("name", ["bench", "preview", "submit", "pretrain"])
 def test_other_files_come_on_top(name: str) -> None:
-    found = composed(f"{name} model=small where=cpu -c mine.yaml --model.lr 1")
-    assert found[-6:] == ["-c", "conf/where/cpu.yaml", "-c", "mine.yaml", "--model.lr", "1"]
-    assert "conf/model/small.yaml" in found
+    argv = composed(f"{name} model=small where=cpu -c mine.yaml --model.lr 1")
+    assert argv[-6:] == ["-c", "conf/where/cpu.yaml", "-c", "mine.yaml", "--model.lr", "1"]
+    assert "conf/model/small.yaml" in argv
 
 
 @pytest.fixture
@@ -285,16 +285,16 @@ def test_tasks_of_the_working_directory_are_found_only_where_that_is_asked_for(e
 
 
 @pytest.mark.parametrize(
-    ("names", "found"),
+    ("names", "on_path"),
     [(["acme"], True), (["acme.x.Y"], True), (["one"], True), (["other.x.Y"], False), ([""], False), ([], False)],
 )
 def test_packages_of_the_working_directory_are_found_where_the_command_names_one(
-    elsewhere: Path, names: list[str], found: bool
+    elsewhere: Path, names: list[str], on_path: bool
 ) -> None:
     (elsewhere / "acme").mkdir()
     (elsewhere / "one.py").touch()
     compose.find_packages(names)
-    assert (sys.path[-1] == str(elsewhere)) == found
+    assert (sys.path[-1] == str(elsewhere)) == on_path
 
 
 def test_a_set_of_your_own_is_named_where_a_task_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +310,7 @@ def test_a_set_of_your_own_is_named_where_a_task_takes_it(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("task", "words", "told"),
+    ("task", "words", "suffix"),
     [
         ("acme.counting", {}, ""),
         ("acme.counting", {"data": "more"}, "-more"),
@@ -318,6 +318,6 @@ def test_a_set_of_your_own_is_named_where_a_task_takes_it(tmp_path: Path, monkey
         ("", {"data": "flickr8k"}, "-flickr8k"),
     ],
 )
-def test_a_folder_names_the_data_that_was_named(task: str, words: dict[str, str], told: str) -> None:
+def test_a_folder_names_the_data_that_was_named(task: str, words: dict[str, str], suffix: str) -> None:
     """A task of a package has data of its own, and no drawn scenes."""
-    assert compose.data_of(task, compose.CommandWords([task], words, [])) == told
+    assert compose.data_of(task, compose.CommandWords([task], words, [])) == suffix

@@ -66,9 +66,9 @@ def test_our_recipe_keeps_the_rates_the_batch_and_the_losses_of_the_paper() -> N
         assert ours.model[key] == paper.model[key]
     assert ours.data == paper.data
     before, after = (vars(settings.model.task.init_args) for settings in (paper, ours))
-    kept = [key for key in before if key.startswith("weight_")]
-    assert len(kept) >= 4
-    assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
+    weights = [key for key in before if key.startswith("weight_")]
+    assert len(weights) >= 4
+    assert {key: after[key] for key in weights} == {key: before[key] for key in weights}
     assert after["contrast_first"] == 0.6
     assert ours.model.backbone.init_args.image.init_args.masked_patches == "left_out"
 
@@ -183,10 +183,10 @@ COMPOSED = ("pretrain", "finetune", "evaluate", "config", "preview", "submit", "
 def test_each_target_is_the_command_of_its_name(target: str, handed: Callable[..., list[str]]) -> None:
     """Whatever is typed goes on as one word, and nothing of the environment does."""
     words = ("TASK=a b", "MODEL=", "DATA=it's", 'RUN="x" $y', "FROM=f", "ENCODERS=e", "SPLIT=s", "RAW=r", "NAME=n")
-    given = ["model=", "data=it's", 'run="x" ', "from=f", "encoders=e", "split=s", "raw=r", "name=n"]
-    found = handed(target, *words, "WHERE=cpu", 'ARGS=--model.lr 1e-3 --a "b c"')
-    given.insert(2, "where=cpu")
-    assert found == ["-m", "maskvlm", target, "a b", *given, "--model.lr", "1e-3", "--a", "b c"]
+    expected = ["model=", "data=it's", 'run="x" ', "from=f", "encoders=e", "split=s", "raw=r", "name=n"]
+    arguments = handed(target, *words, "WHERE=cpu", 'ARGS=--model.lr 1e-3 --a "b c"')
+    expected.insert(2, "where=cpu")
+    assert arguments == ["-m", "maskvlm", target, "a b", *expected, "--model.lr", "1e-3", "--a", "b c"]
     assert handed(target, MODEL="x", TASK="y", RUN="z") == ["-m", "maskvlm", target]
     assert COMMANDS[target].compose is not None
 
@@ -204,7 +204,7 @@ def fake_python(folder: Path, body: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (
             '[ "$1" = --version ] && echo Python 3.9.1 && exit; exit 1',
@@ -214,7 +214,7 @@ def fake_python(folder: Path, body: str) -> str:
     ],
     ids=["too old", "no venv"],
 )
-def test_setup_names_what_the_python_lacks(body: str, said: str, tmp_path: Path) -> None:
+def test_setup_names_what_the_python_lacks(body: str, message: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("Makefile", "setup.cfg", "pyproject.toml"):
@@ -224,6 +224,6 @@ def test_setup_names_what_the_python_lacks(body: str, said: str, tmp_path: Path)
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=60)
     first, *rest = done.stderr.splitlines()
     assert first.startswith("error: ")
-    assert said in first
+    assert message in first
     assert all(line.startswith("make: ***") for line in rest)
     assert not (copy / ".venv").exists()

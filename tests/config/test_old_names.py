@@ -80,7 +80,7 @@ def test_a_command_and_a_file_may_say_them_and_are_told_so(
     words = ["--model.task.text_draws", "3", "--model.task.image_draws=0.5", "-c", str(tmp_path / "mine.yaml")]
     settings = run_command(Parsed, ["fit", *stack(WHERE="cpu"), *words]).settings.model.task.init_args
     assert (settings.masks_per_text, settings.masked_image_share, settings.fully_masked_share) == (3, 0.5, 0.25)
-    told = capsys.readouterr().err
-    assert "--model.task.text_draws: model.task.text_draws is called model.task.masks_per_text now" in told
-    assert f"{tmp_path}/mine.yaml:4: model.task.image_mask_all is called model.task.fully_masked_share now" in told
-    assert len(told.splitlines()) == 3
+    stderr = capsys.readouterr().err
+    assert "--model.task.text_draws: model.task.text_draws is called model.task.masks_per_text now" in stderr
+    assert f"{tmp_path}/mine.yaml:4: model.task.image_mask_all is called model.task.fully_masked_share now" in stderr
+    assert len(stderr.splitlines()) == 3

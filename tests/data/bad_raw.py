@@ -54,19 +54,19 @@ def make_bad_raw(folder: Path, kind: str, good: int = 4) -> Expected:
     return {"csv": _csv, "jsonl": _jsonl, "webdataset": _tars}[kind](folder, good)
 
 
-def found_in(raw: RawSet) -> Expected:
+def contents_of(raw: RawSet) -> Expected:
     """What is in it: every image opened, every caption cleaned, as for training."""
-    found = Expected({}, {}, {})
+    contents = Expected({}, {}, {})
     for row in raw.rows():
         reason, notes = _judge(row)
         if reason:
-            found.bad.setdefault(reason, []).append(row.origin)
+            contents.bad.setdefault(reason, []).append(row.origin)
             continue
         assert isinstance(row, RawRow)
-        found.good[row.origin] = row.captions
+        contents.good[row.origin] = row.captions
         for note in notes:
-            found.mended.setdefault(note, []).append(row.origin)
-    return found
+            contents.mended.setdefault(note, []).append(row.origin)
+    return contents
 
 
 def _judge(row: RawRow | BadRow) -> tuple[str, list[str]]:

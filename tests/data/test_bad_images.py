@@ -27,12 +27,12 @@ HTML = b"<!DOCTYPE html><html><body>404 not found</body></html>"
 
 
 @pytest.mark.parametrize("kind", sorted(SEEDS))
-@pytest.mark.parametrize("left", [0.0, 0.1, 0.5, 0.75])
-def test_an_image_cut_short_is_refused(kind: str, left: float) -> None:
-    data = SEEDS[kind][: int(left * len(SEEDS[kind]))]
-    if kind == "gif-animation" and left == 0.75:
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.75])
+def test_an_image_cut_short_is_refused(kind: str, share: float) -> None:
+    data = SEEDS[kind][: int(share * len(SEEDS[kind]))]
+    if kind == "gif-animation" and share == 0.75:
         pytest.skip("its first frame is whole")
-    assert reason(data) in ({"truncated", "corrupt"} if left else {"empty"})
+    assert reason(data) in ({"truncated", "corrupt"} if share else {"empty"})
 
 
 @pytest.mark.parametrize("kind", sorted(set(SEEDS) - {"gif-animation"}))
@@ -242,7 +242,7 @@ def test_a_bad_image_is_a_user_error_that_survives_the_way_from_a_data_worker() 
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"just some words", "not an image (unknown). Give an image (JPEG, PNG, WEBP, GIF or BMP)."),
         (encode(SMOOTH, "TIFF"), "format not allowed (image/tiff). Give an image (JPEG, PNG, WEBP, GIF or BMP)."),
@@ -250,7 +250,7 @@ def test_a_bad_image_is_a_user_error_that_survives_the_way_from_a_data_worker() 
         (encode(SMOOTH, "JPEG")[:-200], "Give another image."),
     ],
 )
-def test_an_image_that_is_asked_about_by_itself_has_no_row(tmp_path: Path, content: bytes | None, said: str) -> None:
+def test_an_image_that_is_asked_about_by_itself_has_no_row(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "a.jpg"
     if content is None:
         path.mkdir()
@@ -259,7 +259,7 @@ def test_an_image_that_is_asked_about_by_itself_has_no_row(tmp_path: Path, conte
     with pytest.raises(BadImage) as caught:
         open_image(path)
     assert str(caught.value).startswith(f"{path}: bad image, ")
-    assert str(caught.value).endswith(said)
+    assert str(caught.value).endswith(message)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 

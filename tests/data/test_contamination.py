@@ -11,7 +11,7 @@ from PIL import Image
 from prepared_sets import jpeg, make, raw, toy_image
 from toy_pairs import SPEC
 
-from maskvlm.checkpoint.warm_start import Seen
+from maskvlm.checkpoint.warm_start import LineageEntry
 from maskvlm.data.contamination import held_out, leaks_left_out, without_leaks
 from maskvlm.data.mix import Mix
 from maskvlm.data.module import PairData
@@ -65,10 +65,10 @@ def test_near_hashes_are_those_that_differ_in_few_bits(
 
 def test_every_pattern_of_eight_bits_is_found_and_none_of_nine() -> None:
     rng = np.random.default_rng(0)
-    for count, found in ((8, True), (9, False)):
+    for count, expected in ((8, True), (9, False)):
         flips = [sum(1 << int(bit) for bit in rng.choice(64, count, replace=False)) for _ in range(2000)]
         hash_N = np.array([0xDEADBEEF12345678 ^ flip for flip in flips], np.uint64)
-        assert (near(hash_N, np.array([0xDEADBEEF12345678], np.uint64)) == found).all()
+        assert (near(hash_N, np.array([0xDEADBEEF12345678], np.uint64)) == expected).all()
 
 
 def test_many_images_of_one_hash_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,40 +101,42 @@ def test_flickr8k_has_hardly_any_false_copy(shared_data: Path) -> None:
 def test_leaks_are_refused_with_counts_and_ids(root: Path) -> None:
     with pytest.raises(UserError) as raised:
         without_leaks(Prepared(str(root / "vg")).split("train"), places(root, "coco/val", "coco/test"), "refuse")
-    said = str(raised.value)
+    message = str(raised.value)
     assert raised.value.code == ExitCode.BAD_DATA
-    assert "3 of 13 training rows show held-out images (by id and look)" in said
-    assert "coco/test, same id: 1; coco/test, same look: 2; first coco 30, vg 31, vg 32" in said
-    assert "\n" not in said
-    assert "data.contamination to drop" in said
+    assert "3 of 13 training rows show held-out images (by id and look)" in message
+    assert "coco/test, same id: 1; coco/test, same look: 2; first coco 30, vg 31, vg 32" in message
+    assert "\n" not in message
+    assert "data.contamination to drop" in message
 
 
 def test_leaks_are_dropped_with_counts_and_listed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = Prepared(str(root / "vg")).split("train")
-    kept = without_leaks(pairs, places(root, "coco/test"), "drop")
-    assert [kept[index]["image_id"] for index in range(len(kept))] == [f"vg {number}" for number in range(100, 110)]
-    assert {reason: len(rows) for reason, rows in kept.skipped.items()} == {
+    clean_pairs = without_leaks(pairs, places(root, "coco/test"), "drop")
+    assert [clean_pairs[index]["image_id"] for index in range(len(clean_pairs))] == [
+        f"vg {number}" for number in range(100, 110)
+    ]
+    assert {reason: len(rows) for reason, rows in clean_pairs.skipped.items()} == {
         "in coco/test, same id": 1,
         "in coco/test, same look": 2,
     }
-    assert "row 31" in kept.skipped["in coco/test, same look"][0]
-    assert kept.fingerprint != pairs.fingerprint
+    assert "row 31" in clean_pairs.skipped["in coco/test, same look"][0]
+    assert clean_pairs.fingerprint != pairs.fingerprint
     assert "coco/test, same id: 1; coco/test, same look: 2; left out" in capsys.readouterr().out
 
 
 def test_a_place_that_is_named_twice_holds_out_what_it_holds(root: Path) -> None:
     place = str(root / "coco" / "test")
-    kept = without_leaks(Prepared(str(root / "vg")).split("train"), [place, f"{place}/"], "drop")
-    assert len(kept) == 10
-    assert leaks_left_out(kept, [place, place]) == {"coco/test": 3}
+    clean_pairs = without_leaks(Prepared(str(root / "vg")).split("train"), [place, f"{place}/"], "drop")
+    assert len(clean_pairs) == 10
+    assert leaks_left_out(clean_pairs, [place, place]) == {"coco/test": 3}
 
 
 def test_places_whose_names_end_alike_both_count(root: Path, tmp_path: Path) -> None:
     make(tmp_path, "coco", [raw(number, "test", f"vg {number}") for number in (100, 101)])
     places = [str(folder / "coco" / "test") for folder in (root, tmp_path)]
-    kept = without_leaks(Prepared(str(root / "vg")).split("train"), places, "drop")
-    assert len(kept) == 8
-    assert leaks_left_out(kept, places) == {places[0]: 3, places[1]: 2}
+    clean_pairs = without_leaks(Prepared(str(root / "vg")).split("train"), places, "drop")
+    assert len(clean_pairs) == 8
+    assert leaks_left_out(clean_pairs, places) == {places[0]: 3, places[1]: 2}
 
 
 def test_where_nothing_is_held_out_the_split_stays_as_it_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,10 +160,11 @@ def test_a_set_that_is_all_held_out_is_refused_in_any_case(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "said"), [("coco", "'coco' names no split"), ("nowhere/test", "nowhere"), ("coco/dev", "no split 'dev'")]
+    ("place", "message"),
+    [("coco", "'coco' names no split"), ("nowhere/test", "nowhere"), ("coco/dev", "no split 'dev'")],
 )
-def test_a_held_out_split_that_is_not_there_is_one_line(root: Path, place: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_held_out_split_that_is_not_there_is_one_line(root: Path, place: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         held_out(place if "/" not in place else str(root / place), "x")
     with pytest.raises(UserError, match="'ignore' is no way"):
         without_leaks(None, [], "ignore")
@@ -191,10 +194,10 @@ def test_a_mix_trains_without_its_leaks(root: Path) -> None:
 
 def test_the_history_of_weights_tells_what_was_left_out(root: Path) -> None:
     """Evaluation cards state it in their lineage."""
-    found = ready(root, contamination="drop").left_out()
-    assert found == {"coco/val": 0, "coco/test": 3}
-    assert Seen("t", "s", "sha", 20, 1, None, found).words()["held_out"] == found
-    assert "held_out" not in Seen("t", "s", "sha", 20, 1, None).words()
+    counts = ready(root, contamination="drop").left_out()
+    assert counts == {"coco/val": 0, "coco/test": 3}
+    assert LineageEntry("t", "s", "sha", 20, 1, None, counts).words()["held_out"] == counts
+    assert "held_out" not in LineageEntry("t", "s", "sha", 20, 1, None).words()
 
 
 def test_a_mix_with_leaks_is_refused_unless_told_otherwise(root: Path) -> None:

@@ -17,7 +17,7 @@ from toy_raw import Toy, plan, row
 
 from maskvlm.data.prepare.command import verify_set
 from maskvlm.data.prepare.prepare import prepare
-from maskvlm.data.prepared.check import check_set, told_of_kills
+from maskvlm.data.prepared.check import check_set, report_kills
 from maskvlm.data.prepared.manifest import SCHEMA
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.utils.errors import ExitCode, UserError
@@ -36,7 +36,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def test_a_killed_process_of_the_check_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a process of the check was killed") as caught, told_of_kills(tmp_path):
+    with pytest.raises(UserError, match="a process of the check was killed") as caught, report_kills(tmp_path):
         raise BrokenProcessPool
     assert caught.value.code == ExitCode.IO_ERROR
 

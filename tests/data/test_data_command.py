@@ -14,7 +14,7 @@ import pytest
 from toy_raw import encoded, photo
 
 from maskvlm.cli.main import main as maskvlm
-from maskvlm.data.prepare.command import main, named_columns
+from maskvlm.data.prepare.command import main, named_columns, verify_set
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.raw import SETS
 from maskvlm.utils.errors import UserError
@@ -67,10 +67,10 @@ def test_a_spreadsheet_becomes_a_set(
     split = Prepared(str(tmp_path / "sets" / "mine")).split("train")
     assert [split[index]["captions"] for index in range(6)] == [[f"photo number {number}"] for number in range(6)]
     assert split.column("source").unique().to_pylist() == ["mine"]
-    told = capsys.readouterr().out
-    assert f"{tmp_path / 'sets' / 'mine'}: 6 images (train 6), 6 captions; licence: " in told
-    assert "left out: 1 row (missing image: 1), listed in " in told
-    assert re.search(rf"skipped.jsonl; for example \S+:\d+: 'lost.jpg' is not in {pairs.parent}\n", told)
+    output = capsys.readouterr().out
+    assert f"{tmp_path / 'sets' / 'mine'}: 6 images (train 6), 6 captions; licence: " in output
+    assert "left out: 1 row (missing image: 1), listed in " in output
+    assert re.search(rf"skipped.jsonl; for example \S+:\d+: 'lost.jpg' is not in {pairs.parent}\n", output)
     assert main(command, []) == 0
     assert capsys.readouterr().err == ""
     later = (tmp_path / "sets" / "mine" / "manifest.json").stat().st_mtime + 2
@@ -88,12 +88,20 @@ def test_a_spreadsheet_becomes_a_set(
     assert maskvlm(["data-check", str(tmp_path / "sets" / "mine"), "--workers", "1"]) == 0
 
 
+def test_a_look_at_the_files_of_a_prepared_set_leaves_the_set_as_it_is(pairs: Path, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "mine"), "--columns", "image=ding,caption=spruch"]
+    assert main(["csv", str(pairs), *out, "--workers", "1"], []) == 0
+    assert main(["csv", str(pairs), *out, "--look"], []) == 0
+    assert (tmp_path / "mine-first-look.png").is_file()
+    assert verify_set([str(tmp_path / "mine"), "--workers", "1"], []) == 0
+
+
 def test_a_name_that_is_a_word_of_its_own_is_told(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["csv", str(pairs), "--out", str(tmp_path / "coco"), "--workers", "1", *COLUMNS], []) == 0
-    told = "note: data=coco still means the set of conf/data/coco.yaml, not this one"
-    assert told in capsys.readouterr().out
+    note = "note: data=coco still means the set of conf/data/coco.yaml, not this one"
+    assert note in capsys.readouterr().out
 
 
 def test_the_folder_of_sets_is_named_by_the_environment(
@@ -105,7 +113,7 @@ def test_the_folder_of_sets_is_named_by_the_environment(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["cocoo", "x"], "SET: there is no set 'cocoo'. Did you mean coco?"),
         (["coco", "/no/such"], "/no/such: there is no such file or folder"),
@@ -126,14 +134,14 @@ def test_the_folder_of_sets_is_named_by_the_environment(
     ],
 )
 def test_mistakes_are_one_line(
-    arguments: list[str], said: str, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [each.replace("RAW", str(pairs)).replace("PARENT", str(pairs.parent)) for each in arguments]
     if "--out" not in words:
         words += ["--out", str(tmp_path / "out")]
     assert maskvlm(["data", *words]) != 0
     line = capsys.readouterr().err
-    assert said in line
+    assert message in line
     assert len(line.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 

@@ -90,9 +90,9 @@ def webdataset(raw: Path) -> None:
     for shard in range(2):
         with tarfile.open(raw / f"{shard:05d}.tar", "w") as archive:
             for n in range(shard * 9, shard * 9 + 9):
-                key, told = f"{shard:05d}{n:04d}", {"caption": TEXTS[n], "url": address(n), "status": "success"}
+                key, record = f"{shard:05d}{n:04d}", {"caption": TEXTS[n], "url": address(n), "status": "success"}
                 files = {"jpg": encoded(photo(n)), "txt": TEXTS[n].encode()}
-                files["json"] = json.dumps({**told, "key": key}).encode()
+                files["json"] = json.dumps({**record, "key": key}).encode()
                 for kind, content in files.items():
                     info = tarfile.TarInfo(f"{key}.{kind}")
                     info.size = len(content)
@@ -186,15 +186,15 @@ def test_raw_prepared_trained(name: str, tmp_path: Path, at_the_root: Path, caps
 def part_of_vqa(shared: Path, raw: Path) -> None:
     """Some of DAQUAR's questions under the names of VQA v2."""
     for split, year in (("train", "train2014"), ("val", "val2014")):
-        asked = json.loads((shared / f"v2_OpenEnded_daquar_{split}_questions.json").read_text())
-        told = json.loads((shared / f"v2_daquar_{split}_annotations.json").read_text())
-        asked["questions"], told["annotations"] = asked["questions"][:20], told["annotations"][:20]
-        for number in {row["image_id"] for row in asked["questions"]}:
+        questions = json.loads((shared / f"v2_OpenEnded_daquar_{split}_questions.json").read_text())
+        answers = json.loads((shared / f"v2_daquar_{split}_annotations.json").read_text())
+        questions["questions"], answers["annotations"] = questions["questions"][:20], answers["annotations"][:20]
+        for number in {row["image_id"] for row in questions["questions"]}:
             source = shared / "images" / f"COCO_daquar_{number:012d}.jpg"
             (raw / year).mkdir(parents=True, exist_ok=True)
             (raw / year / f"COCO_{year}_{number:012d}.jpg").write_bytes(source.read_bytes())
-        write(raw / f"v2_OpenEnded_mscoco_{year}_questions.json", asked)
-        write(raw / f"v2_mscoco_{year}_annotations.json", told)
+        write(raw / f"v2_OpenEnded_mscoco_{year}_questions.json", questions)
+        write(raw / f"v2_mscoco_{year}_annotations.json", answers)
 
 
 def part_of_nlvr(shared: Path, raw: Path) -> None:
@@ -248,14 +248,14 @@ def test_exactly_the_broken_rows_are_left_out(kind: str, tmp_path: Path, at_the_
     name = "webdataset" if kind == "tars" else kind
     assert main(["data", name, str(tmp_path / "raw"), "--out", str(at_the_root / "bad"), "--workers", "2"]) == 0
     lines = [json.loads(line) for line in (at_the_root / "bad" / "skipped.jsonl").read_text().splitlines()]
-    found: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = {}
     for line in lines:
-        found.setdefault(line["reason"], []).append(line["origin"])
+        problems.setdefault(line["reason"], []).append(line["origin"])
     wanted: dict[str, list[str]] = {}
     for reasons in (expected.bad, expected.mended):
         for reason, origins in reasons.items():
             wanted.setdefault(reason, []).extend(origins)
-    assert {reason: sorted(origins) for reason, origins in found.items()} == {
+    assert {reason: sorted(origins) for reason, origins in problems.items()} == {
         reason: sorted(origins) for reason, origins in wanted.items()
     }
     pairs = Prepared(str(at_the_root / "bad")).split("train")

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from toy_examples import LABELS, Asked, Nameless, Questions, example
+from PIL import Image
+from toy_examples import LABELS, Nameless, Questions, ToySplit, example
 from toy_pairs import SPEC, Squares
 from transformers import PreTrainedTokenizerFast
 
+from maskvlm.data import module
 from maskvlm.data.caption_text import stable_id
 from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExamples, opened_images
 from maskvlm.data.examples import ExampleSource
@@ -22,13 +24,13 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 
 def training(*rows: dict[str, Any], images: int = 1, augment: bool = True, seed: int = 0) -> TrainExamples:
-    asked = Asked([example(number, images, **changes) for number, changes in enumerate(rows)])
-    return TrainExamples(asked, train_transform(SPEC, augment=augment), seed, SPEC.image_size)
+    examples = ToySplit([example(number, images, **changes) for number, changes in enumerate(rows)])
+    return TrainExamples(examples, train_transform(SPEC, augment=augment), seed, SPEC.image_size)
 
 
 def evaluation(*rows: dict[str, Any], images: int = 1) -> EvalExamples:
-    asked = Asked([example(number, images, **changes) for number, changes in enumerate(rows)])
-    return EvalExamples(asked, eval_transform(SPEC))
+    examples = ToySplit([example(number, images, **changes) for number, changes in enumerate(rows)])
+    return EvalExamples(examples, eval_transform(SPEC))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,18 @@ def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
     sample = training({}, images=3, augment=False)[Pick(0, 0)]
     assert torch.equal(sample["image_PCHW"], evaluation({}, images=3)[0]["image_PCHW"])
     assert (sample["valid"], sample["problem"], sample["index"]) == (True, None, 0)
+
+
+def test_an_answer_that_names_a_side_keeps_the_image_as_it_is() -> None:
+    """Fails where the question alone is asked: half of the images would be mirrored under "left"."""
+    transform, looks = train_transform(SPEC, crop_scale=(1.0, 1.0), randaugment=None), {}
+    half_white = Image.new("RGB", (24, 24))
+    half_white.paste("white", (0, 0, 12, 24))
+    for answer in ("left", "yes"):
+        examples = ToySplit([example(0, images=[half_white], text="which way does he look", answers=[answer])])
+        data = TrainExamples(examples, transform, 0, SPEC.image_size)
+        looks[answer] = {data[Pick(0, epoch)]["image_PCHW"].numpy().tobytes() for epoch in range(20)}
+    assert {answer: len(each) for answer, each in looks.items()} == {"left": 1, "yes": 2}
 
 
 @pytest.mark.parametrize(
@@ -151,8 +165,8 @@ class Soft(ExampleSource):
 
     labels = LABELS
 
-    def split(self, name: str) -> Asked:
-        return Asked([])
+    def split(self, name: str) -> ToySplit:
+        return ToySplit([])
 
     def targets(self, answers: list[str]) -> dict[str, float]:
         return {label: min(1.0, 0.3 * answers.count(label)) for label in dict.fromkeys(answers)}
@@ -250,8 +264,8 @@ def test_bytes_are_loaded_and_normalised_to_what_inference_sees() -> None:
         assert batch.image_BPCHW.dtype == torch.uint8
         for image_PCHW, index in zip(data.normalised(batch).image_BPCHW, batch.index_B.tolist(), strict=True):
             opened = [] if index == 3 else opened_images(data.splits["train"][index])
-            shown = [eval_transform(SPEC)(image) for image in opened] or [torch.zeros(3, 24, 24)] * 2
-            assert torch.equal(image_PCHW, torch.stack(shown))
+            expected = [eval_transform(SPEC)(image) for image in opened] or [torch.zeros(3, 24, 24)] * 2
+            assert torch.equal(image_PCHW, torch.stack(expected))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -262,6 +276,15 @@ def test_workers_change_nothing(workers: int) -> None:
         assert torch.equal(one.image_BPCHW, other.image_BPCHW)
         assert torch.equal(one.answers.token_AT, other.answers.token_AT)
         assert one.examples == other.examples
+
+
+def test_shared_memory_is_asked_for_all_images_of_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_bytes: list[int] = []
+    monkeypatch.setattr(module, "check_shared", lambda batch, *_: asked_bytes.append(batch))
+    data = ready(Questions(2), workers=1)
+    data.val_dataloader()
+    size = min(data.eval_batch_size, len(data.splits["val"]))
+    assert asked_bytes == [2 * 3 * SPEC.image_size**2 * size]
 
 
 def test_labels_are_known_before_a_split_is() -> None:
@@ -297,7 +320,7 @@ def test_holes_of_examples_are_counted_and_too_many_stop_the_run() -> None:
     assert listed["samples"] == 32
     assert listed["problems"] == {"not an image (unknown)": 4}  # two, in two epochs
     assert sorted(listed["examples"]["not an image (unknown)"])[0].startswith("toy.json:3")
-    data.seen = 1000
+    data.samples = 1000
     data.max_bad_fraction = 0.001
     holed = next(batch for batch in data.train_dataloader() if batch.problems)
     with pytest.raises(UserError, match=r"5 of 1004 samples could not be read, first: toy\.json:"):

@@ -175,12 +175,12 @@ def test_labels_are_found_in_any_case(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [("maybe", "maybe"), ("2", "2"), (None, "NoneType"), ([["True"]], "list"), ("", "")]
+    ("value", "text"), [("maybe", "maybe"), ("2", "2"), (None, "NoneType"), ([["True"]], "list"), ("", "")]
 )
-def test_another_label_is_named_with_the_classes(value: Any, shown: str) -> None:
+def test_another_label_is_named_with_the_classes(value: Any, text: str) -> None:
     with pytest.raises(UserError) as caught:
         get_label({"label": value}, "label", ("False", "True"), "x:1", "toy")
-    assert str(caught.value).startswith(f"x:1: 'label' is '{shown}', the classes are False, True. ")
+    assert str(caught.value).startswith(f"x:1: 'label' is '{text}', the classes are False, True. ")
 
 
 @pytest.mark.parametrize("value", [2, 0, -1.5])
@@ -256,9 +256,21 @@ def test_the_folder_is_the_named_one_or_images_or_the_root(tmp_path: Path) -> No
 
 def test_keys_are_looked_up_at_once(tmp_path: Path) -> None:
     images = pickle.loads(pickle.dumps(ImagesByKey(tmp_path, {"x 1": "a.png", "x 2": "in/b.png"})))
-    found = images.find(pa.chunked_array([["x 2", "x 3"], ["x 1"]]))
-    assert found.tolist() == [1, -1, 0]
-    assert images.path(found[0]) == str(tmp_path / "in" / "b.png")
+    positions = images.find(pa.chunked_array([["x 2", "x 3"], ["x 1"]]))
+    assert positions.tolist() == [1, -1, 0]
+    assert images.path(positions[0]) == str(tmp_path / "in" / "b.png")
+
+
+def test_other_images_are_told_by_their_names_and_sizes(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes(b"1234")
+    images = ImagesByKey(tmp_path, {f"x {name}": f"{name}.png" for name in "abc"})
+    first = images.identity([0, 1])
+    assert images.identity([0, 1]) == first != images.identity([0, 2])
+    (tmp_path / "c.png").write_bytes(b"12345")
+    assert images.identity([0, 1]) == first
+    (tmp_path / "b.png").write_bytes(b"12345")
+    assert images.identity([0, 1]) != first
 
 
 @pytest.mark.parametrize(
@@ -292,11 +304,11 @@ def test_of_examples_it_is_examples_that_are_counted(names: list[str], fault: st
 
 def ids_by_split(name: str, raw: Path) -> dict[str, list[str]]:
     """Of a raw set: the ids of each split, in order."""
-    found: dict[str, list[str]] = {}
+    ids: dict[str, list[str]] = {}
     for row in open_raw(name, str(raw)).rows():
         if isinstance(row, RawRow):
-            found.setdefault(row.split, []).append(row.image_id)
-    return found
+            ids.setdefault(row.split, []).append(row.image_id)
+    return ids
 
 
 def test_a_flickr_photo_has_its_own_number_as_id(karpathy: Any) -> None:

@@ -1,7 +1,7 @@
 """The first look: what is counted of captions and rows, and the image of it.
 
 How to break the code so that these fail: count captions before cleaning, sample the first rows only, draw without
-`SHOWN`, write anything besides first-look.png.
+`SHEET_IMAGES`, write anything besides first-look.png.
 """
 
 from collections import Counter
@@ -69,14 +69,14 @@ def test_nothing_to_look_at_says_why(tmp_path: Path) -> None:
 
 def test_the_sample_is_spread_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_look, "SAMPLE", 20)
-    taken = []
+    samples = []
     for _ in range(2):
         sample = DrawnSample()
         for number in range(400):
             sample.add(row(1)._replace(image_id=str(number)))
-        taken.append([each.image_id for each in sample.rows])
-    assert taken[0] == taken[1]
-    numbers = sorted(map(int, taken[0]))
+        samples.append([each.image_id for each in sample.rows])
+    assert samples[0] == samples[1]
+    numbers = sorted(map(int, samples[0]))
     assert len(numbers) == 20
     assert numbers[2] < 200 < numbers[-3]
 

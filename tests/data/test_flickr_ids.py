@@ -64,7 +64,7 @@ def put(folder: Path, names: list[str], seed: int) -> None:
         (folder / f"{name}.jpg").write_bytes(jpeg(toy_image(seed + number)))
 
 
-def made(name: str, raw: Path, out: Path) -> str:
+def prepare_set(name: str, raw: Path, out: Path) -> str:
     """`make data SET=name`."""
     with patch("maskvlm.data.prepare.prepare.Pool", Here):
         prepare(open_raw(name, str(raw), as_name="mine"), Plan(name, "", Settings("mine"), {}), out, 1, lambda _: None)
@@ -81,7 +81,7 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> str:
     (raw / "results_20130124.token").write_text("".join(f"{name}.jpg#0\ta caption\n" for name in names))
     for split, listed in splits.items():
         (raw / f"{split}.txt").write_text("\n".join(listed))
-    return made("flickr30k", raw, root / "flickr30k")
+    return prepare_set("flickr30k", raw, root / "flickr30k")
 
 
 def numbers(names: list[str]) -> list[str]:
@@ -115,13 +115,15 @@ def test_flickr8k_is_found_in_flickr30k_by_id(held: str, tmp_path: Path, form: s
     """Also where somebody prepared it as a set of his own, whose ids are the files' names."""
     (tmp_path / "raw").mkdir()
     FORMS[form](tmp_path / "raw")
-    pairs = Prepared(made(form, tmp_path / "raw", tmp_path / "out")).split("train")
+    pairs = Prepared(prepare_set(form, tmp_path / "raw", tmp_path / "out")).split("train")
     places = [f"{held}/val", f"{held}/test"]
     with pytest.raises(UserError, match="17 of 25 training rows show held-out images") as caught:
         without_leaks(pairs, places, "refuse")
     assert "flickr30k/val, same id: 9; flickr30k/test, same id: 8; first " in str(caught.value)
-    kept = without_leaks(pairs, places, "drop")
-    assert {photo_of_id(kept[row]["image_id"]) for row in range(len(kept))} == {f"flickr {n}" for n in numbers(NOWHERE)}
+    clean_pairs = without_leaks(pairs, places, "drop")
+    assert {photo_of_id(clean_pairs[row]["image_id"]) for row in range(len(clean_pairs))} == {
+        f"flickr {n}" for n in numbers(NOWHERE)
+    }
 
 
 @pytest.mark.parametrize(
@@ -157,5 +159,5 @@ def test_all_of_flickr8k_and_snli_ve_have_flickrs_numbers(shared_data: Path) -> 
     missed = [name for name, row in zip(own, eight, strict=True) if name != row.image_id]
     assert (len(missed), len(eight)) == (62, 7000)  # of an own set: secrets of ten decimal digits
     thirty = {row.image_id for row in open_raw("snli_ve", str(shared_data / "snli_ve")).rows()}  # type: ignore[union-attr]
-    found = {split: len({row.image_id for row in eight if row.split == split} & thirty) for split in ("train", "val")}
-    assert found == {"train": 185, "val": 20}
+    counts = {split: len({row.image_id for row in eight if row.split == split} & thirty) for split in ("train", "val")}
+    assert counts == {"train": 185, "val": 20}

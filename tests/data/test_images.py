@@ -50,9 +50,9 @@ def test_16_bit_colour_is_scaled_not_clipped() -> None:
     assert np.abs(pixels(png) - deep_HWC / 257).max() <= 1
 
 
-@pytest.mark.parametrize(("top", "given"), [(1, 1.0), (255, 200.0), (65535, 60000.0)])
-def test_floats_are_scaled_from_the_range_that_holds_them(top: int, given: float) -> None:
-    values_HW = np.linspace(0, given, 256, dtype=np.float32).reshape(16, 16)
+@pytest.mark.parametrize(("top", "maximum"), [(1, 1.0), (255, 200.0), (65535, 60000.0)])
+def test_floats_are_scaled_from_the_range_that_holds_them(top: int, maximum: float) -> None:
+    values_HW = np.linspace(0, maximum, 256, dtype=np.float32).reshape(16, 16)
     expected = np.rint(values_HW / top * 255)[..., None]
     assert np.abs(pixels(Image.fromarray(values_HW)) - expected).max() <= 1
 
@@ -146,10 +146,10 @@ def test_of_an_animation_the_first_frame_is_shown(kind: str) -> None:
 def test_a_given_image_is_not_touched() -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    given = Image.open(BytesIO(encode(SMOOTH, "PNG", exif=exif)))
-    assert safe_open(given, "x").size == (48, 64)
-    assert given.size == (64, 48)
-    assert given.getexif()[ExifTags.Base.Orientation] == 6
+    image = Image.open(BytesIO(encode(SMOOTH, "PNG", exif=exif)))
+    assert safe_open(image, "x").size == (48, 64)
+    assert image.size == (64, 48)
+    assert image.getexif()[ExifTags.Base.Orientation] == 6
 
 
 def test_files_open_by_path_and_by_string(tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def test_a_batch_holds_what_the_transform_gives(trained: PreTrainedTokenizerFast
         assert batch.image_BCHW.is_contiguous()
         for number in (1, 2):
             torch.manual_seed(mix(5, 1, number))
-            shown = transform(safe_open(rows[number]["image"], "x"), samples[number]["captions"][0])
-            assert torch.equal(batch.image_BCHW[number], shown)
+            expected = transform(safe_open(rows[number]["image"], "x"), samples[number]["captions"][0])
+            assert torch.equal(batch.image_BCHW[number], expected)
         assert not batch.image_BCHW[0].any()
 
 
@@ -106,18 +106,18 @@ def test_what_suffices_leaves_every_crop_as_large_as_the_tensor() -> None:
 
 def test_a_large_jpeg_is_decoded_smaller_for_training_and_looks_the_same() -> None:
     big = toy_image(3).resize((600, 450), Image.Resampling.BICUBIC)
-    seen: list[Image.Image] = []
+    images: list[Image.Image] = []
     transform = TrainTransform(SPEC)
 
     def spy(image: Image.Image, caption: str) -> torch.Tensor:
-        seen.append(image)
+        images.append(image)
         return transform(image, caption)
 
     spy.least = transform.least  # type: ignore[attr-defined]
     TrainPairs(Rows([row(0, image=jpeg(big))]), spy, 0, 48)[Pick(0, 0)]
-    assert seen[0].size == (300, 225)
+    assert images[0].size == (300, 225)
     small = np.asarray(big.resize((300, 225), Image.Resampling.BOX), int)
-    assert np.abs(np.asarray(seen[0], int) - small).mean() < 2
+    assert np.abs(np.asarray(images[0], int) - small).mean() < 2
 
 
 def test_a_damaged_jpeg_is_found_at_a_reduced_scale_too() -> None:
@@ -130,12 +130,12 @@ def test_a_damaged_jpeg_is_found_at_a_reduced_scale_too() -> None:
 
 
 def test_an_image_that_is_given_stays_as_it_is() -> None:
-    given = toy_image(0)
-    given.info["comment"] = b"mine"
-    opened = safe_open(given, "x")
+    image = toy_image(0)
+    image.info["comment"] = b"mine"
+    opened = safe_open(image, "x")
     opened.paste("red", (0, 0, 9, 9))
-    assert given.getpixel((0, 0)) != (255, 0, 0)
-    assert given.info == {"comment": b"mine"}
+    assert image.getpixel((0, 0)) != (255, 0, 0)
+    assert image.info == {"comment": b"mine"}
     assert opened.info == {}
 
 
@@ -176,7 +176,7 @@ def test_the_benchmark_measures_every_loader(tmp_path: Path) -> None:
 def test_memory_needs_ten_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Of fewer there is no tenth."""
     monkeypatch.setattr(loader, "make", lambda *_: None)
-    monkeypatch.setattr(loader, "loader", lambda *given: iter(range(given[-1])))
+    monkeypatch.setattr(loader, "loader", lambda *arguments: iter(range(arguments[-1])))
     for batches in (1, 5, 6, 9):
         monkeypatch.setattr(sys, "argv", ["loader.py", "--batch", "4", "--memory", str(4 * batches)])
         with pytest.raises(SystemExit) as caught:

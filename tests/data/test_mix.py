@@ -39,11 +39,11 @@ def counts(pairs: Any) -> Counter[str]:
 
 def test_a_weight_says_how_often_each_image_comes(root: Path) -> None:
     pairs = mixed(root, coco=2.0, vg=1.0)
-    found = counts(pairs)
+    image_counts = counts(pairs)
     assert len(pairs) == 55
-    assert {found[f"coco {number}"] for number in range(5, 20)} == {2}
-    assert {found[f"coco {number}"] for number in range(5)} == {3}  # of both
-    assert {found[f"vg {number}"] for number in range(100, 110)} == {1}
+    assert {image_counts[f"coco {number}"] for number in range(5, 20)} == {2}
+    assert {image_counts[f"coco {number}"] for number in range(5)} == {3}  # of both
+    assert {image_counts[f"vg {number}"] for number in range(100, 110)} == {1}
 
 
 def test_parts_of_weights_are_nested_and_seeded(root: Path) -> None:
@@ -77,9 +77,9 @@ def test_columns_and_ids_follow_the_rows(root: Path) -> None:
 
 def test_what_two_sets_share_is_told_and_kept(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = mixed(root, coco=1.0, vg=1.0)
-    said = capsys.readouterr().out
-    assert "mix of 35 rows an epoch: coco 20, vg 15" in said
-    assert "5 images are in coco and in vg: kept in both" in said
+    output = capsys.readouterr().out
+    assert "mix of 35 rows an epoch: coco 20, vg 15" in output
+    assert "5 images are in coco and in vg: kept in both" in output
     assert pairs.shared() == {("coco", "vg"): 5}
 
 
@@ -105,10 +105,10 @@ def test_one_set_evaluates(root: Path) -> None:
 def test_a_set_that_is_not_there_is_one_line_with_the_command(root: Path) -> None:
     with pytest.raises(UserError) as raised:
         mixed(root, coco=1.0, sbu=1.0, cc3m=1.0)
-    said = str(raised.value)
-    assert "no prepared data set sbu, cc3m" in said
-    assert "maskvlm data sbu <its folder>; maskvlm data cc3m " in said
-    assert "\n" not in said
+    message = str(raised.value)
+    assert "no prepared data set sbu, cc3m" in message
+    assert "maskvlm data sbu <its folder>; maskvlm data cc3m " in message
+    assert "\n" not in message
     assert raised.value.code == ExitCode.MISSING_INPUT
 
 
@@ -138,9 +138,9 @@ def test_a_mix_trains_with_any_number_of_workers(root: Path) -> None:
 
 def test_the_papers_mix_composes(stack: Any) -> None:
     """`make pretrain DATA=4m`, with a part of one set or of all."""
-    given = ["--data.source.sets.cc3m", "0.5", "--data.fraction", "0.4"]
+    options = ["--data.source.sets.cc3m", "0.5", "--data.fraction", "0.4"]
     settings = run_command(
-        Parsed, ["fit", *stack(MODEL="base", DATA="4m", WHERE="cpu"), *given]
+        Parsed, ["fit", *stack(MODEL="base", DATA="4m", WHERE="cpu"), *options]
     ).settings.data.init_args
     assert settings.source.init_args.sets == {"cc3m": 0.5, "sbu": 1.0, "vg": 1.0, "coco": 1.0}
     assert (settings.fraction, settings.contamination, settings.epochs) == (0.4, "drop", 50)

@@ -46,7 +46,7 @@ def test_the_length_is_given_in_steps_or_in_epochs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"crop_scale": (0.0, 1.0)}, "data.crop_scale: "),
         ({"crop_scale": (-0.2, 1.0)}, "data.crop_scale: "),
@@ -56,8 +56,8 @@ def test_the_length_is_given_in_steps_or_in_epochs() -> None:
         ({"randaugment": (-1, 7)}, "data.randaugment: "),
     ],
 )
-def test_augmentation_that_no_image_can_have_is_refused_at_once(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_augmentation_that_no_image_can_have_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         ready(**settings)
     assert ready(randaugment=None, crop_scale=(1.0, 1.0)).total_steps == 6
 
@@ -137,13 +137,29 @@ def test_evaluation_reads_every_image_once_with_all_captions() -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_whole_batches_of_evaluation(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
-    found = {}
+    batches_by_rank = {}
     for rank in range(world):
         as_process(monkeypatch, rank, world)
-        found[rank] = [batch.index_B.tolist() for batch in ready().val_dataloader()]
+        batches_by_rank[rank] = [batch.index_B.tolist() for batch in ready().val_dataloader()]
     each = [[0, 1, 2], [3, 4, 5], [6]] if world == 2 else [[image] for image in range(7)]
-    assert sorted(batch for batches in found.values() for batch in batches) == each
-    assert [len(batches) for batches in found.values()] == ([2, 1] if world == 2 else [2, 2, 2, 1])
+    assert sorted(batch for batches in batches_by_rank.values() for batch in batches) == each
+    assert [len(batches) for batches in batches_by_rank.values()] == ([2, 1] if world == 2 else [2, 2, 2, 1])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_limit_in_batches_is_of_all_processes_together(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    """Fails where each process has as many: recall among more images is lower, and a run that goes on with more
+    processes would never find a better score."""
+    measured: list[int] = []
+    for rank in range(world):
+        as_process(monkeypatch, rank, world)
+        data = ready()
+        monkeypatch.setattr(
+            data, "trainer", SimpleNamespace(limit_val_batches=2, limit_test_batches=1.0), raising=False
+        )
+        measured += [image for batch in data.val_dataloader() for image in batch.index_B.tolist()]
+        assert data.share_looked_at == 6 / 7
+    assert sorted(measured) == [0, 1, 2, 3, 4, 5]
 
 
 # ---------------------------------------------------------------------- tokenizer and fingerprint
@@ -251,13 +267,13 @@ def test_bytes_are_loaded_and_normalised_to_what_inference_sees(workers: int) ->
         for batch in loader:
             assert batch.image_BCHW.dtype == torch.uint8
             assert batch.image_BCHW.is_contiguous()  # in channels-last memory, convolutions would round otherwise
-            ready_made = data.normalised(batch)
-            assert_equal(ready_made._replace(image_BCHW=batch.image_BCHW), batch)
-            for image_CHW, index, valid in zip(ready_made.image_BCHW, batch.index_B, batch.valid_B, strict=True):
-                shown = torch.zeros(3, 24, 24)
+            ready_batch = data.normalised(batch)
+            assert_equal(ready_batch._replace(image_BCHW=batch.image_BCHW), batch)
+            for image_CHW, index, valid in zip(ready_batch.image_BCHW, batch.index_B, batch.valid_B, strict=True):
+                expected_CHW = torch.zeros(3, 24, 24)
                 if valid:
-                    shown = eval_transform(SPEC)(data.splits[split][int(index)]["image"])
-                assert torch.equal(image_CHW, shown)
+                    expected_CHW = eval_transform(SPEC)(data.splits[split][int(index)]["image"])
+                assert torch.equal(image_CHW, expected_CHW)
                 holes += not valid
     assert holes == 2  # the run shows 24 of 16 images
 

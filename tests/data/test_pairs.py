@@ -34,10 +34,10 @@ def evaluation(*rows: dict[str, object], kind: type[Rows] = Rows) -> EvalPairs:
 def test_captions_take_turns_over_the_epochs() -> None:
     data = training({}, {})
     for index in range(2):
-        shown = [data[Pick(index, epoch)]["captions"] for epoch in range(6)]
-        assert all(len(captions) == 1 for captions in shown)
-        assert sorted(captions[0] for captions in shown[:3]) == sorted(row(index)["captions"])
-        assert shown[3:] == shown[:3]
+        captions_by_epoch = [data[Pick(index, epoch)]["captions"] for epoch in range(6)]
+        assert all(len(captions) == 1 for captions in captions_by_epoch)
+        assert sorted(captions[0] for captions in captions_by_epoch[:3]) == sorted(row(index)["captions"])
+        assert captions_by_epoch[3:] == captions_by_epoch[:3]
     assert data[Pick(0, 0)]["captions"] == ["a red square"]
     assert data[Pick(1, 0)]["captions"] == ["this one is green"]  # not everybody's first caption at once
 

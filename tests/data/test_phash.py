@@ -23,7 +23,7 @@ def test_the_hash_is_the_same_everywhere() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_copies_are_near(seed: int) -> None:
     image = photo(seed, 480, 320)
-    told = phash(image)
+    original = phash(image)
     copies = {
         "q60": safe_open(encoded(image, quality=60), "x"),
         "half": image.resize((240, 160), Image.Resampling.BICUBIC),
@@ -31,7 +31,9 @@ def test_copies_are_near(seed: int) -> None:
         "other proportions": image.resize((300, 300), Image.Resampling.LANCZOS),
         "grey": image.convert("L"),
     }
-    assert {name: distance(told, phash(copy)) for name, copy in copies.items() if distance(told, phash(copy)) > 4} == {}
+    assert {
+        name: distance(original, phash(copy)) for name, copy in copies.items() if distance(original, phash(copy)) > 4
+    } == {}
 
 
 def test_other_images_are_far() -> None:
@@ -50,6 +52,6 @@ def test_photos_are_told_apart(shared_data: Path) -> None:
     files = sorted((shared_data / "flickr8k" / "images").iterdir())[:300]
     images = [safe_open(file, "x") for file in files]
     hashes = [phash(image) for image in images]
-    assert all(distance(told, phash(p.resize((80, 80)))) <= 10 for told, p in zip(hashes, images, strict=True))
+    assert all(distance(original, phash(p.resize((80, 80)))) <= 10 for original, p in zip(hashes, images, strict=True))
     apart = [distance(one, other) for place, one in enumerate(hashes) for other in hashes[:place]]
     assert min(apart) > 8

@@ -45,15 +45,15 @@ def test_datasets_reads_what_was_written(tmp_path: Path) -> None:
     import datasets
 
     make(tmp_path / "toy", ROWS)
-    found = datasets.load_from_disk(str(tmp_path / "toy"))
-    assert {name: len(split) for name, split in found.items()} == {"train": 10, "val": 3, "test": 1}
-    assert found["train"]["image_id"][:] == [f"toy {number}" for number in range(10)]
-    assert found["val"][1]["captions"] == ["image number 11", "a second caption"]
-    assert found["train"].features == datasets.Features.from_dict(FEATURES)
-    assert [Path(file["filename"]).name for file in found["train"].cache_files] == [
+    splits = datasets.load_from_disk(str(tmp_path / "toy"))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 10, "val": 3, "test": 1}
+    assert splits["train"]["image_id"][:] == [f"toy {number}" for number in range(10)]
+    assert splits["val"][1]["captions"] == ["image number 11", "a second caption"]
+    assert splits["train"].features == datasets.Features.from_dict(FEATURES)
+    assert [Path(file["filename"]).name for file in splits["train"].cache_files] == [
         f"data-0000{number}.arrow" for number in range(3)
     ]
-    assert isinstance(found["train"].data.blocks[0][0], datasets.table.MemoryMappedTable)
+    assert isinstance(splits["train"].data.blocks[0][0], datasets.table.MemoryMappedTable)
 
 
 def test_the_schema_is_the_one_that_datasets_would_write() -> None:
@@ -121,17 +121,17 @@ def test_annotation_files_lie_beside_the_images(tmp_path: Path) -> None:
 
 
 def test_jobs_hold_rows_of_one_split_in_order_and_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(rows: list[RawRow | BadRow], most: int) -> list[tuple[str, int, list[str]]]:
+    def jobs_of(rows: list[RawRow | BadRow], most: int) -> list[tuple[str, int, list[str]]]:
         return [(job.split, job.number, [each.origin for each in job.rows]) for job in cut_jobs(iter(rows), most)]
 
     rows: list[RawRow | BadRow] = [row(1), row(2, "val"), row(3), row(4), BadRow("gone", "b", "b", "?"), row(5, "val")]
-    assert told(rows, 2) == [
+    assert jobs_of(rows, 2) == [
         ("train", 0, ["toy.csv:1", "toy.csv:3"]),
         ("train", 1, ["toy.csv:4", "b"]),
         ("val", 0, ["toy.csv:2", "toy.csv:5"]),
     ]
     monkeypatch.setattr("maskvlm.data.prepare.prepare.MOST_BYTES", 10)
-    assert [len(job[2]) for job in told([row(n, image=b"12345") for n in range(5)], 100)] == [2, 2, 1]
+    assert [len(job[2]) for job in jobs_of([row(n, image=b"12345") for n in range(5)], 100)] == [2, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def run(folder: Path, root: Path, pause: float) -> subprocess.Popen[bytes]:
 
 def group(pgid: int) -> list[int]:
     """Processes of a group that are alive."""
-    found = []
+    pids = []
     for place in Path("/proc").iterdir():
         if place.name.isdigit():
             try:
@@ -189,8 +189,8 @@ def group(pgid: int) -> list[int]:
             except OSError:
                 continue
             if int(fields[2]) == pgid and fields[0] != "Z":
-                found.append(int(place.name))
-    return found
+                pids.append(int(place.name))
+    return pids
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see that no process is left")
@@ -205,8 +205,8 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not_killed(tmp_path: Path
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    while left := group(first.pid):  # the others end with it
-        assert time.monotonic() < until, left
+    while pids := group(first.pid):  # the others end with it
+        assert time.monotonic() < until, pids
         time.sleep(0.05)
     there = {file: file.stat().st_mtime_ns for file in (root / "train").glob("*.arrow")}
     assert 3 <= len(there) < 12
@@ -236,11 +236,11 @@ if __name__ == "__main__":
     for name in (".making", "train"):
         (root / name).mkdir(parents=True)
     with Pool(1, root, Settings("toy", 48)) as pool:
-        made = pool.submit(Job("train", 0, [row(0)]))
+        future = pool.submit(Job("train", 0, [row(0)]))
         for _ in range(10):  # at whatever the server is: its start, its imports
             os.killpg(0, signal.SIGINT)
             time.sleep(0.2)
-        print(made.result())
+        print(future.result())
 """
 
 
@@ -295,32 +295,32 @@ def shard_of(root: Path, rows: list[RawRow | BadRow], side: int = 48) -> Any:
 
 def test_a_shard_is_found_again_only_if_it_is_whole_and_of_the_same_rows(tmp_path: Path) -> None:
     path, rows = tmp_path / "train" / "data-00000.arrow", ROWS[:3]
-    made = shard_of(tmp_path, rows)
+    note = shard_of(tmp_path, rows)
     content, when = path.read_bytes(), path.stat().st_mtime_ns
-    assert shard_of(tmp_path, rows) == made
+    assert shard_of(tmp_path, rows) == note
     assert path.stat().st_mtime_ns == when
     for harm in (content[:-1], content[:-9] + b"X" + content[-8:], b""):
         path.write_bytes(harm)
-        assert shard_of(tmp_path, rows) == made
+        assert shard_of(tmp_path, rows) == note
         assert path.read_bytes() == content
     path.unlink()
-    assert shard_of(tmp_path, rows) == made
+    assert shard_of(tmp_path, rows) == note
     note_file(tmp_path, "train", 0).write_text('{"key": ')
-    assert shard_of(tmp_path, rows) == made
+    assert shard_of(tmp_path, rows) == note
     when = path.stat().st_mtime_ns
     for other in (rows[:2], [*rows[:2], row(2, captions=("other",))], [*rows[:2], row(2, image=encoded(photo(9)))]):
-        assert shard_of(tmp_path, other).key != made.key
+        assert shard_of(tmp_path, other).key != note.key
         assert path.stat().st_mtime_ns != when
         when = path.stat().st_mtime_ns
-    assert shard_of(tmp_path, rows, 32).key != made.key
+    assert shard_of(tmp_path, rows, 32).key != note.key
 
 
 def test_a_file_that_changed_since_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     file.write_bytes(encoded(photo(1), "PNG"))
-    made = shard_of(tmp_path / "toy", [row(1, image=str(file))])
+    note = shard_of(tmp_path / "toy", [row(1, image=str(file))])
     file.write_bytes(encoded(photo(2), "PNG"))
-    assert shard_of(tmp_path / "toy", [row(1, image=str(file))]).sha256 != made.sha256
+    assert shard_of(tmp_path / "toy", [row(1, image=str(file))]).sha256 != note.sha256
 
 
 def test_shards_of_rows_that_are_gone_are_removed(tmp_path: Path) -> None:
@@ -417,7 +417,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_and_older_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = shard_of(tmp_path, ROWS[:3])
+    note = shard_of(tmp_path, ROWS[:3])
     before = files_of(tmp_path)
 
     def full(self: HashingSink, chunk: bytes) -> int:
@@ -437,7 +437,7 @@ def test_a_full_disk_is_one_line_and_older_files_stay(tmp_path: Path, monkeypatc
         half()
     assert caught.value.code == ExitCode.IO_ERROR
     assert files_of(tmp_path) == before
-    assert shard_of(tmp_path, ROWS[:3]) == made
+    assert shard_of(tmp_path, ROWS[:3]) == note
 
 
 def test_what_goes_wrong_in_a_process_arrives_as_the_users_error(tmp_path: Path) -> None:

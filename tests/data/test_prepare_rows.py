@@ -110,17 +110,17 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(monkeypatch: pytest.Monke
     not handed on, or is so small that too few pixels are left."""
     large = encoded(photo(5, 800, 600), quality=95)
     exact = photo(5, 800, 600).resize((64, 48), Image.Resampling.BICUBIC)
-    asked: list[tuple[int, int]] = []
+    draft_sizes: list[tuple[int, int]] = []
     jpeg_draft = JpegImageFile.draft
 
     def noted(self: JpegImageFile, mode: str | None, size: tuple[int, int] | None) -> object:
         done = jpeg_draft(self, mode, size)
-        asked.append(self.size)
+        draft_sizes.append(self.size)
         return done
 
     monkeypatch.setattr(JpegImageFile, "draft", noted)
     image = prepare_image(large, "x", SETTINGS)
-    assert asked == [(200, 150)]
+    assert draft_sizes == [(200, 150)]
     assert np.abs(np.asarray(opened(image.data), float) - np.asarray(exact, float)).mean() < 4
 
 
@@ -132,7 +132,7 @@ def test_an_image_that_is_none_has_a_reason() -> None:
 # ------------------------------------------------------------------ rows
 
 
-def made_of(*rows: object, captioned: bool = True) -> tuple[RowMaker, list[dict[str, object]]]:
+def prepare_rows(*rows: object, captioned: bool = True) -> tuple[RowMaker, list[dict[str, object]]]:
     ticks: list[bool] = []
     maker = RowMaker(captioned, SETTINGS, ticks.append)
     batches = [*maker.batches([*rows])]  # type: ignore[list-item]
@@ -143,7 +143,7 @@ def made_of(*rows: object, captioned: bool = True) -> tuple[RowMaker, list[dict[
 
 
 def test_a_row_holds_all_that_is_asked_for() -> None:
-    maker, (stored,) = made_of(row(7, name="in/a.png", captions=("a\u200b  dog", "", "قطة 猫 😀")))
+    maker, (stored,) = prepare_rows(row(7, name="in/a.png", captions=("a\u200b  dog", "", "قطة 猫 😀")))
     image = prepare_image(row(7).image, "x", SETTINGS)
     assert stored == {
         "image": image.data,
@@ -176,7 +176,7 @@ def test_a_row_holds_all_that_is_asked_for() -> None:
     ],
 )
 def test_a_row_that_cannot_be_used_is_left_out_under_its_reason(changes: dict[str, object], reason: str) -> None:
-    maker, table = made_of(row(1, **changes), row(2))
+    maker, table = prepare_rows(row(1, **changes), row(2))
     assert [entry.reason for entry in maker.left_out] == [reason]
     assert maker.left_out[0].origin == "toy.csv:1"
     assert [stored["image_id"] for stored in table] == ["toy 2"]
@@ -184,18 +184,18 @@ def test_a_row_that_cannot_be_used_is_left_out_under_its_reason(changes: dict[st
 
 
 def test_images_of_annotated_sets_need_no_caption() -> None:
-    _, (stored,) = made_of(row(1, captions=()), captioned=False)
+    _, (stored,) = prepare_rows(row(1, captions=()), captioned=False)
     assert stored["captions"] == []
 
 
 def test_a_second_row_of_an_image_and_an_unknown_split_are_bad_rows() -> None:
     rows = [row(1), row(1, "val", origin="b:9"), BadRow("odd", "c", "c is odd", "train"), row(2, "dev"), row(3)]
-    kept = [*screened(iter(rows))]
-    assert [kept[0], kept[2], kept[4]] == [rows[0], rows[2], rows[4]]
-    assert kept[1] == BadRow(
+    screened_rows = [*screened(iter(rows))]
+    assert [screened_rows[0], screened_rows[2], screened_rows[4]] == [rows[0], rows[2], rows[4]]
+    assert screened_rows[1] == BadRow(
         "duplicate image id", "b:9", "b:9: the image 'toy 1' stands there for the second time", "val"
     )
-    assert kept[3][:2] == ("unknown split", "toy.csv:2")
+    assert screened_rows[3][:2] == ("unknown split", "toy.csv:2")
 
 
 def test_the_digest_follows_every_part_of_a_row() -> None:

@@ -51,9 +51,9 @@ def test_rows_come_back(toy: Path) -> None:
     assert pairs.captions(3) == ["image number 3", "a second caption"]
     assert [*pairs.image_ids()] == [f"toy {number}" for number in range(11)]
     assert pairs.column("source").unique().to_pylist() == ["toy"]
-    told = pairs.column("phash").to_numpy()
-    assert told.dtype == np.uint64
-    assert int(told[1] ^ np.uint64(phash(photo(1)))).bit_count() <= 4
+    hashes = pairs.column("phash").to_numpy()
+    assert hashes.dtype == np.uint64
+    assert int(hashes[1] ^ np.uint64(phash(photo(1)))).bit_count() <= 4
     for index in (11, -12):
         with pytest.raises(IndexError):
             pairs[index]
@@ -120,11 +120,11 @@ def test_opening_reads_nothing_into_memory(toy: Path) -> None:
     pairs = Prepared(str(toy)).split("train")
     tracemalloc.start()
     parts = pairs._shards.parts()
-    kept, most = tracemalloc.get_traced_memory()
+    current, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(parts) == 3
     assert pa.total_allocated_bytes() == before
-    assert kept < 10_000 * len(parts)
+    assert current < 10_000 * len(parts)
     assert most < 3 * size + 50_000
 
 
@@ -172,8 +172,8 @@ def test_a_split_that_is_not_there_lists_those_that_are(toy: Path) -> None:
 
 def split(images: object, shards: str) -> str:
     """A manifest with one split."""
-    told = f'"pictures": {images}, "sha256": "{"0" * 64}", "shards": {shards}'
-    return f'{{"format": 1, "splits": {{"train": {{{told}}}}}}}'
+    fields = f'"pictures": {images}, "sha256": "{"0" * 64}", "shards": {shards}'
+    return f'{{"format": 1, "splits": {{"train": {{{fields}}}}}}}'
 
 
 @pytest.mark.parametrize(

@@ -184,10 +184,10 @@ def test_what_is_before_a_cut_is_used(tmp_path: Path, packed: bool, share: float
     whole = tar(*files)
     data = gzip.compress(whole, 1) if packed else whole
     (tmp_path / ("0.tar.gz" if packed else "0.tar")).write_bytes(data[: int(share * len(data))])
-    found = reasons(tmp_path)
-    assert found[-1] == "truncated archive"
-    assert {*found[:-1]} == {"good"}
-    assert abs(len(found) - 1 - 20 * share) <= 2
+    row_reasons = reasons(tmp_path)
+    assert row_reasons[-1] == "truncated archive"
+    assert {*row_reasons[:-1]} == {"good"}
+    assert abs(len(row_reasons) - 1 - 20 * share) <= 2
 
 
 def test_a_cut_between_two_members_is_told(tmp_path: Path) -> None:
@@ -222,10 +222,10 @@ def test_bombs_cost_neither_time_nor_memory(tmp_path: Path) -> None:
                 stream.write(bytes(1_000_000))
         start = time.monotonic()
         tracemalloc.start()
-        found = reasons(tmp_path)
+        row_reasons = reasons(tmp_path)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert found == ["good", "too large" if kind == tarfile.REGTYPE else "damaged archive"]
+        assert row_reasons == ["good", "too large" if kind == tarfile.REGTYPE else "damaged archive"]
         assert peak < 50_000_000
         assert time.monotonic() - start < 5
 
@@ -309,6 +309,6 @@ def test_negative_sizes_end(tmp_path: Path, size: int) -> None:
     header[148:156] = b"%06o\x00 " % sum(fields)
     start = tar(*sample("1")).rstrip(b"\x00")
     (tmp_path / "0.tar").write_bytes(start + bytes(-len(start) % 512) + bytes(header) * 5)
-    found = [*islice(members(tmp_path / "0.tar"), 50)]
-    assert len(found) < 10
-    assert found[-1].problem
+    entries = [*islice(members(tmp_path / "0.tar"), 50)]
+    assert len(entries) < 10
+    assert entries[-1].problem

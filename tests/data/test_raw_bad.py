@@ -8,7 +8,7 @@ tarfile's sizes on trust in `archive._member`, end `archive._members` without lo
 from pathlib import Path
 
 import pytest
-from bad_raw import GOOD_CAPTIONS, KINDS, found_in, make_bad_raw
+from bad_raw import GOOD_CAPTIONS, KINDS, contents_of, make_bad_raw
 
 from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.raw import open_raw
@@ -17,22 +17,22 @@ from maskvlm.data.raw import open_raw
 @pytest.mark.parametrize("kind", KINDS)
 def test_exactly_the_bad_rows_are_left_out(tmp_path: Path, kind: str) -> None:
     expected = make_bad_raw(tmp_path / "raw", kind)
-    found = found_in(open_raw(kind, str(tmp_path / "raw")))
+    contents = contents_of(open_raw(kind, str(tmp_path / "raw")))
     bad = sum(map(len, expected.bad.values()))
     assert bad >= 20
     assert 0.19 < bad / (bad + len(expected.good)) < 0.22, "a fifth"
-    assert {reason: sorted(places) for reason, places in found.bad.items()} == {
+    assert {reason: sorted(places) for reason, places in contents.bad.items()} == {
         reason: sorted(places) for reason, places in expected.bad.items()
     }
-    assert found.mended == expected.mended
-    assert found.good == expected.good
+    assert contents.mended == expected.mended
+    assert contents.good == expected.good
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_captions_in_every_script_stay_byte_by_byte(tmp_path: Path, kind: str) -> None:
     make_bad_raw(tmp_path / "raw", kind)
-    found = found_in(open_raw(kind, str(tmp_path / "raw")))
-    stayed = {caption.encode("utf-8", "surrogatepass") for captions in found.good.values() for caption in captions}
+    contents = contents_of(open_raw(kind, str(tmp_path / "raw")))
+    stayed = {caption.encode("utf-8", "surrogatepass") for captions in contents.good.values() for caption in captions}
     assert {caption.encode() for caption in GOOD_CAPTIONS} <= stayed
     assert [clean_caption(caption)[0] for caption in GOOD_CAPTIONS] == list(GOOD_CAPTIONS)
 

@@ -87,9 +87,9 @@ def test_images_of_annotated_sets(
     """Fails where an image is taken twice, or one that no example is about."""
     raw = open_raw(name, str(shared_data / folder))
     rows = [*raw.rows()]
-    found = counted(rows)
-    assert (found["pictures", "good"], found["pictures", "missing image"]) == (good, absent)
-    assert sum(found.values()) == good + absent
+    counts = counted(rows)
+    assert (counts["pictures", "good"], counts["pictures", "missing image"]) == (good, absent)
+    assert sum(counts.values()) == good + absent
     assert len(raw.annotations) == files
     assert all(file.suffix in (".json", ".jsonl") for file in raw.annotations)
     images = shared_data / folder / "images"
@@ -164,12 +164,12 @@ def test_coco_as_it_is_distributed(tmp_path: Path, year: str) -> None:
         images = [{"id": number, "file_name": f"{prefix}{number:012d}.jpg"}, {"id": 7, "file_name": "absent.jpg"}]
         captions = [{"image_id": number, "id": n, "caption": f"{part} {n}"} for n in (1, 2)]
         write(tmp_path / f"annotations/captions_{part}{year}.json", {"images": images, "annotations": captions})
-    found = brief(rows_of("coco", tmp_path), tmp_path)
-    assert [row[1:] for row in found[::2]] == [
+    rows = brief(rows_of("coco", tmp_path), tmp_path)
+    assert [row[1:] for row in rows[::2]] == [
         (("train 1", "train 2"), "coco 9", "train"),
         (("val 1", "val 2"), "coco 42", "val"),
     ]
-    assert [row[0] for row in found[1::2]] == ["missing image"] * 2
+    assert [row[0] for row in rows[1::2]] == ["missing image"] * 2
 
 
 # ------------------------------------------------------------------ Flickr
@@ -228,6 +228,23 @@ def test_visual_genome_shares_ids_with_coco(tmp_path: Path) -> None:
         ("malformed row", "region_descriptions.json [4]"),
     ]
     assert raw.notes == ["1 of its images are COCO's, too, and have their ids there"]
+
+
+def test_vqa_keeps_a_photo_that_visual_genome_has_too_once(tmp_path: Path) -> None:
+    """By COCO's id and name; fails where Visual Genome's number is its id."""
+    put(tmp_path, "images/COCO_val2014_000000000042.jpg", "images/VG_100K/8.jpg", "images/VG_100K/9.jpg")
+    questions = [{"question_id": 1, "image_id": 42, "question": "What?"}]
+    write(tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": questions})
+    write(tmp_path / "question_answers.json", [{"id": number, "qas": []} for number in (8, 9)])
+    with pytest.raises(UserError, match=r"image_data\.json is missing"):
+        open_raw("vqav2", str(tmp_path))
+    write(tmp_path / "image_data.json", [{"image_id": 8, "coco_id": 42}, {"image_id": 9, "coco_id": None}])
+    raw = open_raw("vqav2", str(tmp_path))
+    assert [(row.image_id, row.name) for row in raw.rows() if isinstance(row, RawRow)] == [
+        ("coco 42", "COCO_val2014_000000000042.jpg"),
+        ("vg 9", "VG_100K/9.jpg"),
+    ]
+    assert tmp_path / "image_data.json" in raw.annotations
 
 
 # ------------------------------------------------------------------ lists of addresses
@@ -382,14 +399,14 @@ def test_a_set_of_the_hub(tmp_path: Path, own_cache: None, monkeypatch: pytest.M
     else:
         put(raw, "validation/a.jpg", "validation/b.jpg")
         write(raw / "validation/metadata.csv", "file_name,caption,image_id\na.jpg,one,7\nb.jpg,five,10\n")
-    found = rows_of("hf", raw)
-    assert [row[1:4] for row in found if isinstance(row, RawRow)] == [
+    raw_rows = rows_of("hf", raw)
+    assert [row[1:4] for row in raw_rows if isinstance(row, RawRow)] == [
         (("one", "two", "three") if form != "imagefolder" else ("one",), "hf val 7", "val"),
         (("five",), "hf val 10", "val"),
     ]
-    assert [safe_open(row.image, "x").size for row in found if isinstance(row, RawRow)] == [(16, 16)] * 2
+    assert [safe_open(row.image, "x").size for row in raw_rows if isinstance(row, RawRow)] == [(16, 16)] * 2
     if form != "imagefolder":
-        reasons = [row.reason for row in found if isinstance(row, BadRow)]
+        reasons = [row.reason for row in raw_rows if isinstance(row, BadRow)]
         assert reasons == ["no image", "no caption"] + ["address"] * (form == "parquet")
 
 
@@ -413,9 +430,9 @@ def test_other_images_of_one_id_are_not_merged(
     for own, expected in (("cat", ["hf cat", "hf cat"]), ("", ["hf train 0", "hf train 1"])):
         rows = [{"image": {"bytes": each, "path": None}, "caption": "one", "image_id": own} for each in images]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "raw" / "train-00000-of-00001.parquet")
-        found = rows_of("hf", tmp_path / "raw")
-        assert [row[2] for row in found] == expected
-        assert [row[0] for row in found] == images
+        raw_rows = rows_of("hf", tmp_path / "raw")
+        assert [row[2] for row in raw_rows] == expected
+        assert [row[0] for row in raw_rows] == images
 
 
 def test_a_set_of_the_hub_names_no_file_outside(tmp_path: Path, own_cache: None) -> None:
@@ -427,8 +444,8 @@ def test_a_set_of_the_hub_names_no_file_outside(tmp_path: Path, own_cache: None)
     features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
     rows = [{"image": {"bytes": None, "path": path}, "text": "a"} for path in paths]
     pq.write_table(pa.Table.from_pylist(rows, features.arrow_schema), tmp_path / "raw" / "train.parquet")
-    found = rows_of("hf", tmp_path / "raw")
-    reasons = [row.reason if isinstance(row, BadRow) else "good" for row in found]
+    raw_rows = rows_of("hf", tmp_path / "raw")
+    reasons = [row.reason if isinstance(row, BadRow) else "good" for row in raw_rows]
     assert sorted(reasons) == ["good", "good", "unsafe name", "unsafe name"]
 
 

@@ -185,9 +185,9 @@ def test_several_tables_of_a_folder_are_read_and_named(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.jpg")
     for name in "ab":
         (tmp_path / f"{name}.csv").write_text(f"image,caption\n{name}.jpg,one\n")
-    found = open_raw("csv", str(tmp_path))
-    assert found.notes == ["2 tables of this folder are read: a.csv, b.csv; for one alone name the file itself"]
-    assert len([*found.rows()]) == 2
+    raw_set = open_raw("csv", str(tmp_path))
+    assert raw_set.notes == ["2 tables of this folder are read: a.csv, b.csv; for one alone name the file itself"]
+    assert len([*raw_set.rows()]) == 2
 
 
 def test_images_are_named_inside_the_folder(tmp_path: Path) -> None:
@@ -416,3 +416,16 @@ def test_a_table_in_a_hidden_folder_is_none_of_the_set(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("file_name,caption\na.jpg,one\n")
     (tmp_path / ".cache" / "metadata.csv").write_text("x,y\n1,2\n")
     assert [row[1] for row in open_raw("folder", str(tmp_path)).rows()] == [("one",)]
+
+
+def test_a_folder_may_be_named_from_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`../photos`: fails where paths with and without `..` are compared."""
+    touch(tmp_path, "photos/a.jpg", "photos/b.jpg", "here/x")
+    (tmp_path / "photos" / "metadata.csv").write_text("file_name,caption\na.jpg,one\n")
+    (tmp_path / "photos" / "b.txt").write_text("two")
+    monkeypatch.chdir(tmp_path / "here")
+    rows = [*open_raw("folder", "../photos").rows()]
+    assert [(row[1], row.image_id) for row in rows if isinstance(row, RawRow)] == [
+        (("one",), "folder a.jpg"),
+        (("two",), "folder b.jpg"),
+    ]

@@ -37,14 +37,14 @@ SIDES = {
 }
 
 
-def is_so(said: dict[str, str | None], thing: Thing) -> bool:
+def is_so(noun: dict[str, str | None], thing: Thing) -> bool:
     """No word said of the thing is false."""
-    place, size = said.get("place"), said["size"]
+    place, size = noun.get("place"), noun["size"]
     return (
-        said["shape"] == thing.shape
-        and said["colour"] == thing.colour
+        noun["shape"] == thing.shape
+        and noun["colour"] == thing.colour
         and (size is None or SIZES[size] == thing.size)
-        and said["pattern"] in (None, thing.pattern)
+        and noun["pattern"] in (None, thing.pattern)
         and (place is None or CELLS[place] == divmod(thing.cell, 3))
     )
 
@@ -72,14 +72,14 @@ def is_true(text: str, scene: Scene) -> bool:
         return False
     if re.search(r"\b(alone|only)\b", text) and len(scene.things) != 1:
         return False
-    said, relations = read_nouns(text), RELATION.findall(text)
+    nouns, relations = read_nouns(text), RELATION.findall(text)
     if relations:
-        said = [noun | {"place": None} for noun in said]
-        assert len(relations) == len(said) - 1, text
+        nouns = [noun | {"place": None} for noun in nouns]
+        assert len(relations) == len(nouns) - 1, text
     return any(
-        all(is_so(noun, thing) for noun, thing in zip(said, things, strict=True))
+        all(is_so(noun, thing) for noun, thing in zip(nouns, things, strict=True))
         and all(is_related(things[0], *pair) for pair in zip(relations, things[1:], strict=bool(relations)))
-        for things in permutations(scene.things, len(said))
+        for things in permutations(scene.things, len(nouns))
     )
 
 

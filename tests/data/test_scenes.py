@@ -204,14 +204,14 @@ def test_a_row_is_a_function_of_seed_split_and_index_alone() -> None:
 
 def test_a_row_read_again_is_the_same_whatever_was_done_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its texts are kept, of so many scenes."""
-    monkeypatch.setattr("maskvlm.data.scenes.source.KEPT", 2)
+    monkeypatch.setattr("maskvlm.data.scenes.source.MOST_CACHED", 2)
     pairs = Scenes(short=5, relations=4).split("train")
     first = [pairs[index] for index in range(3)]
     before = [(list(row["captions"]), np.asarray(row["image"]).copy(), row["image_id"]) for row in first]
     for row in first:
         row["captions"].append("more")
         row["image"].paste((0, 0, 0), (0, 0, 48, 48))
-    assert len(pairs.kept) == 2
+    assert len(pairs.cache) == 2
     for (captions, image, image_id), row in zip(before, [pairs[index] for index in range(3)], strict=True):
         assert (row["captions"], row["image_id"]) == (captions, image_id)
         assert (np.asarray(row["image"]) == image).all()
@@ -266,7 +266,7 @@ def test_short_captions_are_added_to_training_alone(relations: int) -> None:
     plain, more = Scenes(train=100, val=5), Scenes(train=100, val=5, short=3, relations=relations)
     other = Scenes(train=100, val=5, short=3, relations=1)
     assert more.split("train").fingerprint != other.split("train").fingerprint
-    found: Counter[tuple[str, int]] = Counter()
+    counts: Counter[tuple[str, int]] = Counter()
     assert more.split("val").fingerprint == plain.split("val").fingerprint
     assert more.split("train").fingerprint != plain.split("train").fingerprint
     for index in range(100):
@@ -278,13 +278,13 @@ def test_short_captions_are_added_to_training_alone(relations: int) -> None:
             assert describes(statement, scene)
             assert len(statement.mentions) == len(scene.things)
             assert set(re.findall("[a-z]+", text)) <= set(vocabulary())
-            said = [{name for name, value in asdict(mention).items() if value} for mention in statement.mentions]
-            spots = len(said) > 1 and all("place" in names and len(names) == 2 for names in said)
-            assert spots or all({"shape", "colour"} <= names and "place" not in names for names in said)
-            assert len(statement.relations) in (0, len(said) - 1)
-            found["spots" if spots else "relations" if statement.relations else "names", len(said)] += 1
+            attributes = [{name for name, value in asdict(mention).items() if value} for mention in statement.mentions]
+            spots = len(attributes) > 1 and all("place" in names and len(names) == 2 for names in attributes)
+            assert spots or all({"shape", "colour"} <= names and "place" not in names for names in attributes)
+            assert len(statement.relations) in (0, len(attributes) - 1)
+            counts["spots" if spots else "relations" if statement.relations else "names", len(attributes)] += 1
     lot = {"names": 1, "spots": 1} | ({"relations": relations} if relations else {})
-    assert set(found) == {("names", 1), *itertools.product(lot, (2, 3))}
+    assert set(counts) == {("names", 1), *itertools.product(lot, (2, 3))}
     for count, kind in itertools.product((2, 3), lot):
-        every, share = sum(found[each, count] for each in lot), lot[kind] / sum(lot.values())
-        assert found[kind, count] / every == pytest.approx(share, abs=4 * (0.25 / every) ** 0.5)
+        every, share = sum(counts[each, count] for each in lot), lot[kind] / sum(lot.values())
+        assert counts[kind, count] / every == pytest.approx(share, abs=4 * (0.25 / every) ** 0.5)

@@ -104,7 +104,7 @@ def test_tars_and_parquet_at_any_address_give_the_same_rows(tmp_path: Path) -> N
     here = list_shards([str(local), f"file://{tmp_path}/00000.tar"])
     assert [*there] == ["memory:///other/b.parquet", "memory:///set/a.tar"]
     assert [*here] == [f"file://{tmp_path}/00000.tar"]
-    rows = [[found["row"] for found in read_shards([one], "toy")] for one in (*there, *here)]
+    rows = [[record["row"] for record in read_shards([one], "toy")] for one in (*there, *here)]
     assert [[row.captions for row in shard] for shard in rows] == [[(f"number {n}",) for n in range(6)]] * 3
     assert [[row.image_id for row in shard] for shard in rows] == [[f"toy {n:05}" for n in range(6)]] * 3
     assert rows[0][3].image == rows[1][3].image == png(square(COLOURS[3]))
@@ -238,10 +238,10 @@ class Texts(L.LightningModule):
     def __init__(self, save: Path, after: int) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.save, self.after, self.seen = save, after, [[""]][:0]
+        self.save, self.after, self.batches = save, after, [[""]][:0]
 
     def training_step(self, batch: Batch, number: int) -> torch.Tensor:
-        self.seen.append(list(batch.texts))
+        self.batches.append(list(batch.texts))
         return self.weight.sum()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, number: int) -> None:
@@ -266,7 +266,7 @@ def test_a_run_that_goes_on_ends_where_the_other_would_have(tmp_path: Path, afte
             accelerator="cpu", **quiet, enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False
         )
         trainer.fit(model, datamodule=ready(root, steps=9, held_out=held_out), **more)
-        return model.seen
+        return model.batches
 
     whole = trained()
     assert len(whole) == 9
@@ -308,12 +308,12 @@ def test_a_broken_shard_costs_its_rest_and_is_counted(tmp_path: Path) -> None:
     (tmp_path / "00003.parquet").write_bytes(b"no parquet")
     data = ready(str(tmp_path), steps=6)
     reasons: Counter[str] = Counter()
-    seen: set[int] = set()
+    read_numbers: set[int] = set()
     for batch in data.train_dataloader():
         reasons.update(reason for reason, _ in batch.problems)
-        seen |= {int(text.removeprefix("number ")) for text in batch.texts if text}
-    assert {*range(8), *range(18, 24)} <= seen
-    assert not seen & {*range(10, 18)}
+        read_numbers |= {int(text.removeprefix("number ")) for text in batch.texts if text}
+    assert {*range(8), *range(18, 24)} <= read_numbers
+    assert not read_numbers & {*range(10, 18)}
     assert set(reasons) == {"truncated archive", "damaged archive"}
 
 
@@ -356,7 +356,7 @@ def test_a_prepared_set_is_streamed_or_memory_mapped_by_one_setting(tmp_path: Pa
     """The same images by the same ids; `make pretrain DATA=stream ARGS="--data.source.streaming false ..."`."""
     root = str(make(tmp_path, "toy", [raw(number) for number in range(20)], shard=5))
     mapped = Stream(root, "x", streaming=False).split("train")
-    rows = [found["row"] for found in read_shards(Stream(root, "x").split("train").shards, "toy")]
+    rows = [record["row"] for record in read_shards(Stream(root, "x").split("train").shards, "toy")]
     assert [row.image_id for row in rows] == [mapped[index]["image_id"] for index in range(20)]
     assert [row.image for row in rows] == [mapped[index]["image"] for index in range(20)]
     assert sorted(every(numbers(ready(f"file://{root}", steps=5)))) == [*range(20)]

@@ -122,7 +122,7 @@ def test_a_set_that_names_each_image_once_for_all_its_rows_has_no_ids_by_row() -
 
 
 @pytest.mark.parametrize(
-    ("pairs", "fraction", "said"),
+    ("pairs", "fraction", "message"),
     [
         (known(4), 0.0, "data.fraction: 0.0 is no part"),
         (known(4), 1.5, "1.5 is no part"),
@@ -131,8 +131,8 @@ def test_a_set_that_names_each_image_once_for_all_its_rows_has_no_ids_by_row() -
         (Rows([row(0)]), 0.5, "does not tell its images' ids"),
     ],
 )
-def test_a_part_that_cannot_be_taken_is_one_line(pairs: Any, fraction: float, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_part_that_cannot_be_taken_is_one_line(pairs: Any, fraction: float, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         fraction_of(pairs, fraction, 0)
 
 
@@ -152,9 +152,9 @@ def ready(source: Source, **settings: Any) -> PairData:
 
 def test_training_sees_the_part_alone_and_evaluation_all() -> None:
     data = ready(KnownSquares(), fraction=0.5)
-    shown = [index for batch in data.train_dataloader() for index in batch.image_id_B.tolist()]
-    assert len(shown) == data.total_steps * 4 == 8
-    assert sorted(shown) == data.hashed_image_ids("train").tolist()  # type: ignore[union-attr]
+    image_ids = [index for batch in data.train_dataloader() for index in batch.image_id_B.tolist()]
+    assert len(image_ids) == data.total_steps * 4 == 8
+    assert sorted(image_ids) == data.hashed_image_ids("train").tolist()  # type: ignore[union-attr]
     assert sum(len(batch.valid_B) for batch in data.val_dataloader()) == 7
     assert data.fingerprint()["train"]["pictures"] == 8
     assert data.fingerprint()["sha"] != ready(KnownSquares()).fingerprint()["sha"]

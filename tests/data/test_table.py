@@ -13,7 +13,7 @@ from maskvlm.data.table import EXAMPLE_COLUMNS, ParsedColumns, RowOrigin, Table,
 from maskvlm.utils.errors import ExitCode, UserError
 
 COLUMNS: Any = {"word": "string", "numbers": ["int64"]}
-MADE = ParsedColumns({"word": ["a", "b"], "numbers": [[1, 2], []]}, {"left out": [3]})
+TOY_COLUMNS = ParsedColumns({"word": ["a", "b"], "numbers": [[1, 2], []]}, {"left out": [3]})
 ORIGIN = RowOrigin(Path("folder/toy.jsonl"), "{file}:{place}")
 
 
@@ -23,15 +23,15 @@ ORIGIN = RowOrigin(Path("folder/toy.jsonl"), "{file}:{place}")
 def test_a_table_is_made_once(tmp_path: Path) -> None:
     calls: list[int] = []
     for _ in range(2):
-        table = cached_table("toy-1", str(tmp_path), COLUMNS, lambda: calls.append(1) or MADE)  # type: ignore[func-returns-value]
-        assert table.rows[:] == MADE.columns
+        table = cached_table("toy-1", str(tmp_path), COLUMNS, lambda: calls.append(1) or TOY_COLUMNS)  # type: ignore[func-returns-value]
+        assert table.rows[:] == TOY_COLUMNS.columns
         assert (table.name, table.notes) == ("toy-1", {"left out": [3]})
     assert calls == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["toy-1"]
 
 
 def test_tables_go_to_the_folder_of_the_library_by_default(own_cache: None, tmp_path: Path) -> None:
-    cached_table("toy-1", None, COLUMNS, lambda: MADE)
+    cached_table("toy-1", None, COLUMNS, lambda: TOY_COLUMNS)
     assert (tmp_path / "cache" / "maskvlm" / "toy-1" / "notes.json").is_file()
 
 
@@ -47,19 +47,19 @@ def test_a_parser_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="the cache cannot be written") as caught:
-        cached_table("toy-1", str(tmp_path / "file"), COLUMNS, lambda: MADE)
+        cached_table("toy-1", str(tmp_path / "file"), COLUMNS, lambda: TOY_COLUMNS)
     assert caught.value.code == ExitCode.CANNOT_CREATE
 
 
 def test_a_damaged_table_says_what_to_delete(tmp_path: Path) -> None:
-    cached_table("toy-1", str(tmp_path), COLUMNS, lambda: MADE)
+    cached_table("toy-1", str(tmp_path), COLUMNS, lambda: TOY_COLUMNS)
     for file in (tmp_path / "toy-1").rglob("*.arrow"):
         file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(UserError, match=r"toy-1: the cached table cannot be read .* Delete this folder") as caught:
-        cached_table("toy-1", str(tmp_path), COLUMNS, lambda: MADE)
+        cached_table("toy-1", str(tmp_path), COLUMNS, lambda: TOY_COLUMNS)
     assert caught.value.code == ExitCode.IO_ERROR
     shutil.rmtree(tmp_path / "toy-1")
-    assert len(cached_table("toy-1", str(tmp_path), COLUMNS, lambda: MADE).rows) == 2
+    assert len(cached_table("toy-1", str(tmp_path), COLUMNS, lambda: TOY_COLUMNS).rows) == 2
 
 
 # ------------------------------------------------------------------ examples
@@ -75,7 +75,7 @@ def rows_of(*texts: str, images: int = 1) -> TableRows:
 
 
 def stored(rows: TableRows, folder: Path) -> Table:
-    return cached_table("toy-1", str(folder), EXAMPLE_COLUMNS, rows.made)
+    return cached_table("toy-1", str(folder), EXAMPLE_COLUMNS, rows.finish)
 
 
 def images_of(*keys: str) -> ImagesByKey:
@@ -95,7 +95,7 @@ def test_an_id_must_not_stand_there_twice() -> None:
 
 def test_a_file_without_examples_is_refused() -> None:
     with pytest.raises(UserError, match=r"folder/toy\.jsonl: no example in this file"):
-        TableRows(ORIGIN, "id").made()
+        TableRows(ORIGIN, "id").finish()
 
 
 def test_rows_come_back_as_examples(tmp_path: Path) -> None:

@@ -61,11 +61,11 @@ def models(place: Path) -> Models:
 
 
 def test_the_newest_checkpoint_of_each_task_is_found(place: Path, models: Models) -> None:
-    found = models.found
-    assert found.pretrained is not None
-    assert found.pretrained.shown == "new/last.ckpt"
-    assert [run.title for run in found.tasks] == ["NLVR", "VQA"]
-    (problem,) = found.problems
+    listing = models.listing
+    assert listing.pretrained is not None
+    assert listing.pretrained.short_path == "new/last.ckpt"
+    assert [run.title for run in listing.tasks] == ["NLVR", "VQA"]
+    (problem,) = listing.problems
     assert "bad/best.ckpt" in problem
     card = place / "checkpoints" / "old" / "card.json"  # it is believed before the checkpoint is read
     card.write_text(json.dumps({"task": "tasks.entailment.task.Entailment"}))
@@ -82,7 +82,7 @@ def test_without_a_checkpoint_it_says_what_to_run(tmp_path: Path) -> None:
 
 
 def test_a_task_is_loaded_when_it_is_asked(models: Models) -> None:
-    run = next(run for run in models.found.tasks if run.title == "NLVR")
+    run = next(run for run in models.listing.tasks if run.title == "NLVR")
     loaded = models.task(run)
     assert loaded is models.task(run)
     assert (loaded.method.images, loaded.method.text, loaded.examples) == (2, "sentence", None)
@@ -98,8 +98,8 @@ def test_a_task_that_takes_no_text_is_asked_with_the_image_alone(models: Models,
     assert (run.title, loaded.method.text) == ("Captioning", "")
     image = noise()
     tab: Any = SimpleNamespace(desk=SimpleNamespace(models=models, open=lambda path: image), run=run, answer="answer")
-    (told,) = TaskTab.answered(tab, "path", None, None, None, "left from another task", ("", "")).values()
-    assert escape(loaded.model.caption(image)) in told
+    (answer,) = TaskTab.answered(tab, "path", None, None, None, "left from another task", ("", "")).values()
+    assert escape(loaded.model.caption(image)) in answer
     models.tasks.pop(run.task)
 
 
@@ -111,9 +111,9 @@ def test_words_are_covered_in_place() -> None:
 
 def test_what_is_shown_equals_what_the_model_says(models: Models) -> None:
     model, image = models.core(), noise()
-    shown = answers.words_filled(model, image, TEXT, [1])
+    html = answers.words_filled(model, image, TEXT, [1])
     guesses: Any = model.fill_mask(image, "a [MASK] circle on the left")
-    assert all(f"{100 * guess.probability:.1f} %" in shown for guess in guesses[0])
+    assert all(f"{100 * guess.probability:.1f} %" in html for guess in guesses[0])
     assert "Click a word" in answers.words_filled(model, image, TEXT, [])
     mask = answers.turned(answers.empty(model.grid), 0)
     assert np.argwhere(mask).tolist() == [[0, 0]]
@@ -128,23 +128,23 @@ def test_what_is_shown_equals_what_the_model_says(models: Models) -> None:
 def test_the_covered_word_is_marked_whatever_its_case() -> None:
     """A tokenizer such as RoBERTa's keeps capitals, one such as BERT's does not."""
     for word, truth in (("London", "London"), ("london", "London"), ("London", "london")):
-        shown = answers.guesses("with the image", [Guess(word, 0.5), Guess("Paris", 0.2)], truth)
-        assert f"{word} ✓" in shown
-        assert shown.count("✓") == 1
+        html = answers.guesses("with the image", [Guess(word, 0.5), Guess("Paris", 0.2)], truth)
+        assert f"{word} ✓" in html
+        assert html.count("✓") == 1
     assert "✓" not in answers.guesses("with the image", [Guess("London", 0.5)], "")  # [MASK] stood in the text
 
 
 def test_every_word_is_escaped(models: Models) -> None:
     model, image = models.core(), noise()
-    for shown in (
+    for html in (
         answers.words_filled(model, image, f"red [MASK] {SCRIPT}", [0]),
         answers.matches(model, image, [SCRIPT, TEXT]),
         answers.problem(SCRIPT),
         answers.decided((SCRIPT, 0.5, {SCRIPT: 0.5})),
     ):
-        assert "&lt;script" in shown
-        assert "<script" not in shown
-        assert "<img" not in shown
+        assert "&lt;script" in html
+        assert "<script" not in html
+        assert "<img" not in html
 
 
 @pytest.mark.parametrize("number", [None, "1", [1, 1], -1, 9, 1e9, 1.0, True, float("nan")])
@@ -156,9 +156,9 @@ def test_a_click_beside_the_image_is_a_mistake(number: Any) -> None:
 def test_texts_and_images_are_bounded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="49,999 characters"):
         checked_text(" ".join(["word"] * 10_000))
-    for given in (None, 5, "", " \u200b ", "a" * (MAX_TEXT + 1)):
+    for text in (None, 5, "", " \u200b ", "a" * (MAX_TEXT + 1)):
         with pytest.raises(UserError):
-            checked_text(given)
+            checked_text(text)
     for lines in ("", "a\n" * (MAX_LINES + 1), 3, "x" * 10**6):
         with pytest.raises(UserError):
             lines_of(lines)
@@ -203,9 +203,9 @@ def test_what_ends_just_after_its_time_is_given_up_too(monkeypatch: pytest.Monke
 
 def test_examples_and_what_is_searched_come_from_the_built_in_world(models: Models) -> None:
     model = models.core()
-    made = samples(model.image_size, model.grid)
-    assert len(made) == 8
-    assert all(np.any(sample.masked) and sample.text != sample.other for sample in made)
+    examples = samples(model.image_size, model.grid)
+    assert len(examples) == 8
+    assert all(np.any(sample.masked) and sample.text != sample.other for sample in examples)
     searched = Searched(model, None)
     assert len(searched.by_text("/etc/passwd")) == len(searched.by_image(noise())) == 8  # a text, not a file
 
@@ -224,8 +224,8 @@ def test_a_wrong_option_is_one_line(place: Path, capsys: pytest.CaptureFixture[s
         main(["--port", "high"], [])
     with pytest.raises(UserError, match="cannot be listened on"):
         listen("127.0.0.1", 99_999)
-    with listen("127.0.0.1", 0) as taken, pytest.raises(UserError, match="Give another --port") as caught:
-        listen("127.0.0.1", taken.getsockname()[1])
+    with listen("127.0.0.1", 0) as busy_socket, pytest.raises(UserError, match="Give another --port") as caught:
+        listen("127.0.0.1", busy_socket.getsockname()[1])
     assert caught.value.code == ExitCode.UNAVAILABLE
 
 
@@ -272,7 +272,7 @@ def served(folder: Path, root: Path) -> Iterator[Server]:
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        base = next(found.group() for line in process.stdout if (found := re.search(r"http://[\d.:]+", line)))
+        base = next(match.group() for line in process.stdout if (match := re.search(r"http://[\d.:]+", line)))
         yield Server(process, base, temp, log)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -316,10 +316,10 @@ UPLOADS = {
 
 def line_of(answer: str) -> str:
     """The one line of a refusal."""
-    found = re.search(r'role=\\"alert\\">(.*?)</p>', answer)
-    assert found, answer
+    match = re.search(r'role=\\"alert\\">(.*?)</p>', answer)
+    assert match, answer
     assert "Traceback" not in answer
-    return found.group(1)
+    return match.group(1)
 
 
 @pytest.mark.parametrize("name", UPLOADS)
@@ -367,12 +367,12 @@ def test_no_address_and_no_path_is_opened(asker: Asker, server: Server, place: P
         secret.write_bytes(GOOD)
         inside = asker.image(GOOD)["path"]
         for path in (url, "file:///etc/passwd", "/etc/passwd", str(secret), f"{inside}/../../../secret.png", 5, ["x"]):
-            for given in (
+            for reference in (
                 {"path": path, "meta": {"_type": "gradio.FileData"}},
                 {"path": path},
                 {"url": url, "path": path},
             ):
-                assert asker.ask("match", image=given, texts=TEXT).startswith("403 ")
+                assert asker.ask("match", image=reference, texts=TEXT).startswith("403 ")
         assert asker.ask("match", image={"url": url, "path": None}, texts=TEXT).startswith("403 ")
         assert asker.ask("match", image=url, texts=TEXT).startswith("403 ")
         with pytest.raises(TimeoutError):
@@ -407,9 +407,9 @@ def test_strange_requests_are_refused(asker: Asker) -> None:
 
 def test_strange_texts_are_answered_or_refused_in_one_line(asker: Asker) -> None:
     image = asker.image(GOOD)
-    shown = asker.ask("match", image=image, texts=f"{SCRIPT}\n{TEXT}")
-    assert "&lt;script&gt;" in shown
-    assert "<script" not in shown
+    html = asker.ask("match", image=image, texts=f"{SCRIPT}\n{TEXT}")
+    assert "&lt;script&gt;" in html
+    assert "<script" not in html
     many = " ".join(["word"] * 10_000)
     assert "1,000" in line_of(asker.ask("match", image=image, texts=many))
     assert "lines" in line_of(asker.ask("match", image=image, texts="a\n" * 100))
@@ -422,18 +422,18 @@ def test_strange_texts_are_answered_or_refused_in_one_line(asker: Asker) -> None
 
 def test_words_that_the_model_does_not_know_are_named_wherever_a_text_is_asked(asker: Asker) -> None:
     image, text = asker.image(GOOD), "a red zebrafish <b>"
-    told = "tokenizer does not know: "
+    note = "tokenizer does not know: "
     for _ in range(2):  # each time: another visitor may ask
-        shown = asker.tell("text", "blur", image=image, text=text)["strange"]
-        assert told in shown
-        assert "zebrafish" in shown
-        assert "<b>" not in shown
-    assert told not in asker.tell("text", "blur", image=image, text="a red square")["strange"]
-    assert told in asker.tell("text", "blur", image=None, text=text)["strange"]
-    assert told in asker.tell("match", "click", image=image, texts=f"a red square\n{text}")["matches"]
-    assert told not in asker.tell("match", "click", image=image, texts="a red square")["matches"]
-    assert told in asker.tell("find", "click", query=text)["found"]
-    assert told in asker.tell("other", "blur", image=image, text="a red square", other=text)["right"]
+        html = asker.tell("text", "blur", image=image, text=text)["strange"]
+        assert note in html
+        assert "zebrafish" in html
+        assert "<b>" not in html
+    assert note not in asker.tell("text", "blur", image=image, text="a red square")["strange"]
+    assert note in asker.tell("text", "blur", image=None, text=text)["strange"]
+    assert note in asker.tell("match", "click", image=image, texts=f"a red square\n{text}")["matches"]
+    assert note not in asker.tell("match", "click", image=image, texts="a red square")["matches"]
+    assert note in asker.tell("find", "click", query=text)["found"]
+    assert note in asker.tell("other", "blur", image=image, text="a red square", other=text)["right"]
 
 
 def test_fifty_at_once(asker: Asker) -> None:
@@ -444,7 +444,7 @@ def test_fifty_at_once(asker: Asker) -> None:
         assert set(codes) <= {200, 503}
         assert all("ueue is full" in reply.text for _, reply in joined if reply.status_code == 503)
         waiting = [body["session_hash"] for body, reply in joined if reply.status_code == 200]
-        assert all("belongs" in told.lower() for told in pool.map(asker.answer, waiting))
+        assert all("belongs" in answer.lower() for answer in pool.map(asker.answer, waiting))
     assert "belongs" in asker.ask("write", image=image).lower()
 
 
@@ -463,29 +463,29 @@ def test_nothing_was_written_elsewhere(asker: Asker, server: Server) -> None:
 @needs_gradio
 def test_without_a_run_the_page_asks_the_model_that_comes_along(tmp_path: Path, root: Path) -> None:
     for server in served(tmp_path, root):
-        shown = json.dumps(httpx.get(f"{server.base}/config", timeout=60).json())
-        assert "scenes-tiny: step 4,500, score 94.3, drawn scenes of the built-in world (16,784 images)" in shown
+        config = json.dumps(httpx.get(f"{server.base}/config", timeout=60).json())
+        assert "scenes-tiny: step 4,500, score 94.3, drawn scenes of the built-in world (16,784 images)" in config
 
 
 @needs_gradio
 def test_an_example_is_answered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes with its answers, so nothing is asked again when the image changes; a visitor's image is."""
-    asked, both = list[str](), ["words_filled", "painted"]
+    calls, both = list[str](), ["words_filled", "painted"]
     with live(tmp_path) as page:
         asker = page.asker
         assert not [each for each in asker.config["dependencies"] if [asker.ids["image"], "change"] in each["targets"]]
         for name in both:
             # As the function itself, and noted.
             real = getattr(answers, name)
-            monkeypatch.setattr(answers, name, lambda *x, name=name, real=real: (asked.append(name), real(*x))[1])
+            monkeypatch.setattr(answers, name, lambda *x, name=name, real=real: (calls.append(name), real(*x))[1])
         asker.tell("examples", "click", {"index": 1})
-        assert set(asked) == set(both)
+        assert set(calls) == set(both)
         # An image of the visitor's, also after it was taken away.
         own = asker.image(GOOD)
-        for event, given, expected in (("upload", own, both), ("clear", None, ["words_filled"]), ("upload", own, both)):
-            asked.clear()
-            asker.tell("image", event, image=given)
-            assert asked == expected
+        for event, file, expected in (("upload", own, both), ("clear", None, ["words_filled"]), ("upload", own, both)):
+            calls.clear()
+            asker.tell("image", event, image=file)
+            assert calls == expected
 
 
 # ---------------------------------------------------------------------- a browser
@@ -504,8 +504,8 @@ def test_in_a_browser(server: Server, tmp_path: Path) -> None:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
         for width in (1280, 390):
             page = browser.new_page(viewport={"width": width, "height": 844})
-            asked, broken = list[str](), list[str]()
-            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            urls, broken = list[str](), list[str]()
+            page.on("request", lambda request, urls=urls: urls.append(request.url))
             page.on("pageerror", lambda error, broken=broken: broken.append(str(error)))
             start = time.monotonic()
             page.goto(server.base, wait_until="commit")
@@ -537,7 +537,7 @@ def test_in_a_browser(server: Server, tmp_path: Path) -> None:
             shot = page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
             assert len(shot) > 10_000
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-            assert [url for url in asked if not url.startswith((server.base, "data:", "blob:"))] == []
+            assert [url for url in urls if not url.startswith((server.base, "data:", "blob:"))] == []
             assert broken == []
             page.close()
         browser.close()

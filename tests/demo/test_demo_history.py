@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from toy_pretrained import content_of, made, saved
+from toy_pretrained import content_of, saved, toy_model
 
 from maskvlm import MaskVLM
 from maskvlm.checkpoint import io as checkpoint
-from maskvlm.checkpoint.warm_start import Seen
-from maskvlm.demo.history import Trained, is_drawn, photographs, run_order, told_of, trained_run
+from maskvlm.checkpoint.warm_start import LineageEntry
+from maskvlm.demo.history import Trained, describe_data, is_drawn, photographs, run_order, trained_run
 from maskvlm.demo.models import Models, find_models, task_on_card
 from maskvlm.demo.samples import PHOTOS, Searched, photo_rows, photo_samples
 from maskvlm.objectives.novelty import mean_patch, sample_of
@@ -26,22 +26,22 @@ TASK, SCENES, PREPARED = (
     "maskvlm.data.scenes.source.Scenes",
     "maskvlm.data.prepared.source.Prepared",
 )
-DRAWN = Seen(TASK, SCENES, "drawn", 20_000, 5, torch.arange(20_000))
-PHOTOGRAPHS = Seen(TASK, PREPARED, "photos", 6000, 9, torch.arange(6000))
+DRAWN = LineageEntry(TASK, SCENES, "drawn", 20_000, 5, torch.arange(20_000))
+PHOTOGRAPHS = LineageEntry(TASK, PREPARED, "photos", 6000, 9, torch.arange(6000))
 
 
 def run(
-    folder: Path, seen: list[Seen], score: float | None = None, name: str = "", age: float = 0, **more: Any
+    folder: Path, lineage: list[LineageEntry], score: float | None = None, name: str = "", age: float = 0, **more: Any
 ) -> Path:
     """A run's folder with a checkpoint of pre-training; age: seconds."""
     folder.mkdir(parents=True)
-    content = content_of(*made("pretrain"))
-    checkpoint.save(content | {"lineage": [each.plain() for each in seen]}, folder / "best.ckpt")
+    content = content_of(*toy_model("pretrain"))
+    checkpoint.save(content | {"lineage": [each.plain() for each in lineage]}, folder / "best.ckpt")
     os.utime(folder / "best.ckpt", (10_000 - age, 10_000 - age))
     if score is not None:
         (folder / "metrics.json").write_text(json.dumps({"score": score, "retrieval/pictures": 1000} | more))
     if name:
-        source = {"class_path": seen[-1].source, "init_args": {"root": f"/somewhere/secret/{name}"}}
+        source = {"class_path": lineage[-1].source, "init_args": {"root": f"/somewhere/secret/{name}"}}
         (folder / "config-fit.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"source": source}}}))
     return folder / "best.ckpt"
 
@@ -78,16 +78,16 @@ def test_the_page_starts_with_photographs_and_not_with_the_newest(tmp_path: Path
     run(tmp_path / "worse", [PHOTOGRAPHS], 1.9, age=50)
     run(tmp_path / "better", [DRAWN, PHOTOGRAPHS], 2.3, name="flickr8k", age=100)
     models = Models(find_models(tmp_path))
-    assert models.found.pretrained is not None
-    assert models.found.pretrained.shown == "better/best.ckpt"
-    assert [each.choice for each in models.found.runs] == [
+    assert models.listing.pretrained is not None
+    assert models.listing.pretrained.short_path == "better/best.ckpt"
+    assert [each.choice for each in models.listing.runs] == [
         "better: step 9, score 2.3, flickr8k (6,000 images), after drawn scenes of the built-in world (20,000 images)",
         "worse: step 9, score 1.9, prepared (6,000 images)",
         "scenes: step 5, score 91.2, drawn scenes of the built-in world (20,000 images)",
     ]
     named = find_models(tmp_path, [str(tmp_path / name / "best.ckpt") for name in ("better", "scenes")])
     # The last that was named, then the other one, then those that were not.
-    assert [run.shown.split("/")[0] for run in named.runs] == ["scenes", "better", "worse"]
+    assert [run.short_path.split("/")[0] for run in named.runs] == ["scenes", "better", "worse"]
 
 
 def test_tasks_are_found_whatever_is_named(tmp_path: Path) -> None:
@@ -98,24 +98,25 @@ def test_tasks_are_found_whatever_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "best.ckpt").write_bytes(b"no checkpoint")
     one = run(tmp_path / "run", [DRAWN])
-    found = find_models(tmp_path, [str(one), str(tmp_path / "again" / "best.ckpt")])
-    assert [each.shown for each in found.runs] == ["run/best.ckpt"]  # not a second time from the folder
-    assert [each.shown for each in found.tasks] == ["other/best.ckpt", "again/best.ckpt"]  # the named one of its task
-    assert len(found.problems) == 1
+    listing = find_models(tmp_path, [str(one), str(tmp_path / "again" / "best.ckpt")])
+    assert [each.short_path for each in listing.runs] == ["run/best.ckpt"]  # not a second time from the folder
+    # The named one of its task.
+    assert [each.short_path for each in listing.tasks] == ["other/best.ckpt", "again/best.ckpt"]
+    assert len(listing.problems) == 1
 
 
 def test_a_card_of_an_earlier_version_is_of_pre_training(tmp_path: Path) -> None:
     path = run(tmp_path / "run", [PHOTOGRAPHS])
     (path.parent / "card.json").write_text(json.dumps({"task": "maskvlm.pretrain.MaskedPretraining"}))
-    found = find_models(tmp_path)
-    assert (len(found.runs), found.tasks) == (1, [])
+    listing = find_models(tmp_path)
+    assert (len(listing.runs), listing.tasks) == (1, [])
 
 
 def test_a_run_without_a_head_comes_last_and_its_tabs_say_so(tmp_path: Path) -> None:
     saved(tmp_path / "part" / "best.ckpt", weight_mlm=0.0)
     run(tmp_path / "whole", [DRAWN], age=10**6)
     (whole, part) = find_models(tmp_path).runs
-    assert (whole.shown, part.shown) == ("whole/best.ckpt", "part/best.ckpt")
+    assert (whole.short_path, part.short_path) == ("whole/best.ckpt", "part/best.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -125,8 +126,8 @@ def test_a_strange_record_counts_as_none(tmp_path: Path, content: str) -> None:
     path = run(tmp_path / "run", [DRAWN], name="x")
     (path.parent / "metrics.json").write_text(content)
     (path.parent / "config-fit.yaml").write_text(content)
-    found = trained_run(str(path), [PHOTOGRAPHS])
-    assert (found.measured, found.score, found.told) == (0, -math.inf, "prepared (6,000 images)")
+    model_run = trained_run(str(path), [PHOTOGRAPHS])
+    assert (model_run.measured, model_run.score, model_run.description) == (0, -math.inf, "prepared (6,000 images)")
 
 
 def test_a_record_elsewhere_is_not_read(tmp_path: Path) -> None:
@@ -141,11 +142,12 @@ def test_a_record_elsewhere_is_not_read(tmp_path: Path) -> None:
 
 def test_it_says_what_the_weights_have_seen(tmp_path: Path) -> None:
     path = run(tmp_path / "run", [DRAWN, PHOTOGRAPHS], name="flickr8k")
-    said = "flickr8k (6,000 images), after drawn scenes of the built-in world (20,000 images)"
-    assert trained_run(str(path), [DRAWN, PHOTOGRAPHS]).told == said
-    assert trained_run(str(path), []).told == "nothing that it tells of"
-    assert told_of(Seen("unknown", "unknown", "", 0, 0), None) == "data that it does not name"
-    assert told_of(Seen(TASK, "maskvlm.data.streaming.source.Stream", "", 0, 9), "cc12m") == "cc12m (streamed)"
+    description = "flickr8k (6,000 images), after drawn scenes of the built-in world (20,000 images)"
+    assert trained_run(str(path), [DRAWN, PHOTOGRAPHS]).description == description
+    assert trained_run(str(path), []).description == "nothing that it tells of"
+    assert describe_data(LineageEntry("unknown", "unknown", "", 0, 0), None) == "data that it does not name"
+    streamed = LineageEntry(TASK, "maskvlm.data.streaming.source.Stream", "", 0, 9)
+    assert describe_data(streamed, "cc12m") == "cc12m (streamed)"
 
 
 @pytest.mark.parametrize(
@@ -164,9 +166,9 @@ def test_names_of_data(tmp_path: Path, settings: dict[str, Any], name: str) -> N
     path = run(tmp_path / "run", [PHOTOGRAPHS], name="x")
     source = {"class_path": PREPARED, "init_args": settings}
     (path.parent / "config-fit.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"source": source}}}))
-    assert trained_run(str(path), [PHOTOGRAPHS]).told == f"{name} (6,000 images)"
+    assert trained_run(str(path), [PHOTOGRAPHS]).description == f"{name} (6,000 images)"
     other = PHOTOGRAPHS._replace(source="maskvlm.data.mix.Mix")  # a configuration of other data names nothing
-    assert trained_run(str(path), [other]).told == "mix (6,000 images)"
+    assert trained_run(str(path), [other]).description == "mix (6,000 images)"
 
 
 def test_photographs_are_counted_once_and_scenes_not_at_all() -> None:
@@ -174,7 +176,7 @@ def test_photographs_are_counted_once_and_scenes_not_at_all() -> None:
     assert [photographs(each) for each in ([DRAWN], [], [PHOTOGRAPHS, more])] == [0, 0, 8000]
     assert photographs([PHOTOGRAPHS, more._replace(ids=None, images=90_000)]) == 90_000
     assert photographs([PHOTOGRAPHS, PHOTOGRAPHS._replace(images=0, ids=None)]) == math.inf
-    assert photographs([Seen("unknown", "unknown", "", 0, 7)]) == 0
+    assert photographs([LineageEntry("unknown", "unknown", "", 0, 7)]) == 0
     assert [is_drawn(each) for each in (SCENES, "tasks.vqa.scenes.Questions", PREPARED)] == [True, True, False]
 
 
@@ -183,9 +185,9 @@ def test_photographs_are_counted_once_and_scenes_not_at_all() -> None:
 
 @pytest.mark.parametrize("grid", [(3, 3), (14, 14), (6, 6)])
 def test_the_photographs_are_examples_as_the_tabs_need_them(grid: tuple[int, int]) -> None:
-    found = photo_samples(grid)
+    examples = photo_samples(grid)
     assert {file.name for file in PHOTOS.glob("*.jpg")} == photo_rows().keys()
-    for sample in found:
+    for sample in examples:
         assert np.shape(sample.masked) == grid
         assert 0 < np.mean(sample.masked) < 0.9
         right, wrong = sample.text.split(), sample.other.split()
@@ -195,24 +197,26 @@ def test_the_photographs_are_examples_as_the_tabs_need_them(grid: tuple[int, int
 
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed (pip install -e .[demo])")
-@pytest.mark.parametrize(("seen", "photos"), [([DRAWN, PHOTOGRAPHS], True), ([DRAWN], False)])
-def test_the_page_shows_photographs_where_the_model_knows_some(tmp_path: Path, seen: list[Seen], photos: bool) -> None:
+@pytest.mark.parametrize(("lineage", "photos"), [([DRAWN, PHOTOGRAPHS], True), ([DRAWN], False)])
+def test_the_page_shows_photographs_where_the_model_knows_some(
+    tmp_path: Path, lineage: list[LineageEntry], photos: bool
+) -> None:
     from maskvlm.demo.input_limits import Worker
     from maskvlm.demo.page import page
 
-    run(tmp_path / "run", seen, 2.0, name="flickr<b>8k" if photos else "")
+    run(tmp_path / "run", lineage, 2.0, name="flickr<b>8k" if photos else "")
     blocks = page(Models(find_models(tmp_path)), Worker(60), None)
-    shown = json.dumps(blocks.get_config_file(), default=str)
-    assert ("a red cup of coffee stands on a wooden table" in shown) is photos
-    assert ("the 5 photographs that come with this page" in shown) is photos
-    assert ("scenes of the built-in world that the model has not seen" in shown) is not photos
-    said = (
+    config = json.dumps(blocks.get_config_file(), default=str)
+    assert ("a red cup of coffee stands on a wooden table" in config) is photos
+    assert ("the 5 photographs that come with this page" in config) is photos
+    assert ("scenes of the built-in world that the model has not seen" in config) is not photos
+    line = (
         "trained on flickr&lt;b&gt;8k (6,000 images), after drawn"
         if photos
         else "trained on drawn scenes of the built-in"
     )
-    assert said in shown
-    assert "somewhere" not in shown
+    assert line in config
+    assert "somewhere" not in config
 
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed (pip install -e .[demo])")
@@ -224,19 +228,19 @@ def test_the_page_says_when_an_image_is_unlike_the_training_data(tmp_path: Path)
     model = MaskVLM.from_pretrained(path)
     with torch.no_grad():
         feature_ND = mean_patch(model.backbone.image(model.pixels(photos))).repeat(20, 1)
-    said = {}
+    notes = {}
     for sign in (1, -1):
         checkpoint.save(checkpoint.load(path) | {"known_images": sample_of(sign * feature_ND)}, path)
-        said[sign] = ChosenRun(Models(find_models(tmp_path)), 0, None, None).strange(photos[0], "")
-    assert said[1] == ""
-    assert said[-1].startswith('<p class="note">This image is unlike those that the model was trained on: ')
+        notes[sign] = ChosenRun(Models(find_models(tmp_path)), 0, None, None).strange(photos[0], "")
+    assert notes[1] == ""
+    assert notes[-1].startswith('<p class="note">This image is unlike those that the model was trained on: ')
 
 
 def test_photographs_are_searched(tmp_path: Path) -> None:
     run(tmp_path / "run", [PHOTOGRAPHS])
     searched = Searched(Models(find_models(tmp_path)).core(), None, photos=True)
     assert len(searched.by_text("a cat")) == len(searched.by_image(PHOTOS / "chelsea.jpg")) == 5
-    assert searched.by_image(PHOTOS / "chelsea.jpg")[0].told.startswith("1.00  a brown cat")
+    assert searched.by_image(PHOTOS / "chelsea.jpg")[0].label.startswith("1.00  a brown cat")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "long"])
@@ -245,12 +249,12 @@ def test_a_strangers_card_is_no_more_than_data(tmp_path: Path, kind: str) -> Non
     folder = tmp_path / "run"
     folder.mkdir()
     card = folder / "card.json"
-    told = json.dumps({"task": "acme.tasks.Task" if kind != "long" else "a." * 3000})
+    card_text = json.dumps({"task": "acme.tasks.Task" if kind != "long" else "a." * 3000})
     if kind == "pipe":
         os.mkfifo(card)
     elif kind == "link":
-        (tmp_path / "outside.json").write_text(told)
+        (tmp_path / "outside.json").write_text(card_text)
         card.symlink_to(tmp_path / "outside.json")
     else:
-        card.write_text(told)
+        card.write_text(card_text)
     assert task_on_card(str(folder / "best.ckpt")) is None

@@ -51,17 +51,17 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def opened(page: Live, browser: Any) -> Iterator[Any]:
     """Opens the page; `opened(viewport, scheme)` gives a tab of the browser."""
-    made: list[Any] = []
+    tabs: list[Any] = []
 
     def start(viewport: dict[str, int] = DESK, scheme: str = "light") -> Any:
         tab = browser.new_page(viewport=viewport, color_scheme=scheme)
-        made.append(tab)
+        tabs.append(tab)
         tab.goto(page.base)
         tab.wait_for_selector("#words .side")
         return tab
 
     yield start
-    for each in made:
+    for each in tabs:
         each.close()
 
 
@@ -70,11 +70,11 @@ def go(tab: Any, name: str) -> None:
 
 
 def box(tab: Any, selector: str) -> dict[str, float]:
-    found: dict[str, float] = tab.locator(selector).first.bounding_box()
-    return found
+    bounds: dict[str, float] = tab.locator(selector).first.bounding_box()
+    return bounds
 
 
-def shown(tab: Any) -> dict[str, str]:
+def answer_texts(tab: Any) -> dict[str, str]:
     """What each answer says to who looks, hidden ones by their text alone; left out where it is empty."""
     script = "each => { const e = document.querySelector(each + ' .prose'); return e ? e.innerHTML : '' }"
     return {each: html for each in ANSWERS if (html := tab.evaluate(script, each))}
@@ -109,7 +109,7 @@ def answer_all(tab: Any) -> None:
 def test_axe_finds_nothing_serious(opened: Any, viewport: dict[str, int], scheme: str) -> None:
     """On every tab, with answers. It checks contrast (4.5:1), names, alternative texts, roles and more."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
-    tab, found = opened(viewport, scheme), list[str]()
+    tab, violations = opened(viewport, scheme), list[str]()
     answer_all(tab)
     for name in [*TABS, "chooser"]:
         if name == "chooser":
@@ -120,8 +120,8 @@ def test_axe_finds_nothing_serious(opened: Any, viewport: dict[str, int], scheme
         tab.wait_for_timeout(250)  # colours change in steps
         for each in axe.run(tab).response["violations"]:
             if each["impact"] in ("serious", "critical"):
-                found += [f"{name}: {each['id']}: {node['html'][:150]}" for node in each["nodes"]]
-    assert found == []
+                violations += [f"{name}: {each['id']}: {node['html'][:150]}" for node in each["nodes"]]
+    assert violations == []
 
 
 def test_buttons_and_images_have_names(opened: Any) -> None:
@@ -154,7 +154,7 @@ def test_the_chooser_has_the_best_first_and_another_run_answers(opened: Any) -> 
     assert tab.locator("#run input").input_value().startswith("second: step 7, score 10.0, ")
     assert "score 10.0, trained on drawn scenes" in tab.locator("#about").inner_text()
     tab.wait_for_function("!document.querySelector('#tabs.old')")
-    assert shown(tab).keys() == {"#words", "#board", "#left"}  # nothing else that the other one said
+    assert answer_texts(tab).keys() == {"#words", "#board", "#left"}  # nothing else that the other one said
 
 
 def test_another_run_leaves_what_somebody_wrote(opened: Any) -> None:
@@ -180,9 +180,9 @@ def test_no_old_answer_beside_a_new_image(opened: Any, monkeypatch: pytest.Monke
     go(tab, "Caption")
     real = answers.captioned
 
-    def slow(*given: Any) -> str:
+    def slow(*arguments: Any) -> str:
         time.sleep(1.0)
-        return real(*given)
+        return real(*arguments)
 
     monkeypatch.setattr(answers, "captioned", slow)
     tab.evaluate(
@@ -195,7 +195,7 @@ def test_no_old_answer_beside_a_new_image(opened: Any, monkeypatch: pytest.Monke
     )
     tab.click("#write")
     tab.wait_for_timeout(200)
-    words = shown(tab)["#words"]
+    words = answer_texts(tab)["#words"]
     file = {"name": "b.png", "mimeType": "image/png", "buffer": encoded(noise(3))}
     tab.locator("#image input[type=file]").set_input_files(file)
     tab.wait_for_function("!document.querySelector('#image img')?.src.startsWith('data:')")
@@ -205,8 +205,8 @@ def test_no_old_answer_beside_a_new_image(opened: Any, monkeypatch: pytest.Monke
         arg=words,
     )
     tab.wait_for_timeout(300)
-    assert shown(tab).keys() == {"#words", "#board", "#left"}
-    assert shown(tab)["#words"] != words
+    assert answer_texts(tab).keys() == {"#words", "#board", "#left"}
+    assert answer_texts(tab)["#words"] != words
     assert tab.evaluate("seen") == []
 
 
@@ -217,10 +217,10 @@ def test_no_old_answer_beside_an_error_and_none_without_an_image(opened: Any, mo
         {"name": "a.png", "mimeType": "image/png", "buffer": GOOD[: len(GOOD) // 2]}
     )
     tab.wait_for_function("document.querySelector('#status').innerText.includes('truncated')")
-    assert shown(tab).keys() == set()
+    assert answer_texts(tab).keys() == set()
     tab.get_by_role("button", name="Remove Image").click()
     tab.wait_for_function("document.querySelector('#words .side') && !document.querySelector('#status p')")
-    assert shown(tab).keys() == {"#words"}  # guessed without an image
+    assert answer_texts(tab).keys() == {"#words"}  # guessed without an image
     go(tab, "Match")
     tab.locator("#examples button").first.click()
     tab.wait_for_selector("#image img[src^='data:']")
@@ -233,20 +233,20 @@ def test_no_old_answer_beside_an_error_and_none_without_an_image(opened: Any, mo
     monkeypatch.setattr(answers, "matches", refuse)
     tab.click("#match")
     tab.wait_for_selector("#status p")
-    assert "#matches" not in shown(tab)
+    assert "#matches" not in answer_texts(tab)
 
 
 def test_the_text_changes_with_the_example(opened: Any) -> None:
     tab = opened()
     answer_all(tab)
-    before, text = shown(tab), tab.locator("#text textarea").input_value()
+    before, text = answer_texts(tab), tab.locator("#text textarea").input_value()
     tab.locator("#examples button").nth(2).click()
     tab.wait_for_function("text => document.querySelector('#text textarea').value != text", arg=text)
     text = tab.locator("#text textarea").input_value()
     label = tab.locator("#examples button").nth(2).get_attribute("aria-label")
     assert label == f"Example 3: {text}"
     tab.wait_for_function("html => document.querySelector('#words .prose').innerHTML != html", arg=before["#words"])
-    after = shown(tab)
+    after = answer_texts(tab)
     assert after.keys() == {"#words", "#board", "#left"}
     assert not [each for each in after if after[each] == before[each]]
     go(tab, "Words")
@@ -332,9 +332,9 @@ def test_the_keyboard_turns_patches_and_opens_tabs(opened: Any) -> None:
 
 def test_own_images_come_from_memory(page: Live, opened: Any) -> None:
     """No file is written for them, so none can be gone, and none counts against the room for uploads."""
-    before, asked = set(page.folder.rglob("*")), list[str]()
+    before, urls = set(page.folder.rglob("*")), list[str]()
     tab = opened()
-    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("request", lambda request: urls.append(request.url))
     answer_all(tab)
     tab.locator("#examples button").nth(1).click()
     tab.wait_for_timeout(500)
@@ -343,5 +343,5 @@ def test_own_images_come_from_memory(page: Live, opened: Any) -> None:
     tab.wait_for_function("!document.querySelector('#left img')")
     script = "[...document.images].filter(e => !e.src.startsWith('data:') || !e.complete || !e.naturalWidth).length"
     assert tab.evaluate(script) == 0
-    assert not [url for url in asked if "file=" in url]
+    assert not [url for url in urls if "file=" in url]
     assert {path for path in page.folder.rglob("*") if path.is_file()} <= before

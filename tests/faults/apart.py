@@ -29,7 +29,7 @@ from maskvlm.utils.distributed import rank
 
 CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 1, 32, 4096, 16384, 1 << 18
 LIBC = ctypes.CDLL(None, use_errno=True)
-Found = dict[str, Any]
+Outcomes = dict[str, Any]
 
 
 def words(run: Path, steps: int, *more: str) -> list[str]:
@@ -52,7 +52,7 @@ def log_of(run: Path) -> Path:
     return run.parent / f"{run.name}.txt"
 
 
-def said(run: Path) -> list[str]:
+def take_messages(run: Path) -> list[str]:
     """The lines of the latest command that are no table."""
     text = log_of(run).read_text()
     log_of(run).unlink()
@@ -93,7 +93,7 @@ def read_only(folder: Path) -> None:
 # ------------------------------------------------------------------ two at once
 
 
-def two(at: Path) -> Found:
+def two(at: Path) -> Outcomes:
     """The second as soon as the first holds the folder."""
     first = start(at / "run", 60)
     until = time.monotonic() + 60
@@ -105,7 +105,7 @@ def two(at: Path) -> Found:
     return {"codes": codes, "said": (at / "second.txt").read_text(), "first": first, "steps": trained(at / "run")}
 
 
-def killed(at: Path) -> Found:
+def killed(at: Path) -> Outcomes:
     """SIGKILL while it has two data workers; a copy of the folder, taken while it runs, and the folder itself go on."""
     run, copy = at / "run", at / "copy"
     child = start(run, 400, "--data.workers=2")
@@ -134,23 +134,23 @@ def poisoned(factor: float, where: int, of_rank: int = 0) -> Any:
     return mock.patch.object(LitModel, "training_step", bad)
 
 
-def one_bad_batch(at: Path) -> Found:
+def one_bad_batch(at: Path) -> Outcomes:
     with poisoned(float("nan"), 9):
         code = wait(start(at / "run", 12))
-    told = said(at / "run")
+    messages = take_messages(at / "run")
     state = load(at / "run" / "last.ckpt")["state_dict"]
     listed = json.loads((at / "run" / "bad_samples.json").read_text())["skipped_steps"]
     return {
         "code": code,
-        "said": told,
+        "said": messages,
         "finite": all(bool(v.isfinite().all()) for v in state.values()),
         "listed": listed,
     }
 
 
-def in_one_process_of_two(at: Path) -> Found:
+def in_one_process_of_two(at: Path) -> Outcomes:
     """The loss of the second process alone is not a number, in another run it shoots up."""
-    found = {}
+    outcomes = {}
     for name, factor in (("nan", float("nan")), ("spike", 1e9)):
         port, run = free_port(), at / name
         more = ("--trainer.devices=2", "--trainer.strategy=ddp")
@@ -159,12 +159,12 @@ def in_one_process_of_two(at: Path) -> Found:
         codes = [wait(child) for child in children]
         listed = json.loads((run / "bad_samples.json").read_text())["skipped_steps"]
         state = load(run / "last.ckpt")["state_dict"]
-        found[name] = {
+        outcomes[name] = {
             "codes": codes,
             "listed": listed,
             "finite": all(bool(v.isfinite().all()) for v in state.values()),
         }
-    return found
+    return outcomes
 
 
 def dying(spared: str) -> Any:
@@ -179,21 +179,21 @@ def dying(spared: str) -> Any:
     return dies
 
 
-def crashing(at: Path) -> Found:
+def crashing(at: Path) -> Outcomes:
     """A step that always dies, the same command five times; then one that dies unless the run goes on from
     previous.ckpt."""
-    found: Found = {}
+    outcomes: Outcomes = {}
     for name in ("always", "from_last"):
-        codes, told = [], []
+        codes, messages = [], []
         with mock.patch.object(
             LitModel, "training_step", dying(spared="none" if name == "always" else "previous.ckpt")
         ):
             while len(codes) < 5 and 0 not in codes:
                 codes.append(wait(start(at / name, 12)))
-                told.append(said(at / name))
-        found[name] = {"codes": codes, "said": told}
-    found["from_last"]["steps"] = trained(at / "from_last")
-    return found
+                messages.append(take_messages(at / name))
+        outcomes[name] = {"codes": codes, "said": messages}
+    outcomes["from_last"]["steps"] = trained(at / "from_last")
+    return outcomes
 
 
 # ------------------------------------------------------------------ signals
@@ -210,7 +210,7 @@ def slow(where: int) -> Any:
     return mock.patch.object(LitModel, "training_step", late)
 
 
-def signals(at: Path) -> Found:
+def signals(at: Path) -> Outcomes:
     """SIGTERM twice, 50 ms apart; SIGTERM until it dies of it."""
     run = at / "run"
 
@@ -231,23 +231,23 @@ def signals(at: Path) -> Found:
 # ------------------------------------------------------------------ files
 
 
-def damaged(at: Path) -> Found:
+def damaged(at: Path) -> Outcomes:
     """A run that was stopped, and whose records were damaged."""
-    run, found = at / "run", {}
+    run, outcomes = at / "run", {}
     child = start(run, 40)
     after(run, 10, lambda: os.kill(child, signal.SIGTERM))
-    found["stopped"] = wait(child)
-    said(run)
+    outcomes["stopped"] = wait(child)
+    take_messages(run)
     record = (run / "config-fit.yaml").read_bytes()
-    found["config"] = []
+    outcomes["config"] = []
     for content in (b"\xff\x00: [", b"- 1\n", record + b"a: &a [*a]\n"):
         (run / "config-fit.yaml").write_bytes(content)
-        found["config"].append((wait(start(run, 40)), said(run)))
+        outcomes["config"].append((wait(start(run, 40)), take_messages(run)))
     (run / "config-fit.yaml").write_bytes(record)
     whole = {path.name: path.read_bytes() for path in run.glob("*.ckpt")}
     for name in whole:
         (run / name).write_bytes(whole[name][:-100])
-    found["all torn"] = (wait(start(run, 40)), said(run))
+    outcomes["all torn"] = (wait(start(run, 40)), take_messages(run))
     for name in whole:
         (run / name).write_bytes(whole[name])
     (run / "last.ckpt").write_bytes(whole["last.ckpt"][:-100])
@@ -258,14 +258,14 @@ def damaged(at: Path) -> Found:
     (run / "events.out.tfevents.1.x.1.0").write_bytes(b"\xff" * 50)
     last = start(run, 40)
     after(run, 30, lambda: (run / "versions.json").write_bytes(b"[[["))
-    found["records"] = (wait(last), said(run))
-    found["finished"] = json.loads((run / "versions.json").read_text())["finished"]["step"]
-    return found
+    outcomes["records"] = (wait(last), take_messages(run))
+    outcomes["finished"] = json.loads((run / "versions.json").read_text())["finished"]["step"]
+    return outcomes
 
 
-def unwritable(at: Path) -> Found:
+def unwritable(at: Path) -> Outcomes:
     """Read-only at the start; read-only in mid-run; full in mid-run, where several files are written."""
-    found = {}
+    outcomes = {}
     for name in ("from the start", "read-only", "full"):
         run = at / name.replace(" ", "-")
         run.mkdir()
@@ -278,10 +278,14 @@ def unwritable(at: Path) -> Found:
             after(run, 10, lambda run=run: read_only(run))  # type: ignore[misc]
         if name == "full":
             after(run, 10, lambda run=run: fill(run / "filler"))  # type: ignore[misc]
-        found[name] = {"code": wait(child), "said": said(run), "left": sorted(path.name for path in run.iterdir())}
+        outcomes[name] = {
+            "code": wait(child),
+            "said": take_messages(run),
+            "left": sorted(path.name for path in run.iterdir()),
+        }
         if name != "from the start":
-            found[name]["step"] = load(run / "last.ckpt")["global_step"]  # whole
-    return found
+            outcomes[name]["step"] = load(run / "last.ckpt")["global_step"]  # whole
+    return outcomes
 
 
 def fill(path: Path) -> None:
@@ -293,7 +297,7 @@ def fill(path: Path) -> None:
             pass
 
 
-SCENARIOS: tuple[Callable[[Path], Found], ...] = (
+SCENARIOS: tuple[Callable[[Path], Outcomes], ...] = (
     two, killed, one_bad_batch, in_one_process_of_two, crashing, signals, damaged, unwritable,
 )  # fmt: skip
 
@@ -301,7 +305,7 @@ SCENARIOS: tuple[Callable[[Path], Found], ...] = (
 def main() -> None:
     os.chdir(ROOT)
     torch.set_num_threads(1)
-    found: Found = {}
+    outcomes: Outcomes = {}
     chosen = [each for each in SCENARIOS if not sys.argv[2:] or each.__name__ in sys.argv[2:]]
     for scenario in chosen:
         at = Path(sys.argv[1]) / scenario.__name__
@@ -311,9 +315,9 @@ def main() -> None:
                 continue
             mount("none", Path("/"), flags=MS_REC | MS_PRIVATE)
         began = time.monotonic()
-        found[scenario.__name__] = scenario(at)
+        outcomes[scenario.__name__] = scenario(at)
         print(f"{scenario.__name__}: {time.monotonic() - began:.1f} s", file=sys.stderr)
-    print(json.dumps(found))
+    print(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

@@ -9,5 +9,5 @@ from forks import Forks
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
     """Starts commands quickly, each in a process of its own."""
-    with Forks() as made:
-        yield made
+    with Forks() as fork_server:
+        yield fork_server

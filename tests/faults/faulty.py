@@ -74,11 +74,11 @@ class FaultyPairs(ScenePairs):
 class Nth(list[str]):
     """Captions that are looked at so often (twice a sample) before something happens."""
 
-    left, happens = 90, no_idea
+    remaining, happens = 90, no_idea
 
     def __len__(self) -> int:
-        Nth.left -= 1
-        if Nth.left == 0:
+        Nth.remaining -= 1
+        if Nth.remaining == 0:
             Nth.happens()
         return super().__len__()
 

@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {
     "intermediate_size: 64}",
     "trainer.log_every_n_steps": 1,
 }
-KEPT = """
+TRAINER_CONFIG = """
 trainer:
   logger: [{class_path: maskvlm.training.csv_log.RunLog, init_args: {save_dir: "{run}", name: "", version: ""}}]
   callbacks:
@@ -47,14 +47,14 @@ PAIR = ("--trainer.devices=2", "--trainer.strategy=ddp")
 
 def small(folder: Path, *more: str, fault: str = "", at: int = 33) -> list[str]:
     """`fit` of a model that needs milliseconds a step; with a `fault` in a data worker at sample `at`."""
-    kept = folder.parent / "kept.yaml"
-    kept.write_text(KEPT)
+    config = folder.parent / "kept.yaml"
+    config.write_text(TRAINER_CONFIG)
     stack = [word for name in STACK for word in ("-c", str(ROOT / "conf" / f"{name}.yaml"))]
     own = {key: value for key, value in SMALL.items() if not (fault and key.startswith("data.source"))}
     settings = [f"--{key}={value}" for key, value in own.items()]
     if fault:
         settings += ["--data.source=faulty.Faulty", f"--data.source.fault={fault}", f"--data.source.at={at}"]
-    return ["fit", "--folder", str(folder), *stack, "-c", str(kept), *settings, *more]
+    return ["fit", "--folder", str(folder), *stack, "-c", str(config), *settings, *more]
 
 
 def environment() -> dict[str, str]:
@@ -78,7 +78,7 @@ class Child(NamedTuple):
     def signal(self, signum: int) -> None:
         os.kill(self.pid, signum)
 
-    def said(self, *starts: str) -> list[str]:
+    def output_lines(self, *starts: str) -> list[str]:
         """The lines of its output that begin so."""
         lines = self.log.read_text(errors="replace").replace("\r", "\n").splitlines()
         return [line for line in lines if line.startswith(starts)]

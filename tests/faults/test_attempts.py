@@ -63,24 +63,24 @@ def run_that_died(folder: Path, times: int) -> Path:
 
 @pytest.mark.guard("maskvlm.training.attempts:check_attempts", gives="failures(args[0])")
 def test_four_are_the_most(build: Build, tmp_path: Path) -> None:
-    folder, told = run_that_died(tmp_path, 4), []
+    folder, messages = run_that_died(tmp_path, 4), []
     with pytest.raises(UserError) as caught:
-        newest_of(folder, SAME, told.append)
+        newest_of(folder, SAME, messages.append)
     assert caught.value.code == ExitCode.REFUSED
     assert caught.value.what == "the run died 4 times in step 9"
     (folder / NAME).unlink()  # as the line says
-    assert newest_of(folder, SAME, told.append) == str(folder / "last.ckpt")
+    assert newest_of(folder, SAME, messages.append) == str(folder / "last.ckpt")
 
 
 @pytest.mark.guard("maskvlm.training.resume:whole", gives="False")
 def test_after_two_the_checkpoint_before_is_taken(build: Build, tmp_path: Path) -> None:
-    told: list[str] = []
-    assert newest_of(run_that_died(tmp_path, 1), SAME, told.append) == str(tmp_path / "last.ckpt")
-    assert not told
-    assert newest_of(run_that_died(tmp_path, 1), SAME, told.append) == str(tmp_path / "previous.ckpt")
+    messages: list[str] = []
+    assert newest_of(run_that_died(tmp_path, 1), SAME, messages.append) == str(tmp_path / "last.ckpt")
+    assert not messages
+    assert newest_of(run_that_died(tmp_path, 1), SAME, messages.append) == str(tmp_path / "previous.ckpt")
     (tmp_path / "previous.ckpt").write_bytes(b"PK\x03\x04")
-    assert newest_of(tmp_path, SAME, told.append) == str(tmp_path / "last.ckpt")
-    assert len(told) == 1
+    assert newest_of(tmp_path, SAME, messages.append) == str(tmp_path / "last.ckpt")
+    assert len(messages) == 1
 
 
 @pytest.mark.parametrize(

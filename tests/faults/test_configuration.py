@@ -154,7 +154,7 @@ def test_a_tag_that_asks_for_more_than_plain_values_is_refused(build: Build, tex
 
 @pytest.mark.guard("maskvlm.config.safe_yaml:_check_keys")
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: 1\na: 2", "the key a is given twice"),
         ("1: a\n0x1: b", "the key 1 is given twice"),
@@ -163,14 +163,14 @@ def test_a_tag_that_asks_for_more_than_plain_values_is_refused(build: Build, tex
         ("true: 1", "the key true is no text"),
     ],
 )
-def test_a_key_is_a_text_given_once(build: Build, text: str, said: str) -> None:
-    with pytest.raises(UserError, match=f"x.yaml:1: {said}"):
+def test_a_key_is_a_text_given_once(build: Build, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"x.yaml:1: {message}"):
         read_yaml(text, "x.yaml")
 
 
 # D14: what is checked is what is built.
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: !!int abc", "abc is not what its tag int says"),
         ("a: !!bool maybe", "maybe is not what its tag bool says"),
@@ -192,8 +192,8 @@ def test_a_key_is_a_text_given_once(build: Build, text: str, said: str) -> None:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_no_value_can_be_made_of_is_one_line(text: str, said: str) -> None:
-    with pytest.raises(NotPlain, match=said) as caught:
+def test_what_no_value_can_be_made_of_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(NotPlain, match=message) as caught:
         read_yaml(text, "x.yaml")
     assert caught.value.where.startswith("x.yaml")
     assert len(str(caught.value)) < 300

@@ -29,11 +29,11 @@ Captured = pytest.CaptureFixture[str]
 
 def line(capsys: Captured) -> str:
     """The one line on stderr."""
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
-    assert "This is a bug" not in told
-    return told
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert "This is a bug" not in stderr
+    return stderr
 
 
 # ------------------------------------------------------------------ pipes, sockets, devices
@@ -252,11 +252,13 @@ def test_names_in_a_set_that_nothing_can_have_are_bad_rows(tmp_path: Path) -> No
     names = ["x" * 300 + ".jpg", "a\\u0000b.jpg", "\\ud800.jpg", "../x.jpg", "/etc/passwd", "a\\nb.jpg", "./0.jpg"]
     rows = "".join(f'{{"image": "{name}", "caption": "a"}}\n' for name in names)
     raw = write(tmp_path, {"pairs.jsonl": rows.encode(), "0.jpg": IMAGES[0]})
-    found = [*open_raw("jsonl", str(raw)).rows()]
-    assert len([row for row in found if isinstance(row, BadRow)]) == 6
+    raw_rows = [*open_raw("jsonl", str(raw)).rows()]
+    assert len([row for row in raw_rows if isinstance(row, BadRow)]) == 6
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).write_bytes(IMAGES[0])
-    found = [*open_raw("folder", str(raw)).rows()]
-    assert ("name is not text", ".jpg") in [(row.reason, row.origin[-4:]) for row in found if isinstance(row, BadRow)]
+    raw_rows = [*open_raw("folder", str(raw)).rows()]
+    assert ("name is not text", ".jpg") in [
+        (row.reason, row.origin[-4:]) for row in raw_rows if isinstance(row, BadRow)
+    ]
 
 
 def test_a_damaged_plan_of_an_unfinished_set_is_one_line(tmp_path: Path, capsys: Captured) -> None:

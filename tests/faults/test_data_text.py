@@ -19,9 +19,9 @@ from tasks.vqa.vocabulary import read_annotations, read_vocabulary
 
 def rows(name: str, raw: Path) -> tuple[list[tuple[str, ...]], list[str]]:
     """Captions of the good rows, reasons of the bad ones."""
-    found = [*open_raw(name, str(raw)).rows()]
-    good = [row.captions for row in found if isinstance(row, RawRow)]
-    return good, [row.reason for row in found if isinstance(row, BadRow)]
+    raw_rows = [*open_raw(name, str(raw)).rows()]
+    good = [row.captions for row in raw_rows if isinstance(row, RawRow)]
+    return good, [row.reason for row in raw_rows if isinstance(row, BadRow)]
 
 
 # ------------------------------------------------------------------ line ends
@@ -34,25 +34,27 @@ def rows(name: str, raw: Path) -> tuple[list[tuple[str, ...]], list[str]]:
 @pytest.mark.parametrize("toy", ["flickr8k token", "csv", "jsonl", "cc3m", "cc12m"])
 def test_cr_crlf_and_lf_give_the_same_rows(toy: str, tmp_path: Path, build: Build) -> None:
     """A token file with CR was one caption of all the file."""
-    name, made = TOYS[toy]
-    found = {}
+    name, make_files = TOYS[toy]
+    rows_by_end = {}
     for end in (b"\n", b"\r\n", b"\r"):
-        texts = {file: content.replace(b"\n", end) for file, content in made().items() if not file.endswith("jpg")}
-        folder = write(tmp_path / str(len(found)), {**made(), **texts})
-        found[end] = rows(name, folder)
-    assert len(found[b"\n"][0]) == 3
-    assert found[b"\r"] == found[b"\r\n"] == found[b"\n"]
+        texts = {
+            file: content.replace(b"\n", end) for file, content in make_files().items() if not file.endswith("jpg")
+        }
+        folder = write(tmp_path / str(len(rows_by_end)), {**make_files(), **texts})
+        rows_by_end[end] = rows(name, folder)
+    assert len(rows_by_end[b"\n"][0]) == 3
+    assert rows_by_end[b"\r"] == rows_by_end[b"\r\n"] == rows_by_end[b"\n"]
 
 
 def test_mixed_line_ends_are_told_and_no_row_is_lost_or_moved(tmp_path: Path) -> None:
     """Line numbers stay: lists of addresses name images by them."""
     files = {f"{n}_a.jpg": IMAGES[n] for n in range(3)}
     write(tmp_path, {**files, "Flickr8k.token.txt": b"0_a.jpg#0\tone\r1_a.jpg#0\ttwo\n2_a.jpg#0\tthree\n"})
-    found = [*open_raw("flickr8k", str(tmp_path)).rows()]
-    assert [(row.reason, row.origin) for row in found if isinstance(row, BadRow)] == [
+    raw_rows = [*open_raw("flickr8k", str(tmp_path)).rows()]
+    assert [(row.reason, row.origin) for row in raw_rows if isinstance(row, BadRow)] == [
         ("line ends of two kinds", "Flickr8k.token.txt:1")
     ]
-    assert [(row.captions, row.origin) for row in found if isinstance(row, RawRow)] == [
+    assert [(row.captions, row.origin) for row in raw_rows if isinstance(row, RawRow)] == [
         (("three",), "Flickr8k.token.txt:2 (2_a.jpg)")
     ]
 

@@ -54,10 +54,10 @@ def test_it_is_told_and_stops_above_the_bound(
 ) -> None:
     split = Two({"coco": [ENGLISH] * 3, "mine": [ARABIC, f"{ENGLISH} كلب"]})
     check_unknown(split, captioner, 0.5)
-    told = capsys.readouterr().out
-    assert told.startswith("unknown words in the training texts: mine 45.5 % (")
-    assert "كلب" in told
-    assert told.endswith("); they stay unknown, as the tokenizer is the model's\n")
+    output = capsys.readouterr().out
+    assert output.startswith("unknown words in the training texts: mine 45.5 % (")
+    assert "كلب" in output
+    assert output.endswith("); they stay unknown, as the tokenizer is the model's\n")
     with pytest.raises(
         UserError, match=r"data.source \(mine\): the tokenizer does not know 45 % of 11 words"
     ) as raised:
@@ -72,8 +72,8 @@ def test_an_evaluation_tells_it_and_goes_on(captioner: Captioner, capsys: pytest
 
     spec = InputSpec(16, (0.5,) * 3, (0.5,) * 3, 30, 100, captioner.tokenizer)
     PairData(Source(), spec, 2, steps=1).setup("validate")  # type: ignore[arg-type]
-    told = capsys.readouterr().out
-    assert told.startswith("unknown words in the measured texts: mine 100.0 % (")
+    output = capsys.readouterr().out
+    assert output.startswith("unknown words in the measured texts: mine 100.0 % (")
 
 
 def test_words_that_are_only_spelt_are_told(captioner: Captioner, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,8 +81,8 @@ def test_words_that_are_only_spelt_are_told(captioner: Captioner, capsys: pytest
     split = Two({"coco": [ENGLISH] * 3, "mine": [ENGLISH, "gods tend"]})
     assert spelt_shares(split, captioner, unknown_shares(split, captioner)) == {"coco": 0.0, "mine": 2 / 8}
     check_unknown(split, captioner, 0.5)
-    told = "words of the training texts that the tokenizer only spells, letter by letter: mine 25 %\n"
-    assert capsys.readouterr().out == told
+    message = "words of the training texts that the tokenizer only spells, letter by letter: mine 25 %\n"
+    assert capsys.readouterr().out == message
 
 
 def test_unknown_words_are_not_spelt_ones(captioner: Captioner) -> None:

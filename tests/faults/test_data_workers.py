@@ -29,16 +29,16 @@ def run(forks: Forks, tmp_path: Path, build: Build, fault: str) -> tuple[int | s
     sooner = {"maskvlm.data.workers:PATIENCE": 2, "torch.utils.data._utils:MP_STATUS_CHECK_INTERVAL": 0.5}
     child = forks.start(words, tmp_path / "log.txt", build=build, settings=sooner)
     code = child.wait(60)
-    assert not child.said("Traceback")
-    return code, child.said("error: ")
+    assert not child.output_lines("Traceback")
+    return code, child.output_lines("error: ")
 
 
-def one_line(found: tuple[int | str, list[str]], *parts: str) -> None:
+def one_line(outcome: tuple[int | str, list[str]], *parts: str) -> None:
     """74, and one line with these parts and the sample."""
-    code, said = found
-    assert (code, len(said)) == (ExitCode.IO_ERROR, 1)
-    assert all(part in said[0] for part in (*parts, SAMPLE))
-    assert "This is a bug" not in said[0]
+    code, lines = outcome
+    assert (code, len(lines)) == (ExitCode.IO_ERROR, 1)
+    assert all(part in lines[0] for part in (*parts, SAMPLE))
+    assert "This is a bug" not in lines[0]
 
 
 @pytest.mark.guard(LOST)
@@ -54,10 +54,10 @@ def test_a_worker_that_ends(forks: Forks, tmp_path: Path, build: Build) -> None:
 @pytest.mark.guard(LOST)
 def test_a_worker_that_meets_a_bus_error(forks: Forks, tmp_path: Path, build: Build) -> None:
     """The signal is what a full /dev/shm or a truncated memory-mapped file gives."""
-    code, said = run(forks, tmp_path, build, "bus error")
+    code, lines = run(forks, tmp_path, build, "bus error")
     assert code == ExitCode.IO_ERROR
-    assert SAMPLE in said[-1]
-    assert "/dev/shm is full, or a file became shorter" in said[-1]
+    assert SAMPLE in lines[-1]
+    assert "/dev/shm is full, or a file became shorter" in lines[-1]
 
 
 @pytest.mark.guard(LOST)
@@ -91,8 +91,8 @@ sys.exit(7)
 
 def test_a_strangers_name_in_a_workers_mistake_is_one_line_without_escapes() -> None:
     """As torch raises it anew: the traceback of the worker as text."""
-    told = UserError("/d/a\x1b[2J\nb.png", "is damaged", "Mend it", ExitCode.IO_ERROR)
-    text = "".join(traceback.format_exception(told))
+    error = UserError("/d/a\x1b[2J\nb.png", "is damaged", "Mend it", ExitCode.IO_ERROR)
+    text = "".join(traceback.format_exception(error))
     line = user_line(RuntimeError(f"Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n{text}"))
     assert line is not None
     assert line.text == "/d/a [2J b.png: is damaged. Mend it."
@@ -101,9 +101,9 @@ def test_a_strangers_name_in_a_workers_mistake_is_one_line_without_escapes() -> 
 
 def test_the_signal_is_told_where_torch_hides_it_in_the_cause() -> None:
     """torch's handler raises inside torch's own wait for a batch, which then says less than the handler."""
-    told = "DataLoader worker (pid 5) is killed by signal: Bus error. It is possible that ..."
+    message = "DataLoader worker (pid 5) is killed by signal: Bus error. It is possible that ..."
     hidden = RuntimeError("DataLoader worker (pid(s) 5) exited unexpectedly")
-    hidden.__cause__ = RuntimeError(told)
+    hidden.__cause__ = RuntimeError(message)
     line = user_line(hidden)
     assert line is not None
     assert "met a bus error at an unknown sample: /dev/shm is full, or a file became shorter" in line.text
@@ -112,18 +112,18 @@ def test_the_signal_is_told_where_torch_hides_it_in_the_cause() -> None:
 @pytest.mark.guard("maskvlm.data.workers:end_workers")
 def test_a_process_ends_though_a_worker_hangs(tmp_path: Path, build: Build) -> None:
     """Python waits for the process at its end, and SIGTERM is not heeded there."""
-    taken = [build.guard, build.gives] if build.guard else ["maskvlm.utils.launch:requeue"]  # any other
-    command = [sys.executable, "-c", HANGS.replace("    sys.exit(7)", "").rstrip() + "\n    atexit_now()", *taken]
+    guard = [build.guard, build.gives] if build.guard else ["maskvlm.utils.launch:requeue"]  # any other
+    command = [sys.executable, "-c", HANGS.replace("    sys.exit(7)", "").rstrip() + "\n    atexit_now()", *guard]
     command[2] = HANGS
     with subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        said = process.stdout.readline()
+        line = process.stdout.readline()
         try:
             code: int | None = process.wait(5)
         except subprocess.TimeoutExpired:
             code = None
             process.kill()
-    assert said.startswith("data workers: no batch came within 2 s; process ")
+    assert line.startswith("data workers: no batch came within 2 s; process ")
     assert code == 7
 
 
@@ -133,9 +133,9 @@ def test_a_worker_without_memory(forks: Forks, tmp_path: Path, build: Build) -> 
 
 
 def test_a_bug_in_a_worker_names_the_sample(forks: Forks, tmp_path: Path) -> None:
-    code, said = run(forks, tmp_path, Build(), "raises")
+    code, lines = run(forks, tmp_path, Build(), "raises")
     assert code == ExitCode.OUR_BUG
-    assert f"RuntimeError: something nobody thought of while reading {SAMPLE}. This is a bug" in said[0]
+    assert f"RuntimeError: something nobody thought of while reading {SAMPLE}. This is a bug" in lines[0]
 
 
 def test_the_board_holds_what_a_worker_says() -> None:
@@ -146,9 +146,9 @@ def test_the_board_holds_what_a_worker_says() -> None:
     board.write(1, second)
     read = board.read()
     assert read[0][:4] == first[:4]
-    assert "é" * 200 in read[0].told
+    assert "é" * 200 in read[0].text
     assert read[1] == second
-    assert (str(first._replace(told="x")), str(second)) == (f"sample {2**40} (x)", "a sample")
+    assert (str(first._replace(text="x")), str(second)) == (f"sample {2**40} (x)", "a sample")
 
 
 # ---------------------------------------------------------------------- /dev/shm
@@ -160,8 +160,8 @@ def confined() -> Iterator[Forks]:
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs unshare -m (root on Linux) to mount a small /dev/shm")
     script = 'mount -t tmpfs -o size=20m tmpfs /dev/shm && exec "$@"'
-    with Forks("unshare", "-m", "sh", "-c", script, "sh") as made:
-        yield made
+    with Forks("unshare", "-m", "sh", "-c", script, "sh") as fork_server:
+        yield fork_server
 
 
 @pytest.mark.guard("maskvlm.data.workers:check_shared")
@@ -171,15 +171,15 @@ def test_shared_memory_that_is_too_small_is_found_before_workers_start(
     words = small(tmp_path / "run", "--data.workers=2", "--data.steps=1", "--data.batch_size=1024")
     child = confined.start(words, tmp_path / "log.txt", build=build)
     assert child.wait(60) == ExitCode.IO_ERROR
-    said = "error: /dev/shm: 21.0 MB are free, 1 x 2 data workers prepare 35.4 MB. Lower data.workers"
-    assert child.said("error: ")[0].startswith(said)
+    message = "error: /dev/shm: 21.0 MB are free, 1 x 2 data workers prepare 35.4 MB. Lower data.workers"
+    assert child.output_lines("error: ")[0].startswith(message)
 
 
 @pytest.mark.guard(NAMED)
 def test_shared_memory_that_is_full_in_mid_run(confined: Forks, tmp_path: Path, build: Build) -> None:
-    code, said = run(confined, tmp_path, build, "shared memory")
+    code, lines = run(confined, tmp_path, build, "shared memory")
     assert code == ExitCode.IO_ERROR
-    assert said[0].startswith(f"error: /dev/shm: is full at {SAMPLE}. Lower data.workers")
+    assert lines[0].startswith(f"error: /dev/shm: is full at {SAMPLE}. Lower data.workers")
 
 
 @pytest.mark.parametrize(
@@ -215,13 +215,13 @@ def test_of_two_workers_the_one_that_says_why_is_told(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("error", "shown"), [(ConnectionResetError(104, "reset"), False), (EOFError(), False), (KeyError("x"), True)]
+    ("error", "reported"), [(ConnectionResetError(104, "reset"), False), (EOFError(), False), (KeyError("x"), True)]
 )
 def test_a_thread_that_hands_over_to_nobody_says_nothing(
-    error: Exception, shown: bool, capsys: pytest.CaptureFixture[str]
+    error: Exception, reported: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uncaught(type(error), error, None)
-    assert ("KeyError" in capsys.readouterr().err) == shown
+    assert ("KeyError" in capsys.readouterr().err) == reported
 
 
 # ---------------------------------------------------------------------- orphans
@@ -240,11 +240,11 @@ def test_workers_end_with_a_process_that_is_killed(forks: Forks, tmp_path: Path,
     child.signal(signal.SIGKILL)
     assert child.wait(5) == -signal.SIGKILL
     time.sleep(0.9)
-    left = [pid for pid in workers if alive(pid)]
-    for pid in left:
+    survivors = [pid for pid in workers if alive(pid)]
+    for pid in survivors:
         os.kill(pid, signal.SIGKILL)
     assert len(workers) == 2
-    assert left == []
+    assert survivors == []
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults of Linux processes")

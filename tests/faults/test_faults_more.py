@@ -48,10 +48,10 @@ def test_a_run_does_not_go_on_with_another_tokenizer_of_the_same_size(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(OLD / "run", "run")
     content = load("run/last.ckpt")
-    told = json.loads(content["tokenizer"])
-    words = told["tokenizer"]["model"]["vocab"]
+    record = json.loads(content["tokenizer"])
+    words = record["tokenizer"]["model"]["vocab"]
     words["red"], words["blue"] = words["blue"], words["red"]
-    other = json.dumps(told)
+    other = json.dumps(record)
     ours, theirs = (tokenizer_from_json(text) for text in (content["tokenizer"], other))
     assert len(ours) == len(theirs)
     save(content | {"tokenizer": other}, "run/last.ckpt")
@@ -66,7 +66,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer_of_the_same_size(
 
 @pytest.mark.guard("maskvlm.checkpoint.io:check_version")
 @pytest.mark.parametrize(
-    ("version", "said"),
+    ("version", "message"),
     [
         ("9.9.9", "its state was written by Lightning 9.9.9, this is "),
         ("not a version", "tells no version of Lightning ('not a version')"),
@@ -74,7 +74,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer_of_the_same_size(
     ],
 )
 def test_the_state_of_a_later_lightning_is_refused(
-    build: Build, tmp_path: Path, version: str | None, said: str
+    build: Build, tmp_path: Path, version: str | None, message: str
 ) -> None:
     """Row 25. Its weights are taken all the same: they do not depend on Lightning."""
     content = load(OLD / "run" / "last.ckpt")
@@ -83,7 +83,7 @@ def test_the_state_of_a_later_lightning_is_refused(
     save(content | ({} if version is None else {"pytorch-lightning_version": version}), path)
     with pytest.raises(UserError) as caught:
         SafeCheckpointIO().load_checkpoint(path)
-    assert said in caught.value.what
+    assert message in caught.value.what
     assert "--from this checkpoint" in caught.value.todo
     assert caught.value.code == ExitCode.BAD_DATA
     assert load(path)["global_step"] == 3
@@ -123,8 +123,8 @@ def test_refused_weights_come_without_advice_to_load_them_all_the_same(
         TextEncoder(str(tmp_path), 12).load_pretrained()
     assert caught.value.code == ExitCode.REFUSED
     assert "mkdir" in caught.value.what
-    told = "".join([str(caught.value), *capfd.readouterr(), caplog.text])
-    assert not any(word in told for word in ("weights_only", "add_safe_globals", "Traceback"))
+    output = "".join([str(caught.value), *capfd.readouterr(), caplog.text])
+    assert not any(word in output for word in ("weights_only", "add_safe_globals", "Traceback"))
     assert not (tmp_path / "mark").exists()
 
 
@@ -140,13 +140,13 @@ def test_all_that_is_missing_is_told_at_once(build: Build, tmp_path: Path) -> No
     data = PairData(source, spec, steps=1)
     with pytest.raises(UserError) as caught:
         data.setup("fit")
-    said = str(caught.value)
+    message = str(caught.value)
     parts = ("mscoco_train2014", "mscoco_more2014")
     absent = [*(f"v2_OpenEnded_{part}_questions.json" for part in (*parts, "mscoco_val2014"))]
     absent += [f"v2_{part}_annotations.json" for part in parts]
-    assert all(said.count(name) == 1 for name in absent)
-    assert "v2_mscoco_val2014_annotations.json" not in said
-    assert "\n" not in said
+    assert all(message.count(name) == 1 for name in absent)
+    assert "v2_mscoco_val2014_annotations.json" not in message
+    assert "\n" not in message
     assert caught.value.code == ExitCode.MISSING_INPUT
 
 
@@ -192,8 +192,8 @@ def test_members_of_a_sample_come_in_any_order_and_parts_alone_are_told(tmp_path
     shard(tmp_path / "0.tar", ("0.txt", b"words first"), ("0.png", toy_image()), ("1.png", toy_image()))
     shard(tmp_path / "1.tar", ("0.txt", b"no image"), ("1.txt", b"another one"), ("1.png", toy_image("blue")))
     rows = [*open_raw("webdataset", str(tmp_path)).rows()]
-    found = [(row.origin, row.reason if isinstance(row, BadRow) else row.captions[0]) for row in rows]
-    assert found == [
+    outcomes = [(row.origin, row.reason if isinstance(row, BadRow) else row.captions[0]) for row in rows]
+    assert outcomes == [
         ("0.tar!0.png", "words first"),
         ("0.tar!1.png", "no caption"),
         ("1.tar!0.txt", "no image"),
@@ -226,17 +226,17 @@ def test_what_an_evaluation_keeps_of_an_example_holds_no_image() -> None:
     split = source.split("val")
     captioner = Captioner(train_tokenizer([split[index]["text"] for index in range(12)], 200), 30)
     spec = InputSpec(24, (0.5,) * 3, (0.5,) * 3, 30, 200, captioner.tokenizer)
-    data, collate, kept = (
+    data, collate, scored_examples = (
         EvalExamples(split, eval_transform(spec)),
         CollateExamples(captioner, source),
         ScoredExamples(),
     )
     for first in range(0, 12, 4):
         batch = collate([data[index] for index in range(first, first + 4)])
-        kept.add(batch, ["neutral"] * 4, [0.0] * 4)
+        scored_examples.add(batch, ["neutral"] * 4, [0.0] * 4)
     assert len(pickle.dumps(split[0])) > 10_000
-    assert len(kept.own) == 12
-    assert len(pickle.dumps(kept.own)) < 12 * 1000
+    assert len(scored_examples.own) == 12
+    assert len(pickle.dumps(scored_examples.own)) < 12 * 1000
 
 
 # ---------------------------------------------------------------------- what a checkpoint may set

@@ -78,12 +78,12 @@ def test_the_real_torchrun_restarts_what_was_killed_and_it_goes_on(tmp_path: Pat
     """`torchrun --nproc_per_node 2 -m maskvlm fit --folder X ...`; the second process is killed once."""
     folder = tmp_path / "run"
     words = torchrun("--max-restarts", "1", "-m", "maskvlm", *small(folder, *PAIR, "--data.steps=60"))
-    code, said = strike(words, folder, 1, tmp_path / "log.txt")
-    assert code == 0, said
+    code, output = strike(words, folder, 1, tmp_path / "log.txt")
+    assert code == 0, output
     finished(folder, 60)
     assert len(json.loads((folder / "versions.json").read_text())["earlier"]) == 1
-    assert said.count("error: rank 1 (") + said.count("error: [rank 0] rank 1 (") <= 1
-    assert "This is a bug" not in said
+    assert output.count("error: rank 1 (") + output.count("error: [rank 0] rank 1 (") <= 1
+    assert "This is a bug" not in output
 
 
 def test_torchrun_takes_none_of_our_options_for_its_own(tmp_path: Path) -> None:
@@ -95,18 +95,18 @@ def test_torchrun_takes_none_of_our_options_for_its_own(tmp_path: Path) -> None:
     assert {"--folder", "--from", "--patience", "--trainer.devices"} <= ours
     for option in sorted(ours):
         words = ["--nproc_per_node", "2", "-m", "maskvlm", "fit", option, "x", f"{option}=x"]
-        found = get_args_parser().parse_args(words)
-        assert (found.training_script, found.training_script_args) == ("maskvlm", words[4:]), option
+        arguments = get_args_parser().parse_args(words)
+        assert (arguments.training_script, arguments.training_script_args) == ("maskvlm", words[4:]), option
 
 
 @pytest.mark.guard("maskvlm.training.peers:blamed")
 def test_lightnings_own_launcher_says_who_was_lost(tmp_path: Path, build: Build) -> None:
     folder = tmp_path / "run"
-    code, said = strike(build.command(*small(folder, *ENDLESS)), folder, 1, tmp_path / "log.txt")
+    code, output = strike(build.command(*small(folder, *ENDLESS)), folder, 1, tmp_path / "log.txt")
     assert code == ExitCode.UNAVAILABLE
-    assert said.count("error: ") == 1
-    assert "rank 1 (" in said
-    assert "was lost: killed" in said
+    assert output.count("error: ") == 1
+    assert "rank 1 (" in output
+    assert "was lost: killed" in output
 
 
 SRUN = """#!{python}

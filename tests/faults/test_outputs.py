@@ -79,8 +79,8 @@ def test_a_table_that_cannot_grow_is_one_line(build: Build, tmp_path: Path) -> N
 
 @pytest.mark.guard("maskvlm.utils.write_errors:is_output_error", gives="False")
 def test_a_thread_that_cannot_write_prints_no_traceback(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
-    told: list[BaseException | None] = []
-    before, threading.excepthook = threading.excepthook, lambda args: told.append(args.exc_value)
+    errors: list[BaseException | None] = []
+    before, threading.excepthook = threading.excepthook, lambda args: errors.append(args.exc_value)
     try:
         with writing():
             for error in (OSError(errno.ENOSPC, "x"), ValueError("y")):
@@ -89,7 +89,7 @@ def test_a_thread_that_cannot_write_prints_no_traceback(build: Build, capsys: py
                 thread.join()
     finally:
         threading.excepthook = before
-    assert [type(error) for error in told] == [ValueError]
+    assert [type(error) for error in errors] == [ValueError]
 
 
 def fail(error: Exception) -> None:

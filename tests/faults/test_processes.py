@@ -70,10 +70,10 @@ def one_is_killed(forks: Forks, tmp_path: Path, build: Build, whom: int) -> None
     codes, other = ends(started, 15), started[1 - whom]
     assert codes[whom] == -signal.SIGKILL
     assert codes[1 - whom] == ExitCode.UNAVAILABLE
-    said = other.said("error: ")
-    assert len(said) == 1
-    assert f"rank {whom} ({socket.gethostname()}, process {pid}): was lost: killed" in said[0]
-    assert said[0].endswith(f"The same command goes on from {tmp_path / 'run' / 'last.ckpt'}.")
+    lines = other.output_lines("error: ")
+    assert len(lines) == 1
+    assert f"rank {whom} ({socket.gethostname()}, process {pid}): was lost: killed" in lines[0]
+    assert lines[0].endswith(f"The same command goes on from {tmp_path / 'run' / 'last.ckpt'}.")
 
 
 @pytest.mark.guard("maskvlm.training.process_watch:watch")
@@ -93,10 +93,10 @@ def one_is_frozen(forks: Forks, tmp_path: Path, build: Build, whom: int) -> None
     assert codes[whom] == -signal.SIGKILL
     assert codes[1 - whom] == ExitCode.UNAVAILABLE
     assert time.monotonic() - began >= 3  # the last sign of life was up to a beat before
-    said = started[1 - whom].said("error: ")
-    assert len(said) == 1
-    assert f"rank {whom} (" in said[0]
-    assert "has shown no sign of life for " in said[0]
+    lines = started[1 - whom].output_lines("error: ")
+    assert len(lines) == 1
+    assert f"rank {whom} (" in lines[0]
+    assert "has shown no sign of life for " in lines[0]
     assert "Thread 0x" in (tmp_path / "run" / f"stacks-rank{1 - whom}.txt").read_text()
 
 
@@ -121,12 +121,12 @@ def test_a_process_that_raises_is_the_cause(forks: Forks, tmp_path: Path, build:
     started = two(forks, tmp_path, build, "raises")
     codes = ends(started, 15)
     assert codes == [ExitCode.OUR_BUG] * 2
-    assert started[0].said("error: ", "[rank 0] ") == ["[rank 0] see rank 1"]
-    said = started[1].said("error: ", "[rank 1] ")
-    assert len(said) == 1
-    assert said[0].startswith("error: [rank 1] ")
-    assert "faulty.py:" in said[0]  # of code that is not the project's, file and line
-    assert "RuntimeError: something nobody thought of" in said[0]
+    assert started[0].output_lines("error: ", "[rank 0] ") == ["[rank 0] see rank 1"]
+    lines = started[1].output_lines("error: ", "[rank 1] ")
+    assert len(lines) == 1
+    assert lines[0].startswith("error: [rank 1] ")
+    assert "faulty.py:" in lines[0]  # of code that is not the project's, file and line
+    assert "RuntimeError: something nobody thought of" in lines[0]
 
 
 def test_a_main_thread_that_stands_still_is_named(forks: Forks, tmp_path: Path) -> None:
@@ -135,14 +135,14 @@ def test_a_main_thread_that_stands_still_is_named(forks: Forks, tmp_path: Path) 
     started = two(forks, tmp_path, None, "hangs", f"--trainer.strategy={strategy}")
     codes = ends(started, 30)
     assert codes == [ExitCode.UNAVAILABLE] * 2
-    said = [line for child in started for line in child.said("error: ")]
-    assert len(said) == 1
-    assert "rank 1 (" in said[0]
-    assert "stands still after batch " in said[0]
+    lines = [line for child in started for line in child.output_lines("error: ")]
+    assert len(lines) == 1
+    assert "rank 1 (" in lines[0]
+    assert "stands still after batch " in lines[0]
     assert "in <lambda>" in (tmp_path / "run" / "stacks-rank1.txt").read_text()
 
 
-@pytest.mark.guard("maskvlm.training.process_watch:port_taken")
+@pytest.mark.guard("maskvlm.training.process_watch:port_error")
 def test_a_port_that_is_taken(forks: Forks, tmp_path: Path, build: Build) -> None:
     with socket.socket() as other:
         other.bind(("", 0))
@@ -152,12 +152,16 @@ def test_a_port_that_is_taken(forks: Forks, tmp_path: Path, build: Build) -> Non
         started = [forks.start(words, tmp_path / f"rank{n}.txt", elastic(n, port), build) for n in (0, 1)]
         codes = ends(started, 30)
     assert codes == [ExitCode.UNAVAILABLE] * 2
-    assert started[0].said("error: ")[0].startswith(f"error: port {port}: is taken on 127.0.0.1 by another program. ")
+    assert (
+        started[0]
+        .output_lines("error: ")[0]
+        .startswith(f"error: port {port}: is taken on 127.0.0.1 by another program. ")
+    )
 
 
-@pytest.mark.parametrize("left", ["", "0 69\n"])
+@pytest.mark.parametrize("old_text", ["", "0 69\n"])
 def test_who_meets_late_hears_of_a_process_that_failed_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], left: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], old_text: str
 ) -> None:
     """Rank 0 may have ended before rank 1 looks for the first time; the file of an earlier job does not count."""
 
@@ -170,8 +174,8 @@ def test_who_meets_late_hears_of_a_process_that_failed_before(
     monkeypatch.setattr(process_watch, "BEAT", 0.01)
     monkeypatch.setattr("os._exit", end)
     monkeypatch.setenv("RANK", "1")
-    if left:
-        (tmp_path / FIRST).write_text(left)
+    if old_text:
+        (tmp_path / FIRST).write_text(old_text)
         os.utime(tmp_path / FIRST, (1e9, 1e9))
     monkeypatch.setattr(process_watch, "EARLIER", [failed_first(tmp_path)])  # as this process starts
     met = threading.Event()
@@ -190,8 +194,10 @@ def test_fewer_cards_than_asked_for(forks: Forks, tmp_path: Path, build: Build) 
     words = small(tmp_path / "run", "--trainer.accelerator=gpu", "--trainer.devices=999")
     child = forks.start(words, tmp_path / "log.txt", build=build)
     assert child.wait(30) == ExitCode.UNAVAILABLE
-    assert child.said("error: ")[0].startswith("error: trainer.devices: found ")
-    assert child.said("error: ")[0].endswith("of 999 GPUs. Use where=cpu (--trainer.accelerator cpu) or fewer devices.")
+    assert child.output_lines("error: ")[0].startswith("error: trainer.devices: found ")
+    assert child.output_lines("error: ")[0].endswith(
+        "of 999 GPUs. Use where=cpu (--trainer.accelerator cpu) or fewer devices."
+    )
 
 
 def test_a_card_whose_cuda_does_not_start_is_told_of(
@@ -202,10 +208,10 @@ def test_a_card_whose_cuda_does_not_start_is_told_of(
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for built, accelerator, told in (("12.8", "auto", True), ("12.8", "cpu", False), (None, "auto", False)):
+    for built, accelerator, warned in (("12.8", "auto", True), ("12.8", "cpu", False), (None, "auto", False)):
         monkeypatch.setattr(torch.version, "cuda", built)
         check_cards(Namespace(accelerator=accelerator, devices="auto"))
-        assert ("CUDA does not start" in capsys.readouterr().err) == told
+        assert ("CUDA does not start" in capsys.readouterr().err) == warned
 
 
 # ---------------------------------------------------------------------- what is judged, without processes
@@ -256,7 +262,7 @@ def test_silence_is_counted_in_looks_and_ends_with_a_beat(tmp_path: Path) -> Non
     assert lost is not None
     assert lost.rank == 1
     first.writes = False  # the file system is gone: nobody else can write either
-    first.seen.clear()
+    first.records.clear()
     for _ in range(9):
         first.look([1])
     assert first.judge(3, 6) is None

@@ -118,10 +118,10 @@ def test_it_is_let_go_in_the_middle_of_a_beat(tmp_path: Path, quick: None, monke
     slow, failed = threading.Event(), list[object]()
 
     def read(path: Path) -> Holder | None:
-        found = read_holder(path)
+        holder = read_holder(path)
         slow.set()
         time.sleep(0.3)
-        return found
+        return holder
 
     monkeypatch.setattr(lock, "read_holder", read)
     monkeypatch.setattr(threading, "excepthook", failed.append)
@@ -176,10 +176,10 @@ def test_a_holder_elsewhere_that_gives_signs_of_life_is_believed(build: Build, t
 
 def test_a_silent_holder_elsewhere_is_taken_for_dead(tmp_path: Path, quick: None) -> None:
     elsewhere(tmp_path)
-    told: list[str] = []
+    messages: list[str] = []
     mine = RunLock()
-    mine.take(tmp_path, told.append)
-    assert told == [f"{tmp_path}: process 17 on far trained here and gave no sign of life for 0 s: taken over"]
+    mine.take(tmp_path, messages.append)
+    assert messages == [f"{tmp_path}: process 17 on far trained here and gave no sign of life for 0 s: taken over"]
     mine.release()
 
 
@@ -188,15 +188,15 @@ def test_a_holder_that_withdraws_while_it_is_watched_is_no_silent_one(
 ) -> None:
     elsewhere(tmp_path)
 
-    def ends(path: Path, said: Holder) -> bool:
+    def ends(path: Path, holder: Holder) -> bool:
         path.unlink()
         return False
 
     monkeypatch.setattr("maskvlm.utils.lock.beats", ends)
-    told: list[str] = []
+    messages: list[str] = []
     mine = RunLock()
-    mine.take(tmp_path, told.append)
-    assert told == []
+    mine.take(tmp_path, messages.append)
+    assert messages == []
     assert (tmp_path / NAME).exists()  # held by a file that others find
     mine.release()
 

@@ -49,9 +49,9 @@ def test_checkpoints_go_from_sharded_runs_to_others_and_back(forks: Forks, tmp_p
     expected = losses(whole)
     assert list(expected) == list(range(8))
     for folder, first in ((sharded, 0), (to_whole, 4), (to_sharded, 4)):
-        found = losses(folder)
-        assert list(found) == list(range(first, 8)), folder
-        for step, values in found.items():
+        run_losses = losses(folder)
+        assert list(run_losses) == list(range(first, 8)), folder
+        for step, values in run_losses.items():
             torch.testing.assert_close(values, expected[step], atol=2e-5, rtol=2e-5)
     # One format: the same tensors in the same places.
     one, other = (load(folder / "previous.ckpt") for folder in (whole, sharded))

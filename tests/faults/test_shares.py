@@ -66,7 +66,7 @@ def test_two_processes_say_so_and_end(forks: Forks, tmp_path, build: Build) -> N
     words, port = small(tmp_path / "run", *PAIR, "--data.steps=2", "--data.batch_size=7"), free_port()
     started = [forks.start(words, tmp_path / f"rank{n}.txt", elastic(n, port), build) for n in (0, 1)]
     assert ends(started, 20) == [ExitCode.USAGE] * 2
-    assert sum(child.said("error: ") != [] for child in started) == 1
+    assert sum(child.output_lines("error: ") != [] for child in started) == 1
 
 
 @pytest.mark.parametrize("frozen", ["image", "text"])

@@ -136,9 +136,9 @@ def test_the_step_changes_nothing_and_names_its_samples(
     for one in step["samples"]:
         assert one["image_id"] == split[one["index"]]["image_id"]
         assert one["origin"] == split[one["index"]]["origin"]
-    said = capsys.readouterr()
-    assert said.err.count("warning: step ") == 1
-    assert "steps skipped: 1; listed in" in said.out
+    output = capsys.readouterr()
+    assert output.err.count("warning: step ") == 1
+    assert "steps skipped: 1; listed in" in output.out
     assert guard.in_a_row == 0
 
 
@@ -149,7 +149,7 @@ def test_the_step_changes_nothing_and_names_its_samples(
 def test_the_loss_that_is_to_blame_is_named(factor: float, reason: str, accumulate: int, tmp_path: Path) -> None:
     model, passes = Poisoned(set()), itertools.count()
 
-    def spoil(task: Any, given: Any, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def spoil(task: Any, inputs: Any, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return terms | {"mlm": terms["mlm"] * factor} if next(passes) == 18 else terms
 
     model.task.register_forward_hook(spoil)
@@ -323,10 +323,10 @@ def test_terms_that_join_the_loss_are_no_spike(tmp_path: Path) -> None:
 
 
 def test_one_value_does_not_outlast_its_step_in_what_is_shown() -> None:
-    shown = RunningMeans(0.9)
+    means = RunningMeans(0.9)
     for value in (2.0, NAN, 2.0, INF):
-        shown.take({"a": value})
-    assert shown.read() == {"a": pytest.approx(2.0)}
+        means.take({"a": value})
+    assert means.read() == {"a": pytest.approx(2.0)}
 
 
 def test_images_that_are_not_finite_do_not_outlast_their_step_in_the_blind_control() -> None:

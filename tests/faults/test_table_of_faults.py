@@ -27,13 +27,13 @@ class Row(NamedTuple):
 
 def rows() -> list[Row]:
     """Of all tables whose first column is `#`, which no other table of the page has."""
-    found, inside = [], False
+    table_rows, inside = [], False
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         inside = line.startswith("|") and (inside or cells[0] == "#")
         if inside and cells[0] != "#" and set(cells[0]) != {"-"}:
-            found.append(Row(*cells))
-    return found
+            table_rows.append(Row(*cells))
+    return table_rows
 
 
 @cache

@@ -107,49 +107,49 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         space, name = func._schema.name.split("::")
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        devices = {x.device.type for x in given}
-        if self._waits(name, func, given) and "cuda" in devices:
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        devices = {x.device.type for x in inputs}
+        if self._waits(name, func, inputs) and "cuda" in devices:
             self.waits[f"{name} at {site()}"] += 1
             if name in ANSWERED:
                 return False  # a fake tensor holds no number
         out = func(*args, **kwargs)
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        touched = devices | {x.device.type for x in made}
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        touched = devices | {x.device.type for x in outputs}
         # A number of the host (0-dim) may meet a device tensor without a copy of its own.
-        if len(touched) > 1 and not (name not in ("_to_copy", "copy_") and self._only_numbers(given)):
+        if len(touched) > 1 and not (name not in ("_to_copy", "copy_") and self._only_numbers(inputs)):
             self.copies[f"{name} at {site()}"] += 1
-            self.copied += sum(x.numel() * x.element_size() for x in made)
+            self.copied += sum(x.numel() * x.element_size() for x in outputs)
         if space in ("c10d", "_c10d_functional"):
-            self.sent[name, self.phase] += sum(x.numel() * x.element_size() for x in self._handed_over(name, given))
+            self.sent[name, self.phase] += sum(x.numel() * x.element_size() for x in self._handed_over(name, inputs))
         elif "cuda" in touched and name not in VIEWS and space != "prim":
             self.kernels[self.phase] += 1
             if name in MATMULS:
-                self.matmuls[name, str(given[-1].dtype).removeprefix("torch.")] += 1
-        for x in made:
+                self.matmuls[name, str(inputs[-1].dtype).removeprefix("torch.")] += 1
+        for x in outputs:
             self.count(x, f"{self.phase} {name}")
         return out
 
     @staticmethod
-    def _waits(name: str, func: Any, given: list[Tensor]) -> bool:
+    def _waits(name: str, func: Any, inputs: list[Tensor]) -> bool:
         if name in ANSWERED or name in SIZED:
             return True
         if name == "repeat_interleave":
             return func._overloadname == "Tensor"
         by_bool = name in ("index", "index_put", "index_put_", "_index_put_impl_")
-        return by_bool and any(x.dtype == torch.bool for x in given[1:])
+        return by_bool and any(x.dtype == torch.bool for x in inputs[1:])
 
     @staticmethod
-    def _only_numbers(given: list[Tensor]) -> bool:
-        return all(x.ndim == 0 for x in given if x.device.type == "cpu")
+    def _only_numbers(inputs: list[Tensor]) -> bool:
+        return all(x.ndim == 0 for x in inputs if x.device.type == "cpu")
 
     @staticmethod
-    def _handed_over(name: str, given: list[Tensor]) -> list[Tensor]:
+    def _handed_over(name: str, inputs: list[Tensor]) -> list[Tensor]:
         # The larger side of the exchange: what all_gather gives, what reduce_scatter takes, one of two equal sides of
         # all_to_all. Arguments are outputs and then inputs.
         if "gather" in name:
-            return given[:-1]
-        return given[1:] if "scatter" in name else given[:1] if "alltoall" in name else given
+            return inputs[:-1]
+        return inputs[1:] if "scatter" in name else inputs[:1] if "alltoall" in name else inputs
 
     def count(self, x: Tensor, where: str = "") -> None:
         """Note the storage of a tensor on the device until nothing holds it any more."""

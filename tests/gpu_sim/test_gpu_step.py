@@ -36,8 +36,8 @@ def simulated(pairs: int, world: int, *more: str) -> dict[str, Any]:
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    record: dict[str, Any] = json.loads(done.stdout)
+    return record
 
 
 @pytest.fixture(params=CASES)
@@ -47,34 +47,34 @@ def case(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 
 
 def test_no_step_waits_for_the_device_or_copies_to_or_from_it(case: tuple[str, dict[str, Any]]) -> None:
-    _, found = case
-    assert found["waits"] == {}
-    assert found["copies"] == {}
-    assert found["devices"] == ["cuda:0"]
-    assert found["no_gradient"] == []
+    _, record = case
+    assert record["waits"] == {}
+    assert record["copies"] == {}
+    assert record["devices"] == ["cuda:0"]
+    assert record["no_gradient"] == []
 
 
 def test_a_batch_is_copied_to_the_device_as_bytes(case: tuple[str, dict[str, Any]]) -> None:
     """Of images; besides them, five numbers a pair, and a token, its word and two flags for each of 30 positions."""
-    name, found = case
+    name, record = case
     of_pair = 224 * 224 * 3 + 4 * 8 + 1 + 30 * (2 * 8 + 2)
-    assert found["batch_mib"] == pytest.approx(CASES[name][0] * of_pair / 2**20, abs=0.01)
+    assert record["batch_mib"] == pytest.approx(CASES[name][0] * of_pair / 2**20, abs=0.01)
 
 
 def test_losses_are_float32_and_nearly_all_products_bfloat16(case: tuple[str, dict[str, Any]]) -> None:
-    _, found = case
-    assert found["losses"] == dict.fromkeys(("itc", "itm", "mlm", "mim"), "float32 cuda:0")
+    _, record = case
+    assert record["losses"] == dict.fromkeys(("itc", "itm", "mlm", "mim"), "float32 cuda:0")
     # In float32: contrast's projections and similarities, and the head of matching, forward and backward.
-    single = {name: count for name, count in found["matmuls"].items() if name.endswith("float32")}
-    assert sum(single.values()) <= 0.05 * sum(found["matmuls"].values())
-    assert not any("float16" in name and "bfloat16" not in name for name in found["matmuls"])
+    single = {name: count for name, count in record["matmuls"].items() if name.endswith("float32")}
+    assert sum(single.values()) <= 0.05 * sum(record["matmuls"].values())
+    assert not any("float16" in name and "bfloat16" not in name for name in record["matmuls"])
 
 
 def test_a_step_computes_what_the_method_asks_for(case: tuple[str, dict[str, Any]]) -> None:
     """Operations of the forward pass, against a count by hand."""
-    name, found = case
+    name, record = case
     least = fewest_operations(several=CASES[name][1] > 1) / 1e9
-    assert found["forward_gflop_per_pair"] == pytest.approx(least, rel=0.02)
+    assert record["forward_gflop_per_pair"] == pytest.approx(least, rel=0.02)
 
 
 def fewest_operations(several: bool) -> float:
@@ -104,8 +104,8 @@ def fewest_operations(several: bool) -> float:
         between = (blocks - 2) * pairs * (linear(own, 4) + attention(own, own) + rest)
         last = linear(own, 2) + linear(read, 2 + 2 + 8) + attention(read, own) + attention(read, other)
         of_class = pairs_of_class * (linear(own, 2) + linear(1, 2 + 2 + 8) + attention(1, own) + attention(1, other))
-        seen = (1 + several if pairs_of_class else 1) * blocks * linear(other, 2)
-        return first_self + pairs * rest + between + last + of_class + seen
+        context = (1 + several if pairs_of_class else 1) * blocks * linear(other, 2)
+        return first_self + pairs * rest + between + last + of_class + context
 
     embed = 2 * 2 * patches * pixels * width
     heads = 2 * width * (words * vocabulary + masked * pixels)
@@ -117,24 +117,24 @@ def fewest_operations(several: bool) -> float:
 
 def test_memory_and_exchange_are_those_of_the_table(case: tuple[str, dict[str, Any]]) -> None:
     """A change that costs more than 5 % more is to be made on purpose."""
-    name, found = case
-    kept = {
-        "peak_gib": found["peak_gib"],
-        "gflop_per_pair": found["gflop_per_pair"],
-        "exchanged_mib": round(sum(found["sent"].values()) / 2**20, 1),
-        "kernels": sum(found["kernels"].values()),
+    name, record = case
+    figures = {
+        "peak_gib": record["peak_gib"],
+        "gflop_per_pair": record["gflop_per_pair"],
+        "exchanged_mib": round(sum(record["sent"].values()) / 2**20, 1),
+        "kernels": sum(record["kernels"].values()),
     }
-    check_table(name, kept)
+    check_table(name, figures)
 
 
-def check_table(name: str, kept: dict[str, Any]) -> None:
+def check_table(name: str, figures: dict[str, Any]) -> None:
     """What was found against the table, or into it."""
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     if os.environ.get("MASKVLM_WRITE_TABLE"):
-        TABLE.write_text(json.dumps(table | {name: kept}, indent=1, sort_keys=True) + "\n")
+        TABLE.write_text(json.dumps(table | {name: figures}, indent=1, sort_keys=True) + "\n")
         return
     for key, value in table[name].items():
-        assert kept[key] <= 1.05 * value, key
+        assert figures[key] <= 1.05 * value, key
 
 
 def test_a_share_of_64_pairs_fits_a_card_of_16_gib() -> None:
@@ -146,23 +146,23 @@ def test_a_batch_in_chunks_fits_a_card_of_16_gib() -> None:
     """64 at a time. Nothing waits, and a third more is computed. The paper's 512 pairs (at once: 130 GiB) take two
     minutes to simulate: they are looked at where the table is written anew; here two chunks."""
     for pairs in (128, 512) if os.environ.get("MASKVLM_WRITE_TABLE") else (128,):
-        found = simulated(pairs, 1, "--chunk", "64", "--memory-alone")
-        assert found["waits"] == found["copies"] == {}
-        assert found["peak_gib"] < 15
-        check_table(f"1 x {pairs} in chunks of 64", {"peak_gib": found["peak_gib"]})
-    whole, found = simulated(*CASES["1 x 64"]), simulated(32, 1, "--chunk", "16")
-    assert found["gflop_per_pair"] == pytest.approx(4 / 3 * whole["gflop_per_pair"], rel=0.03)
+        record = simulated(pairs, 1, "--chunk", "64", "--memory-alone")
+        assert record["waits"] == record["copies"] == {}
+        assert record["peak_gib"] < 15
+        check_table(f"1 x {pairs} in chunks of 64", {"peak_gib": record["peak_gib"]})
+    whole, record = simulated(*CASES["1 x 64"]), simulated(32, 1, "--chunk", "16")
+    assert record["gflop_per_pair"] == pytest.approx(4 / 3 * whole["gflop_per_pair"], rel=0.03)
 
 
 def test_processes_exchange_what_they_need_and_no_more(case: tuple[str, dict[str, Any]]) -> None:
     """At most about two rows for each own pair (in bfloat16), there and back: not all rows of all processes."""
-    name, found = case
+    name, record = case
     pairs, world = CASES[name]
-    exchanged = sum(size for kind, size in found["sent"].items() if "alltoall" in kind)
+    exchanged = sum(size for kind, size in record["sent"].items() if "alltoall" in kind)
     row = (197 + 30) * 768 * 2
     if world == 1:
-        assert found["sent"] == {}
+        assert record["sent"] == {}
     elif name == "8 x 64":
         assert exchanged <= 2 * (2 * pairs) * row
     everything = 2 * 2 * world * pairs * row  # gathered in float32, and its gradient sent back
-    assert sum(found["sent"].values()) <= everything / 3
+    assert sum(record["sent"].values()) <= everything / 3

@@ -43,16 +43,16 @@ def test_a_model_that_comes_along_is_small_and_says_how_it_was_made(name: str) -
 
 def test_it_is_as_good_as_its_card_says(tmp_path: Path) -> None:
     """Every figure, over the whole validation split. Of a query the eight best are matched here, in the run 128."""
-    told = json.loads((FOLDER / DEFAULT / "config.json").read_text())["evaluation"]["metrics"]
+    card_metrics = json.loads((FOLDER / DEFAULT / "config.json").read_text())["evaluation"]["metrics"]
     folder = tmp_path / "measured"
     words = ["evaluate", f"from={DEFAULT}", "where=cpu", "--folder", str(folder), "--model.task.rerank_k", "8"]
     assert main(words) == 0
-    found = json.loads((folder / "metrics.json").read_text())
-    measured = {name for name, value in told.items() if isinstance(value, int | float)} - {"step"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    measured = {name for name, value in card_metrics.items() if isinstance(value, int | float)} - {"step"}
     assert len(measured) > 40
     # Its weights are in half precision: some near ties turn.
-    near = {name: pytest.approx(told[name], rel=0.005, abs=1e-3) for name in measured}
-    assert {name: found[name] for name in measured} == near
+    near = {name: pytest.approx(card_metrics[name], rel=0.005, abs=1e-3) for name in measured}
+    assert {name: metrics[name] for name in measured} == near
 
 
 def test_its_card_shows_a_question_that_it_understands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_words_that_it_does_not_know_are_named_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnknownWords)
         model.score(image, "a giraffe, a blue star and a red square")
-    assert [*model.told_words] == ["giraffe", "Zebra", "horse"]
+    assert [*model.warned_words] == ["giraffe", "Zebra", "horse"]
 
 
 def test_the_shell_tells_what_is_strange_after_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,8 +183,8 @@ def test_the_shell_tells_what_is_strange_after_the_answer(tmp_path: Path, capsys
 
 
 def test_a_folder_of_half_precision_is_half_as_large_and_loads(tmp_path: Path, model: PretrainedMaskVLM) -> None:
-    told = convert([DEFAULT, str(tmp_path / "whole")])
-    assert str(tmp_path / "whole") in told
+    output = convert([DEFAULT, str(tmp_path / "whole")])
+    assert str(tmp_path / "whole") in output
     convert([DEFAULT, str(tmp_path / "half"), "--dtype", "bfloat16"])
     whole, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half"))
     assert half < 0.52 * whole
@@ -234,12 +234,12 @@ def test_where_no_word_is_found_the_caption_is_empty(model: PretrainedMaskVLM, m
 def test_python_says_once_what_a_model_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("maskvlm.inference.pretrained.TOLD", set())
+    monkeypatch.setattr("maskvlm.inference.pretrained.DESCRIBED_MODELS", set())
     monkeypatch.chdir(tmp_path)
     assert main(["scene", "6"]) == 0
     assert main(["caption", "scene.png"]) == 0  # a command says it by itself
     assert caplog.messages == []
-    monkeypatch.setattr("maskvlm.inference.pretrained.TOLD", set())
+    monkeypatch.setattr("maskvlm.inference.pretrained.DESCRIBED_MODELS", set())
     for _ in range(2):
         model = MaskVLM.from_pretrained()
     assert caplog.messages == [f"scenes-tiny: {model.knows}"]

@@ -38,7 +38,7 @@ def model(place: Path) -> PretrainedMaskVLM:
 
 
 @pytest.mark.parametrize(
-    ("ask", "said"),
+    ("ask", "message"),
     [
         (lambda m: m.rank(IMAGE, ["a"], k=None), "rank: k is None. Give a whole number, 0 or more"),
         (lambda m: m.rank(IMAGE, ["a"], k="3"), "rank: k is '3'"),
@@ -80,8 +80,8 @@ def model(place: Path) -> PretrainedMaskVLM:
         (lambda m: m(torch.zeros(1, 3, SIZE, SIZE).double()), "pixel_values: torch.float64, the model's weights"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line(model: PretrainedMaskVLM, ask: Any, said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def test_a_mistake_is_one_line(model: PretrainedMaskVLM, ask: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         ask(model)
     assert "\n" not in str(caught.value)
 
@@ -90,8 +90,8 @@ def test_true_is_white_and_false_black(model: PretrainedMaskVLM) -> None:
     """As Pillow has images of one bit."""
     bits = np.eye(40, dtype=bool)
     wanted = model.pixels([Image.fromarray(bits).convert("1")])
-    for given in (bits, torch.tensor(bits), np.repeat(bits[..., None], 3, 2)):
-        assert torch.equal(model.pixels([given]), wanted)
+    for image in (bits, torch.tensor(bits), np.repeat(bits[..., None], 3, 2)):
+        assert torch.equal(model.pixels([image]), wanted)
 
 
 def test_nothing_asked_is_nothing_answered(model: PretrainedMaskVLM) -> None:
@@ -125,9 +125,9 @@ def test_open_files_and_bytes_in_any_wrapping_are_images(model: PretrainedMaskVL
     buffer = io.BytesIO()
     IMAGE.save(buffer, format="PNG")
     wanted = model.encode_image(IMAGE)
-    for given in (io.BytesIO(buffer.getvalue()), bytearray(buffer.getvalue()), memoryview(buffer.getvalue())):
-        assert torch.equal(model.encode_image(given), wanted)
-    for ask in (model.caption, lambda given: model.score(given, TEXT), lambda given: model.match(given, TEXT)):
+    for image in (io.BytesIO(buffer.getvalue()), bytearray(buffer.getvalue()), memoryview(buffer.getvalue())):
+        assert torch.equal(model.encode_image(image), wanted)
+    for ask in (model.caption, lambda file: model.score(file, TEXT), lambda file: model.match(file, TEXT)):
         assert ask(io.BytesIO(buffer.getvalue())) == ask(IMAGE)  # read once
 
 
@@ -180,8 +180,8 @@ def test_the_processor_takes_every_mode_of_an_image(place: Path) -> None:
     processor = AutoProcessor.from_pretrained(place / "model")
     wanted = processor(images=IMAGE, text=TEXT, return_tensors="pt")["pixel_values"]
     for mode in ("RGBA", "P", "L", "CMYK"):
-        found = processor(images=IMAGE.convert(mode), text=TEXT, return_tensors="pt")["pixel_values"]
-        assert found.shape == wanted.shape
+        pixels = processor(images=IMAGE.convert(mode), text=TEXT, return_tensors="pt")["pixel_values"]
+        assert pixels.shape == wanted.shape
     assert torch.equal(processor(images=IMAGE.convert("RGBA"), return_tensors="pt")["pixel_values"], wanted)
 
 
@@ -196,8 +196,8 @@ def damaged(place: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(place / "model", tmp_path / "copy"))
 
 
-def refused(folder: Path, said: str, code: ExitCode) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def refused(folder: Path, message: str, code: ExitCode) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         PretrainedMaskVLM.from_pretrained(folder)
     assert caught.value.code == code
     assert "\n" not in str(caught.value)

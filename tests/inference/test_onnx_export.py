@@ -101,16 +101,16 @@ def sessions(folder: Path) -> list[Run]:
         session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
         names = [each.name for each in session.get_inputs()]
 
-        def run(*given: Tensor) -> list[Tensor]:
-            return [torch.from_numpy(each) for each in session.run(None, _named(names, given))]
+        def run(*arguments: Tensor) -> list[Tensor]:
+            return [torch.from_numpy(each) for each in session.run(None, _named(names, arguments))]
 
         return run
 
     return [opened(name) for name in NAMES]
 
 
-def _named(names: Sequence[str], given: Sequence[Tensor]) -> dict[str, Any]:
-    return {name: each.numpy() for name, each in zip(names, given, strict=True)}
+def _named(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:
+    return {name: each.numpy() for name, each in zip(names, tensors, strict=True)}
 
 
 def modules(folder: Path) -> list[Run]:
@@ -140,7 +140,7 @@ def expected(parts: tuple[MaskVLM, MaskedPretraining], batch: tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def found(runs: Sequence[Run], batch: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+def exported_outputs(runs: Sequence[Run], batch: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
     """The same by exported files, one after the other."""
     (image, text, fusion), (image_BCHW, token_BT, attention_BT) = runs, batch
     image_BLD, image_BE = image(image_BCHW)
@@ -163,7 +163,7 @@ def test_fifty_batches_of_pairs_are_as_in_training(
     scores = []
     for seed, (rows, length) in enumerate(BATCHES):
         batch = pairs(rows, length, seed)
-        for ours, theirs in zip(found(runs, batch), expected(parts, batch), strict=True):
+        for ours, theirs in zip(exported_outputs(runs, batch), expected(parts, batch), strict=True):
             assert ours.shape == theirs.shape
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
         scores.append(ours)
@@ -173,9 +173,9 @@ def test_fifty_batches_of_pairs_are_as_in_training(
 def test_padding_changes_nothing(onnx_folder: Path) -> None:
     runs = sessions(onnx_folder)
     image_BCHW, token_BT, attention_BT = pairs(1, 6, 0)
-    alone = found(runs, (image_BCHW, token_BT, attention_BT))
+    alone = exported_outputs(runs, (image_BCHW, token_BT, attention_BT))
     wider = torch.nn.functional.pad(token_BT, (0, 9), value=7), torch.nn.functional.pad(attention_BT, (0, 9))
-    padded = found(runs, (image_BCHW, *wider))
+    padded = exported_outputs(runs, (image_BCHW, *wider))
     padded[2] = padded[2][:, :6]
     for ours, theirs in zip(padded, alone, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
@@ -191,23 +191,23 @@ def test_the_example_needs_no_torch_and_agrees_with_the_methods(
     assert EXAMPLE.strip() in (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "export.md").read_text()
     script.write_text(EXAMPLE)
     monkeypatch.chdir(tmp_path)
-    made = runpy.run_path(str(script))
+    variables = runpy.run_path(str(script))
     assert not {"torch", "maskvlm"} & {line.split()[1] for line in EXAMPLE.splitlines() if "import " in line}
-    cosine = model.encode_image(image) @ model.encode_text(made["texts"]).T
-    np.testing.assert_allclose(made["cosine"][0], cosine, atol=1e-4)
-    np.testing.assert_allclose(made["probability"], model.match(image, made["texts"]), atol=1e-4)
-    assert np.ptp(made["probability"]) > 1e-2
+    cosine = model.encode_image(image) @ model.encode_text(variables["texts"]).T
+    np.testing.assert_allclose(variables["cosine"][0], cosine, atol=1e-4)
+    np.testing.assert_allclose(variables["probability"], model.match(image, variables["texts"]), atol=1e-4)
+    assert np.ptp(variables["probability"]) > 1e-2
 
 
 # ---------------------------------------------------------------------- what lies beside them
 
 
 def test_shapes_are_named_and_told(onnx_folder: Path, torch_folder: Path) -> None:
-    told = json.loads((onnx_folder / "export.json").read_text())
+    report = json.loads((onnx_folder / "export.json").read_text())
     width, patches, contrast = 16, 16, PRETRAINING["contrast_dim"]
     words, pixels = ["batch", "length"], ["batch", 3, SIZE, SIZE]
     image, text = ["batch", 1 + patches, width], ["batch", "length", width]
-    assert [(part["inputs"], part["outputs"]) for part in told["files"].values()] == [
+    assert [(part["inputs"], part["outputs"]) for part in report["files"].values()] == [
         ({"pixel_values": pixels}, {"image_features": image, "image_embeds": ["batch", contrast]}),
         (
             {"input_ids": words, "attention_mask": words},
@@ -218,21 +218,26 @@ def test_shapes_are_named_and_told(onnx_folder: Path, torch_folder: Path) -> Non
             {"fused": ["batch", 3 * width], "match": ["batch"]},
         ),
     ]
-    for name, part in told["files"].items():
+    for name, part in report["files"].items():
         assert part["file"] == f"{name}.onnx"
         assert 0 <= part["max_difference"] <= 1e-4
         session = onnxruntime.InferenceSession(onnx_folder / part["file"])
         assert {each.name: each.shape for each in session.get_inputs()} == part["inputs"]
         assert {each.name: each.shape for each in session.get_outputs()} == part["outputs"]
-    assert {each.version for each in onnx.load(onnx_folder / "text_encoder.onnx").opset_import} == {told["opset"]}
-    assert (told["format"], told["opset"], told["precision"], told["longest_text"]) == ("onnx", 18, "float32", LONGEST)
-    assert (told["task"], told["step"]) == ("MaskedPretraining", 7)
-    assert told["versions"]["torch"] == torch.__version__
-    assert told["versions"]["onnxruntime"] == onnxruntime.__version__
+    assert {each.version for each in onnx.load(onnx_folder / "text_encoder.onnx").opset_import} == {report["opset"]}
+    assert (report["format"], report["opset"], report["precision"], report["longest_text"]) == (
+        "onnx",
+        18,
+        "float32",
+        LONGEST,
+    )
+    assert (report["task"], report["step"]) == ("MaskedPretraining", 7)
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["onnxruntime"] == onnxruntime.__version__
     other = json.loads((torch_folder / "export.json").read_text())
     assert (other["format"], other["opset"]) == ("torch", None)
     for name, part in other["files"].items():
-        assert part == {**told["files"][name], "file": f"{name}.pt2", "max_difference": part["max_difference"]}
+        assert part == {**report["files"][name], "file": f"{name}.pt2", "max_difference": part["max_difference"]}
         assert 0 <= part["max_difference"] <= 1e-6
 
 
@@ -265,10 +270,10 @@ def test_a_part_holds_its_own_weights_alone(torch_folder: Path, parts: tuple[Mas
 # ---------------------------------------------------------------------- what is refused
 
 
-def refused(code: ExitCode, said: str, call: Callable[[], Any]) -> None:
+def refused(code: ExitCode, message: str, call: Callable[[], Any]) -> None:
     with pytest.raises(UserError) as caught:
         call()
-    assert str(caught.value) == said
+    assert str(caught.value) == message
     assert caught.value.code == code
     assert len(str(caught.value).splitlines()) == 1
 
@@ -297,11 +302,11 @@ def test_a_difference_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(export, "save_program", lambda part, example, longest, path, *_: path.write_text("half"))
     monkeypatch.setattr(export, "difference", lambda *_: wrong)
-    said = (
+    message = (
         f"image_encoder.onnx: differs from torch by {wrong:.1e}, more than 1e-04, and nothing is written. "
         "Try another --format or --opset."
     )
-    refused(ExitCode.CANNOT_CREATE, said, lambda: export.export(model, tmp_path / "new"))
+    refused(ExitCode.CANNOT_CREATE, message, lambda: export.export(model, tmp_path / "new"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -312,39 +317,39 @@ def test_what_the_libraries_cannot_do_is_one_line(
         raise RuntimeError("no such operator\nand a long story")
 
     monkeypatch.setattr(export, "save_program", fail)
-    said = "image_encoder.pt2: fails (no such operator). Try another --format or --opset."
-    refused(ExitCode.CANNOT_CREATE, said, lambda: export.export(model, tmp_path / "new", "torch"))
+    message = "image_encoder.pt2: fails (no such operator). Try another --format or --opset."
+    refused(ExitCode.CANNOT_CREATE, message, lambda: export.export(model, tmp_path / "new", "torch"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_without_these_heads(tmp_path: Path) -> None:
     saved(tmp_path / "tuned.ckpt", "entailment")
-    said = (
+    message = (
         f"{tmp_path / 'tuned.ckpt'}: this checkpoint, of Entailment, has heads neither for contrast nor for matching. "
         "Take one of pre-training or of retrieval."
     )
-    refused(ExitCode.BAD_DATA, said, lambda: command(tmp_path / "tuned.ckpt", tmp_path / "new"))
+    refused(ExitCode.BAD_DATA, message, lambda: command(tmp_path / "tuned.ckpt", tmp_path / "new"))
     assert [each.name for each in tmp_path.iterdir() if each.suffix != ".sha256"] == ["tuned.ckpt"]
 
 
 def test_heads_that_are_not_there_are_left_out(tmp_path: Path) -> None:
     for weight, outputs in (("weight_itm", ["fused"]), ("weight_itc", ["fused", "match"])):
         saved(tmp_path / "x.ckpt", **{weight: 0.0})
-        found = export.parts_of(PretrainedMaskVLM.from_pretrained(tmp_path / "x.ckpt"))
-        assert list(found[2].outputs) == outputs
+        export_parts = export.parts_of(PretrainedMaskVLM.from_pretrained(tmp_path / "x.ckpt"))
+        assert list(export_parts[2].outputs) == outputs
         has = weight == "weight_itm"
-        assert [f"{side}_embeds" in found[n].outputs for n, side in enumerate(("image", "text"))] == [has, has]
+        assert [f"{side}_embeds" in export_parts[n].outputs for n, side in enumerate(("image", "text"))] == [has, has]
         inputs = export.random_inputs(PretrainedMaskVLM.from_pretrained(tmp_path / "x.ckpt"), 2, 3)
-        for part in found:
+        for part in export_parts:
             assert len(part.module(*(inputs[name] for name in part.inputs))) == len(part.outputs)
 
 
 def test_a_folder_with_something_in_it_is_left_alone(path: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    said = "is there already. Name another one."
-    refused(ExitCode.CANNOT_CREATE, f"{tmp_path}: {said}", lambda: command(path, tmp_path))
+    message = "is there already. Name another one."
+    refused(ExitCode.CANNOT_CREATE, f"{tmp_path}: {message}", lambda: command(path, tmp_path))
     file = tmp_path / "notes.txt"
-    refused(ExitCode.CANNOT_CREATE, f"{file}: {said}", lambda: command(path, file))
+    refused(ExitCode.CANNOT_CREATE, f"{file}: {message}", lambda: command(path, file))
     assert file.read_text() == "mine"
 
 
@@ -362,8 +367,8 @@ def test_packages_that_are_not_installed(
     missing: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    said = f"export: {missing} not installed. pip install 'maskvlm[export]', or give --format torch."
-    refused(ExitCode.UNAVAILABLE, said, lambda: command(path, tmp_path / "new"))
+    message = f"export: {missing} not installed. pip install 'maskvlm[export]', or give --format torch."
+    refused(ExitCode.UNAVAILABLE, message, lambda: command(path, tmp_path / "new"))
 
 
 def test_without_onnxruntime_it_says_that_nothing_was_measured(
@@ -373,9 +378,9 @@ def test_without_onnxruntime_it_says_that_nothing_was_measured(
     assert all(" from torch" in line for line in export.export_lines(onnx_folder, report))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     part = export.parts_of(model)[0]
-    found = export.difference(onnx_folder / "image_encoder.onnx", part, [export.random_inputs(model, 2, 3)])
-    assert found is None
-    report["files"]["image_encoder"]["max_difference"] = found
+    difference = export.difference(onnx_folder / "image_encoder.onnx", part, [export.random_inputs(model, 2, 3)])
+    assert difference is None
+    report["files"]["image_encoder"]["max_difference"] = difference
     first, *_ = export.export_lines(onnx_folder, report)
     assert first == (
         f"{onnx_folder / 'image_encoder.onnx'}: not compared with torch, as onnxruntime is not installed "
@@ -385,15 +390,15 @@ def test_without_onnxruntime_it_says_that_nothing_was_measured(
 
 def test_another_precision(path: Path, parts: Any, tmp_path: Path) -> None:
     half = PretrainedMaskVLM.from_pretrained(path, dtype=torch.bfloat16)
-    said = (
+    message = (
         "export: torch.bfloat16 on cpu, but float32 on the CPU alone is exported. "
         "Load the model without dtype and device."
     )
-    refused(ExitCode.USAGE, said, lambda: export.export(half, tmp_path / "new"))
+    refused(ExitCode.USAGE, message, lambda: export.export(half, tmp_path / "new"))
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--opset 17", "--opset: 17 is not written. Give 18 to 22."),
         ("--opset 23", "--opset: 23 is not written. Give 18 to 22."),
@@ -402,16 +407,16 @@ def test_another_precision(path: Path, parts: Any, tmp_path: Path) -> None:
         ("--half", "maskvlm export: unrecognized arguments: --half. See maskvlm export --help."),
     ],
 )
-def test_options_that_do_not_fit(words: str, said: str, path: Path, tmp_path: Path) -> None:
+def test_options_that_do_not_fit(words: str, message: str, path: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         command(path, tmp_path / "new", *words.split())
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
     assert caught.value.code == ExitCode.USAGE
 
 
 def test_what_must_be_named() -> None:
-    said = "maskvlm export: the following arguments are required: FOLDER. See maskvlm export --help."
-    refused(ExitCode.USAGE, said, lambda: export.main([], []))
+    message = "maskvlm export: the following arguments are required: FOLDER. See maskvlm export --help."
+    refused(ExitCode.USAGE, message, lambda: export.main([], []))
 
 
 def test_the_model_that_comes_along_is_exported_where_none_is_named(

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from toy_examples import LABELS
-from toy_pretrained import BACKBONE, SEEN, content_of, made, saved
+from toy_pretrained import BACKBONE, LINEAGE_ENTRY, content_of, saved, toy_model
 from toys import SIZE, toy_batch
 from transformers import AutoModel, AutoProcessor
 
@@ -59,7 +59,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def parts() -> tuple[MaskVLM, MaskedPretraining]:
     """The same model as the training code has it."""
-    backbone, task, _ = made("pretrain")
+    backbone, task, _ = toy_model("pretrain")
     assert isinstance(task, MaskedPretraining)
     return backbone, task
 
@@ -108,9 +108,9 @@ def test_words_of_masked_places(model: PretrainedMaskVLM, parts: tuple[MaskVLM, 
     # No special token is a word, nor is what the head has more of than the tokenizer.
     probability_KV[:, [0, 2, 3, 4, 1, *range(len(tokenizer), probability_KV.shape[1])]] = float("-inf")
     top = probability_KV.softmax(1).topk(4)
-    found: Any = model.fill_mask(IMAGES[0], "a [MASK] circle on the [MASK]", 4)
-    close([[guess.probability for guess in place] for place in found], top.values)
-    assert [[guess.word for guess in place] for place in found] == [
+    guesses: Any = model.fill_mask(IMAGES[0], "a [MASK] circle on the [MASK]", 4)
+    close([[guess.probability for guess in place] for place in guesses], top.values)
+    assert [[guess.word for guess in place] for place in guesses] == [
         [tokenizer.decode([number]) for number in row] for row in top.indices.tolist()
     ]
 
@@ -144,14 +144,14 @@ def test_painted_patches_are_those_of_the_training_figure(
     patch = PatchMask(mask_BN, index_BK, torch.ones(2, 3))
     batch = toy_batch(2)._replace(image_BCHW=image, **text._asdict())
     wanted_BCHW = fill_images(backbone, task, batch, patch).filled_BCHW
-    found: Any = model.reconstruct(IMAGES[:2], [mask, mask], TEXTS[:2])
-    for painted, wanted_CHW in zip(found, wanted_BCHW, strict=True):
-        made_CHW = torch.tensor(np.asarray(painted)).permute(2, 0, 1) / 255
-        torch.testing.assert_close(made_CHW, wanted_CHW, atol=0.5 / 255 + 1e-5, rtol=0)
+    images: Any = model.reconstruct(IMAGES[:2], [mask, mask], TEXTS[:2])
+    for painted, wanted_CHW in zip(images, wanted_BCHW, strict=True):
+        painted_CHW = torch.tensor(np.asarray(painted)).permute(2, 0, 1) / 255
+        torch.testing.assert_close(painted_CHW, wanted_CHW, atol=0.5 / 255 + 1e-5, rtol=0)
     whole = to_rgb(backbone, image)[0]
-    seen = torch.tensor(~mask).repeat_interleave(8, 0).repeat_interleave(8, 1)
-    made_CHW = torch.tensor(np.asarray(found[0])).permute(2, 0, 1) / 255
-    assert (made_CHW - whole).abs()[:, seen].max() <= 0.5 / 255 + 1e-5  # what was not hidden stays
+    visible = torch.tensor(~mask).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    painted_CHW = torch.tensor(np.asarray(images[0])).permute(2, 0, 1) / 255
+    assert (painted_CHW - whole).abs()[:, visible].max() <= 0.5 / 255 + 1e-5  # what was not hidden stays
 
 
 def test_painting_in_one_round_is_reconstruction_and_more_rounds_are_not(model: PretrainedMaskVLM) -> None:
@@ -178,15 +178,15 @@ def test_kept_attention_changes_nothing(parts: tuple[MaskVLM, MaskedPretraining]
 
 
 def test_explain_gives_shares_of_the_patches_and_an_image_of_the_same_size(model: PretrainedMaskVLM) -> None:
-    found = model.explain(IMAGES[0], TEXTS[0], "circle")
-    assert found.attention.shape == found.gradcam.shape == (4, 4)
-    assert found.attention.sum() == pytest.approx(1, abs=1e-5)
-    assert found.gradcam.min() >= 0
-    assert found.gradcam.sum() == pytest.approx(1, abs=1e-5) or found.gradcam.sum() == 0
-    assert found.image.size == IMAGES[0].size
-    assert not np.array_equal(np.asarray(found.image), np.asarray(IMAGES[0]))
+    explanation = model.explain(IMAGES[0], TEXTS[0], "circle")
+    assert explanation.attention.shape == explanation.gradcam.shape == (4, 4)
+    assert explanation.attention.sum() == pytest.approx(1, abs=1e-5)
+    assert explanation.gradcam.min() >= 0
+    assert explanation.gradcam.sum() == pytest.approx(1, abs=1e-5) or explanation.gradcam.sum() == 0
+    assert explanation.image.size == IMAGES[0].size
+    assert not np.array_equal(np.asarray(explanation.image), np.asarray(IMAGES[0]))
     two_words = model.explain(IMAGES[0], TEXTS[0], "red circle")
-    assert not np.allclose(two_words.attention, found.attention)
+    assert not np.allclose(two_words.attention, explanation.attention)
 
 
 def test_captions_are_words_and_the_one_that_matches_best(model: PretrainedMaskVLM) -> None:
@@ -245,13 +245,13 @@ def test_lists_equal_singles(model: PretrainedMaskVLM) -> None:
     close(model.score(looked, TEXTS), torch.tensor([model.score(p, t) for p, t in zip(looked, TEXTS, strict=True)]))
     assert model.score([], []) == model.caption([]) == model.fill_mask([], []) == []
     painted: Any = model.reconstruct(IMAGES, masks, TEXTS)
-    for made_, image, text in zip(painted, IMAGES, TEXTS, strict=True):
+    for batched, image, text in zip(painted, IMAGES, TEXTS, strict=True):
         single = model.reconstruct(image, masks[0], text)
-        assert np.abs(np.asarray(made_).astype(int) - np.asarray(single).astype(int)).max() <= 1
+        assert np.abs(np.asarray(batched).astype(int) - np.asarray(single).astype(int)).max() <= 1
     maps: Any = model.explain(IMAGES[0], TEXTS[0], ["red", "circle"])
     maps += model.explain(IMAGES[1:], TEXTS[1:], ["two", "star"])
-    asked = [(0, "red"), (0, "circle"), (1, "two"), (2, "star")]
-    for explained, (number, word) in zip(maps, asked, strict=True):
+    queries = [(0, "red"), (0, "circle"), (1, "two"), (2, "star")]
+    for explained, (number, word) in zip(maps, queries, strict=True):
         single = model.explain(IMAGES[number], TEXTS[number], word)
         np.testing.assert_allclose(explained.gradcam, single.gradcam, atol=1e-5)
         assert np.array_equal(np.asarray(explained.image), np.asarray(single.image))
@@ -272,12 +272,12 @@ def test_batch_size_bounds_what_is_painted_at_once(
 
 
 def test_ranking_is_contrast_and_then_matching(model: PretrainedMaskVLM) -> None:
-    found: Any = model.rank(IMAGES[0], TEXTS, k=2)
+    ranking: Any = model.rank(IMAGES[0], TEXTS, k=2)
     cosine = (model.encode_text(TEXTS) @ model.encode_image(IMAGES[0])).tolist()
     order = sorted(range(3), key=lambda number: -cosine[number])
     likely = {number: model.match(IMAGES[0], TEXTS[number]) for number in order[:2]}
-    assert [one.place for one in found] == [*sorted(order[:2], key=lambda number: -likely[number]), order[2]]
-    assert [one.match is None for one in found] == [False, False, True]
+    assert [one.place for one in ranking] == [*sorted(order[:2], key=lambda number: -likely[number]), order[2]]
+    assert [one.match is None for one in ranking] == [False, False, True]
     other: Any = model.rank(TEXTS[0], IMAGES, k=0)
     cosine = (model.encode_image(IMAGES) @ model.encode_text(TEXTS[0])).tolist()
     assert [one.place for one in other] == sorted(range(3), key=lambda number: -cosine[number])
@@ -289,15 +289,15 @@ def test_ranking_by_both_where_the_task_does(
 ) -> None:
     """The sum of the log-odds of a match and of contrast's logit; with much of the latter its order is left."""
     monkeypatch.setattr(model.task, "rerank_contrast", share)
-    found: Any = model.rank(IMAGES[0], TEXTS, k=3)
+    ranking: Any = model.rank(IMAGES[0], TEXTS, k=3)
     cosine_C = model.encode_text(TEXTS) @ model.encode_image(IMAGES[0])
     match_C = torch.tensor([model.match(IMAGES[0], text) for text in TEXTS])
     score_C = match_C.logit() + share * model.task.projection.logit_scale.item() * cosine_C
-    assert [one.place for one in found] == score_C.argsort(descending=True).tolist()
-    for one in found:
+    assert [one.place for one in ranking] == score_C.argsort(descending=True).tolist()
+    for one in ranking:
         assert one.match == pytest.approx(float(match_C[one.place]), abs=1e-5)
     if share > 1:
-        assert [one.place for one in found] == cosine_C.argsort(descending=True).tolist()
+        assert [one.place for one in ranking] == cosine_C.argsort(descending=True).tolist()
 
 
 def test_every_form_of_an_image_is_the_same_image(model: PretrainedMaskVLM, tmp_path: Path) -> None:
@@ -318,22 +318,22 @@ def test_every_form_of_an_image_is_the_same_image(model: PretrainedMaskVLM, tmp_
 
 @given(st.lists(st.sampled_from(["red", "circle", "[MASK]", "on", "the", "star"]), min_size=1, max_size=12))
 def test_masked_words_stand_where_they_are_written(words: list[str]) -> None:
-    backbone, _, _ = made("pretrain")
+    backbone, _, _ = toy_model("pretrain")
     from maskvlm.data.inputs import MarkedTexts
 
-    made_words = MarkedTexts(backbone.text.tokenizer, 24)
+    marked_texts = MarkedTexts(backbone.text.tokenizer, 24)
     if "[MASK]" not in words:
         with pytest.raises(UserError, match="masked"):
-            made_words.masked(" ".join(words))
+            marked_texts.masked(" ".join(words))
         return
-    token = made_words.masked(" ".join(words)).tolist()
-    plain = made_words([" ".join(words).replace("[MASK]", "red")]).token_CT[0].tolist()
+    token = marked_texts.masked(" ".join(words)).tolist()
+    plain = marked_texts([" ".join(words).replace("[MASK]", "red")]).token_CT[0].tolist()
     hidden = [False, *(word == "[MASK]" for word in words), False]  # each word is one token
-    assert token == [4 if here else seen for seen, here in zip(plain, hidden, strict=True)]
+    assert token == [4 if here else token_id for token_id, here in zip(plain, hidden, strict=True)]
 
 
 @pytest.mark.parametrize(
-    ("ask", "said"),
+    ("ask", "message"),
     [
         (lambda m: m.encode_image("nowhere.jpg"), "nowhere.jpg: bad image, missing"),
         (lambda m: m.encode_image(b"not an image at all"), "not an image"),
@@ -357,8 +357,8 @@ def test_masked_words_stand_where_they_are_written(words: list[str]) -> None:
         (lambda m: m.rank(IMAGES[0], TEXTS, -1), "k is -1"),
     ],
 )  # fmt: skip
-def test_a_wrong_input_is_one_line(model: PretrainedMaskVLM, ask: Any, said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def test_a_wrong_input_is_one_line(model: PretrainedMaskVLM, ask: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         ask(model)
     assert "\n" not in str(caught.value)
 
@@ -380,10 +380,10 @@ def test_saved_and_loaded_is_equal_to_the_bit(model: PretrainedMaskVLM, folder: 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert model.match(IMAGES, TEXTS) == again.match(IMAGES, TEXTS)
     assert tokenizer_hash(again.words.tokenizer) == tokenizer_hash(model.words.tokenizer)
-    (seen,) = again.origin.history
-    assert seen[:5] == SEEN[:5]
-    assert seen.ids is not None
-    assert seen.ids.tolist() == [4, 5, 9]
+    (entry,) = again.origin.history
+    assert entry[:5] == LINEAGE_ENTRY[:5]
+    assert entry.ids is not None
+    assert entry.ids.tolist() == [4, 5, 9]
     again.save_pretrained(folder.parent / "twice")
     for name in ("config.json", "README.md", "model.safetensors"):
         assert (folder.parent / "twice" / name).read_bytes() == (folder / name).read_bytes(), name
@@ -392,11 +392,11 @@ def test_saved_and_loaded_is_equal_to_the_bit(model: PretrainedMaskVLM, folder: 
 def test_a_model_saved_over_another_leaves_nothing_of_it(path: Path, tmp_path: Path) -> None:
     """The images that the other one knew and had seen would be taken for its own."""
     first = PretrainedMaskVLM.from_pretrained(path)
-    (seen,) = first.origin.history
+    (entry,) = first.origin.history
     first.origin = first.origin._replace(known_images=torch.rand(100, first.backbone.image.width).half())
     first.save_pretrained(tmp_path)
     assert PretrainedMaskVLM.from_pretrained(tmp_path).known is not None
-    first.origin = first.origin._replace(known_images=None, history=(seen._replace(ids=None),))
+    first.origin = first.origin._replace(known_images=None, history=(entry._replace(ids=None),))
     with torch.no_grad():
         first.backbone.image.vit.cls_token += 1  # type: ignore[operator]
     first.save_pretrained(tmp_path)
@@ -428,7 +428,7 @@ def test_the_processor_reads_images_as_the_model_does(model: PretrainedMaskVLM, 
     exif[0x0112] = 6
     on_its_side.save(tmp_path / "a.jpg", exif=exif, quality=95)
     deep = Image.fromarray(np.linspace(0, 65535, 40 * 40).reshape(40, 40).astype(np.uint16))
-    given = [
+    images = [
         Image.open(tmp_path / "a.jpg"),
         deep,
         noise(6).convert("P"),
@@ -436,9 +436,9 @@ def test_the_processor_reads_images_as_the_model_does(model: PretrainedMaskVLM, 
         noise(8).convert("L"),
     ]
     processor = AutoProcessor.from_pretrained(folder)
-    made = processor(images=given, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(made, model.pixels(given), atol=1e-5, rtol=0)
-    close(processor(images=given[0], return_tensors="pt")["pixel_values"], made[:1])
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, model.pixels(images), atol=1e-5, rtol=0)
+    close(processor(images=images[0], return_tensors="pt")["pixel_values"], pixels[:1])
 
 
 def test_the_folder_holds_no_pickle_and_a_card_with_the_numbers(folder: Path) -> None:
@@ -454,8 +454,8 @@ def test_the_folder_holds_no_pickle_and_a_card_with_the_numbers(folder: Path) ->
 @torch.no_grad()
 def test_transformers_auto_classes_know_it(model: PretrainedMaskVLM, folder: Path) -> None:
     other, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    made_ = processor(images=IMAGES, text=TEXTS, return_tensors="pt", padding=True, truncation=True)
-    out = other(**made_)
+    batch = processor(images=IMAGES, text=TEXTS, return_tensors="pt", padding=True, truncation=True)
+    out = other(**batch)
     close(out.image_embeds, model.encode_image(IMAGES))
     close(out.text_embeds, model.encode_text(TEXTS))
     close(out.match.sigmoid(), torch.tensor(model.match(IMAGES, TEXTS)))
@@ -487,7 +487,7 @@ def test_from_pretrained_takes_device_and_precision(path: Path) -> None:
 
 
 def test_a_device_or_precision_that_is_not_there_is_one_line(path: Path) -> None:
-    for settings, said, code in (
+    for settings, message, code in (
         ({"device": "nonsense"}, "device nonsense: cannot be used here", ExitCode.UNAVAILABLE),
         ({"dtype": "nonsense"}, "dtype nonsense: is no precision", ExitCode.USAGE),
         ({"dtype": "int8"}, "dtype int8: is no precision", ExitCode.USAGE),
@@ -496,7 +496,7 @@ def test_a_device_or_precision_that_is_not_there_is_one_line(path: Path) -> None
         ({"dtype": "nn"}, "dtype nn: is no precision", ExitCode.USAGE),
         ({"device": "cuda:99"}, "device cuda:99: cannot be used here", ExitCode.UNAVAILABLE),
     ):
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             PretrainedMaskVLM.from_pretrained(path, **settings)  # type: ignore[arg-type]
         assert caught.value.code == code
         assert "\n" not in str(caught.value)
@@ -512,8 +512,8 @@ def test_damaged_metrics_beside_a_checkpoint_are_told_and_it_loads(path: Path, t
 
 
 def test_a_folder_or_file_of_another_kind_is_one_line(folder: Path, path: Path, tmp_path: Path) -> None:
-    def refused(place: Path, said: str, code: ExitCode) -> None:
-        with pytest.raises(UserError, match=said) as caught:
+    def refused(place: Path, message: str, code: ExitCode) -> None:
+        with pytest.raises(UserError, match=message) as caught:
             PretrainedMaskVLM.from_pretrained(place)
         assert caught.value.code == code
         assert "\n" not in str(caught.value)
@@ -538,7 +538,7 @@ def test_a_folder_or_file_of_another_kind_is_one_line(folder: Path, path: Path, 
 
 
 def test_a_checkpoint_without_a_task_needs_the_configuration_of_its_run(tmp_path: Path) -> None:
-    backbone, task, spec = made("pretrain")
+    backbone, task, spec = toy_model("pretrain")
     file = tmp_path / "last.ckpt"
     checkpoint.save(content_of(backbone, task, None), file)
     with pytest.raises(UserError, match="which task"):
@@ -548,7 +548,7 @@ def test_a_checkpoint_without_a_task_needs_the_configuration_of_its_run(tmp_path
 
 
 def test_a_checkpoint_with_other_heads_than_it_says_is_refused(tmp_path: Path) -> None:
-    backbone, task, spec = made("pretrain")
+    backbone, task, spec = toy_model("pretrain")
     content = content_of(backbone, task, spec)
     del content["state_dict"]["task.matching.classify.weight"]
     checkpoint.save(content, tmp_path / "last.ckpt")
@@ -570,14 +570,14 @@ def test_a_name_on_the_hub_is_found_in_its_cache(folder: Path, tmp_path: Path) -
     (place / "snapshots" / ("0" * 40)).mkdir(parents=True)
     for file in folder.iterdir():
         (place / "snapshots" / ("0" * 40) / file.name).write_bytes(file.read_bytes())
-    found = folder_of_hub("acme/maskvlm-toy", {"cache_dir": str(tmp_path), "local_files_only": True})
-    assert found.samefile(place / "snapshots" / ("0" * 40))
+    snapshot = folder_of_hub("acme/maskvlm-toy", {"cache_dir": str(tmp_path), "local_files_only": True})
+    assert snapshot.samefile(place / "snapshots" / ("0" * 40))
     other = PretrainedMaskVLM.from_pretrained("acme/maskvlm-toy", cache_dir=str(tmp_path), local_files_only=True)
     assert other.config.step == 7
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "found"),
+    ("name", "settings", "expected_revision"),
     [
         ("acme/toy", {}, "main"),
         ("acme/toy", {"revision": None}, "main"),
@@ -587,19 +587,21 @@ def test_a_name_on_the_hub_is_found_in_its_cache(folder: Path, tmp_path: Path) -
         ("acme/toy@v1", {"revision": "main"}, "main"),
     ],
 )
-def test_the_revision_of_a_name_on_the_hub(name: str, settings: dict[str, Any], found: str, tmp_path: Path) -> None:
+def test_the_revision_of_a_name_on_the_hub(
+    name: str, settings: dict[str, Any], expected_revision: str, tmp_path: Path
+) -> None:
     place = tmp_path / "models--acme--toy"
     (place / "refs").mkdir(parents=True)
     for revision, commit in (("main", "0" * 40), ("v1", "1" * 40)):
         (place / "refs" / revision).write_text(commit)
         (place / "snapshots" / commit).mkdir(parents=True)
     folder = folder_of_hub(name, {"cache_dir": str(tmp_path), "local_files_only": True, **settings})
-    assert folder.name == (place / "refs" / found).read_text()
+    assert folder.name == (place / "refs" / expected_revision).read_text()
 
 
 def test_a_model_that_began_from_a_folder_needs_it_no_more(tmp_path: Path) -> None:
     """Of a text encoder out of a folder or the hub its shape is written out, whatever differs from the type's own."""
-    backbone, task, spec = made("pretrain")
+    backbone, task, spec = toy_model("pretrain")
     place = tmp_path / "text"
     backbone.text.model.save_pretrained(place)
     assert backbone.text.tokenizer is not None
@@ -645,7 +647,7 @@ def test_a_task_brings_its_method(
     single = getattr(model, method)(*columns[0], TEXTS[0])
     assert [*inspect.signature(getattr(model, method)).parameters][-1] == task.methods[method].text.replace(" ", "_")
     assert len(inspect.signature(getattr(model, method)).parameters) == images + 1
-    assert task.methods[method].told[1:] in inspect.getdoc(getattr(model, method))  # type: ignore[operator]
+    assert task.methods[method].description[1:] in inspect.getdoc(getattr(model, method))  # type: ignore[operator]
     assert single.answer == answers[0].answer
     assert single.probability == pytest.approx(answers[0].probability, abs=1e-5)
     assert 0 <= single.probability <= 1

@@ -59,7 +59,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Photos:
 
 
 @pytest.fixture(scope="module")
-def made(model: PretrainedMaskVLM, photos: Photos, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def index_dir(model: PretrainedMaskVLM, photos: Photos, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of vectors in it, and their index."""
     folder = tmp_path_factory.mktemp("index")
     start(model, photos, folder / "vectors")
@@ -68,9 +68,9 @@ def made(model: PretrainedMaskVLM, photos: Photos, tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture
-def copy(made: Path, tmp_path: Path) -> Path:
+def copy(index_dir: Path, tmp_path: Path) -> Path:
     """To be spoilt."""
-    return Path(shutil.copytree(made, tmp_path / "copy"))
+    return Path(shutil.copytree(index_dir, tmp_path / "copy"))
 
 
 # ---------------------------------------------------------------------- vectors
@@ -98,16 +98,16 @@ def test_a_large_one_is_turned_up_until_it_finds_enough(
     assert (about["kind"], about["factory"][:2]) == (kind, {"ivf": "IV", "pq": "PQ"}[kind])
     assert about["share_of_exact_10"] >= 0.95
     exact_QK = np.argsort(-query_QE[100:] @ vector_NE.T, axis=1)[:, :10]
-    found_QK = SearchIndex(index, None, about).search(query_QE[100:])[1]
-    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found_QK, exact_QK, strict=True)])
+    approximate_QK = SearchIndex(index, None, about).search(query_QE[100:])[1]
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(approximate_QK, exact_QK, strict=True)])
     assert recall > 0.9
     nearest.turn(index, about["knob"], 1)  # the knob matters: else nothing was tuned
     worse_QK = index.search(query_QE[100:], 10)[1]
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(worse_QK, exact_QK, strict=True)]) < recall - 0.05
 
 
-def test_what_was_tuned_holds_after_loading(made: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    about = index_folder(made / "vectors", copy, "ivf", 1.1)  # never enough: the last value
+def test_what_was_tuned_holds_after_loading(index_dir: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = index_folder(index_dir / "vectors", copy, "ivf", 1.1)  # never enough: the last value
     assert (about["kind"], about["factory"], about["knob"], about["value"]) == ("ivf", "IVF8,Flat", "nprobe", 1)
     about = json.loads((copy / "index.json").read_text()) | {"value": 5}
     (copy / "index.json").write_text(json.dumps(about))
@@ -117,8 +117,8 @@ def test_what_was_tuned_holds_after_loading(made: Path, copy: Path, monkeypatch:
 # ---------------------------------------------------------------------- images
 
 
-def test_the_folder_says_what_the_index_is(made: Path, model: PretrainedMaskVLM) -> None:
-    about = json.loads((made / "index.json").read_text())
+def test_the_folder_says_what_the_index_is(index_dir: Path, model: PretrainedMaskVLM) -> None:
+    about = json.loads((index_dir / "index.json").read_text())
     wanted = {"kind": "flat", "count": 12, "width": 8, "data": "photos", "split": "val", "asked": "captions"}
     assert wanted.items() <= about.items()
     assert about["weights"] == searching.identity(model)
@@ -126,58 +126,58 @@ def test_the_folder_says_what_the_index_is(made: Path, model: PretrainedMaskVLM)
     assert about["median_ms"] > 0
 
 
-def test_a_text_finds_the_nearest_images(made: Path, model: PretrainedMaskVLM, photos: Photos) -> None:
-    index = SearchIndex.load(made)
-    cosine_N = vector_of(rows_of(made / "vectors")) @ model.encode_text("a blue circle")
+def test_a_text_finds_the_nearest_images(index_dir: Path, model: PretrainedMaskVLM, photos: Photos) -> None:
+    index = SearchIndex.load(index_dir)
+    cosine_N = vector_of(rows_of(index_dir / "vectors")) @ model.encode_text("a blue circle")
     order = cosine_N.argsort(descending=True).tolist()[:5]
-    found = search_index(index, model, "a blue circle", 5)
-    assert [each.row for each in found] == order
-    assert [each.path for each in found] == [str(photos.path(n)) for n in order]
-    assert [each.captions for each in found] == [photos[n]["captions"] for n in order]
-    assert [each.match for each in found] == [None] * 5
-    assert torch.allclose(torch.tensor([each.similarity for each in found]), cosine_N[order], atol=1e-5)
+    hits = search_index(index, model, "a blue circle", 5)
+    assert [each.row for each in hits] == order
+    assert [each.path for each in hits] == [str(photos.path(n)) for n in order]
+    assert [each.captions for each in hits] == [photos[n]["captions"] for n in order]
+    assert [each.match for each in hits] == [None] * 5
+    assert torch.allclose(torch.tensor([each.similarity for each in hits]), cosine_N[order], atol=1e-5)
 
 
-def test_re_ranking_orders_as_the_model_does(made: Path, model: PretrainedMaskVLM, photos: Photos) -> None:
-    index, text = SearchIndex.load(made, photos.path(0).parent), "a red square over a green circle"
+def test_re_ranking_orders_as_the_model_does(index_dir: Path, model: PretrainedMaskVLM, photos: Photos) -> None:
+    index, text = SearchIndex.load(index_dir, photos.path(0).parent), "a red square over a green circle"
     ranked: Any = model.rank(text, [photos.path(n) for n in range(12)], 6)
-    found = search_index(index, model, text, 6, rerank=True)
-    assert [each.row for each in found] == [each.place for each in ranked[:6]]
-    assert np.allclose([each.match for each in found], [each.match for each in ranked[:6]], atol=1e-5)  # type: ignore[misc]
-    assert [each.row for each in found] != [each.row for each in search_index(index, model, text, 6)]
+    hits = search_index(index, model, text, 6, rerank=True)
+    assert [each.row for each in hits] == [each.place for each in ranked[:6]]
+    assert np.allclose([each.match for each in hits], [each.match for each in ranked[:6]], atol=1e-5)  # type: ignore[misc]
+    assert [each.row for each in hits] != [each.row for each in search_index(index, model, text, 6)]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.05, 3.0])
 def test_re_ranking_counts_the_cosine_as_the_model_does(
-    made: Path, model: PretrainedMaskVLM, photos: Photos, weight: float
+    index_dir: Path, model: PretrainedMaskVLM, photos: Photos, weight: float
 ) -> None:
     """Also where matches are so unlikely that their probabilities hardly differ."""
     model = deepcopy(model)
     model.task.rerank_contrast = weight  # type: ignore[assignment]
     with torch.no_grad():
         model.head("matching", "match").classify.bias[1] -= 30
-    index = SearchIndex.load(made, photos.path(0).parent)
+    index = SearchIndex.load(index_dir, photos.path(0).parent)
     index.model = model  # its weights are others than those that the index knows
     for text in ("a red square over a green circle", "a blue circle"):
         ranked: Any = model.rank(text, [photos.path(n) for n in range(12)], 12)
-        found = search_index(index, model, text, 12, rerank=True)
-        assert [each.row for each in found] == [each.place for each in ranked]
+        hits = search_index(index, model, text, 12, rerank=True)
+        assert [each.row for each in hits] == [each.place for each in ranked]
 
 
 def test_a_search_keeps_no_graph(
-    made: Path, model: PretrainedMaskVLM, photos: Photos, recwarn: pytest.WarningsRecorder
+    index_dir: Path, model: PretrainedMaskVLM, photos: Photos, recwarn: pytest.WarningsRecorder
 ) -> None:
-    seen: list[bool] = []
-    hook = model.backbone.text.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    search_index(SearchIndex.load(made, photos.path(0).parent), model, "a blue circle", 4, rerank=True)
+    grad_states: list[bool] = []
+    hook = model.backbone.text.register_forward_hook(lambda *_: grad_states.append(torch.is_grad_enabled()))
+    search_index(SearchIndex.load(index_dir, photos.path(0).parent), model, "a blue circle", 4, rerank=True)
     hook.remove()
-    assert seen
-    assert not any(seen)
+    assert grad_states
+    assert not any(grad_states)
     assert not [each for each in recwarn if "requires_grad" in str(each.message)]
 
 
-def test_what_is_no_single_query_is_refused(made: Path, model: PretrainedMaskVLM) -> None:
-    index = SearchIndex.load(made)
+def test_what_is_no_single_query_is_refused(index_dir: Path, model: PretrainedMaskVLM) -> None:
+    index = SearchIndex.load(index_dir)
     for several in (["a red square", "b"], np.zeros((2, 40, 40, 3), np.uint8)):
         with pytest.raises(UserError, match="search: several queries"):
             search_index(index, model, several)  # type: ignore[arg-type]
@@ -186,8 +186,8 @@ def test_what_is_no_single_query_is_refused(made: Path, model: PretrainedMaskVLM
             search_index(index, model, "a circle", k)  # type: ignore[arg-type]
 
 
-def test_vectors_of_nothing_make_no_index(made: Path, tmp_path: Path) -> None:
-    facts = json.loads((made / "vectors" / "vectors.json").read_text()) | {"pictures": 0, "shards": 0}
+def test_vectors_of_nothing_make_no_index(index_dir: Path, tmp_path: Path) -> None:
+    facts = json.loads((index_dir / "vectors" / "vectors.json").read_text()) | {"pictures": 0, "shards": 0}
     (tmp_path / "vectors.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match="holds no vectors") as caught:
         index_folder(tmp_path, tmp_path / "out")
@@ -195,15 +195,15 @@ def test_vectors_of_nothing_make_no_index(made: Path, tmp_path: Path) -> None:
 
 
 def test_an_image_finds_itself_and_is_re_ranked_by_captions(
-    made: Path, model: PretrainedMaskVLM, photos: Photos
+    index_dir: Path, model: PretrainedMaskVLM, photos: Photos
 ) -> None:
-    index, path = SearchIndex.load(made), photos.path(7)
-    found = search_index(index, model, path, 4)
-    assert found[0].row == 7
-    assert found[0].similarity == pytest.approx(1, abs=1e-5)
+    index, path = SearchIndex.load(index_dir), photos.path(7)
+    hits = search_index(index, model, path, 4)
+    assert hits[0].row == 7
+    assert hits[0].similarity == pytest.approx(1, abs=1e-5)
     ranked = search_index(index, model, path, 4, rerank=True)
-    rows = [each.row for each in found for _ in each.captions]
-    order: Any = model.rank(path, [caption for each in found for caption in each.captions], len(rows))
+    rows = [each.row for each in hits for _ in each.captions]
+    order: Any = model.rank(path, [caption for each in hits for caption in each.captions], len(rows))
     best: dict[int, float] = {}
     for each in order:
         best.setdefault(rows[each.place], each.match)
@@ -215,15 +215,15 @@ def test_an_image_finds_itself_and_is_re_ranked_by_captions(
 # ---------------------------------------------------------------------- what does not fit
 
 
-def refused(ask: Callable[[], Any], code: ExitCode, said: str) -> None:
+def refused(ask: Callable[[], Any], code: ExitCode, message: str) -> None:
     with pytest.raises(UserError) as caught:
         ask()
     assert caught.value.code == code
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_another_checkpoint_is_refused(made: Path, checkpoint: Path) -> None:
-    other, index = PretrainedMaskVLM.from_pretrained(checkpoint), SearchIndex.load(made)
+def test_another_checkpoint_is_refused(index_dir: Path, checkpoint: Path) -> None:
+    other, index = PretrainedMaskVLM.from_pretrained(checkpoint), SearchIndex.load(index_dir)
     assert search_index(index, other, "a circle", 1)
     other = PretrainedMaskVLM.from_pretrained(checkpoint)
     with torch.no_grad():
@@ -243,12 +243,12 @@ def test_a_damaged_file_is_refused_before_it_is_read(copy: Path, name: str) -> N
     refused(lambda: SearchIndex.load(copy), ExitCode.BAD_DATA, "a file is not the one that index.json knows")
 
 
-def test_what_is_no_index_is_refused(copy: Path, made: Path) -> None:
+def test_what_is_no_index_is_refused(copy: Path, index_dir: Path) -> None:
     (copy / "index.json").write_text("[]")
     refused(lambda: SearchIndex.load(copy), ExitCode.BAD_DATA, "index.json: expected a mapping")
     (copy / "index.json").unlink()
     refused(lambda: SearchIndex.load(copy), ExitCode.MISSING_INPUT, "holds no index.json")
-    index = SearchIndex.load(made)
+    index = SearchIndex.load(index_dir)
     refused(lambda: index.search(np.zeros((1, 9), np.float32)), ExitCode.USAGE, "vectors of width 9, the index has 8")
     refused(lambda: index.search(np.zeros((1, 8), np.float32), 0), ExitCode.USAGE, "k is 0")
 
@@ -269,13 +269,13 @@ def test_images_that_are_gone_are_one_line(model: PretrainedMaskVLM, tmp_path: P
     photos.path(1).unlink()
     index = SearchIndex.load(tmp_path, tmp_path / "photos")
     assert len(search_index(index, model, "a circle", 3)) == 3
-    said = f"{photos.path(1)}: the images are not on disk. Bring it back, or search without --rerank and --show."
-    refused(lambda: search_index(index, model, "a circle", 3, rerank=True), ExitCode.MISSING_INPUT, said)
+    message = f"{photos.path(1)}: the images are not on disk. Bring it back, or search without --rerank and --show."
+    refused(lambda: search_index(index, model, "a circle", 3, rerank=True), ExitCode.MISSING_INPUT, message)
 
 
-def test_without_faiss_it_is_one_line(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_faiss_it_is_one_line(index_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    refused(lambda: SearchIndex.load(made), ExitCode.UNAVAILABLE, "Install it: python -m pip install faiss-cpu.")
+    refused(lambda: SearchIndex.load(index_dir), ExitCode.UNAVAILABLE, "Install it: python -m pip install faiss-cpu.")
 
 
 # ---------------------------------------------------------------------- the commands
@@ -306,9 +306,9 @@ def test_the_commands_index_and_search_a_configured_set(
     nearest = max(lines, key=lambda line: line["similarity"])
     assert f"{nearest['id']}, scenes (seed 0) val image" in capsys.readouterr().out  # an id may be a file's name
     with Image.open(sheet) as page:
-        shown = {colour for _, colour in page.convert("RGB").getcolors(1 << 24) or []}
+        colours = {colour for _, colour in page.convert("RGB").getcolors(1 << 24) or []}
     best = pairs[next(n for n in range(7) if pairs[n]["image_id"] == nearest["id"])]["image"]
-    assert max(best.getcolors(1 << 24))[1] in shown  # the ground of the drawn scene
+    assert max(best.getcolors(1 << 24))[1] in colours  # the ground of the drawn scene
     refused(
         lambda: main([*named, "--index", str(out), "a red circle", "--show", str(out)], []),
         ExitCode.CANNOT_CREATE,
@@ -320,13 +320,13 @@ def test_the_commands_index_and_search_a_configured_set(
     )
     monkeypatch.syspath_prepend(tmp_path)
     about = json.loads((out / "index.json").read_text())
-    for spoilt, code, said in (
+    for spoilt, code, message in (
         ({"data": "other"}, ExitCode.BAD_DATA, "the data set is not the one of the index"),
         ({"source": {"class_path": "stranger.Mine"}}, ExitCode.REFUSED, "is not opened unasked"),
         ({"source": None}, ExitCode.REFUSED, "is not opened unasked"),
     ):
         (out / "index.json").write_text(json.dumps(about | spoilt))
-        refused(lambda: search_index(SearchIndex.load(out), model, "a red circle", 2, rerank=True), code, said)
+        refused(lambda: search_index(SearchIndex.load(out), model, "a red circle", 2, rerank=True), code, message)
 
     assert "stranger" not in sys.modules  # a file names no class that is not allowed
     refused(lambda: main([*named, "gone.jpg"], []), ExitCode.MISSING_INPUT, "gone.jpg: no such file")
@@ -339,18 +339,22 @@ def test_the_commands_index_and_search_a_configured_set(
 
 
 def test_of_several_indexes_the_newest_is_searched_and_named(
-    made: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    index_dir: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--from", str(checkpoint), "a red circle", "--k", "1"]
     for age, name in enumerate(("index-new", "index-old")):
-        folder = shutil.copytree(made, tmp_path / "checkpoints" / name)
+        folder = shutil.copytree(index_dir, tmp_path / "checkpoints" / name)
         when = (folder / "index.json").stat().st_mtime - 100 * age
         os.utime(folder / "index.json", (when, when))
         assert main(words, []) == 0
-        told = [] if age == 0 else ["no --index: checkpoints/index-new is searched, the newest of 2"]
+        notes = [] if age == 0 else ["no --index: checkpoints/index-new is searched, the newest of 2"]
         # A word of the query that the toy does not know is told, too.
-        assert [line for line in capsys.readouterr().err.splitlines() if "index" in line] == told
+        assert [line for line in capsys.readouterr().err.splitlines() if "index" in line] == notes
     assert main([*words, "--index", "checkpoints/index-old"], []) == 0
     assert "searched" not in capsys.readouterr().err
 
@@ -378,15 +382,15 @@ def test_all_images_of_a_set_without_splits_are_indexed(
     for split, count in (("train", 38), ("val", 2), ("all", 40)):
         out = tmp_path / split
         assert make([*named, "--out", str(out), "--split", split, *files], []) == 0
-        said = capsys.readouterr()
-        assert f"{out}: {count} images" in said.out
-        assert (f"note: {40 - count} images of {tmp_path / 'mine'} are in split=" in said.err) == (split != "all")
+        printed = capsys.readouterr()
+        assert f"{out}: {count} images" in printed.out
+        assert (f"note: {40 - count} images of {tmp_path / 'mine'} are in split=" in printed.err) == (split != "all")
     assert main(["--index", str(tmp_path / "all"), "a dog", "--rerank", "--images", str(tmp_path / "mine")], []) == 0
     of_files = ["--index", str(tmp_path / "all"), "a dog", "--rerank", "--images", str(tmp_path)]
     refused(lambda: main(of_files, []), ExitCode.USAGE, "--images: is a folder of files, and the index names rows of")
-    said = capsys.readouterr()
-    assert said.err.startswith("no from=: checkpoints/mine/best.ckpt is asked, which the index was made with\n")
-    assert len(said.out.splitlines()) == 10
+    printed = capsys.readouterr()
+    assert printed.err.startswith("no from=: checkpoints/mine/best.ckpt is asked, which the index was made with\n")
+    assert len(printed.out.splitlines()) == 10
     refused(
         lambda: make([*named, "--split", "all", *world], []),
         ExitCode.USAGE,
@@ -433,7 +437,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--split", "train"], "--split: is of no use beside --vectors"),
         (["--no-captions"], "--no-captions: is of no use beside --vectors"),
@@ -441,6 +445,6 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, monke
         (["--exact-share", "7"], "--exact-share: 7.0 is no share"),
     ],
 )
-def test_what_embedding_was_told_is_not_asked_again(tmp_path: Path, words: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_what_embedding_was_told_is_not_asked_again(tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make(["--vectors", str(tmp_path), *words], [])

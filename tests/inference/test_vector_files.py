@@ -87,9 +87,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> PretrainedMaskVLM:
-    found = PretrainedMaskVLM.from_pretrained(checkpoint)
-    found.batch_size = 3
-    return found
+    pretrained = PretrainedMaskVLM.from_pretrained(checkpoint)
+    pretrained.batch_size = 3
+    return pretrained
 
 
 @pytest.fixture
@@ -158,8 +158,8 @@ def test_a_killed_one_goes_on_to_the_same_files(model: PretrainedMaskVLM, photos
     photos.stop = 6
     with pytest.raises(KeyboardInterrupt):
         start(model, photos, tmp_path / "killed")
-    left = content(tmp_path / "killed")
-    assert set(left) == {f"{kind}-00000-of-00003.parquet" for kind in ("captions", "pictures")} | {"vectors.json"}
+    partial = content(tmp_path / "killed")
+    assert set(partial) == {f"{kind}-00000-of-00003.parquet" for kind in ("captions", "pictures")} | {"vectors.json"}
     photos.stop, photos.read = -1, []
     start(model, photos, tmp_path / "killed")
     assert photos.read == [4, 5, 6, 7, 8, 9]  # what is there is not made again
@@ -193,9 +193,9 @@ def test_a_kill_while_a_file_is_written_leaves_none_of_its_name(
 def test_two_processes_make_what_one_makes(model: PretrainedMaskVLM, photos: Photos, tmp_path: Path) -> None:
     photos.path(9).write_bytes(b"nothing")
     start(model, photos, tmp_path / "one")
-    told = start(model, photos, tmp_path / "two", (0, 2))
-    assert "2 of 3 shards" in told
-    assert "the others are other processes'" in told
+    report = start(model, photos, tmp_path / "two", (0, 2))
+    assert "2 of 3 shards" in report
+    assert "the others are other processes'" in report
     assert photos.read[10:] == [0, 1, 2, 3, 8, 9]
     assert "3 of 3 shards" in start(model, photos, tmp_path / "two", (1, 2))
     assert content(tmp_path / "two") == content(tmp_path / "one")
@@ -227,9 +227,9 @@ def test_other_things_are_refused(model: PretrainedMaskVLM, photos: Photos, tmp_
     photos.fingerprint = "photos"
     with torch.no_grad():
         model.task.projection.text.weight[0, 0] += 1e-3
-        said = refused()
+        message = refused()
         model.task.projection.text.weight[0, 0] -= 1e-3
-    assert said.startswith("holds vectors of another checkpoint (weights ")
+    assert message.startswith("holds vectors of another checkpoint (weights ")
 
 
 # ---------------------------------------------------------------------- images that cannot be read
@@ -244,8 +244,8 @@ def test_a_broken_image_is_left_out_counted_and_listed(
     for index in (4, 5, 6, 7):  # a whole shard
         photos.path(index).unlink()
     photos.skipped = {"no caption": ["photos 99"]}
-    told = start(model, photos, folder)
-    assert "left out or mended (truncated: 1, missing: 4, no caption: 1): listed in" in told
+    report = start(model, photos, folder)
+    assert "left out or mended (truncated: 1, missing: 4, no caption: 1): listed in" in report
     assert rows_of(folder)["row"].to_pylist() == [0, 1, 3, 8, 9]
     assert vector_of(rows_of(folder)).shape == (5, 8)
     assert torch.allclose(vector_of(rows_of(folder))[2], model.encode_image(photos.path(3)), atol=1e-6)
@@ -255,7 +255,7 @@ def test_a_broken_image_is_left_out_counted_and_listed(
     assert listed["examples"]["truncated"][0].startswith("photos 2: bad image, truncated")
     assert [line.split(":")[0] for line in listed["examples"]["missing"]] == [f"photos {n}" for n in (4, 5, 6, 7)]
     (folder / "bad_samples.json").unlink()
-    assert start(model, photos, folder) == told  # all is done, and still it is said
+    assert start(model, photos, folder) == report  # all is done, and still it is said
     assert json.loads((folder / "bad_samples.json").read_text()) == listed
 
 

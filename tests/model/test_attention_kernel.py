@@ -40,12 +40,12 @@ def test_products_give_what_the_kernel_gives(rows: int, heads: int, asking: int,
     draw = [torch.randn(rows, heads, n, 4, generator=random, dtype=torch.double) for n in (asking, context, context)]
     mask_B11S = torch.rand(rows, 1, 1, context, generator=random) < 0.5
     mask_B11S[..., 0] = True
-    found = []
+    results = []
     for by_products in (False, True):
         inputs = [x.clone().requires_grad_() for x in draw]
         out = attend(*inputs, mask_B11S, by_products)
-        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
-    for one, other in zip(*found, strict=True):
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
@@ -78,10 +78,10 @@ def test_no_part_of_the_model_is_left_out() -> None:
     with Kernels() as before:
         expected = features(backbone)
     with Kernels() as after:
-        found = features(changed)
+        outputs = features(changed)
     assert before.called
     assert not after.called
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(outputs, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 

@@ -39,8 +39,8 @@ def test_a_block_is_torchs_attention_with_post_norm() -> None:
     y = block.norms[1](y + other(y, context, context, key_padding_mask=~context_mask)[0])
     expected = block.norms[2](y + block.feed_forward(y))
     key_value = block.cross_attention.keys_values(context)
-    found = block(x, self_mask[:, None, None], key_value, context_mask[:, None, None])
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    output = block(x, self_mask[:, None, None], key_value, context_mask[:, None, None])
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_positions_are_added_to_what_queries_are_made_of() -> None:
@@ -52,8 +52,8 @@ def test_positions_are_added_to_what_queries_are_made_of() -> None:
     y = block.norms[0](x + own(x + place, x, x)[0])
     y = block.norms[1](y + other(y + place, context, context)[0])
     expected = block.norms[2](y + block.feed_forward(y))
-    found = block(x, None, block.cross_attention.keys_values(context), None, position_LD=place)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    output = block(x, None, block.cross_attention.keys_values(context), None, position_LD=place)
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("every", [0, 2, None])
@@ -66,9 +66,9 @@ def test_an_encoder_that_knows_places_gives_each_block_the_same_ones(every: int 
     hidden = x
     for block, key_value in zip(encoder.blocks, context.blocks, strict=True):
         hidden = block(hidden, None, key_value, None, position_LD=encoder.pos_embed[0])
-    found = encoder(x, context, num_full=every)
-    torch.testing.assert_close(found.full_RLD, hidden[: 3 if every is None else every], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(found.cls_BD, hidden[:, 0], atol=1e-6, rtol=1e-5)
+    output = encoder(x, context, num_full=every)
+    torch.testing.assert_close(output.full_RLD, hidden[: 3 if every is None else every], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(output.cls_BD, hidden[:, 0], atol=1e-6, rtol=1e-5)
     plain = CrossEncoder(WIDTH, OTHER, layers=2, heads=HEADS)
     assert set(encoder.state_dict()) - set(plain.state_dict()) == {"pos_embed"}
 
@@ -83,10 +83,10 @@ def test_all_pairs_at_once_equal_each_pair_alone_without_padding(encoder: CrossE
     lengths, others = [6, 3, 1], [4, 2, 5]
     x_BLD, context_BSD = noise(3, 6, WIDTH), noise(3, 5, OTHER, seed=1)
     context = encoder.context(context_BSD, padding(others, 5))
-    found = encoder(x_BLD, context, padding(lengths, 6)).full_RLD
+    output = encoder(x_BLD, context, padding(lengths, 6)).full_RLD
     for row, (length, other) in enumerate(zip(lengths, others, strict=True)):
         expected = slow_cross(encoder, x_BLD[row, :length], context_BSD[row, :other])
-        torch.testing.assert_close(found[row, :length], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output[row, :length], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("every", [0, 1, 3, 4, None])
@@ -94,10 +94,10 @@ def test_skipping_positions_in_the_last_block_is_exact(encoder: CrossEncoder, ev
     x_BLD, attention_BL = noise(4, 6, WIDTH), padding([6, 3, 1, 5], 6)
     context = encoder.context(noise(4, 5, OTHER, seed=1), padding([4, 5, 1, 2], 5))
     full = encoder(x_BLD, context, attention_BL)
-    found = encoder(x_BLD, context, attention_BL, every)
+    output = encoder(x_BLD, context, attention_BL, every)
     rows = 4 if every is None else every
-    torch.testing.assert_close(found.full_RLD, full.full_RLD[:rows], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.cls_BD, full.full_RLD[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.full_RLD, full.full_RLD[:rows], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.cls_BD, full.full_RLD[:, 0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("every", [0, 2, None])
@@ -115,11 +115,11 @@ def test_a_context_by_index_equals_the_rows_gathered_beforehand(encoder: CrossEn
 
 def test_a_context_can_be_kept_and_met_by_other_pairs(encoder: CrossEncoder) -> None:
     context_USD, attention_US = noise(3, 4, OTHER), padding([4, 1, 2], 4)
-    kept = encoder.context(context_USD, attention_US)
+    context = encoder.context(context_USD, attention_US)
     for index_B in (torch.tensor([1, 1]), torch.tensor([2, 0])):
-        found = encoder(noise(2, 6, WIDTH), Context(kept.blocks, attention_US, index_B))
+        output = encoder(noise(2, 6, WIDTH), Context(context.blocks, attention_US, index_B))
         expected = encoder(noise(2, 6, WIDTH), encoder.context(context_USD[index_B], attention_US[index_B]))
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("every", [0, 2])
@@ -141,13 +141,13 @@ def test_rows_that_pairs_share_give_what_each_pair_alone_gives(layers: int, ever
     encoder = CrossEncoder(WIDTH, OTHER, layers, HEADS, grid=(1, 5))
     for parameter in encoder.parameters():
         nn.init.normal_(parameter, std=0.4)
-    row_B, seen_B, attention = torch.tensor([1, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 2, 0]), padding([6, 2, 4], 6)
+    row_B, partner_B, attention = torch.tensor([1, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 2, 0]), padding([6, 2, 4], 6)
     shared, apart = noise(3, 6, WIDTH).requires_grad_(), noise(3, 6, WIDTH).requires_grad_()
-    context = encoder.context(noise(3, 4, OTHER, seed=1), padding([4, 1, 2], 4), seen_B)
-    found = encoder(shared, context, attention, every, row_B)
+    context = encoder.context(noise(3, 4, OTHER, seed=1), padding([4, 1, 2], 4), partner_B)
+    output = encoder(shared, context, attention, every, row_B)
     expected = encoder(apart[row_B], context, attention[row_B], every)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    for out in (found, expected):
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    for out in (output, expected):
         (out.cls_BD.square().sum() + out.full_RLD.cos().sum()).backward(retain_graph=True)
     torch.testing.assert_close(shared.grad, apart.grad, atol=1e-4, rtol=1e-4)
 
@@ -160,10 +160,10 @@ def test_only_what_is_read_is_computed_in_the_last_block(layers: int) -> None:
     x_BLD, context = noise(4, 6, WIDTH), encoder.context(noise(4, 5, OTHER, seed=1))
     read_RK = torch.tensor([[5, 0, 2], [1, 1, 4], [3, 4, 5]])
     full = encoder(x_BLD, context, num_full=3)
-    found = encoder(x_BLD, context, num_full=3, read_RK=read_RK)
+    output = encoder(x_BLD, context, num_full=3, read_RK=read_RK)
     expected = full.full_RLD.gather(1, read_RK[..., None].expand(-1, -1, WIDTH))
-    torch.testing.assert_close(found.full_RLD, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.cls_BD[3:], full.cls_BD[3:], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(output.full_RLD, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.cls_BD[3:], full.cls_BD[3:], atol=1e-6, rtol=1e-6)
     shapes = []
     encoder.blocks[-1].feed_forward.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(out.shape)))
     encoder(x_BLD, context, num_full=3, read_RK=read_RK)
@@ -216,23 +216,23 @@ def test_many_texts_in_groups_of_like_length_are_as_one_pass(full: int, monkeypa
     text_ULD = torch.randn(30, 9, 16, dtype=torch.float64, requires_grad=True)
     image_VSD = torch.randn(11, 5, 12, dtype=torch.float64, requires_grad=True)
     attention_UL = torch.arange(9) < torch.randint(1, 10, (30,))[:, None]
-    row_B, seen_B = torch.randint(0, 30, (40,)), torch.randint(0, 11, (40,))
-    found = []
+    row_B, partner_B = torch.randint(0, 30, (40,)), torch.randint(0, 11, (40,))
+    results = []
     for grouped in (True, False):
         monkeypatch.setattr(cross_attention, "worth_grouping", lambda *_, grouped=grouped: grouped)
-        context = encoder.context(image_VSD, None, seen_B)
+        context = encoder.context(image_VSD, None, partner_B)
         out = encoder(text_ULD, context, attention_UL, full, row_B)
         read = out.full_RLD * attention_UL[row_B[:full], :, None]
         total = read.sin().sum() + out.cls_BD.cos().sum()
-        found.append([read, out.cls_BD, *torch.autograd.grad(total, [text_ULD, image_VSD, *encoder.parameters()])])
-    for mine, wanted in zip(*found, strict=True):
+        results.append([read, out.cls_BD, *torch.autograd.grad(total, [text_ULD, image_VSD, *encoder.parameters()])])
+    for mine, wanted in zip(*results, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_many_texts_cost_their_own_length() -> None:
-    encoder, seen = CrossEncoder(16, 12, layers=2, heads=2), []
-    encoder.blocks[0].feed_forward.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[:2]))  # type: ignore[union-attr]
+    encoder, shapes = CrossEncoder(16, 12, layers=2, heads=2), []
+    encoder.blocks[0].feed_forward.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[:2]))  # type: ignore[union-attr]
     length_U = torch.tensor([3] * 12 + [9] * 4).repeat(MANY // 16)
     attention_UL = torch.arange(9) < length_U[:, None]
     encoder(torch.randn(len(length_U), 9, 16), encoder.context(torch.randn(len(length_U), 5, 12)), attention_UL)
-    assert sum(rows * length for rows, length in seen) == length_U.sum()
+    assert sum(rows * length for rows, length in shapes) == length_U.sum()

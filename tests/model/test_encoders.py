@@ -149,16 +149,16 @@ def test_patches_that_are_left_out_are_not_there(name: str, visible: int | None)
     encoder.adapt(24)
     mask_BN, vit = ragged_mask(), encoder.vit
     with torch.no_grad():
-        found_BLD = encoder(images(3), mask_BN, None, visible)
-        for image, mask_N, found_LD in zip(images(3), mask_BN, found_BLD, strict=True):
+        encoded_BLD = encoder(images(3), mask_BN, None, visible)
+        for image, mask_N, encoded_LD in zip(images(3), mask_BN, encoded_BLD, strict=True):
             hidden_1LD = vit._pos_embed(vit.patch_embed(image[None]))
             first = vit.num_prefix_tokens
-            seen_1LD = torch.cat([hidden_1LD[:, :first], hidden_1LD[:, first:][:, ~mask_N]], 1)
-            out_LD = encoder.adapter(vit.norm(vit.blocks(vit.norm_pre(seen_1LD))))[0]
+            visible_1LD = torch.cat([hidden_1LD[:, :first], hidden_1LD[:, first:][:, ~mask_N]], 1)
+            out_LD = encoder.adapter(vit.norm(vit.blocks(vit.norm_pre(visible_1LD))))[0]
             expected_LD = encoder.adapter(encoder.mask_token[0]).repeat(17, 1)
             expected_LD[0] = out_LD[0]
             expected_LD[1:][~mask_N] = out_LD[first:]
-            torch.testing.assert_close(found_LD, expected_LD, atol=1e-5, rtol=0)
+            torch.testing.assert_close(encoded_LD, expected_LD, atol=1e-5, rtol=0)
 
 
 def test_whole_images_in_front_of_those_with_patches_left_out() -> None:
@@ -174,29 +174,29 @@ def test_whole_images_in_front_of_those_with_patches_left_out() -> None:
         torch.testing.assert_close(encoder(images(2), mask_BN[:2]), usual(images(2)), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("frozen", "kept"), [(0, False), (1, False), (1, True)])
+@pytest.mark.parametrize(("frozen", "cached"), [(0, False), (1, False), (1, True)])
 @pytest.mark.parametrize("masked", ["token", "left_out"])
 def test_trained_blocks_may_see_some_patches_of_whole_images(
-    frozen: int, kept: bool, masked: str, tmp_path: Path
+    frozen: int, cached: bool, masked: str, tmp_path: Path
 ) -> None:
     """What is frozen sees all of them; masked images behind are as without."""
-    folder = str(tmp_path) if kept else None
+    folder = str(tmp_path) if cached else None
     encoder = image_encoder(masked_patches=masked, frozen=frozen, feature_cache=folder).train()
     encoder.frozen_blocks.open_cache("here", 3)
     mask_BN = torch.cat([torch.zeros(2, 16, dtype=torch.bool), ragged_mask()])
     subset_WV, row_W, vit = torch.tensor([[3, 0, 15, 7], [9, 2, 4, 1]]), torch.tensor([2, 0]), encoder.vit
     for _ in range(2):  # computed, then read where it is kept
-        found_BLD = encoder(images(5), mask_BN, row_W, None, subset_WV)
-    torch.testing.assert_close(found_BLD[2:], encoder(images(5), mask_BN, row_W)[2:], atol=1e-5, rtol=0)
+        encoded_BLD = encoder(images(5), mask_BN, row_W, None, subset_WV)
+    torch.testing.assert_close(encoded_BLD[2:], encoder(images(5), mask_BN, row_W)[2:], atol=1e-5, rtol=0)
     with torch.no_grad():
         lower_WLD = vit.blocks[:frozen](vit.norm_pre(vit._pos_embed(vit.patch_embed(images(5)[:2]))))
-        for found_LD, lower_LD, some_V in zip(found_BLD, lower_WLD, subset_WV, strict=False):
-            seen_1LD = torch.cat([lower_LD[:1], lower_LD[1:][some_V]])[None]
-            out_LD = vit.norm(vit.blocks[frozen:](seen_1LD))[0]
+        for encoded_LD, lower_LD, some_V in zip(encoded_BLD, lower_WLD, subset_WV, strict=False):
+            visible_1LD = torch.cat([lower_LD[:1], lower_LD[1:][some_V]])[None]
+            out_LD = vit.norm(vit.blocks[frozen:](visible_1LD))[0]
             expected_LD = encoder.mask_token[0].repeat(17, 1)
             expected_LD[0], expected_LD[1:][some_V] = out_LD[0], out_LD[1:]
-            torch.testing.assert_close(found_LD, expected_LD, atol=1e-5, rtol=0)
-    found_BLD[:2].square().sum().backward()
+            torch.testing.assert_close(encoded_LD, expected_LD, atol=1e-5, rtol=0)
+    encoded_BLD[:2].square().sum().backward()
     gradient = {name: parameter.grad for name, parameter in vit.named_parameters() if parameter.grad is not None}
     learns = {name for name, value in gradient.items() if value.any()}  # masked images give zeros
     assert ("patch_embed.proj.weight" in learns) == (frozen == 0)
@@ -361,11 +361,11 @@ def test_texts_are_grouped_only_where_padding_changes_nothing(kind: str, monkeyp
 
     monkeypatch.setattr(encoder, "_by_length", counted)
     with torch.no_grad():
-        found = encoder(token_BT, attention_BT)
+        output = encoder(token_BT, attention_BT)
         monkeypatch.setattr("maskvlm.model.encoders.worth_grouping", lambda *_: False)
         wanted = encoder(token_BT, attention_BT)
     assert count == (kind != "convbert")
-    torch.testing.assert_close(found[attention_BT], wanted[attention_BT], atol=1e-5, rtol=0)
+    torch.testing.assert_close(output[attention_BT], wanted[attention_BT], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", sorted(FINISHED_MASK))
@@ -379,10 +379,10 @@ def test_a_finished_mask_gives_what_a_padding_mask_gives(kind: str, lengths: tup
     token_BT, _ = padded(1)
     attention_BT = torch.arange(7) < torch.tensor(lengths)[:, None]
     finished = attention_BT[:, None, None, :].expand(-1, 1, 7, -1)
-    found, expected = (
+    output, expected = (
         encoder.model(input_ids=token_BT, attention_mask=mask).last_hidden_state for mask in (finished, attention_BT)
     )
-    torch.testing.assert_close(found[attention_BT], expected[attention_BT], atol=1e-6, rtol=0)
+    torch.testing.assert_close(output[attention_BT], expected[attention_BT], atol=1e-6, rtol=0)
     encoder.model.config._attn_implementation = "eager"
     assert not takes_finished_mask(encoder.model)
 
@@ -400,19 +400,19 @@ def test_many_texts_in_groups_of_like_length_are_as_each_alone(kind: str, pad: i
     grouped = torch.autograd.grad((grouped_BTD * weight_BTD).sum(), [*encoder.parameters()])
     rows = zip(token_BT, attention_BT, length_B.tolist(), strict=True)
     alone = [encoder(token_T[None, :length], attention_T[None, :length])[0] for token_T, attention_T, length in rows]
-    for found_TD, wanted_TD in zip(grouped_BTD, alone, strict=True):
-        torch.testing.assert_close(found_TD[: len(wanted_TD)], wanted_TD)
+    for output_TD, wanted_TD in zip(grouped_BTD, alone, strict=True):
+        torch.testing.assert_close(output_TD[: len(wanted_TD)], wanted_TD)
     total = sum((one * weight_TD[: len(one)]).sum() for one, weight_TD in zip(alone, weight_BTD, strict=True))
     torch.testing.assert_close(grouped, torch.autograd.grad(total, [*encoder.parameters()]))
 
 
 def test_many_texts_cost_their_own_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, seen = text_encoder(), []
-    encoder.model.register_forward_pre_hook(lambda *args: seen.append(args[2]["input_ids"].shape), with_kwargs=True)
+    encoder, shapes = text_encoder(), []
+    encoder.model.register_forward_pre_hook(lambda *args: shapes.append(args[2]["input_ids"].shape), with_kwargs=True)
     length_B = torch.tensor([3] * 12 + [12] * 4).repeat(MANY // 16)
     attention_BT = torch.arange(12) < length_B[:, None]
     encoder(torch.full(attention_BT.shape, 7), attention_BT)
-    assert sum(rows * length for rows, length in seen) == length_B.sum()
+    assert sum(rows * length for rows, length in shapes) == length_B.sum()
 
 
 @pytest.mark.parametrize("pad", [0, 1])

@@ -21,9 +21,9 @@ SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 14, "init_va
 
 def tower(frozen: Any = 2, folder: Path | None = None, **more: Any) -> ImageEncoder:
     torch.manual_seed(0)
-    kept = None if folder is None else str(folder)
+    cache_folder = None if folder is None else str(folder)
     name = "vit_small_patch14_dinov2"
-    return ImageEncoder(name, 56, random_init=True, config=SMALL, frozen=frozen, feature_cache=kept, **more)
+    return ImageEncoder(name, 56, random_init=True, config=SMALL, frozen=frozen, feature_cache=cache_folder, **more)
 
 
 def images(rows: int = 4) -> Tensor:
@@ -103,8 +103,8 @@ def test_kept_features_equal_fresh_ones(frozen: Any, tmp_path: Path) -> None:
     mask_BN = torch.rand(4, 16, generator=torch.Generator().manual_seed(3)) < 0.5
     both, masks = torch.cat([image, image]), torch.cat([torch.zeros_like(mask_BN), mask_BN])
     for _ in range(2):  # written, then read
-        found, expected = keeps(both, masks, rows), fresh(both, masks)
-        assert torch.equal(found, expected)
+        output, expected = keeps(both, masks, rows), fresh(both, masks)
+        assert torch.equal(output, expected)
         torch.testing.assert_close(keeps(image, None, rows), expected[:4])
     if frozen != "all":
         for encoder in (keeps, fresh):
@@ -152,29 +152,57 @@ def test_other_data_weights_or_blocks_have_a_file_of_their_own(tmp_path: Path) -
 
 
 def test_a_row_that_could_not_be_read_is_not_kept(tmp_path: Path) -> None:
-    kept = FeatureCache(tmp_path, "x", 3, (1, 2))
-    assert kept.get(torch.tensor([-1, 2]), lambda at: torch.full((len(at), 1, 2), 5.0)).tolist() == [[[5, 5]], [[5, 5]]]
-    assert kept.written_R.tolist() == [0, 0, 1]
-    assert kept.get(torch.tensor([2, -1]), lambda at: torch.full((len(at), 1, 2), 7.0)).tolist() == [[[5, 5]], [[7, 7]]]
+    feature_cache = FeatureCache(tmp_path, "x", 3, (1, 2))
+    assert feature_cache.get(torch.tensor([-1, 2]), lambda at: torch.full((len(at), 1, 2), 5.0)).tolist() == [
+        [[5, 5]],
+        [[5, 5]],
+    ]
+    assert feature_cache.written_R.tolist() == [0, 0, 1]
+    assert feature_cache.get(torch.tensor([2, -1]), lambda at: torch.full((len(at), 1, 2), 7.0)).tolist() == [
+        [[5, 5]],
+        [[7, 7]],
+    ]
+
+
+def test_a_mark_without_its_row_is_no_row(tmp_path: Path) -> None:
+    """After a power cut, or on another machine that shares the folder; fails where zeros are taken for features."""
+    feature_cache = FeatureCache(tmp_path, "x", 3, (2, 2))
+    feature_cache.written_R[:] = 1
+    feature_cache.features_RLD[1] = 5.0
+    feature_cache.features_RLD[2, 0] = 5.0  # the second position is not there
+    features_BLD = feature_cache.get(torch.tensor([0, 1, 2]), lambda at: torch.full((len(at), 2, 2), 7.0))
+    assert features_BLD[:, 0, 0].tolist() == [7, 5, 7]
+    assert feature_cache.features_RLD[:, 1, 1].tolist() == [7, 5, 7]
+
+
+def test_a_second_training_on_other_data_has_other_features(tmp_path: Path) -> None:
+    """Row 0 is another image there."""
+    encoder, rows = tower(2, tmp_path), torch.arange(4)
+    encoder.frozen_blocks.open_cache("data", 4)
+    first = encoder(images(), None, rows)
+    encoder.frozen_blocks.open_cache("others", 6)
+    torch.testing.assert_close(encoder(images() + 1, None, rows), encoder(images() + 1))
+    encoder.frozen_blocks.open_cache("data", 4)
+    assert torch.equal(encoder(images() + 1, None, rows), first)
 
 
 @given(st.lists(st.lists(st.integers(-1, 5), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_any_order_of_rows(tmp_path_factory: pytest.TempPathFactory, batches: list[list[int]]) -> None:
     """Each row is computed once, and read as it was computed."""
-    kept = FeatureCache(tmp_path_factory.mktemp("kept"), "x", 6, (2, 3))
-    made: list[int] = []
+    feature_cache = FeatureCache(tmp_path_factory.mktemp("kept"), "x", 6, (2, 3))
+    computed_rows: list[int] = []
     for batch in batches:
         rows = torch.tensor(batch)
 
         def compute(at_M: Tensor, rows: Tensor = rows) -> Tensor:
-            made.extend(rows[at_M].tolist())
-            return rows[at_M].float()[:, None, None].expand(-1, 2, 3)
+            computed_rows.extend(rows[at_M].tolist())
+            return 1 + rows[at_M].float()[:, None, None].expand(-1, 2, 3)
 
-        assert torch.equal(kept.get(rows, compute), rows.float()[:, None, None].expand(-1, 2, 3))
+        assert torch.equal(feature_cache.get(rows, compute), 1 + rows.float()[:, None, None].expand(-1, 2, 3))
     for batch in batches:
         for row in {row for row in batch if row >= 0}:
             times = [list(each).count(row) for each in batches if row in each]
-            assert made.count(row) == times[0]  # in the first batch that has it
+            assert computed_rows.count(row) == times[0]  # in the first batch that has it
 
 
 # ---------------------------------------------------------------------- what cannot be

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from maskvlm.model.cross_attention import CrossEncoder
-from maskvlm.model.feed_forward import FeedForward, LayerNorm, LeanMlp, keep_less, not_kept
+from maskvlm.model.feed_forward import FeedForward, LayerNorm, LeanMlp, keep_less, recompute_in_backward
 from maskvlm.model.vit_weights import create_vit
 
 SETTINGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -46,11 +46,11 @@ def test_a_part_of_another_kind_stays_what_it_is() -> None:
 def test_dropout_of_a_vit_is_still_there() -> None:
     vit, plain = create_vit("vit_base_patch16_224", SETTINGS | {"proj_drop_rate": 0.5}), plain_vit(proj_drop_rate=0.5)
     vit.load_state_dict(plain.state_dict())
-    found = []
+    outputs = []
     for model in (vit, plain):
         torch.manual_seed(1)
-        found.append(model.forward_features(noise(2, 3, 32, 32)))
-    assert torch.equal(*found)
+        outputs.append(model.forward_features(noise(2, 3, 32, 32)))
+    assert torch.equal(*outputs)
 
 
 def test_a_norm_is_pytorchs_on_a_cpu() -> None:
@@ -68,8 +68,8 @@ def test_what_leaves_a_cross_encoder_is_float32_under_autocast(layers: int) -> N
     encoder = CrossEncoder(16, 16, layers, 2)
     x = noise(3, 5, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        found = encoder(x, encoder.context(noise(3, 4, 16, seed=1)), num_full=1)
-    assert found.full_RLD.dtype == found.cls_BD.dtype == torch.float32
+        output = encoder(x, encoder.context(noise(3, 4, 16, seed=1)), num_full=1)
+    assert output.full_RLD.dtype == output.cls_BD.dtype == torch.float32
 
 
 def test_gradients_of_norms_in_bfloat16_are_off_by_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,12 +101,12 @@ def test_what_is_not_kept_is_computed_again_on_a_gpu() -> None:
     layers[1].register_forward_hook(lambda *_: calls.append(1))
     layers(x).square().mean().backward()
     assert len(calls) == 2
-    found = [parameter.grad for parameter in layers.parameters()]
+    gradients = [parameter.grad for parameter in layers.parameters()]
     wanted = torch.autograd.grad(nn.Sequential(*layers)(x).square().mean(), list(layers.parameters()))
-    torch.testing.assert_close(found, list(wanted), rtol=0, atol=0)
+    torch.testing.assert_close(gradients, list(wanted), rtol=0, atol=0)
 
 
 def test_nothing_is_computed_again_on_a_cpu() -> None:
     calls: list[int] = []
-    not_kept(lambda x: calls.append(1) or x * x, noise(3).requires_grad_()).sum().backward()  # type: ignore[func-returns-value]
+    recompute_in_backward(lambda x: calls.append(1) or x * x, noise(3).requires_grad_()).sum().backward()  # type: ignore[func-returns-value]
     assert len(calls) == 1

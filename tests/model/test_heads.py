@@ -39,8 +39,8 @@ def test_patchify_orders_patches_as_the_vit_does() -> None:
     nn.init.zeros_(embed.weight)
     embed.weight.data[0, 2, 1, 3] = 1.0
     image_BCHW = noise(1, 3, 8, 12)
-    seen_N = embed(image_BCHW).flatten()
-    torch.testing.assert_close(patchify(image_BCHW, 4)[0, :, (1 * 4 + 3) * 3 + 2], seen_N)
+    value_N = embed(image_BCHW).flatten()
+    torch.testing.assert_close(patchify(image_BCHW, 4)[0, :, (1 * 4 + 3) * 3 + 2], value_N)
 
 
 def test_unpatchify_is_the_inverse() -> None:
@@ -62,14 +62,14 @@ def test_projection_gives_unit_vectors_of_the_class_tokens_and_of_the_mean(mean:
     subset_BV = torch.tensor([[2, 0], [1, 2], [0, 1]])
     mean_text = torch.stack([row[:length].mean(0) for row, length in zip(text_BTD, (7, 2, 4), strict=True)])
     some = torch.stack([row[1:][index].mean(0) for row, index in zip(image_BLD, subset_BV, strict=True)])
-    for found, layer, x, mean_BD in (
+    for vector, layer, x, mean_BD in (
         (head.embed_image(image_BLD), head.image, image_BLD, image_BLD[:, 1:].mean(1)),
         (head.embed_image(image_BLD, subset_BV), head.image, image_BLD, some),
         (head.embed_text(text_BTD, there_BT), head.text, text_BTD, mean_text),
     ):
         read = torch.cat([x[:, 0], mean_BD], 1) if mean else x[:, 0]
         expected = read @ layer.weight.T + layer.bias
-        torch.testing.assert_close(found, expected / expected.norm(dim=1, keepdim=True))
+        torch.testing.assert_close(vector, expected / expected.norm(dim=1, keepdim=True))
     assert head.image.weight is not head.text.weight
 
 
@@ -97,11 +97,11 @@ def test_the_pixel_decoder_reads_the_text_and_skips_the_class_token() -> None:
     image_BLD, text_BTD = noise(2, 10, 8), noise(2, 5, 6, seed=1)
     attention_BT = torch.tensor([[True] * 5, [True, True, False, False, False]])
     index_BK = torch.tensor([[0, 4, 8], [7, 1, 2]])
-    found = decoder(image_BLD, text_BTD, attention_BT, index_BK)
-    assert found.shape == (2, 3, 12)
+    pixels = decoder(image_BLD, text_BTD, attention_BT, index_BK)
+    assert pixels.shape == (2, 3, 12)
     for row, words in ((0, 5), (1, 2)):
         expected = decoder.pixels(slow_cross(decoder.blocks, image_BLD[row], text_BTD[row, :words]))
-        torch.testing.assert_close(found[row], expected[1 + index_BK[row]], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(pixels[row], expected[1 + index_BK[row]], atol=1e-6, rtol=1e-5)
 
 
 def test_a_temperature_that_overshoots_returns() -> None:
@@ -140,7 +140,7 @@ def test_what_is_put_in_order_is_in_single_precision_also_under_autocast() -> No
 
     expected = outputs()
     with torch.autocast("cpu", torch.bfloat16):
-        found = outputs()
-    for one, other in zip(found, expected, strict=True):
+        results = outputs()
+    for one, other in zip(results, expected, strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other)

@@ -110,10 +110,10 @@ def test_positions_start_as_sines_and_cosines_that_tell_patches_apart(grid: tupl
     init_positions(position, grid)
     assert not position[0, 0].any()
     rate_4 = max(grid) ** -(np.arange(4) / 4)
-    for number, found_D in enumerate(position[0, 1:].detach().numpy()):
+    for number, position_D in enumerate(position[0, 1:].detach().numpy()):
         row, column = divmod(number, grid[1])
         axes = [2**0.5 * wave(place * rate_4) for wave in (np.sin, np.cos) for place in (row, column)]
-        assert found_D == pytest.approx(np.concatenate(axes), abs=1e-6)
+        assert position_D == pytest.approx(np.concatenate(axes), abs=1e-6)
 
 
 def test_checkpointing_and_dropout_reach_the_cross_encoders() -> None:

@@ -30,9 +30,9 @@ def build(length: int, rows: int = 6) -> tuple[MaskVLM, TextDecoder, Context]:
     decoder = TextDecoder(backbone, length)
     matters(backbone, decoder)  # type: ignore[arg-type]
     decoder.tokens.vocabulary.weight.data *= 0.2  # several words are likely: beams change places
-    seen = torch.randn(rows, POSITIONS, WIDTH, generator=torch.Generator().manual_seed(3))
+    memory = torch.randn(rows, POSITIONS, WIDTH, generator=torch.Generator().manual_seed(3))
     decoder.double()
-    return backbone.double(), decoder, decoder.decoder.context(seen.double())
+    return backbone.double(), decoder, decoder.decoder.context(memory.double())
 
 
 def scores(backbone: MaskVLM, decoder: TextDecoder, context: Context, row: int, text: tuple[int, ...]) -> Tensor:
@@ -85,29 +85,29 @@ def test_wide_beams_find_the_best_of_all_texts() -> None:
     """Three words, texts of up to three of them: 1 + 3 + 9 + 27 = 40."""
     backbone, decoder, context = build(5)
     texts = [text for count in range(4) for text in itertools.product(WORDS, repeat=count)]
-    found = decoder.search(backbone, context, 6, CLS, SEP, FORBIDDEN, beams=len(texts))
+    hypotheses = decoder.search(backbone, context, 6, CLS, SEP, FORBIDDEN, beams=len(texts))
     lengths = set()
     for row in range(6):
         value, best = max((mean(backbone, decoder, context, row, text), text) for text in texts)
-        assert written(found.token_BS[row].tolist()) == best
-        assert found.mean_B[row].item() == pytest.approx(value, abs=1e-5)
+        assert written(hypotheses.token_BS[row].tolist()) == best
+        assert hypotheses.mean_B[row].item() == pytest.approx(value, abs=1e-5)
         lengths.add(len(best))
     assert len(lengths) > 1, "choose another seed"
 
 
 def slow_search(best: Any, longest: int, beams: int) -> tuple[float, tuple[int, ...]]:
     """Beam search of one row over lists. best: of a text, the log probabilities of its next token."""
-    kept, ended = [(0.0, ())], list[tuple[float, tuple[int, ...]]]()
+    unfinished, ended = [(0.0, ())], list[tuple[float, tuple[int, ...]]]()
     for count in range(longest - 1):
         after: list[tuple[float, tuple[int, ...], int]] = []
-        for total, text in kept:
+        for total, text in unfinished:
             log_p_V = best(text)
             choice = (SEP,) if count == longest - 2 else (*WORDS, SEP)
             after += [(total + log_p_V[token].item(), text, token) for token in choice]
         after = sorted(after, key=lambda one: -one[0])[: beams - len(ended)]
         ended += [(total / (count + 1), text) for total, text, token in after if token == SEP]
-        kept = [(total, (*text, token)) for total, text, token in after if token != SEP]  # type: ignore[misc]
-        if not kept:
+        unfinished = [(total, (*text, token)) for total, text, token in after if token != SEP]  # type: ignore[misc]
+        if not unfinished:
             break
     return max(ended)
 
@@ -115,20 +115,20 @@ def slow_search(best: Any, longest: int, beams: int) -> tuple[float, tuple[int, 
 @pytest.mark.parametrize("beams", [1, 2, 3])
 def test_narrow_beams_equal_a_search_over_lists(beams: int) -> None:
     backbone, decoder, context = build(8)
-    found = decoder.search(backbone, context, 6, CLS, SEP, FORBIDDEN, beams)
+    hypotheses = decoder.search(backbone, context, 6, CLS, SEP, FORBIDDEN, beams)
     for row in range(6):
 
         def best(text: tuple[int, ...], row: int = row) -> Tensor:
             return scores(backbone, decoder, context, row, text)[-1]
 
         value, text = slow_search(best, 8, beams)
-        assert written(found.token_BS[row].tolist()) == text
-        assert found.mean_B[row].item() == pytest.approx(value, abs=1e-5)
+        assert written(hypotheses.token_BS[row].tolist()) == text
+        assert hypotheses.mean_B[row].item() == pytest.approx(value, abs=1e-5)
 
 
 def test_one_beam_takes_the_likeliest_token_each_time() -> None:
     backbone, decoder, context = build(8)
-    found = decoder.search(backbone, context, 6, CLS, SEP, FORBIDDEN)
+    hypotheses = decoder.search(backbone, context, 6, CLS, SEP, FORBIDDEN)
     for row in range(6):
         text: tuple[int, ...] = ()
         while len(text) < 6:
@@ -136,9 +136,9 @@ def test_one_beam_takes_the_likeliest_token_each_time() -> None:
             if token == SEP:
                 break
             text += (token,)
-        assert written(found.token_BS[row].tolist()) == text
+        assert written(hypotheses.token_BS[row].tolist()) == text
     more = decoder.search(backbone, context, 6, CLS, SEP, FORBIDDEN, beams=3)
-    assert not torch.equal(more.token_BS, found.token_BS), "choose another seed"
+    assert not torch.equal(more.token_BS, hypotheses.token_BS), "choose another seed"
 
 
 def test_a_text_without_end_is_ended_at_the_longest() -> None:

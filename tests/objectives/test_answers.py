@@ -12,8 +12,8 @@ from maskvlm.objectives.answers import ScoredExample, ScoredExamples, by_kind, m
 def scored(*rows: tuple[str, float | None, str, list[str]]) -> list[ScoredExample]:
     """Examples by (prediction, right, kind, answers)."""
     return [
-        ScoredExample(number, example(number, kind=kind, answers=answers), said, right)
-        for number, (said, right, kind, answers) in enumerate(rows)
+        ScoredExample(number, example(number, kind=kind, answers=answers), prediction, right)
+        for number, (prediction, right, kind, answers) in enumerate(rows)
     ]
 
 
@@ -22,8 +22,8 @@ def same(prediction: str, answers: list[str]) -> float | None:
 
 
 def test_truth_is_the_most_frequent_answer_and_the_first_of_equals() -> None:
-    given: list[list[str]] = [["b", "a", "a"], ["b", "a"], ["a"], []]
-    assert [one.truth for one in scored(*(("x", None, "", answers) for answers in given))] == ["a", "b", "a", ""]
+    answer_lists: list[list[str]] = [["b", "a", "a"], ["b", "a"], ["a"], []]
+    assert [one.truth for one in scored(*(("x", None, "", answers) for answers in answer_lists))] == ["a", "b", "a", ""]
 
 
 def test_a_line_of_predictions_holds_what_was_asked_and_said() -> None:
@@ -48,9 +48,9 @@ def test_percent_leaves_out_what_nobody_knows() -> None:
 
 
 def test_kinds_are_sorted_and_the_nameless_left_out() -> None:
-    found = by_kind(scored(("a", 1, "z", ["a"]), ("b", 1, "", ["a"]), ("c", 1, "k", ["a"]), ("d", 1, "z", ["a"])))
-    assert {kind: [one.prediction for one in part] for kind, part in found.items()} == {"k": ["c"], "z": ["a", "d"]}
-    assert list(found) == ["k", "z"]
+    groups = by_kind(scored(("a", 1, "z", ["a"]), ("b", 1, "", ["a"]), ("c", 1, "k", ["a"]), ("d", 1, "z", ["a"])))
+    assert {kind: [one.prediction for one in part] for kind, part in groups.items()} == {"k": ["c"], "z": ["a", "d"]}
+    assert list(groups) == ["k", "z"]
 
 
 def test_majority_answers_the_usual_of_each_kind() -> None:
@@ -69,15 +69,15 @@ def test_majority_is_judged_by_the_tasks_own_rule() -> None:
 
 
 def test_answers_come_back_in_the_order_of_the_split_and_once() -> None:
-    batch, found = example_batch(5), ScoredExamples()
-    found.add(take_examples(batch, 3, 5), ["d", "e"], [1.0, None])
-    found.add(take_examples(batch, 0, 3), ["a", "b", "c"], [0.0, 1.0, 1.0])
-    every = found.all()
+    batch, examples = example_batch(5), ScoredExamples()
+    examples.add(take_examples(batch, 3, 5), ["d", "e"], [1.0, None])
+    examples.add(take_examples(batch, 0, 3), ["a", "b", "c"], [0.0, 1.0, 1.0])
+    every = examples.all()
     assert [(one.row, one.prediction, one.correct) for one in every] == [
         (0, "a", 0.0), (1, "b", 1.0), (2, "c", 1.0), (3, "d", 1.0), (4, "e", None),
     ]  # fmt: skip
     assert [one.example["id"] for one in every] == [f"{1000 + number}" for number in range(5)]
-    assert found.all() == []
+    assert examples.all() == []
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz")), min_size=1))
@@ -86,5 +86,5 @@ def test_no_single_answer_to_a_kind_beats_the_majority(rows: list[tuple[str, str
     level = majority(whole, same)
     for one in "xyz":
         for other in "xyz":
-            said = {"a": one, "b": other}
-            assert 100 * sum(said[kind] == answer for kind, answer in rows) / len(rows) <= level + 1e-9
+            answer_by_kind = {"a": one, "b": other}
+            assert 100 * sum(answer_by_kind[kind] == answer for kind, answer in rows) / len(rows) <= level + 1e-9

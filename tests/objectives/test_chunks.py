@@ -53,12 +53,12 @@ def one_step(size: int | None, settings: dict[str, Any], progress: float = 1.0, 
 def test_losses_and_gradients_are_those_of_the_whole_batch(variant: str, size: int) -> None:
     """Of eight pairs with a hole, the same image twice and a caption of two images."""
     terms, grads, whole = one_step(None, VARIANTS[variant])
-    found_terms, found_grads, task = one_step(size, VARIANTS[variant])
-    assert list(found_terms) == list(terms)
-    torch.testing.assert_close(found_terms, terms, atol=1e-10, rtol=1e-10, check_dtype=False)
-    assert found_grads.keys() == grads.keys()
+    chunk_terms, chunk_grads, task = one_step(size, VARIANTS[variant])
+    assert list(chunk_terms) == list(terms)
+    torch.testing.assert_close(chunk_terms, terms, atol=1e-10, rtol=1e-10, check_dtype=False)
+    assert chunk_grads.keys() == grads.keys()
     largest = max(float(grad.abs().max()) for grad in grads.values())
-    torch.testing.assert_close(found_grads, grads, atol=1e-10 * largest, rtol=1e-10)
+    torch.testing.assert_close(chunk_grads, grads, atol=1e-10 * largest, rtol=1e-10)
     levels = task.chance_levels(8)
     assert levels == pytest.approx(whole.chance_levels(8))
 
@@ -68,9 +68,9 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(variant: str, size: i
 def test_the_phase_of_contrast_and_several_captions_too(progress: float, captions: int) -> None:
     settings = {"contrast_first": 0.5, "contrast_patches": 0.5}
     terms, grads, _ = one_step(None, settings, progress, captions)
-    found_terms, found_grads, _ = one_step(3, settings, progress, captions)
-    torch.testing.assert_close(found_terms, terms, atol=1e-10, rtol=1e-10, check_dtype=False)
-    torch.testing.assert_close(found_grads, grads, atol=1e-9, rtol=1e-8)
+    chunk_terms, chunk_grads, _ = one_step(3, settings, progress, captions)
+    torch.testing.assert_close(chunk_terms, terms, atol=1e-10, rtol=1e-10, check_dtype=False)
+    torch.testing.assert_close(chunk_grads, grads, atol=1e-9, rtol=1e-8)
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_itc": 0.0}, {"weight_itm": 0.0}], ids=str)
@@ -88,10 +88,10 @@ def test_retrieval_in_chunks_is_that_of_the_whole_batch(settings: dict[str, Any]
             sum(terms.values()).backward()
         return {name: term.detach() for name, term in terms.items()}, gradients(backbone, task)
 
-    (terms, grads), (found_terms, found_grads) = step(None), step(size)
-    torch.testing.assert_close(found_terms, terms, atol=1e-10, rtol=1e-10)
+    (terms, grads), (chunk_terms, chunk_grads) = step(None), step(size)
+    torch.testing.assert_close(chunk_terms, terms, atol=1e-10, rtol=1e-10)
     largest = max(float(grad.abs().max()) for grad in grads.values())
-    torch.testing.assert_close(found_grads, grads, atol=1e-10 * largest, rtol=1e-10)
+    torch.testing.assert_close(chunk_grads, grads, atol=1e-10 * largest, rtol=1e-10)
 
 
 def test_no_more_than_a_chunk_is_computed_at_once() -> None:
@@ -108,13 +108,15 @@ def test_no_more_than_a_chunk_is_computed_at_once() -> None:
     once = {"image": [3, 3, 2] * 2, "text": [3, 3, 3, 3, 3, 1], "cross": [9, 9, 6], "pixels": [3, 3, 2]}
     assert rows == once
     sum(terms.values()).backward()
-    assert {name: sorted(seen) for name, seen in rows.items()} == {n: sorted(2 * seen) for n, seen in once.items()}
+    assert {name: sorted(counts) for name, counts in rows.items()} == {
+        n: sorted(2 * counts) for n, counts in once.items()
+    }
 
 
 def test_what_is_kept_for_the_backward_pass_is_a_part() -> None:
     """Bytes that autograd holds between the two passes."""
 
-    def kept(size: int | None) -> int:
+    def saved_bytes(size: int | None) -> int:
         backbone, task = build()
         if size is not None:
             task.compute_in_chunks(size)
@@ -129,7 +131,7 @@ def test_what_is_kept_for_the_backward_pass_is_a_part() -> None:
         weights = {x.untyped_storage().data_ptr() for part in (backbone, task) for x in part.parameters()}
         return sum(size for place, size in held.items() if place not in weights)
 
-    assert kept(2) < 0.4 * kept(None)
+    assert saved_bytes(2) < 0.4 * saved_bytes(None)
 
 
 class Doubtful(PretrainingLoss):

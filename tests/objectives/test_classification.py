@@ -122,15 +122,15 @@ def test_kept_features_are_those_of_each_image(images: int, tmp_path: Path) -> N
     expected_BK = task.logits(backbone, batch, task.uniform)
     backbone.image.frozen_blocks = FrozenBlocks(backbone.image.vit, 1, str(tmp_path))
     backbone.image.frozen_blocks.open_cache("data", 4 * images)
-    kept = backbone.image.frozen_blocks.cache
-    assert kept is not None
+    feature_cache = backbone.image.frozen_blocks.cache
+    assert feature_cache is not None
     for _ in range(2):
         torch.testing.assert_close(task.logits(backbone, batch, task.uniform), expected_BK)
     whole = [0, 1, 3]
-    assert kept.written_R.reshape(4, images).all(1).nonzero()[0].tolist() == whole
+    assert feature_cache.written_R.reshape(4, images).all(1).nonzero()[0].tolist() == whole
     blank = batch._replace(image_BPCHW=torch.zeros_like(batch.image_BPCHW))
-    found_BK = task.logits(backbone, blank, task.uniform)  # what is kept is read, the images are not looked at
-    torch.testing.assert_close(found_BK[whole], expected_BK[whole])
+    logit_BK = task.logits(backbone, blank, task.uniform)  # what is kept is read, the images are not looked at
+    torch.testing.assert_close(logit_BK[whole], expected_BK[whole])
     blind = Classification(LABELS, images, image_ablation=True)
     blind.build(backbone)
     blind.head.load_state_dict(task.head.state_dict())
@@ -151,17 +151,17 @@ def test_what_could_not_be_read_weighs_nothing(holes: tuple[int, ...], monkeypat
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     backbone, task = build()
     batch = noise(holes=holes)
-    kept = [row for row in range(5) if row not in holes]
+    readable = [row for row in range(5) if row not in holes]
     loss = task(backbone, batch)["classification"]
     terms = []
-    for row in kept:
+    for row in readable:
         logits_1K = task.logits(backbone, take_examples(batch, row, row + 1), task.uniform)
         terms.append(-logits_1K.log_softmax(1)[0, row % 3].item())
     assert loss.item() == pytest.approx(sum(terms) / len(terms) if terms else 0.0, rel=1e-9)
     loss.backward()
     gradients = [parameter.grad for parameter in task.head.parameters() if parameter.grad is not None]
     assert len(gradients) == len(list(task.head.parameters()))
-    assert any(gradient.any() for gradient in gradients) == bool(kept)
+    assert any(gradient.any() for gradient in gradients) == bool(readable)
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
@@ -189,13 +189,13 @@ def test_measured_by_hand() -> None:
     batch = noise(6)
     unknown = {**batch.examples[5], "answers": []}
     batch = batch._replace(examples=(*batch.examples[:5], unknown))  # type: ignore[arg-type]
-    said = [LABELS[n] for n in task.logits(backbone, batch, task.uniform).argmax(1).tolist()]
+    predictions = [LABELS[n] for n in task.logits(backbone, batch, task.uniform).argmax(1).tolist()]
     for first, last in ((4, 6), (0, 4)):
         task.update(backbone, take_examples(batch, first, last))
-    found = task.compute(backbone)
-    right = [float(said[row] == LABELS[row % 3]) for row in range(5)]
+    metrics = task.compute(backbone)
+    right = [float(predictions[row] == LABELS[row % 3]) for row in range(5)]
     assert 0 < sum(right) < 5, "choose another seed"
-    assert found == pytest.approx(
+    assert metrics == pytest.approx(
         {
             "classification/accuracy": 100 * sum(right) / 5,
             "classification/accuracy_majority": 100 * 2 / 5,  # even: red, blue, green; odd: green, red
@@ -207,7 +207,7 @@ def test_measured_by_hand() -> None:
             "score": 100 * sum(right) / 5,
         }
     )
-    assert [one["prediction"] for one in task.predictions] == said
+    assert [one["prediction"] for one in task.predictions] == predictions
     assert [one["right"] for one in task.predictions] == [*right, None]
     assert task.compute(backbone)["classification/examples"] == 0
     assert task.predictions == []

@@ -21,6 +21,7 @@ from maskvlm.objectives.masking import mask_patches, mask_tokens
 from maskvlm.objectives.novelty import mean_patch
 from maskvlm.objectives.retrieval_metrics import recall
 from maskvlm.utils.distributed import Draw
+from maskvlm.utils.errors import UserError
 
 IMAGES = 7
 
@@ -116,7 +117,7 @@ def test_every_number_is_that_of_single_rows_with_the_partner_named() -> None:
     """Batches of four and three: their sums are joined, not their means. Blocks of 24 px do not divide 32."""
     backbone, task = build(mask_block=24)
     batch = several()
-    found = measured(task, backbone, batch, 4, 3)
+    metrics = measured(task, backbone, batch, 4, 3)
     sums: dict[str, list[Tensor]] = {}
     for rows in (torch.arange(4), torch.arange(4, 7)):
         assert batch.foreground_BHW is not None
@@ -127,9 +128,9 @@ def test_every_number_is_that_of_single_rows_with_the_partner_named() -> None:
             sums.setdefault(name, []).extend(values)
     assert len(sums) == 18
     for name, values in sums.items():
-        assert found[name] == pytest.approx(torch.cat(values).double().mean().item(), rel=1e-5), name
+        assert metrics[name] == pytest.approx(torch.cat(values).double().mean().item(), rel=1e-5), name
     others = ("_chance", "_gain")
-    measured_alone = {name for name in found if not name.endswith(others) and not name.startswith("retrieval/")}
+    measured_alone = {name for name in metrics if not name.endswith(others) and not name.startswith("retrieval/")}
     assert measured_alone == {*sums, "score"}
 
 
@@ -146,17 +147,17 @@ def test_levels_of_knowing_nothing() -> None:
     batch = several()
     text = tokens([[5, 5, 6]] * 8 + [[7]] * 6)
     batch = batch._replace(**text)
-    found = measured(task, backbone, batch, 4, 3)
-    assert found["mlm/accuracy_chance"] == pytest.approx(100 * 16 / 30)
+    metrics = measured(task, backbone, batch, 4, 3)
+    assert metrics["mlm/accuracy_chance"] == pytest.approx(100 * 16 / 30)
     shares = torch.tensor([16, 8, 6]) / 30
-    assert found["mlm/nats_chance"] == pytest.approx(-(shares * shares.log()).sum().item())
+    assert metrics["mlm/nats_chance"] == pytest.approx(-(shares * shares.log()).sum().item())
     errors = [part - part.mean((0, 2, 3), keepdim=True) for part in batch.image_BCHW.split(4)]
     error = torch.cat(errors)
-    assert found["mim/l1_chance"] == pytest.approx(error.abs().mean().item(), rel=1e-5)
-    assert found["mim/mse_chance"] == pytest.approx(error.square().mean().item(), rel=1e-5)
+    assert metrics["mim/l1_chance"] == pytest.approx(error.abs().mean().item(), rel=1e-5)
+    assert metrics["mim/mse_chance"] == pytest.approx(error.square().mean().item(), rel=1e-5)
     assert batch.foreground_BHW is not None
     things = batch.foreground_BHW[:, None].expand_as(error)
-    assert found["mim/object_l1_chance"] == pytest.approx(error[things].abs().mean().item(), rel=1e-5)
+    assert metrics["mim/object_l1_chance"] == pytest.approx(error[things].abs().mean().item(), rel=1e-5)
 
 
 def test_the_level_of_pixels_leaves_out_what_is_not_masked() -> None:
@@ -165,45 +166,45 @@ def test_the_level_of_pixels_leaves_out_what_is_not_masked() -> None:
     valid_B = torch.arange(IMAGES) != 2
     batch = several()
     batch = batch._replace(valid_B=valid_B, image_BCHW=(batch.image_BCHW + 2) * valid_B[:, None, None, None])
-    found = measured(task, backbone, batch, IMAGES)
+    metrics = measured(task, backbone, batch, IMAGES)
     patch = Slow(task, backbone, batch).masks.patch
     assert patch is not None
     assert not patch.weight_BK[valid_B].all()
     masked = patchify(batch.image_BCHW, PATCH)[patch.mask_BN].view(-1, 3)
     error = masked - masked.mean(0)
-    assert found["mim/l1_chance"] == pytest.approx(error.abs().mean().item(), rel=1e-5)
-    assert found["mim/mse_chance"] == pytest.approx(error.square().mean().item(), rel=1e-5)
+    assert metrics["mim/l1_chance"] == pytest.approx(error.abs().mean().item(), rel=1e-5)
+    assert metrics["mim/mse_chance"] == pytest.approx(error.square().mean().item(), rel=1e-5)
 
 
 def test_nothing_masked_is_no_number() -> None:
     backbone, task = build(text_mask_ratio=0.0, image_mask_ratio=0.0)
-    found = measured(task, backbone, several(), 4, 3)
-    assert math.isnan(found["mlm/nats"])
-    assert math.isnan(found["mim/mse_wrong_text"])
-    assert found["retrieval/ir_r10"] == 100
+    metrics = measured(task, backbone, several(), 4, 3)
+    assert math.isnan(metrics["mlm/nats"])
+    assert math.isnan(metrics["mim/mse_wrong_text"])
+    assert metrics["retrieval/ir_r10"] == 100
 
 
 def test_retrieval_is_measured_over_all_batches_at_once() -> None:
     backbone, task = build()
     batch = several()
-    found = measured(task, backbone, batch, 4, 3)
+    metrics = measured(task, backbone, batch, 4, 3)
     whole = measured(task, backbone, batch, 7)
-    names = [name for name in found if name.startswith("retrieval/")]
+    names = [name for name in metrics if name.startswith("retrieval/")]
     assert len(names) == 12 + 6 + 2
-    assert (found["retrieval/pictures"], found["retrieval/captions"]) == (IMAGES, 2 * IMAGES)
-    assert found["retrieval/ir_r5_chance"] == pytest.approx(100 * 5 / 7)
-    assert found["retrieval/tr_r1_chance"] == pytest.approx(100 * 1 / 7)
-    parts = [found[name] for name in ("retrieval/tr_r1", "retrieval/ir_r1", "mlm/accuracy")]
-    assert found["score"] == pytest.approx(sum(parts) / 3)
-    assert {name: found[name] for name in names} == {name: whole[name] for name in names}
+    assert (metrics["retrieval/pictures"], metrics["retrieval/captions"]) == (IMAGES, 2 * IMAGES)
+    assert metrics["retrieval/ir_r5_chance"] == pytest.approx(100 * 5 / 7)
+    assert metrics["retrieval/tr_r1_chance"] == pytest.approx(100 * 1 / 7)
+    parts = [metrics[name] for name in ("retrieval/tr_r1", "retrieval/ir_r1", "mlm/accuracy")]
+    assert metrics["score"] == pytest.approx(sum(parts) / 3)
+    assert {name: metrics[name] for name in names} == {name: whole[name] for name in names}
     with torch.no_grad():
         image_BE = task.projection.embed_image(backbone.image(batch.image_BCHW))
         text_CE = task.projection.embed_text(backbone.text(batch.token_CT, batch.attention_CT), batch.attention_CT)
     relevant_BC = batch.owner_C == torch.arange(IMAGES)[:, None]
     for k, value in recall(image_BE @ text_CE.T, relevant_BC).items():
-        assert found[f"retrieval/itc_tr_r{k}"] == value
+        assert metrics[f"retrieval/itc_tr_r{k}"] == value
     for k, value in recall(text_CE @ image_BE.T, relevant_BC.T).items():
-        assert found[f"retrieval/itc_ir_r{k}"] == value
+        assert metrics[f"retrieval/itc_ir_r{k}"] == value
 
 
 def test_features_of_the_images_are_kept_for_the_checkpoint() -> None:
@@ -225,6 +226,38 @@ def test_without_anything_to_choose_a_checkpoint_by_there_is_no_score() -> None:
     backbone, task = build(weight_itc=0.0, weight_mlm=0.0, weight_mim=0.0)
     task.update(backbone, several())
     assert "score" not in task.compute(backbone)
+    # Of a run the latest checkpoint is the best: it rises, so that none is kept for ever and patience does not end it.
+    for task.run_progress in (0.25, 0.5):
+        task.update(backbone, several())
+        assert task.compute(backbone)["score"] == task.run_progress
+
+
+def test_an_evaluation_that_was_broken_off_leaves_nothing_behind() -> None:
+    backbone, task = build()
+    task.update(backbone, several())
+    whole = task.compute(backbone)
+    task.update(backbone, several())
+    task.begin_evaluation()
+    task.update(backbone, several())
+    assert task.compute(backbone) == whole
+    for _ in range(2):
+        task.update(backbone, several())
+    with pytest.raises(UserError, match=r"taken in twice since the last `compute`\. Call task\.begin_evaluation"):
+        task.compute(backbone)
+
+
+def test_the_sample_of_known_images_is_in_the_order_of_the_split() -> None:
+    """Whichever process encoded what."""
+    backbone, task = build()
+    batch, later = several(), several()
+    later = later._replace(index_B=later.index_B + 100)
+    samples = []
+    for batches in ((batch, later), (later, batch)):
+        for each in batches:
+            task.update(backbone, each._replace(image_BCHW=each.image_BCHW + each.index_B[0] / 100))
+        task.compute(backbone)
+        samples.append(task.measure.known_images)
+    assert torch.equal(*samples)
 
 
 def test_metrics_start_anew_after_they_were_computed() -> None:
@@ -250,9 +283,9 @@ def test_every_checkpoint_is_asked_the_same() -> None:
 
 def test_a_batch_of_one_image_has_no_wrong_partner() -> None:
     backbone, task = build()
-    found = measured(task, backbone, several(), 1)
-    assert not [name for name in found if "wrong" in name]
-    assert {"mlm/accuracy", "mlm/nats_no_image", "mim/mse", "mim/mse_no_text"} < found.keys()
+    metrics = measured(task, backbone, several(), 1)
+    assert not [name for name in metrics if "wrong" in name]
+    assert {"mlm/accuracy", "mlm/nats_no_image", "mim/mse", "mim/mse_no_text"} < metrics.keys()
     six_and_one, six = measured(task, backbone, several(), 6, 1), measured(task, backbone, several(), 6)
     assert six_and_one["mim/mse_wrong_text"] == six["mim/mse_wrong_text"]
     assert six_and_one["mim/mse"] != six["mim/mse"]
@@ -261,24 +294,24 @@ def test_a_batch_of_one_image_has_no_wrong_partner() -> None:
 @pytest.mark.parametrize("left_out", ["itc", "itm", "mlm", "mim"])
 def test_a_weight_of_zero_leaves_out_its_metrics(left_out: str) -> None:
     backbone, task = build(**{f"weight_{left_out}": 0.0})
-    found = measured(task, backbone, several()._replace(foreground_BHW=None), 4, 3)
+    metrics = measured(task, backbone, several()._replace(foreground_BHW=None), 4, 3)
     keys = {"itc": "retrieval/itc_tr_r1", "itm": "retrieval/tr_r1", "mlm": "mlm/nats", "mim": "mim/mse"}
     for name, key in keys.items():
-        assert (key in found) == (name != left_out and (left_out, name) != ("itc", "itm"))
-    assert not [name for name in found if "object" in name]
+        assert (key in metrics) == (name != left_out and (left_out, name) != ("itc", "itm"))
+    assert not [name for name in metrics if "object" in name]
     if left_out == "itc":
-        assert found["score"] == pytest.approx(-found["mlm/nats"] - found["mim/l1"])
+        assert metrics["score"] == pytest.approx(-metrics["mlm/nats"] - metrics["mim/l1"])
     elif left_out == "itm":
-        parts = [found[name] for name in ("retrieval/itc_tr_r1", "retrieval/itc_ir_r1", "mlm/accuracy")]
-        assert found["score"] == pytest.approx(sum(parts) / 3)
+        parts = [metrics[name] for name in ("retrieval/itc_tr_r1", "retrieval/itc_ir_r1", "mlm/accuracy")]
+        assert metrics["score"] == pytest.approx(sum(parts) / 3)
     elif left_out == "mlm":
-        assert found["score"] == (found["retrieval/tr_r1"] + found["retrieval/ir_r1"]) / 2
+        assert metrics["score"] == (metrics["retrieval/tr_r1"] + metrics["retrieval/ir_r1"]) / 2
 
 
 def test_without_a_masked_word_the_score_is_recall_alone() -> None:
     backbone, task = build(text_mask_ratio=0.0)
-    found = measured(task, backbone, several(), 4, 3)
-    assert found["score"] == (found["retrieval/tr_r1"] + found["retrieval/ir_r1"]) / 2
+    metrics = measured(task, backbone, several(), 4, 3)
+    assert metrics["score"] == (metrics["retrieval/tr_r1"] + metrics["retrieval/ir_r1"]) / 2
 
 
 # ---------------------------------------------------------------------- partners that can be seen
@@ -291,8 +324,8 @@ class Teller(nn.Module):
         return Context([partner], None, None)  # type: ignore[list-item]
 
     def forward(self, own: Tensor, context: Context, attention: Tensor | None = None) -> CrossOutput:
-        seen: Any = context.blocks[0] if context.index_B is None else context.blocks[0][context.index_B]
-        return CrossOutput(seen[:, :1].expand(-1, own.shape[1], -1), seen[:, 0])
+        partner: Any = context.blocks[0] if context.index_B is None else context.blocks[0][context.index_B]
+        return CrossOutput(partner[:, :1].expand(-1, own.shape[1], -1), partner[:, 0])
 
 
 def telling_world() -> tuple[Any, Any, Batch]:
@@ -341,18 +374,18 @@ def test_a_model_that_says_what_its_partner_shows() -> None:
     task, backbone, batch = telling_world()
     measure = PretrainingMetrics(4)
     measure.update(task, backbone, batch)
-    found = measure.compute(task, backbone)
-    assert (found["mlm/accuracy"], found["mlm/accuracy_wrong_image"], found["mlm/accuracy_no_image"]) == (
+    metrics = measure.compute(task, backbone)
+    assert (metrics["mlm/accuracy"], metrics["mlm/accuracy_wrong_image"], metrics["mlm/accuracy_no_image"]) == (
         100,
         0,
         0,
     )
-    assert found["mlm/nats"] == pytest.approx(0, abs=1e-6)
-    assert found["mlm/nats_wrong_image"] == pytest.approx(50)
-    assert found["mim/l1"] == 0
-    assert found["mim/l1_wrong_text"] == (1 + 1 + 1 + 3) / 4  # colours 5 6 7 8 read as 6 7 8 5
-    assert found["mim/mse_wrong_text"] == (1 + 1 + 1 + 9) / 4
-    assert found["mim/l1_no_text"] == pytest.approx((5 + 6 + 7 + 8) / 4 - SEP)  # the word after the start is the end
+    assert metrics["mlm/nats"] == pytest.approx(0, abs=1e-6)
+    assert metrics["mlm/nats_wrong_image"] == pytest.approx(50)
+    assert metrics["mim/l1"] == 0
+    assert metrics["mim/l1_wrong_text"] == (1 + 1 + 1 + 3) / 4  # colours 5 6 7 8 read as 6 7 8 5
+    assert metrics["mim/mse_wrong_text"] == (1 + 1 + 1 + 9) / 4
+    assert metrics["mim/l1_no_text"] == pytest.approx((5 + 6 + 7 + 8) / 4 - SEP)  # the word after the start is the end
 
 
 # ---------------------------------------------------------------------- parts

@@ -19,16 +19,16 @@ def drawn(
 ) -> tuple[Tensor, Tensor]:
     draw = Draw(seed, 0, "cpu")
     parts = torch.tensor(token), torch.tensor(special).bool(), torch.tensor(word)
-    found = exchange_words(*parts, WORDS, draw(len(token), len(token[0]), len(token[0])))
-    return found.token_CT, found.changed_C
+    exchange = exchange_words(*parts, WORDS, draw(len(token), len(token[0]), len(token[0])))
+    return exchange.token_CT, exchange.changed_C
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(0, 99))
 def test_two_words_change_places_and_the_rest_stays(rows: list[list[int]], seed: int) -> None:
     special = [[1, 0, 0, 0, 1]] * len(rows)
-    found, changed = drawn(rows, special, [[-1, 0, 1, 2, -1]] * len(rows), seed)
-    for before, after, did in zip(rows, found.tolist(), changed.tolist(), strict=True):
+    tokens, changed = drawn(rows, special, [[-1, 0, 1, 2, -1]] * len(rows), seed)
+    for before, after, did in zip(rows, tokens.tolist(), changed.tolist(), strict=True):
         assert sorted(before) == sorted(after)
         assert (before[0], before[-1]) == (after[0], after[-1])
         assert did == (len(set(before[1:-1])) > 1)
@@ -37,16 +37,16 @@ def test_two_words_change_places_and_the_rest_stays(rows: list[list[int]], seed:
 
 def test_words_of_one_kind_change_places_far_more_often() -> None:
     token, special, word = [[0, 1, 5, 0]] * 400, [[0, 0, 0, 1]] * 400, [[0, 1, 2, -1]] * 400
-    found, changed = drawn(token, special, word)
+    tokens, changed = drawn(token, special, word)
     assert changed.all()
-    assert (found[:, 2] == 5).float().mean() > 0.95
+    assert (tokens[:, 2] == 5).float().mean() > 0.95
 
 
 def test_pieces_of_a_longer_word_stay() -> None:
     """Tokens 1 and 2 are one word: 0 and 3 are left."""
-    found, changed = drawn([[0, 1, 2, 3]] * 50, [[0, 0, 0, 0]] * 50, [[0, 1, 1, 2]] * 50)
+    tokens, changed = drawn([[0, 1, 2, 3]] * 50, [[0, 0, 0, 0]] * 50, [[0, 1, 1, 2]] * 50)
     assert changed.all()
-    assert (found == torch.tensor([3, 1, 2, 0])).all()
+    assert (tokens == torch.tensor([3, 1, 2, 0])).all()
 
 
 def test_exchanged_captions_take_the_place_of_hard_ones() -> None:
@@ -61,8 +61,8 @@ def test_exchanged_captions_take_the_place_of_hard_ones() -> None:
     exchanged = task.exchanged
     assert exchanged is not None
     assert exchanged.changed_C.tolist() == [True, False, True, True]
-    assert task.found is not None
-    texts, images = task.found
+    assert task.last_negatives is not None
+    texts, images = task.last_negatives
 
     def read(token_T: Tensor, row: int) -> Tensor:
         token_1T = token_T[batch.attention_CT[row]][None]
@@ -92,13 +92,13 @@ def test_exchanged_captions_take_the_place_of_hard_ones() -> None:
 
 
 def test_no_other_loss_reads_them() -> None:
-    batch, found = each_token_a_word(eventful_batch()), {}
+    batch, terms_by_share = each_token_a_word(eventful_batch()), {}
     for share in (0.0, 1.0):
         backbone, task = build(exchanged_share=share)
-        found[share] = {name: term.item() for name, term in task(backbone, batch).items()}
-    matching = [terms.pop("itm") for terms in found.values()]
+        terms_by_share[share] = {name: term.item() for name, term in task(backbone, batch).items()}
+    matching = [terms.pop("itm") for terms in terms_by_share.values()]
     assert matching[0] != pytest.approx(matching[1])
-    assert found[1.0] == pytest.approx(found[0.0])
+    assert terms_by_share[1.0] == pytest.approx(terms_by_share[0.0])
 
 
 def test_a_small_share_is_one_image_and_counts_without_another_negative() -> None:

@@ -98,8 +98,8 @@ def test_statistics_are_kept_with_the_checkpoint(tmp_path: Path) -> None:
     blind = model.task.blind
     assert isinstance(blind, ImageAblation)
     assert blind.seen == 3
-    kept = read_start(str(path)).heads
-    assert torch.equal(kept["blind.mean_C"], blind.mean_C)
+    heads = read_start(str(path)).heads
+    assert torch.equal(heads["blind.mean_C"], blind.mean_C)
     again = LitModel(bare_backbone(path), Entailment(LABELS, image_ablation=True)).task.blind
     assert isinstance(again, ImageAblation)
     for name, value in blind.state_dict().items():

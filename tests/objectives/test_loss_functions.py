@@ -151,11 +151,11 @@ def test_soft_contrast_is_contrast_where_each_image_has_one_caption() -> None:
         part = {name: inputs[name][rows] for name in ("image_BD", "text_BD", "own_B", "excluded_BG", "weight_B")}
         expected = contrastive(**{**inputs, **part})
         sees = ContrastTargets(torch.eye(6, dtype=torch.bool)[rows], excluded_BG[rows])
-        found = soft_contrastive(
+        loss = soft_contrastive(
             part["image_BD"], part["text_BD"], inputs["image_GD"], inputs["text_GD"], inputs["scale"],
             sees, sees, part["weight_B"], part["weight_B"], inputs["count"], inputs["count"],
         )  # fmt: skip
-        assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_soft_cross_entropy_leaves_out_excluded_columns() -> None:
@@ -197,8 +197,8 @@ def test_masked_pixel() -> None:
     d = (predicted_BKP - target_BKP).double().numpy()[weight_BK.bool().numpy()]
     smooth = np.where(np.abs(d) < 1, d**2 / 2, np.abs(d) - 0.5)
     for kind, error in (("l1", np.abs(d)), ("squared", d**2), ("smooth_l1", smooth)):
-        found = masked_pixel(predicted_BKP, target_BKP, weight_BK, weight_BK.sum(), kind)  # type: ignore[arg-type]
-        assert found.item() == pytest.approx(error.mean(), rel=1e-6)
+        loss = masked_pixel(predicted_BKP, target_BKP, weight_BK, weight_BK.sum(), kind)  # type: ignore[arg-type]
+        assert loss.item() == pytest.approx(error.mean(), rel=1e-6)
     assert masked_pixel(predicted_BKP, target_BKP, weight_BK, weight_BK.sum()).item() == pytest.approx(np.abs(d).mean())
 
 
@@ -327,10 +327,10 @@ def test_words_present_is_noisy_or() -> None:
     logits = torch.tensor([[[2.0, -1.0, 0.5], [0.0, -3.0, 1.0]], [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]])
     words = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
     p = logits[0].sigmoid().double()
-    shown = 1 - (1 - p[0]) * (1 - p[1])
-    expected = -(shown[0].log() + (1 - shown[1]).log() + shown[2].log()) / 2
-    found = words_present(logits, words, torch.tensor([1.0, 0.0]), torch.tensor(1.0))
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    present = 1 - (1 - p[0]) * (1 - p[1])
+    expected = -(present[0].log() + (1 - present[1]).log() + present[2].log()) / 2
+    loss = words_present(logits, words, torch.tensor([1.0, 0.0]), torch.tensor(1.0))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_word_that_is_there_and_denied_has_its_gradient() -> None:

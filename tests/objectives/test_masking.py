@@ -52,9 +52,9 @@ def words(
     return mask_tokens(text["token_CT"], text["special_CT"], text["word_CT"], ratio, noise, MASK, VOCAB, 11, **options)
 
 
-def assert_positions(mask: Tensor, found: PatchMask | TokenMask) -> None:
+def assert_positions(mask: Tensor, outcome: PatchMask | TokenMask) -> None:
     """index, weight: each masked position once with weight 1, the rest visible with weight 0."""
-    index, weight = (found.index_CK, found.weight_CK) if isinstance(found, TokenMask) else found[1:3]
+    index, weight = (outcome.index_CK, outcome.weight_CK) if isinstance(outcome, TokenMask) else outcome[1:3]
     for row, places, weights in zip(mask, index, weight, strict=True):
         assert sorted(places[weights == 1].tolist()) == row.nonzero().flatten().tolist()
         assert not row[places[weights == 0]].any()
@@ -107,15 +107,15 @@ def test_patch_masks_for_every_grid(
     grid: tuple[int, int], block: int, ratio: float, valid: list[bool], seed: int
 ) -> None:
     valid_B = torch.tensor(valid)
-    found = mask_patches(valid_B, grid, block, ratio, Noise(seed))
-    assert_positions(found.mask_BN, found)
-    assert not found.mask_BN[~valid_B].any()
+    patch_mask = mask_patches(valid_B, grid, block, ratio, Noise(seed))
+    assert_positions(patch_mask.mask_BN, patch_mask)
+    assert not patch_mask.mask_BN[~valid_B].any()
     rows, cols = -(-grid[0] // block), -(-grid[1] // block)
-    most = max([int((~mask_N).sum()) for mask_N in found.mask_BN[valid_B]], default=0)
-    assert most <= (found.visible or 0) <= grid[0] * grid[1]
+    most = max([int((~mask_N).sum()) for mask_N in patch_mask.mask_BN[valid_B]], default=0)
+    assert most <= (patch_mask.visible or 0) <= grid[0] * grid[1]
     if grid[0] % block == grid[1] % block == 0:
-        assert most == found.visible or not valid_B.any()
-    for mask_N in found.mask_BN[valid_B]:
+        assert most == patch_mask.visible or not valid_B.any()
+    for mask_N in patch_mask.mask_BN[valid_B]:
         blocks = [part for strip in mask_N.view(grid).split(block, 0) for part in strip.split(block, 1)]
         assert all(part.all() or not part.any() for part in blocks)
         assert sum(bool(part.any()) for part in blocks) == count_masked(rows * cols, ratio)
@@ -125,14 +125,14 @@ def test_patch_masks_for_every_grid(
 def test_some_images_are_masked_as_a_whole(rows: int, ratio: float, seed: int) -> None:
     """The others as without; which ones follows from one number each, drawn after those of the blocks."""
     valid_B = torch.arange(rows) != 3
-    found = mask_patches(valid_B, (5, 5), 2, ratio, Noise(seed), fully_masked=0.4)
+    patch_mask = mask_patches(valid_B, (5, 5), 2, ratio, Noise(seed), fully_masked=0.4)
     noise = Noise(seed)
     usual = mask_patches(valid_B, (5, 5), 2, ratio, noise)
     whole_B = (noise(rows) < 0.4) & valid_B
-    assert found.mask_BN[whole_B].all()
-    assert torch.equal(found.mask_BN[~whole_B], usual.mask_BN[~whole_B])
-    assert found.visible == usual.visible
-    assert_positions(found.mask_BN, found)
+    assert patch_mask.mask_BN[whole_B].all()
+    assert torch.equal(patch_mask.mask_BN[~whole_B], usual.mask_BN[~whole_B])
+    assert patch_mask.visible == usual.visible
+    assert_positions(patch_mask.mask_BN, patch_mask)
 
 
 @settings(max_examples=40, deadline=None)
@@ -141,12 +141,12 @@ def test_every_image_may_have_a_share_of_its_own(shares: list[float], block: int
     """Which blocks follows from the same numbers as with one share for all."""
     valid_B = torch.ones(len(shares), dtype=torch.bool)
     ratio = Ratio(torch.tensor(shares)[:, None], max(shares), min(shares))
-    found = mask_patches(valid_B, (6, 6), block, ratio, Noise(seed))
-    assert_positions(found.mask_BN, found)
+    patch_mask = mask_patches(valid_B, (6, 6), block, ratio, Noise(seed))
+    assert_positions(patch_mask.mask_BN, patch_mask)
     for row, share in enumerate(shares):
         alone = mask_patches(valid_B, (6, 6), block, share, Noise(seed))
-        assert torch.equal(found.mask_BN[row], alone.mask_BN[row])
-    assert found.visible == int((~found.mask_BN).sum(1).max())
+        assert torch.equal(patch_mask.mask_BN[row], alone.mask_BN[row])
+    assert patch_mask.visible == int((~patch_mask.mask_BN).sum(1).max())
 
 
 def test_drawn_blocks_are_of_every_size_in_training_alone() -> None:
@@ -154,9 +154,9 @@ def test_drawn_blocks_are_of_every_size_in_training_alone() -> None:
     masking.check(8)
     measured = masking(valid_B, (4, 4), 8, Noise(), False).mask_BN
     assert torch.equal(measured, RandomBlocks(0.5, 8)(valid_B, (4, 4), 8, Noise(), False).mask_BN)
-    found = masking(valid_B, (4, 4), 8, Noise(), True)
-    assert_positions(found.mask_BN, found)
-    count_S = torch.bincount(found.mask_BN.sum(1), minlength=17)
+    patch_mask = masking(valid_B, (4, 4), 8, Noise(), True)
+    assert_positions(patch_mask.mask_BN, patch_mask)
+    count_S = torch.bincount(patch_mask.mask_BN.sum(1), minlength=17)
     # shares from 4 to 12 of 16, evenly, rounded: half as many at both ends
     assert count_S[4:13].sum() == 4000
     expected = torch.tensor([250.0, *[500.0] * 7, 250.0])
@@ -172,9 +172,9 @@ def test_drawn_tokens_are_of_every_size_in_training_alone() -> None:
     )
     measured = masking(texts, vocabulary, Noise())
     assert torch.equal(measured.mask_CT, RandomTokens(0.5)(texts, vocabulary, Noise()).mask_CT)
-    found = masking(texts._replace(training=True), vocabulary, Noise())
-    assert_positions(found.mask_CT, found)
-    count_S = torch.bincount(found.mask_CT.sum(1), minlength=9)
+    token_mask = masking(texts._replace(training=True), vocabulary, Noise())
+    assert_positions(token_mask.mask_CT, token_mask)
+    count_S = torch.bincount(token_mask.mask_CT.sum(1), minlength=9)
     expected = torch.tensor([500.0, 1000, 1000, 1000, 500])
     assert count_S[2:7].sum() == 4000
     assert ((count_S[2:7] - expected) ** 2 / expected).sum() < 18.5  # chi-square, four degrees of freedom
@@ -209,15 +209,15 @@ def chosen(rows: list[list[int]], training: bool = True, **settings: Any) -> tup
 def test_chosen_phrases_are_masked_alone_and_other_texts_as_always() -> None:
     # A phrase; one of which the second word is missing; two phrases; a phrase at the end; none.
     rows = [[5, 11, 12, 6, 7], [5, 11, 6, 12, 7], [13, 5, 11, 12, 6], [5, 6, 7, 11, 12], [5, 6, 7, 8, 9]]
-    found, usual = chosen(rows)
-    assert_positions(found.mask_CT, found)
-    inner_CT = found.mask_CT[:, 1:-1].int().tolist()
+    token_mask, usual = chosen(rows)
+    assert_positions(token_mask.mask_CT, token_mask)
+    inner_CT = token_mask.mask_CT[:, 1:-1].int().tolist()
     assert [inner_CT[row] for row in (0, 2, 3)] == [[0, 1, 1, 0, 0], [1, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
     for row in (1, 4):
-        assert torch.equal(found.mask_CT[row], usual.mask_CT[row])
-        assert torch.equal(found.token_CT[row], usual.token_CT[row])
+        assert torch.equal(token_mask.mask_CT[row], usual.mask_CT[row])
+        assert torch.equal(token_mask.token_CT[row], usual.token_CT[row])
     parts = whole_words(rows)
-    assert torch.equal(found.token_CT, parts["token_CT"].masked_fill(found.mask_CT, MASK))
+    assert torch.equal(token_mask.token_CT, parts["token_CT"].masked_fill(token_mask.mask_CT, MASK))
 
 
 def test_behind_a_space_a_phrase_may_have_other_tokens() -> None:
@@ -225,9 +225,9 @@ def test_behind_a_space_a_phrase_may_have_other_tokens() -> None:
     parts = whole_words([[11, 12, 5, 6, 7], [5, 14, 12, 6, 7], [5, 11, 6, 12, 14]])
     texts = Texts(parts["token_CT"], parts["special_CT"], parts["word_CT"], training=True)
     vocabulary = Vocabulary(MASK, VOCAB, 7, lambda words: [14, 12] if words[0] == " " else [11, 12])
-    found = ChosenPhrases(["left of"], ratio=0.5)(texts, vocabulary, Noise())
-    assert found.mask_CT[:2, 1:-1].int().tolist() == [[1, 1, 0, 0, 0], [0, 1, 1, 0, 0]]
-    assert torch.equal(found.mask_CT[2], RandomTokens(0.5)(texts, vocabulary, Noise()).mask_CT[2])
+    token_mask = ChosenPhrases(["left of"], ratio=0.5)(texts, vocabulary, Noise())
+    assert token_mask.mask_CT[:2, 1:-1].int().tolist() == [[1, 1, 0, 0, 0], [0, 1, 1, 0, 0]]
+    assert torch.equal(token_mask.mask_CT[2], RandomTokens(0.5)(texts, vocabulary, Noise()).mask_CT[2])
 
 
 def test_a_part_of_a_word_is_no_phrase() -> None:
@@ -236,47 +236,47 @@ def test_a_part_of_a_word_is_no_phrase() -> None:
     parts["word_CT"][1, 1:-1] = torch.tensor([0, 1, 1, 2, 3])
     parts["word_CT"][2, 1:-1] = torch.tensor([0, 0, 1, 2, 3])
     texts = Texts(parts["token_CT"], parts["special_CT"], parts["word_CT"], training=True)
-    found = ChosenPhrases(["above"], ratio=0.5).phrases_in(texts, [tuple(ids("above"))])
-    assert found[:, 1:-1].int().tolist() == [[0, 1, 0, 0, 0], [0] * 5, [0] * 5]
+    phrase_CT = ChosenPhrases(["above"], ratio=0.5).phrases_in(texts, [tuple(ids("above"))])
+    assert phrase_CT[:, 1:-1].int().tolist() == [[0, 1, 0, 0, 0], [0] * 5, [0] * 5]
 
 
 def test_shares_that_are_none_are_refused_by_every_masking() -> None:
-    for make, told in (
+    for make, message in (
         (lambda: RandomTokens(30), "text_masking.ratio: 30 is no share"),
         (lambda: RandomTokens(0.6, 0.2), "text_masking: most 0.2 is below ratio 0.6"),
         (lambda: ChosenPhrases(["above"], ratio=0.5, most=0.3), "text_masking: most 0.3 is below"),
         (lambda: RandomBlocks(60), "image_masking.ratio: 60 is no share"),
         (lambda: RandomBlocks(0.6, whole=math.nan), "image_masking.whole: nan is no share"),
     ):
-        with pytest.raises(UserError, match=f"model.task.{told}"):
+        with pytest.raises(UserError, match=f"model.task.{message}"):
             make()
 
 
 def test_chosen_phrases_may_count_more() -> None:
     rows = [[5, 11, 12, 6, 7], [5, 6, 7, 8, 9]]
-    found, plain = chosen(rows, weight=3.0)[0], chosen(rows)[0]
-    assert torch.equal(found.weight_CK, plain.weight_CK * torch.tensor([[3.0], [1.0]]))
-    assert all(torch.equal(*pair) for pair in zip(found[:3], plain[:3], strict=True))
+    token_mask, plain = chosen(rows, weight=3.0)[0], chosen(rows)[0]
+    assert torch.equal(token_mask.weight_CK, plain.weight_CK * torch.tensor([[3.0], [1.0]]))
+    assert all(torch.equal(*pair) for pair in zip(token_mask[:3], plain[:3], strict=True))
 
 
 def test_chosen_phrases_are_for_training_alone() -> None:
-    found, usual = chosen([[5, 11, 12, 6, 7]] * 3, training=False)
-    assert all(torch.equal(*pair) for pair in zip(found, usual, strict=True))
+    token_mask, usual = chosen([[5, 11, 12, 6, 7]] * 3, training=False)
+    assert all(torch.equal(*pair) for pair in zip(token_mask, usual, strict=True))
 
 
 def test_phrases_that_no_text_can_hold_are_passed_over() -> None:
-    found, usual = chosen([[5, 11, 12, 6, 7]] * 3, phrases=["[SEP]", "a very long phrase"])
-    assert torch.equal(found.mask_CT, usual.mask_CT)
-    assert torch.equal(found.token_CT, usual.token_CT)
+    token_mask, usual = chosen([[5, 11, 12, 6, 7]] * 3, phrases=["[SEP]", "a very long phrase"])
+    assert torch.equal(token_mask.mask_CT, usual.mask_CT)
+    assert torch.equal(token_mask.token_CT, usual.token_CT)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5])
 def test_a_phrase_is_masked_whole_however_long_the_other_texts_are(ratio: float) -> None:
     for others in ([], [[5, 6, 7, 8, 9, 13, 14, 5, 6, 7, 8, 9]]):
-        found, _ = chosen([[5, 11, 12, 6, 7], *others], ratio=ratio)
-        assert found.mask_CT[0, :7].tolist() == [False, False, True, True, False, False, False]
-        assert found.weight_CK[0].tolist()[:2] == [1.0, 1.0]
-        assert found.index_CK[0].tolist()[:2] == [2, 3]
+        token_mask, _ = chosen([[5, 11, 12, 6, 7], *others], ratio=ratio)
+        assert token_mask.mask_CT[0, :7].tolist() == [False, False, True, True, False, False, False]
+        assert token_mask.weight_CK[0].tolist()[:2] == [1.0, 1.0]
+        assert token_mask.index_CK[0].tolist()[:2] == [2, 3]
 
 
 def test_a_phrase_that_the_tokenizer_does_not_know_is_refused() -> None:
@@ -285,8 +285,8 @@ def test_a_phrase_that_the_tokenizer_does_not_know_is_refused() -> None:
 
 
 def test_a_share_of_the_texts_with_a_phrase() -> None:
-    found, _ = chosen([[5, 11, 12, 6, 7, 8]] * 4000, share=0.25)
-    alone_C = (found.mask_CT[:, 1:-1] == torch.tensor([0, 1, 1, 0, 0, 0]).bool()).all(1)
+    token_mask, _ = chosen([[5, 11, 12, 6, 7, 8]] * 4000, share=0.25)
+    alone_C = (token_mask.mask_CT[:, 1:-1] == torch.tensor([0, 1, 1, 0, 0, 0]).bool()).all(1)
     # of the others, which mask three of six, none masks these two alone
     assert abs(int(alone_C.sum()) - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5
 
@@ -295,23 +295,23 @@ def test_of_several_maskings_of_a_text_the_first_alone() -> None:
     parts = whole_words([[5, 11, 12, 6, 7, 8]] * 6)
     texts = Texts(parts["token_CT"], parts["special_CT"], parts["word_CT"], masks_per_text=3, training=True)
     masking, vocabulary = ChosenPhrases(["left of"], ratio=0.5), Vocabulary(MASK, VOCAB, 8, ids)
-    found, usual = masking(texts, vocabulary, Noise()), RandomTokens(0.5)(texts, vocabulary, Noise())
+    token_mask, usual = masking(texts, vocabulary, Noise()), RandomTokens(0.5)(texts, vocabulary, Noise())
     alone_T = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0]).bool()
     for row in range(6):
-        assert torch.equal(found.mask_CT[row], usual.mask_CT[row] if row % 3 else alone_T)
+        assert torch.equal(token_mask.mask_CT[row], usual.mask_CT[row] if row % 3 else alone_T)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(10, 14), min_size=1, max_size=9), min_size=1, max_size=4), ratios)
 def test_no_more_is_masked_than_is_read(rows: list[list[int]], ratio: float) -> None:
-    found, _ = chosen(rows, ratio=ratio)
-    assert_positions(found.mask_CT, found)
+    token_mask, _ = chosen(rows, ratio=ratio)
+    assert_positions(token_mask.mask_CT, token_mask)
     length = max(map(len, rows)) + 2
-    assert found.index_CK.shape[1] == max(2, count_masked(length, ratio))  # 2: of "left of"
+    assert token_mask.index_CK.shape[1] == max(2, count_masked(length, ratio))  # 2: of "left of"
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"phrases": []}, ": phrases \\[\\] are no list of words"),
         ({"phrases": "above"}, ": phrases 'above' are no list of words"),
@@ -321,8 +321,8 @@ def test_no_more_is_masked_than_is_read(rows: list[list[int]], ratio: float) -> 
         ({"phrases": ["above"], "weight": math.nan}, ": weight nan is no weight above 0"),
     ],
 )
-def test_phrases_and_shares_that_are_none_are_refused(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=f"model.task.text_masking{told}"):
+def test_phrases_and_shares_that_are_none_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"model.task.text_masking{message}"):
         ChosenPhrases(**options)
 
 
@@ -359,7 +359,7 @@ def test_blocks_are_chosen_evenly_and_independently_for_each_image() -> None:
 @pytest.mark.parametrize("whole_word", [False, True])
 def test_words_are_those_of_the_smallest_random_numbers(whole_word: bool) -> None:
     noise, ids = Noise(), [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [], [15]]
-    found = words(ids, 0.4, noise, whole_word=whole_word)
+    token_mask = words(ids, 0.4, noise, whole_word=whole_word)
     text = tokens(ids)
     for row, noise_U in enumerate(noise.last[0].numpy()):
         places = np.arange(1, len(ids[row]) + 1)
@@ -368,9 +368,9 @@ def test_words_are_those_of_the_smallest_random_numbers(whole_word: bool) -> Non
         masked = units[np.argsort(noise_U[units])][: max(1, int(0.4 * len(units) + 0.5))]
         expected = np.zeros(9, dtype=bool)
         expected[places[np.isin(unit_of, masked)]] = True
-        np.testing.assert_array_equal(found.mask_CT[row].numpy(), expected)
-        shown = np.where(expected, MASK, text["token_CT"][row].numpy())
-        np.testing.assert_array_equal(found.token_CT[row].numpy(), shown)
+        np.testing.assert_array_equal(token_mask.mask_CT[row].numpy(), expected)
+        token_T = np.where(expected, MASK, text["token_CT"][row].numpy())
+        np.testing.assert_array_equal(token_mask.token_CT[row].numpy(), token_T)
 
 
 @settings(max_examples=60, deadline=None)
@@ -379,14 +379,14 @@ def test_word_masks_for_every_batch(
     ids: list[list[int]], ratio: float, whole_word: bool, keep_and_swap: bool, seed: int
 ) -> None:
     text = tokens(ids)
-    found = words(ids, ratio, Noise(seed), whole_word=whole_word, keep_and_swap=keep_and_swap)
-    assert_positions(found.mask_CT, found)
-    assert not (found.mask_CT & text["special_CT"]).any()
-    assert torch.equal(found.token_CT[~found.mask_CT], text["token_CT"][~found.mask_CT])
-    assert ((found.token_CT >= 0) & (found.token_CT < VOCAB)).all()
+    token_mask = words(ids, ratio, Noise(seed), whole_word=whole_word, keep_and_swap=keep_and_swap)
+    assert_positions(token_mask.mask_CT, token_mask)
+    assert not (token_mask.mask_CT & text["special_CT"]).any()
+    assert torch.equal(token_mask.token_CT[~token_mask.mask_CT], text["token_CT"][~token_mask.mask_CT])
+    assert ((token_mask.token_CT >= 0) & (token_mask.token_CT < VOCAB)).all()
     if not keep_and_swap:
-        assert (found.token_CT[found.mask_CT] == MASK).all()
-    for row, mask_T in enumerate(found.mask_CT):
+        assert (token_mask.token_CT[token_mask.mask_CT] == MASK).all()
+    for row, mask_T in enumerate(token_mask.mask_CT):
         units = (text["word_CT"][row] if whole_word else torch.arange(len(mask_T)))[~text["special_CT"][row]]
         masked = units[mask_T[~text["special_CT"][row]]]
         assert len(masked.unique()) == (count_masked(len(units.unique()), ratio) if len(units) else 0)
@@ -412,18 +412,20 @@ def test_the_count_is_exact_also_without_special_tokens(percent: int) -> None:
     for ratio, units in itertools.product((percent / 100, 0.29), (1, 7, 50)):
         shape = (2, units)
         special, word = torch.zeros(shape, dtype=torch.bool), torch.arange(units).expand(shape)
-        found = mask_tokens(torch.full(shape, 7), special, word, ratio, Noise(), MASK, VOCAB, 50)
-        assert found.mask_CT.sum(1).tolist() == [count_masked(units, ratio)] * 2
-        assert_positions(found.mask_CT, found)
+        token_mask = mask_tokens(torch.full(shape, 7), special, word, ratio, Noise(), MASK, VOCAB, 50)
+        assert token_mask.mask_CT.sum(1).tolist() == [count_masked(units, ratio)] * 2
+        assert_positions(token_mask.mask_CT, token_mask)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(ratios, st.integers(0, 9)), min_size=1, max_size=5), st.integers(0, 2**31))
 def test_every_caption_may_have_a_share_of_its_own(rows: list[tuple[float, int]], seed: int) -> None:
     ratio = Ratio(torch.tensor([[share] for share, _ in rows]), max(share for share, _ in rows))
-    found = words([[5] * length for _, length in rows], ratio, Noise(seed))
-    assert_positions(found.mask_CT, found)
-    assert found.mask_CT.sum(1).tolist() == [count_masked(length, share) if length else 0 for share, length in rows]
+    token_mask = words([[5] * length for _, length in rows], ratio, Noise(seed))
+    assert_positions(token_mask.mask_CT, token_mask)
+    assert token_mask.mask_CT.sum(1).tolist() == [
+        count_masked(length, share) if length else 0 for share, length in rows
+    ]
 
 
 def test_drawn_shares_lie_between_the_two_evenly() -> None:
@@ -434,12 +436,12 @@ def test_drawn_shares_lie_between_the_two_evenly() -> None:
 
 def test_eighty_ten_ten() -> None:
     ids = [[7] * 9] * 2000
-    found = words(ids, 1.0, Noise(), keep_and_swap=True)
-    shown = found.token_CT[found.mask_CT]
-    swapped = shown[(shown != MASK) & (shown != 7)]
-    assert len(shown) == 18000
-    assert (shown == MASK).double().mean() == pytest.approx(0.8 + 0.1 / VOCAB, abs=0.01)
-    assert (shown == 7).double().mean() == pytest.approx(0.1 + 0.1 / VOCAB, abs=0.01)
+    token_mask = words(ids, 1.0, Noise(), keep_and_swap=True)
+    replacements = token_mask.token_CT[token_mask.mask_CT]
+    swapped = replacements[(replacements != MASK) & (replacements != 7)]
+    assert len(replacements) == 18000
+    assert (replacements == MASK).double().mean() == pytest.approx(0.8 + 0.1 / VOCAB, abs=0.01)
+    assert (replacements == 7).double().mean() == pytest.approx(0.1 + 0.1 / VOCAB, abs=0.01)
     count_V = torch.bincount(swapped, minlength=VOCAB)[[v for v in range(VOCAB) if v not in (MASK, 7)]]
     expected = 18000 * 0.1 / VOCAB
     assert ((count_V - expected) ** 2 / expected).sum() < 75  # 38 degrees of freedom; every token, evenly
@@ -459,7 +461,7 @@ def test_masks_are_drawn_without_asking_the_device() -> None:
 
     text = {name: part.to("meta") for name, part in tokens([[5, 6, 7]] * 4).items()}
     for option in (False, True):
-        found = mask_tokens(
+        token_mask = mask_tokens(
             text["token_CT"],
             text["special_CT"],
             text["word_CT"],
@@ -471,6 +473,6 @@ def test_masks_are_drawn_without_asking_the_device() -> None:
             option,
             option,
         )
-        assert found.mask_CT.shape == (4, 5)
+        assert token_mask.mask_CT.shape == (4, 5)
     patches = mask_patches(torch.ones(4, dtype=torch.bool, device="meta"), (4, 4), 2, 0.6, uniform)
     assert patches.index_BK.shape == (4, 8)

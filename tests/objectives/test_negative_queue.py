@@ -37,16 +37,16 @@ def whole(seed: int, rows: int = 8) -> Batch:
 
 @pytest.mark.parametrize("size", [1, 8, 11, 40])
 def test_the_latest_pairs_are_kept_without_gradient(size: int) -> None:
-    queue, seen = NegativeQueue(size), []
+    queue, pushes = NegativeQueue(size), []
     for step in range(4):
         batch = whole(step)
         encoded, contrast = encoded_of(batch, step)
         queue.push(batch, encoded, contrast)
-        seen.append((encoded.image_BLD, encoded.text_BTD, batch.attention_CT, contrast.image_BE, contrast.text_BE))
+        pushes.append((encoded.image_BLD, encoded.text_BTD, batch.attention_CT, contrast.image_BE, contrast.text_BE))
     assert queue.pairs is not None
-    for kept, parts in zip(queue.pairs, zip(*seen, strict=True), strict=False):
-        assert torch.equal(kept, torch.cat(parts)[-size:])
-        assert not kept.requires_grad
+    for queued, parts in zip(queue.pairs, zip(*pushes, strict=True), strict=False):
+        assert torch.equal(queued, torch.cat(parts)[-size:])
+        assert not queued.requires_grad
 
 
 def test_the_same_image_the_same_words_and_what_could_not_be_read_are_no_negatives() -> None:
@@ -60,9 +60,9 @@ def test_the_same_image_the_same_words_and_what_could_not_be_read_are_no_negativ
     assert torch.equal(wide.text_GE, torch.cat([contrast.text_GE, queue.pairs.text_QE]))  # type: ignore[union-attr]
     assert torch.equal(wide.image_GE, torch.cat([contrast.image_GE, queue.pairs.image_QE]))  # type: ignore[union-attr]
     for row in range(8):
-        for kept in range(8):
-            same = now.image_id_B[row] == before.image_id_B[kept] or now.text_id_C[row] == before.text_id_C[kept]
-            assert wide.excluded_BG[row, 8 + kept] == (same or not before.valid_B[kept]), (row, kept)
+        for earlier in range(8):
+            same = now.image_id_B[row] == before.image_id_B[earlier] or now.text_id_C[row] == before.text_id_C[earlier]
+            assert wide.excluded_BG[row, 8 + earlier] == (same or not before.valid_B[earlier]), (row, earlier)
     assert torch.equal(wide.excluded_BG[:, :8], contrast.excluded_BG)
     assert wide.excluded_BG[2, 14]
     assert wide.excluded_BG[5, 10:12].all()  # a caption of two images
@@ -74,18 +74,18 @@ def test_a_negative_of_the_queue_is_fused_as_one_of_the_batch(mask_both: bool) -
     backbone, task = build(mask_both=mask_both, masks_per_text=2, negative_queue=8)
     before, now = whole(0), whole(1)
     with torch.no_grad():
-        kept = task.encode(backbone, before, task.mask(backbone, before, task.uniform, True))
-        task.queue.push(before, kept, task.contrast(before, kept))  # type: ignore[union-attr]
+        earlier = task.encode(backbone, before, task.mask(backbone, before, task.uniform, True))
+        task.queue.push(before, earlier, task.contrast(before, earlier))  # type: ignore[union-attr]
         encoded = task.encode(backbone, now, task.mask(backbone, now, task.uniform, True))
         texts, images = torch.tensor([8, 15, 3, 9, 0, 12, 4, 10]), torch.tensor([11, 1, 14, 8, 13, 2, 15, 0])
-        found = Negatives(texts, torch.ones(8)), Negatives(images, torch.ones(8))
+        negatives = Negatives(texts, torch.ones(8)), Negatives(images, torch.ones(8))
         pairs = task.queue.pairs  # type: ignore[union-attr]
         features = (encoded.image_BLD, encoded.text_BTD, now.attention_CT)
-        matched, weighted = matching_rows(*features, found, pairs)
+        matched, weighted = matching_rows(*features, negatives, pairs)
         assert all(each.weight_B.all() for each in weighted)
         crossed = cross_all(backbone, encoded, now.attention_CT, matched, (True, True), mask_both, 8)
         plain = cross_all(backbone, encoded, now.attention_CT, None, (True, True), mask_both, 8)
-        image, text = (torch.cat(x) for x in zip(encoded[:2], kept[:2], strict=True))
+        image, text = (torch.cat(x) for x in zip(encoded[:2], earlier[:2], strict=True))
         attention = torch.cat([now.attention_CT, before.attention_CT])
         own = torch.arange(8)
         rows, columns = torch.cat([own, own, images]), torch.cat([own, texts, own])
@@ -106,8 +106,8 @@ def test_a_step_draws_from_earlier_ones_once_all_losses_count() -> None:
     for step in range(12):
         terms = task(backbone, whole(step))
         assert all(term.isfinite() for term in terms.values())
-        assert task.found is not None
-        drawn += [index for each in task.found for index in each.index_B.tolist()]
+        assert task.last_negatives is not None
+        drawn += [index for each in task.last_negatives for index in each.index_B.tolist()]
     assert max(drawn) >= 24  # 8 of the batch, up to 24 kept
     assert len(task.queue.pairs.valid_Q) == 24
     sum(terms.values()).backward()  # type: ignore[union-attr]
@@ -171,13 +171,13 @@ def test_a_run_may_go_on_with_another_number_of_captions(captions: int) -> None:
     """Two captions an image are kept; what follows has fewer or more."""
     queue, batch = NegativeQueue(16), whole(0)
     encoded, contrast = encoded_of(batch, 0)
-    kept = torch.stack([torch.arange(8), torch.arange(100, 108)], 1)
-    queue.push(batch, encoded, contrast._replace(text_id_Bm=kept))
+    earlier = torch.stack([torch.arange(8), torch.arange(100, 108)], 1)
+    queue.push(batch, encoded, contrast._replace(text_id_Bm=earlier))
     now = torch.arange(200, 200 + 8 * captions).reshape(8, captions)
     queue.push(batch, encoded, contrast._replace(text_id_Bm=now))
     assert queue.pairs is not None
-    found = [set(row) for row in queue.pairs.text_id_Qm.tolist()]
-    assert found == [*map(set, kept.tolist()), *map(set, now.tolist())]
+    id_sets = [set(row) for row in queue.pairs.text_id_Qm.tolist()]
+    assert id_sets == [*map(set, earlier.tolist()), *map(set, now.tolist())]
     queue.restore(queue.state(), 5, LENGTH, 16, 4)
 
 
@@ -198,8 +198,8 @@ def test_a_checkpoint_brings_it_back() -> None:
     again.load_resume_state(state)
     for one in (task, again):
         one.set_uniform(Draw(1, 5, "cpu"))
-    expected, found = task(backbone, whole(4)), again(backbone, whole(4))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, terms = task(backbone, whole(4)), again(backbone, whole(4))
+    assert all(torch.equal(expected[name], terms[name]) for name in expected)
     build()[1].load_resume_state(state)  # a run without one has no use for it
 
 

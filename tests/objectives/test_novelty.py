@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_pretrained import content_of, made
+from toy_pretrained import content_of, toy_model
 from toys import SIZE
 
 from maskvlm import MaskVLM
@@ -38,9 +38,9 @@ def clusters(count: int, seed: int, width: int = 32, spread: float = 0.15) -> to
 
 
 def known(count: int = 2000) -> KnownRange:
-    found = fit_range(sample_of(clusters(count, 0)))
-    assert found is not None
-    return found
+    known_range = fit_range(sample_of(clusters(count, 0)))
+    assert known_range is not None
+    return known_range
 
 
 # ---------------------------------------------------------------------- on features
@@ -58,28 +58,33 @@ def test_the_distance_is_mahalanobis_with_shrunk_variances() -> None:
     """Against the inverse of the covariance; with fewer images than axes, too."""
     for count in (LEAST, 400):
         sample_ND = sample_of(clusters(count, 3, 64))
-        found = fit_range(sample_ND)
-        assert found is not None
+        known_range = fit_range(sample_ND)
+        assert known_range is not None
         covariance_DD = torch.cov(sample_ND.double().T)
         shrunk_DD = covariance_DD + 0.1 * covariance_DD.diagonal().mean() * torch.eye(64)
-        asked_BD = clusters(5, 7, 64)
-        off_BD = asked_BD.double() - sample_ND.double().mean(0)
+        query_BD = clusters(5, 7, 64)
+        off_BD = query_BD.double() - sample_ND.double().mean(0)
         expected_B = torch.einsum("bd,de,be->b", off_BD, shrunk_DD.inverse(), off_BD).sqrt()
-        torch.testing.assert_close(distance_to(asked_BD, found), expected_B, rtol=1e-6, atol=0)
+        torch.testing.assert_close(distance_to(query_BD, known_range), expected_B, rtol=1e-6, atol=0)
 
 
 def test_a_share_of_images_like_the_samples_is_beyond_the_threshold() -> None:
     """Of images that the sample does not hold: each part of it is measured by the others."""
     for share in (0.05, 0.2, 0.5):
-        found = fit_range(sample_of(clusters(500, 3, 8)), share)
-        assert found is not None
-        assert (distance_to(clusters(5000, 8, 8), found) > found.most).float().mean() == pytest.approx(share, abs=0.05)
+        known_range = fit_range(sample_of(clusters(500, 3, 8)), share)
+        assert known_range is not None
+        assert (distance_to(clusters(5000, 8, 8), known_range) > known_range.most).float().mean() == pytest.approx(
+            share, abs=0.05
+        )
 
 
 def test_images_that_are_all_alike_make_any_other_far() -> None:
-    found = fit_range(sample_of(torch.ones(LEAST, 8)))
-    assert found is not None
-    assert (distance_to(torch.tensor([[1.0] * 8, [1.0] * 7 + [1.1]]), found) > found.most).tolist() == [False, True]
+    known_range = fit_range(sample_of(torch.ones(LEAST, 8)))
+    assert known_range is not None
+    assert (distance_to(torch.tensor([[1.0] * 8, [1.0] * 7 + [1.1]]), known_range) > known_range.most).tolist() == [
+        False,
+        True,
+    ]
 
 
 def test_a_sample_is_small_and_spread_over_the_split() -> None:
@@ -100,9 +105,9 @@ def test_too_few_images_tell_nothing() -> None:
 def test_a_feature_is_the_mean_over_patches_and_its_line_a_ratio() -> None:
     image_BLD = torch.tensor([[[9.0, 9], [1, 2], [3, 6]]])
     assert mean_patch(image_BLD).tolist() == [[2, 4]]
-    found = KnownRange(torch.zeros(2).double(), torch.eye(2).double(), torch.tensor([1.0, 4.0]), 2.0)
-    assert distance_to(torch.tensor([[3.0, 8]]), found).tolist() == [5]
-    assert "2.5 times as far from them as 99 % of such images are" in far_line(5, found)
+    known_range = KnownRange(torch.zeros(2).double(), torch.eye(2).double(), torch.tensor([1.0, 4.0]), 2.0)
+    assert distance_to(torch.tensor([[3.0, 8]]), known_range).tolist() == [5]
+    assert "2.5 times as far from them as 99 % of such images are" in far_line(5, known_range)
 
 
 # ---------------------------------------------------------------------- in files
@@ -120,7 +125,7 @@ def features(path: Path, images: list[torch.Tensor]) -> torch.Tensor:
 
 def write(path: Path, kind: str = "pretrain", sign: int = 1, **more: Any) -> str:
     """A checkpoint that knows some images by its own features, or, with sign -1, by the opposite of these."""
-    backbone, task, recipe = made(kind)
+    backbone, task, recipe = toy_model(kind)
     content = content_of(backbone, task, recipe)
     checkpoint.save(content, path)
     if kind == "pretrain":
@@ -144,11 +149,11 @@ def test_strange_images_are_warned_of_in_every_call(tmp_path: Path) -> None:
         model.fill_mask(toy_image(3), "a [MASK] circle")
     (line,) = model.far([toy_image(3)])
     assert line is not None
-    assert list(model.told_far) == [line]
+    assert list(model.far_warnings) == [line]
     open_image(toy_image(4)).save(tmp_path / "x.png")
     with pytest.warns(FarFromTraining, match=r"x\.png: this image is unlike"):
         model.match([toy_image(3), str(tmp_path / "x.png")], ["a circle", "a circle"])
-    assert len(model.told_far) == 2
+    assert len(model.far_warnings) == 2
     with pytest.warns(FarFromTraining, match="^image 2: this image is unlike") as warned:
         model.encode_image([toy_image(3), toy_image(4)])
     assert {each.filename for each in warned} == {__file__}  # the user's line, not one of this package
@@ -156,8 +161,8 @@ def test_strange_images_are_warned_of_in_every_call(tmp_path: Path) -> None:
     open_image(toy_image(5)).save(tmp_path / "\x1b[2Jy.png")
     with pytest.warns(FarFromTraining):
         model.match(str(tmp_path / "\x1b[2Jy.png"), "a circle")
-    assert model.told_far[-1].partition(": this image")[0].endswith("[2Jy.png")
-    assert "\x1b" not in model.told_far[-1]
+    assert model.far_warnings[-1].partition(": this image")[0].endswith("[2Jy.png")
+    assert "\x1b" not in model.far_warnings[-1]
 
 
 @pytest.mark.parametrize("images", [16, 17, 40])
@@ -167,15 +172,15 @@ def test_whether_few_are_asked_about_does_not_depend_on_the_batch(
 ) -> None:
     model = MaskVLM.from_pretrained(write(tmp_path / "a.ckpt", sign=-1))
     model.batch_size = batch
-    shown = [toy_image(seed) for seed in range(images)]
-    model.encode_image(shown)
-    model.encode_image(shown)  # of many it is said once
-    told = [str(each.message).partition(":")[0] for each in recwarn if issubclass(each.category, FarFromTraining)]
+    pictures = [toy_image(seed) for seed in range(images)]
+    model.encode_image(pictures)
+    model.encode_image(pictures)  # of many it is said once
+    messages = [str(each.message).partition(":")[0] for each in recwarn if issubclass(each.category, FarFromTraining)]
     if images > 16:
         line = f"16 of 16 images that were looked at, of {images}, are unlike those that the model was trained on"
-        assert told == [f"{line}; take the answers with care"]
+        assert messages == [f"{line}; take the answers with care"]
     else:
-        assert told == 2 * [f"image {number}" for number in range(1, images + 1)]
+        assert messages == 2 * [f"image {number}" for number in range(1, images + 1)]
 
 
 def test_of_many_images_those_looked_at_are_spread_evenly(tmp_path: Path) -> None:
@@ -219,7 +224,7 @@ def test_a_checkpoint_without_it_says_nothing(tmp_path: Path) -> None:
 )
 def test_strange_vectors_are_refused(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "a.ckpt"
-    checkpoint.save(content_of(*made("pretrain")) | {"known_images": value}, path)
+    checkpoint.save(content_of(*toy_model("pretrain")) | {"known_images": value}, path)
     with pytest.raises(UserError, match="known_images") as caught:
         MaskVLM.from_pretrained(path)
     assert caught.value.code == ExitCode.BAD_DATA
@@ -227,7 +232,7 @@ def test_strange_vectors_are_refused(tmp_path: Path, value: Any) -> None:
 
 def test_vectors_of_another_width_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    checkpoint.save(content_of(*made("pretrain")) | {"known_images": clusters(LEAST, 0, 12).half()}, path)
+    checkpoint.save(content_of(*toy_model("pretrain")) | {"known_images": clusters(LEAST, 0, 12).half()}, path)
     with pytest.raises(UserError, match="known_images: features of width 12, its image encoder has 16"):
         MaskVLM.from_pretrained(path)
 
@@ -243,8 +248,8 @@ def test_the_shell_says_it_once_for_each_image(tmp_path: Path, capsys: pytest.Ca
         open_image(toy_image(seed)).save(file)
     assert main(["match", "--from", path, *files[:1], "a red circle", "a blue star"]) == 0
     assert main(["caption", "--from", path, *files]) == 0
-    said = capsys.readouterr()
-    lines = [line for line in said.err.splitlines() if "unlike" in line]
-    told = [] if sign == 1 else [files[0], *files]  # of one command, then of the other
-    assert [line.partition(": this image is")[0] for line in lines] == [f"warning: {file}" for file in told]
-    assert "unlike" not in said.out
+    output = capsys.readouterr()
+    lines = [line for line in output.err.splitlines() if "unlike" in line]
+    warned_files = [] if sign == 1 else [files[0], *files]  # of one command, then of the other
+    assert [line.partition(": this image is")[0] for line in lines] == [f"warning: {file}" for file in warned_files]
+    assert "unlike" not in output.out

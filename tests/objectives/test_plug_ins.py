@@ -96,10 +96,12 @@ def test_they_are_named_in_a_file_trained_measured_and_loaded(
     assert composed["init_args"]["image_masking"]["class_path"] == "acme.masks.Middle"
     assert "--task_from" not in capsys.readouterr().err  # nothing is left behind
     assert main(["fit", "--run", str(tmp_path / "more"), "--from", str(path), *files, *own]) == 0
-    said = capsys.readouterr().err.splitlines()
-    left = [line for line in said if "--task_from CHECKPOINT takes the checkpoint's whole task" in line]
-    assert len(left) == 3
-    assert left[0].startswith("warning: model.task.image_masking: the default; the checkpoint's was acme.masks.Middle")
+    lines = capsys.readouterr().err.splitlines()
+    warnings = [line for line in lines if "--task_from CHECKPOINT takes the checkpoint's whole task" in line]
+    assert len(warnings) == 3
+    assert warnings[0].startswith(
+        "warning: model.task.image_masking: the default; the checkpoint's was acme.masks.Middle"
+    )
 
 
 def test_a_loss_is_one_term_more_and_changes_no_other() -> None:
@@ -114,8 +116,8 @@ def test_a_loss_is_one_term_more_and_changes_no_other() -> None:
     assert list(terms) == [*expected, "length"]
     assert all(torch.equal(terms[name], value) for name, value in expected.items())
     words_B = (~batch.special_CT).sum(1)[batch.valid_B].float() / 10
-    found_B = task.length(backbone.image(batch.image_BCHW)[:, 0])[:, 0][batch.valid_B]
-    torch.testing.assert_close(terms["length"], (found_B - words_B).square().mean())
+    predicted_B = task.length(backbone.image(batch.image_BCHW)[:, 0])[:, 0][batch.valid_B]
+    torch.testing.assert_close(terms["length"], (predicted_B - words_B).square().mean())
     assert task.chance_levels(8)["length"] == pytest.approx(words_B.var(unbiased=False).item())
 
 
@@ -138,14 +140,14 @@ def test_phrases_are_found_by_the_models_tokenizer() -> None:
     backbone, task = build(text_masking=ChosenPhrases(["these"]))
     batch = each_token_a_word(eventful_batch())
     word = int(batch.token_CT[0][~batch.special_CT[0]][0])
-    asked = {"these": [word], "nowhere": [1]}  # 1: the id of what it does not know
+    ids_of_words = {"these": [word], "nowhere": [1]}  # 1: the id of what it does not know
     backbone.text.tokenizer = SimpleNamespace(
         mask_token_id=backbone.text.mask_id, pad_token_id=0, unk_token_id=1,
         encode=lambda words, add_special_tokens: (
-            asked[words.strip()] if not add_special_tokens else [2, *asked[words.strip()], 3]
+            ids_of_words[words.strip()] if not add_special_tokens else [2, *ids_of_words[words.strip()], 3]
         ),
     )  # fmt: skip
-    assert [backbone.text.ids_of(words) for words in asked] == [[word], []]
+    assert [backbone.text.ids_of(words) for words in ids_of_words] == [[word], []]
     task(backbone, batch)
     assert task.masks.token is not None
     holds_CT = (batch.token_CT == word) & ~batch.special_CT
@@ -155,11 +157,11 @@ def test_phrases_are_found_by_the_models_tokenizer() -> None:
 
 
 def test_a_checkpoint_may_name_the_masking_and_its_phrases() -> None:
-    told = {"phrases": ["left of", "above"], "share": 0.5, "most": None}
+    options = {"phrases": ["left of", "above"], "share": 0.5, "most": None}
     path = "maskvlm.objectives.masking.ChosenPhrases"
-    found = make_part({"class_path": path, "init_args": told}, TextMasking, "task", ())
-    assert isinstance(found, ChosenPhrases)
-    assert (found.phrases, found.share) == (["left of", "above"], 0.5)
+    masking = make_part({"class_path": path, "init_args": options}, TextMasking, "task", ())
+    assert isinstance(masking, ChosenPhrases)
+    assert (masking.phrases, masking.share) == (["left of", "above"], 0.5)
     for wrong in ({"phrases": "above"}, {"phrases": [7]}, {"phrases": ["above"], "more": 1}):
         with pytest.raises(UserError) as refused:
             make_part({"class_path": path, "init_args": wrong}, TextMasking, "task", ())
@@ -184,14 +186,14 @@ class Twin(TextLength):
 
 
 @pytest.mark.parametrize(
-    ("losses", "said"),
+    ("losses", "message"),
     [
         ([Again()], "two losses are called itc"),
         ([TextLength(), Twin()], "its head length is there already"),
     ],
 )
-def test_names_are_told_apart(losses: list[PretrainingLoss], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_names_are_told_apart(losses: list[PretrainingLoss], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         build(losses=losses)
 
 
@@ -219,15 +221,16 @@ class Spread(TextLength):
 def test_a_loss_is_measured_on_held_out_images() -> None:
     """The weighted mean over all batches, and nothing of a loss without weight."""
     batches = [toy_batch(3, captions=2), toy_batch(5, captions=2)]
+    batches[1] = batches[1]._replace(index_B=batches[1].index_B + 3)  # other images
     backbone, task = build(losses=[TextLength(0.5)])
     for batch in batches:
         task.update(backbone, batch)
-    found = task.compute(backbone)["length/error"]
+    mean_error = task.compute(backbone)["length/error"]
     errors = []
     for batch in batches:
-        told_C = task.length(backbone.image(batch.image_BCHW)[:, 0])[:, 0][batch.owner_C]
-        errors.append((told_C - (~batch.special_CT).sum(1) / 10).square())
-    assert found == pytest.approx(torch.cat(errors).mean().item(), rel=1e-6)
+        predicted_C = task.length(backbone.image(batch.image_BCHW)[:, 0])[:, 0][batch.owner_C]
+        errors.append((predicted_C - (~batch.special_CT).sum(1) / 10).square())
+    assert mean_error == pytest.approx(torch.cat(errors).mean().item(), rel=1e-6)
     backbone, task = build(losses=[Spread()])
     with pytest.raises(UserError, match=r"Spread.measure: error has values \[3\] and weights \[\]"):
         task.update(backbone, batches[0])
@@ -281,7 +284,7 @@ class Uneven(LastWords):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"image_masking": Short()}, "model.task: Short: gave mask_BN of shape ["),
         ({"text_masking": Numbers()}, "torch.int64. Return ["),
@@ -290,9 +293,9 @@ class Uneven(LastWords):
         ({"text_masking": Nothing()}, "model.task: Nothing: gave a NoneType. Return a masking.TokenMask"),
     ],
 )
-def test_a_masking_gives_a_mask(settings: dict[str, Any], said: str) -> None:
+def test_a_masking_gives_a_mask(settings: dict[str, Any], message: str) -> None:
     backbone, task = build(**settings)
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         task(backbone, eventful_batch())
 
 
@@ -304,21 +307,21 @@ class NoWords(LastWords):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"image_masking": Middle(margin=9)}, "model.task: Middle: masks no patch of the first batch"),
         ({"text_masking": NoWords()}, "model.task: NoWords: masks no token of the first batch"),
     ],
 )
-def test_a_masking_that_masks_nothing_is_told_in_the_first_step(settings: dict[str, Any], said: str) -> None:
+def test_a_masking_that_masks_nothing_is_told_in_the_first_step(settings: dict[str, Any], message: str) -> None:
     backbone, task = build(**settings)
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         task(backbone, eventful_batch())
     backbone, task = build(**settings, contrast_first=0.5)
     task.run_progress = 0.0  # one pair alone is masked, of which a sound masking may mask nothing
     task(backbone, eventful_batch())
     task.run_progress = 0.5
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         task(backbone, eventful_batch())
     backbone, task = build(image_masking=Middle(margin=9), weight_mim=0.0)  # no loss asks for it
     task(backbone, eventful_batch())
@@ -327,7 +330,7 @@ def test_a_masking_that_masks_nothing_is_told_in_the_first_step(settings: dict[s
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"name": ""}, "has no name"),
         ({"name": "a b/c"}, "has no name"),
@@ -339,8 +342,8 @@ def test_a_masking_that_masks_nothing_is_told_in_the_first_step(settings: dict[s
         ({"needs": frozenset()}, "needs frozenset()"),
     ],
 )
-def test_a_loss_says_its_name_and_what_it_needs(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(f"model.task.losses: Wrong: {said}")):
+def test_a_loss_says_its_name_and_what_it_needs(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"model.task.losses: Wrong: {message}")):
         type("Wrong", (TextLength,), settings)()
 
 
@@ -353,8 +356,8 @@ def test_a_mistake_in_a_plug_in_is_told_with_its_place(
     with pytest.raises(KeyError) as caught:
         module.fails()
     assert report(caught.value, tmp_path) == ExitCode.OUR_BUG
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {tmp_path}/strange_of_this_test.py:2: KeyError: 'nothing'. Mend it there; ")
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"error: {tmp_path}/strange_of_this_test.py:2: KeyError: 'nothing'. Mend it there; ")
 
 
 # ---------------------------------------------------------------------- a data format
@@ -367,20 +370,20 @@ def test_a_reader_of_somebody_elses_prepares_a_set(tmp_path: Path, capsys: pytes
         (raw / f"{number}.jpg").write_bytes(encoded(photo(number)))
     (raw / "birds.txt").write_text("".join(f"{n}.jpg\ta bird of kind {n}\n" for n in range(4)) + "nothing\n")
     assert main(["data", "acme.birds.Birds", str(raw), "--out", str(tmp_path / "birds"), "--workers", "1"]) == 0
-    told = capsys.readouterr().out
-    assert "Birds" not in told.split("licence: ")[0]
-    assert "licence: CC0" in told
-    assert "left out: 1 row (no tab: 1)" in told
+    output = capsys.readouterr().out
+    assert "Birds" not in output.split("licence: ")[0]
+    assert "licence: CC0" in output
+    assert "left out: 1 row (no tab: 1)" in output
     split = Prepared(str(tmp_path / "birds")).split("train")
     assert [split[row]["captions"] for row in range(4)] == [[f"a bird of kind {n}"] for n in range(4)]
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("acme.birds.Nothing", "cannot be imported"), ("acme.lengths.TextLength", "reads no set"), ("x.y", "imported")],
 )
-def test_what_is_no_reader_is_one_line(name: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said) as error:
+def test_what_is_no_reader_is_one_line(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as error:
         open_raw(name, str(tmp_path))
     assert error.value.code == ExitCode.MISSING_INPUT
 
@@ -390,9 +393,9 @@ def test_what_is_no_reader_is_one_line(name: str, said: str, tmp_path: Path) -> 
 
 def test_the_page_shows_the_files_of_this_package() -> None:
     page = (HERE.parent / "docs" / "extending.md").read_text(encoding="utf-8")
-    shown = dict(re.findall(r"```python\n# (acme/\w+\.py)\n(.*?)```", page, re.DOTALL))
-    assert shown.keys() == {"acme/lengths.py", "acme/masks.py", "acme/birds.py"}
-    for name, text in shown.items():
+    files = dict(re.findall(r"```python\n# (acme/\w+\.py)\n(.*?)```", page, re.DOTALL))
+    assert files.keys() == {"acme/lengths.py", "acme/masks.py", "acme/birds.py"}
+    for name, text in files.items():
         assert text == (HERE / name).read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(model:\n  task:.*?)```", page, re.DOTALL)
     assert yaml.safe_load(block) == yaml.safe_load(YAML)

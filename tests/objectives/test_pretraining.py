@@ -99,8 +99,8 @@ def test_the_eventful_batch_is_eventful() -> None:
     """The negatives of the rows above are what the comparison needs: drawn, never a duplicate or the hole."""
     backbone, task = build()
     task(backbone, eventful_batch())
-    assert task.found is not None
-    for index_B, weight_B in task.found:
+    assert task.last_negatives is not None
+    for index_B, weight_B in task.last_negatives:
         assert weight_B.all()
         assert 4 not in index_B.tolist()
         assert all(i != j and {i, j} not in ({0, 1}, {2, 3}) for i, j in enumerate(index_B.tolist()))
@@ -132,10 +132,13 @@ def test_a_single_masking_masks_any_share_and_evaluation_the_fixed_one() -> None
     assert (share_XC.mean() - 0.65).abs() < 0.06
     assert share_XC.max() == 1
     assert share_XC.min() < 0.4
-    found, plain = task.mask(backbone, batch, task.uniform).token, build()[1].mask(backbone, batch, task.uniform).token
-    assert found is not None
+    token_mask, plain = (
+        task.mask(backbone, batch, task.uniform).token,
+        build()[1].mask(backbone, batch, task.uniform).token,
+    )
+    assert token_mask is not None
     assert plain is not None
-    assert torch.equal(found.mask_CT.sum(1), plain.mask_CT.sum(1))
+    assert torch.equal(token_mask.mask_CT.sum(1), plain.mask_CT.sum(1))
 
 
 def test_further_maskings_mask_any_share_and_the_first_and_evaluation_the_fixed_one() -> None:
@@ -233,24 +236,24 @@ def slow_positives(task: MaskedPretraining, backbone: MaskVLM, batch: Batch) -> 
     owner, words = batch.owner_C.tolist(), batch.text_id_C.tolist()
     shows, valid = [batch.image_id_B[b].item() for b in range(len(image))], batch.valid_B.tolist()
 
-    def loss(logits: list[float], found: list[bool], kept: list[bool]) -> float:
-        each = np.array(logits)[np.array(kept)]
+    def loss(logits: list[float], positive: list[bool], counted: list[bool]) -> float:
+        each = np.array(logits)[np.array(counted)]
         log_p = each - np.log(np.exp(each).sum())
-        return float(-log_p[np.array(found)[np.array(kept)]].mean())
+        return float(-log_p[np.array(positive)[np.array(counted)]].mean())
 
     images, texts = [], []
     for b in (b for b, there in enumerate(valid) if there):
         own = [shows[owner[c]] == shows[b] for c in range(len(text))]
-        said = {words[c] for c in range(len(text)) if owner[c] == b}
-        kept = [valid[owner[c]] and (own[c] or words[c] not in said) for c in range(len(text))]
-        images.append(loss((scale * text @ image[b]).tolist(), own, kept))
+        own_words = {words[c] for c in range(len(text)) if owner[c] == b}
+        counted = [valid[owner[c]] and (own[c] or words[c] not in own_words) for c in range(len(text))]
+        images.append(loss((scale * text @ image[b]).tolist(), own, counted))
     for c in (c for c in range(len(text)) if valid[owner[c]]):
         own = [shows[b] == shows[owner[c]] for b in range(len(image))]
         says = [
             any(words[other] == words[c] for other in range(len(text)) if owner[other] == b) for b in range(len(image))
         ]
-        kept = [valid[b] and (own[b] or not says[b]) for b in range(len(image))]
-        texts.append(loss((scale * image @ text[c]).tolist(), own, kept))
+        counted = [valid[b] and (own[b] or not says[b]) for b in range(len(image))]
+        texts.append(loss((scale * image @ text[c]).tolist(), own, counted))
     return (float(np.mean(images)) + float(np.mean(texts))) / 2
 
 
@@ -303,8 +306,10 @@ def test_a_temperature_is_within_what_training_keeps_it_in(temperature: float, r
 def test_a_checkpoint_whose_contrast_reads_something_else_is_refused(reads: str, theirs: str) -> None:
     heads = build(contrast_reads=theirs)[1].state_dict()
     task = build(contrast_reads=reads)[1]
-    said = rf"model\.task\.contrast_reads: {reads}, but contrast of the checkpoint reads {theirs}\. Set it to {theirs}"
-    with pytest.raises(UserError, match=said):
+    message = (
+        rf"model\.task\.contrast_reads: {reads}, but contrast of the checkpoint reads {theirs}\. Set it to {theirs}"
+    )
+    with pytest.raises(UserError, match=message):
         task.warm_start(heads)
     assert task.warm_start(task.state_dict()) == set(task.state_dict())
 
@@ -363,9 +368,9 @@ def test_at_first_contrast_alone_counts_and_every_parameter_has_a_gradient(setti
     torch.testing.assert_close(terms["itc"], expected)
     terms["itc"].backward()
     expected.backward()
-    found, wanted = gradients(backbone, task), gradients(alone, only)
-    assert len(found) == sum(1 for module in (backbone, task) for _ in module.parameters())
-    for name, gradient in found.items():
+    grads, wanted = gradients(backbone, task), gradients(alone, only)
+    assert len(grads) == sum(1 for module in (backbone, task) for _ in module.parameters())
+    for name, gradient in grads.items():
         assert gradient.isfinite().all()
         torch.testing.assert_close(gradient, wanted.get(name, torch.zeros_like(gradient)), atol=1e-6, rtol=1e-5)
 
@@ -404,7 +409,7 @@ def test_the_image_encoder_learns_in_a_share_of_the_run(left_out: bool, contrast
     """Before it all as without; after it the same losses, no gradient in the encoder, the others' as without. A mask
     token behind the encoder goes on learning."""
     for done in (0.4, 0.5):
-        found = {}
+        results = {}
         for share in (1.0, 0.5):
             backbone, task = build(image_learns=share, weight_itc=contrast)
             backbone.image.left_out = left_out
@@ -412,14 +417,14 @@ def test_the_image_encoder_learns_in_a_share_of_the_run(left_out: bool, contrast
             task.set_uniform(Draw(7, 0, "cpu"))
             terms = task(backbone, pad_text(toy_batch(8), LENGTH, 1))
             total(task, terms).backward()
-            found[share] = {name: term.detach() for name, term in terms.items()}, gradients(backbone, task)
-        torch.testing.assert_close(found[0.5][0], found[1.0][0])
+            results[share] = {name: term.detach() for name, term in terms.items()}, gradients(backbone, task)
+        torch.testing.assert_close(results[0.5][0], results[1.0][0])
         still = {f"0.image.{name}" for name, _ in backbone.image.named_parameters()}
         still -= {"0.image.mask_token"} if left_out else set()
-        assert still & set(found[1.0][1])
-        assert set(found[0.5][1]) == set(found[1.0][1]) - (still if done == 0.5 else set())
-        for name in found[0.5][1]:
-            torch.testing.assert_close(found[0.5][1][name], found[1.0][1][name], atol=1e-6, rtol=1e-5)
+        assert still & set(results[1.0][1])
+        assert set(results[0.5][1]) == set(results[1.0][1]) - (still if done == 0.5 else set())
+        for name in results[0.5][1]:
+            torch.testing.assert_close(results[0.5][1][name], results[1.0][1][name], atol=1e-6, rtol=1e-5)
     share, late, stopping = task.late(backbone)
     assert (share, late) == (0.5, ())
     name_of = {id(parameter): f"0.image.{name}" for name, parameter in backbone.image.named_parameters()}
@@ -437,7 +442,7 @@ def test_what_is_aligned_may_stand_still(
     settings: dict[str, Any], freeze: bool | Literal["image"], captions: int
 ) -> None:
     """Each loss's value as without, and the gradients of what learns then; what stands still gets none."""
-    found = {}
+    results = {}
     for still in (False, freeze):
         backbone, task = build(contrast_first=0.5, freeze_aligned=still, **settings)
         task.run_progress = 0.5
@@ -445,22 +450,22 @@ def test_what_is_aligned_may_stand_still(
         task.set_uniform(Draw(7, 0, "cpu"))
         terms = task(backbone, batch)
         total(task, terms).backward()
-        found[still] = {name: term.detach() for name, term in terms.items()}, gradients(backbone, task)
-    torch.testing.assert_close(found[freeze][0], found[False][0])
+        results[still] = {name: term.detach() for name, term in terms.items()}, gradients(backbone, task)
+    torch.testing.assert_close(results[freeze][0], results[False][0])
     still_now = {id(parameter) for parameter in task.late(backbone).stopping}
     modules = enumerate((backbone, task))
     names = {f"{at}.{name}" for at, part in modules for name, p in part.named_parameters() if id(p) not in still_now}
-    assert set(found[freeze][1]) == names & set(found[False][1])
+    assert set(results[freeze][1]) == names & set(results[False][1])
     waited = {id(parameter) for parameter in task.late(backbone).parameters}
     parts = enumerate((backbone, task))
     assert {f"{at}.{n}" for at, part in parts for n, p in part.named_parameters() if id(p) in waited} <= names
     assert waited <= {id(p) for part in (backbone, task) for p in part.parameters() if p.grad is not None}
-    for name in found[freeze][1]:
-        torch.testing.assert_close(found[freeze][1][name], found[False][1][name], atol=1e-6, rtol=1e-5)
+    for name in results[freeze][1]:
+        torch.testing.assert_close(results[freeze][1][name], results[False][1][name], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("settings", "done", "seen"),
+    ("settings", "done", "patches"),
     [
         ({"contrast_first": 0.5}, 0.4, 8),
         ({"contrast_first": 0.5}, 0.5, None),
@@ -468,7 +473,7 @@ def test_what_is_aligned_may_stand_still(
         ({"weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0}, 0.4, 8),
     ],
 )
-def test_alone_contrast_sees_some_patches(settings: dict[str, float], done: float, seen: int | None) -> None:
+def test_alone_contrast_sees_some_patches(settings: dict[str, float], done: float, patches: int | None) -> None:
     """Half of 16 patches, others in each image and in each step."""
     backbone, task = build(contrast_patches=0.5, **settings)
     task.run_progress, calls, encode = done, [], backbone.image.forward
@@ -476,12 +481,12 @@ def test_alone_contrast_sees_some_patches(settings: dict[str, float], done: floa
     for step in range(2):
         task.set_uniform(Draw(7, step, "cpu"))
         task(backbone, eventful_batch())
-    if seen is None:
+    if patches is None:
         assert calls == [None, None]
         return
-    assert [subset_BV.shape for subset_BV in calls] == [(8, seen)] * 2
+    assert [subset_BV.shape for subset_BV in calls] == [(8, patches)] * 2
     drawn = {tuple(sorted(row)) for subset_BV in calls for row in subset_BV.tolist()}
-    assert all(len(set(row)) == seen and set(row) <= set(range(16)) for row in drawn)
+    assert all(len(set(row)) == patches and set(row) <= set(range(16)) for row in drawn)
     assert len(drawn) > 12
 
 
@@ -491,8 +496,8 @@ def test_alone_contrast_leaves_the_cross_encoders_one_pair(settings: dict[str, A
     backbone, task = build(contrast_first=0.5, **settings)
     projected: list[int] = []
     for encoder in (backbone.cross_image, backbone.cross_text):
-        given = encoder.context
-        encoder.context = lambda rows, *more, given=given: projected.append(len(rows)) or given(rows, *more)  # type: ignore[method-assign, func-returns-value]
+        original = encoder.context
+        encoder.context = lambda rows, *more, original=original: projected.append(len(rows)) or original(rows, *more)  # type: ignore[method-assign, func-returns-value]
     for done in (0.4, 0.5):
         task.run_progress = done
         task.set_uniform(Draw(7, 0, "cpu"))
@@ -509,16 +514,16 @@ def test_images_that_stand_still_are_projected_once_and_get_no_gradient(left_out
     for still in (False, "image"):
         backbone, task = build(contrast_first=0.5, freeze_aligned=still, matching_trains_encoders=False)
         backbone.image.left_out = left_out
-        task.run_progress, given = 0.5, backbone.cross_text.context
-        seen: list[Tensor] = []
+        task.run_progress, original = 0.5, backbone.cross_text.context
+        contexts: list[Tensor] = []
 
-        def looked_at(x_USD: Tensor, *more: Any, seen: list[Tensor] = seen, given: Any = given) -> Any:
-            seen.append(x_USD)
-            return given(x_USD, *more)
+        def looked_at(x_USD: Tensor, *more: Any, contexts: list[Tensor] = contexts, original: Any = original) -> Any:
+            contexts.append(x_USD)
+            return original(x_USD, *more)
 
         backbone.cross_text.context = looked_at  # type: ignore[method-assign]
         sum(task(backbone, pad_text(eventful_batch(), LENGTH, 1)).values()).backward()
-        rows[still] = [(len(seen_ULD), seen_ULD.requires_grad) for seen_ULD in seen]
+        rows[still] = [(len(context_ULD), context_ULD.requires_grad) for context_ULD in contexts]
         assert (backbone.image.mask_token.grad is not None) == (left_out or not still)
     # Eight images; and once more, for masked words, where these give them a gradient that matching does not give.
     assert rows == {False: [(16, True)], "image": [(8, False)]}
@@ -657,8 +662,8 @@ def test_nothing_masked_and_everything_masked(ratio: float) -> None:
 def test_bfloat16_gives_nearly_the_same_losses() -> None:
     expected = losses_of(eventful_batch(), weight_itm=0.0)
     with torch.autocast("cpu", torch.bfloat16):
-        found = losses_of(eventful_batch(), weight_itm=0.0)
-    assert found == pytest.approx(expected, rel=0.05)
+        losses = losses_of(eventful_batch(), weight_itm=0.0)
+    assert losses == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("settings", [{}, {"mask_both": True, "whole_word": True, "keep_and_swap": True}])
@@ -684,8 +689,8 @@ def test_a_step_on_the_gpu_is_that_of_the_cpu() -> None:
     table = Table()
     task.set_uniform(lambda *shape: table(*shape).cuda())
     batch = Batch(*(part.cuda() if isinstance(part, Tensor) else part for part in eventful_batch()))
-    found = [term.item() for term in task(backbone, batch).values()]
-    assert found == pytest.approx(expected, rel=1e-3)
+    losses = [term.item() for term in task(backbone, batch).values()]
+    assert losses == pytest.approx(expected, rel=1e-3)
 
 
 # ---------------------------------------------------------------------- weights of zero
@@ -736,27 +741,27 @@ def test_each_part_makes_one_pass_over_the_rows_it_needs(
     """As on a GPU. A CPU takes texts in groups of like length, and a row whose pairs are in two of them twice."""
     monkeypatch.setattr("maskvlm.model.cross_attention.worth_grouping", lambda *_: False)
     backbone, task = build(**{f"weight_{name}": float(name in wanted) for name in EVERY})
-    seen: list[tuple[str, int]] = []
+    passes: list[tuple[str, int]] = []
     for part in ("image", "text", "cross_image", "cross_text"):
         getattr(backbone, part).register_forward_hook(
-            lambda module, inputs, output, part=part: seen.append(
+            lambda module, inputs, output, part=part: passes.append(
                 (part, len(getattr(output, "cls_BD", output)) // ROWS)
             )
         )
     task(backbone, toy_batch(ROWS))
-    assert sorted(seen) == sorted(rows.items())
+    assert sorted(passes) == sorted(rows.items())
     # Before it looks at the other side, a row is the same in each of its pairs: one masked, one whole.
     self_attention = {part: backbone.get_submodule(part).blocks[0].self_attention for part in rows if "cross" in part}
-    asked = dict.fromkeys(self_attention, 0)
+    counts = dict.fromkeys(self_attention, 0)
 
     def count(part: str) -> Callable[..., None]:
-        return lambda module, inputs, output: asked.update({part: len(inputs[0]) // ROWS})
+        return lambda module, inputs, output: counts.update({part: len(inputs[0]) // ROWS})
 
     for part, attention in self_attention.items():
         attention.register_forward_hook(count(part))
     task(backbone, toy_batch(ROWS))
     reads = {"cross_image": {"mim", "spread"}, "cross_text": {"mlm"}}
-    assert asked == {part: ("itm" in wanted) + bool(reads[part] & set(wanted)) for part in asked}
+    assert counts == {part: ("itm" in wanted) + bool(reads[part] & set(wanted)) for part in counts}
     heads = {"itc": "projection", "itm": "matching", "mlm": "tokens", "mim": "pixels"}
     heads |= {"words": "detector", "spread": "spread"}
     assert {name for name, _ in task.named_children()} == {heads[name] for name in wanted}
@@ -875,7 +880,7 @@ def test_levels_of_weightless_losses_are_left_out() -> None:
 )
 def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, float], mask_both: bool) -> None:
     """Each loss's gradient as without the option, but matching's in the encoders, which is none."""
-    found = {}
+    results = {}
     for trains in (True, False):
         backbone, task = build(matching_trains_encoders=trains, mask_both=mask_both, negative_queue=8, **wanted)
         with torch.no_grad():
@@ -886,9 +891,9 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
             backbone.zero_grad()
             task.zero_grad()
             term.backward(retain_graph=True)
-            found[trains, name] = term.detach(), gradients(backbone, task)
+            results[trains, name] = term.detach(), gradients(backbone, task)
     for name in terms:
-        (term, usual), (same, gradient) = found[True, name], found[False, name]
+        (term, usual), (same, gradient) = results[True, name], results[False, name]
         torch.testing.assert_close(same, term)
         encoders = {key for key in usual if key.startswith(("0.image.", "0.text."))}
         assert encoders
@@ -1044,7 +1049,35 @@ def test_an_image_that_could_not_be_read_is_not_kept(tmp_path: Path) -> None:
     backbone.train()
     backbone.image.frozen_blocks = FrozenBlocks(backbone.image.vit, 1, str(tmp_path))
     backbone.image.frozen_blocks.open_cache("data", 8)
-    kept = backbone.image.frozen_blocks.cache
-    assert kept is not None
+    feature_cache = backbone.image.frozen_blocks.cache
+    assert feature_cache is not None
     task(backbone, toy_batch(8, holes=(4,))._replace(index_B=torch.arange(8)))
-    assert kept.written_R.tolist() == [row != 4 for row in range(8)]
+    assert feature_cache.written_R.tolist() == [row != 4 for row in range(8)]
+
+
+def test_the_next_task_trains_what_the_last_one_had_no_loss_for() -> None:
+    """Aligned first, fused later; fails where a task leaves the backbone frozen. What was frozen by hand stays so."""
+    backbone = toy_backbone()
+    every = {name for name, _ in backbone.named_parameters()}
+
+    def learned() -> set[str]:
+        return {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+
+    MaskedPretraining(mask_block=16, weight_itm=0.0, weight_mlm=0.0, weight_mim=0.0).build_once(backbone)
+    fused = {name for name in every if name.startswith(("cross_", "image.mask_token"))}
+    assert learned() == every - fused
+    by_hand = {"image.vit.patch_embed.proj.bias", "image.vit.patch_embed.proj.weight"}
+    backbone.image.vit.patch_embed.requires_grad_(False)
+    MaskedPretraining(mask_block=16).build_once(backbone)
+    assert learned() == every - by_hand
+
+
+def test_a_head_that_a_checkpoint_brings_keeps_what_it_learned_of_the_words() -> None:
+    """A new one is told how often each comes, also where other parts come from a checkpoint."""
+    counts = torch.arange(1, VOCAB + 1)
+    _, task = build(tokens_from_words=True)
+    heads = {name: torch.ones_like(value) for name, value in task.state_dict().items()}
+    for loaded in (False, True):
+        task.warm_start({name: value for name, value in heads.items() if loaded or not name.startswith("tokens.")})
+        task.use_token_counts(lambda: counts)
+        assert bool((task.tokens.vocabulary.bias == 1).all()) == loaded

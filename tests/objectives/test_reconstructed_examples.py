@@ -49,8 +49,8 @@ def test_pixels_outside_the_mask_are_exactly_the_image(seed: int, ratio: float) 
     masked_B1HW = by_pixel(patch.mask_BN, 4)
     assert torch.equal(torch.where(masked_B1HW, image_BCHW, pasted_BCHW), image_BCHW)
     picked_BKP = gather_positions(patchify(pasted_BCHW, PATCH), patch.index_BK)
-    seen_BK = patch.weight_BK > 0
-    assert torch.equal(picked_BKP[seen_BK], new_BKP[seen_BK])
+    masked_BK = patch.weight_BK > 0
+    assert torch.equal(picked_BKP[masked_BK], new_BKP[masked_BK])
 
 
 def test_one_patch_is_replaced_where_it_stands() -> None:

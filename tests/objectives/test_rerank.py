@@ -36,7 +36,7 @@ class World(NamedTuple):
 
 
 @torch.no_grad()
-def kept(backbone: MaskVLM, projection: Projection, batch: Batch, matched: bool = True) -> EncodedBatch:
+def encoded_batch(backbone: MaskVLM, projection: Projection, batch: Batch, matched: bool = True) -> EncodedBatch:
     text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
     return offload(projection, batch, backbone.image(batch.image_BCHW), text_CTD, matched)
 
@@ -44,7 +44,7 @@ def kept(backbone: MaskVLM, projection: Projection, batch: Batch, matched: bool 
 def gallery_of(backbone: MaskVLM, projection: Projection, batch: Batch, *sizes: int) -> Gallery:
     """The batch in tiles of these sizes."""
     rows = torch.arange(len(batch.image_BCHW)).split(list(sizes))
-    gallery = gather_gallery([kept(backbone, projection, take(batch, part)) for part in rows])
+    gallery = gather_gallery([encoded_batch(backbone, projection, take(batch, part)) for part in rows])
     assert gallery is not None
     return gallery
 
@@ -112,10 +112,10 @@ def test_contrast_is_added_to_the_log_odds(world: World, contrast: float) -> Non
 
 def test_metrics_follow_matching_where_everything_is_matched(world: World) -> None:
     scores = score_gallery(world.backbone, world.head, world.gallery, 1000)
-    found = rankings(scores, [1000])[1000]
+    both_ranks = rankings(scores, [1000])[1000]
     relevant_BC = torch.arange(IMAGES)[:, None] == OWNER
     expected = Rankings(ranking(world.odds_BC, relevant_BC), ranking(world.odds_BC.T, relevant_BC.T))
-    assert [ours.rank_Q.tolist() for ours in found] == [one.rank_Q.tolist() for one in expected]
+    assert [ours.rank_Q.tolist() for ours in both_ranks] == [one.rank_Q.tolist() for one in expected]
 
 
 # ---------------------------------------------------------------------- the gallery
@@ -131,8 +131,8 @@ def test_batches_join_by_their_place_in_the_split() -> None:
         take(batch._replace(index_B=index_B), rows)._replace(texts=texts[2 * rows[0] : 2 * rows[-1] + 2])
         for rows in (torch.tensor([4, 5]), torch.tensor([0, 1, 2]), torch.tensor([3]))
     ]
-    gallery = gather_gallery([kept(backbone, task.projection, part) for part in parts])
-    whole = kept(backbone, task.projection, batch)
+    gallery = gather_gallery([encoded_batch(backbone, task.projection, part) for part in parts])
+    whole = encoded_batch(backbone, task.projection, batch)
     assert gallery is not None
     assert gallery.index_B.tolist() == list(range(10, 16))
     assert gallery.owner_C.tolist() == [n // 2 for n in range(12)]
@@ -152,8 +152,11 @@ def test_features_are_kept_in_the_precision_of_the_run_and_vectors_in_single() -
     backbone, task = build()
     batch = toy_batch(3)
     with torch.autocast("cpu", torch.bfloat16):
-        half = kept(backbone, task.projection, batch)
-    single, alone = kept(backbone, task.projection, batch), kept(backbone, task.projection, batch, matched=False)
+        half = encoded_batch(backbone, task.projection, batch)
+    single, alone = (
+        encoded_batch(backbone, task.projection, batch),
+        encoded_batch(backbone, task.projection, batch, matched=False),
+    )
     for part, dtype in ((half, torch.bfloat16), (single, torch.float32)):
         assert (part.image_BLD.dtype, part.public.text_CTD.dtype) == (dtype, dtype)
         assert (part.public.image_BE.dtype, part.public.text_CE.dtype) == (torch.float32, torch.float32)
@@ -166,12 +169,12 @@ def test_features_are_kept_in_the_precision_of_the_run_and_vectors_in_single() -
 def test_half_precision_features_are_matched_with_autocast_and_without(world: World, inside: bool) -> None:
     backbone, task = build()
     with torch.autocast("cpu", torch.bfloat16):
-        gallery = gather_gallery([kept(backbone, task.projection, toy_batch(IMAGES, captions=CAPTIONS))])
+        gallery = gather_gallery([encoded_batch(backbone, task.projection, toy_batch(IMAGES, captions=CAPTIONS))])
     assert gallery is not None
     with torch.autocast("cpu", torch.bfloat16, enabled=inside):
-        found = match_pairs(backbone.eval(), task.matching, gallery, torch.ones(IMAGES, len(OWNER), dtype=torch.bool))
-    assert found.dtype == torch.float32
-    assert torch.corrcoef(torch.stack([found.flatten(), world.odds_BC.flatten()]))[0, 1] > 0.99
+        odds_BC = match_pairs(backbone.eval(), task.matching, gallery, torch.ones(IMAGES, len(OWNER), dtype=torch.bool))
+    assert odds_BC.dtype == torch.float32
+    assert torch.corrcoef(torch.stack([odds_BC.flatten(), world.odds_BC.flatten()]))[0, 1] > 0.99
 
 
 class Largest(nn.Module):
@@ -208,36 +211,36 @@ def test_what_is_on_the_device_at_once_does_not_grow_with_the_gallery() -> None:
 
 
 def test_keys_and_values_of_a_tile_are_projected_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, list[int]] = {"image": [], "text": []}
+    sizes: dict[str, list[int]] = {"image": [], "text": []}
     for name, encoder in (("text", world.backbone.cross_image), ("image", world.backbone.cross_text)):
         original: Callable[..., Any] = encoder.context
 
         def note(other: Tensor, *rest: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
-            seen[name].append(len(other))
+            sizes[name].append(len(other))
             return original(other, *rest)
 
         monkeypatch.setattr(encoder, "context", note)
     score_gallery(world.backbone, world.head, world.gallery, None, chunk=4)
-    assert seen["image"] == [2, 3]
-    assert max(seen["text"]) <= 4
-    assert sum(seen["text"]) < 2 * 2 * len(OWNER)  # a caption again only where a chunk ends within its pairs
+    assert sizes["image"] == [2, 3]
+    assert max(sizes["text"]) <= 4
+    assert sum(sizes["text"]) < 2 * 2 * len(OWNER)  # a caption again only where a chunk ends within its pairs
 
 
 def test_what_pairs_share_is_computed_once_a_chunk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first self-attention, of each image and caption that a chunk has."""
-    seen: dict[str, list[int]] = {"image": [], "text": []}
+    sizes: dict[str, list[int]] = {"image": [], "text": []}
     for name, encoder in (("image", world.backbone.cross_image), ("text", world.backbone.cross_text)):
         block: Any = encoder.blocks[0]
         original = block.attend_self
 
         def note(x: Tensor, *rest: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
-            seen[name].append(len(x))
+            sizes[name].append(len(x))
             return original(x, *rest)
 
         monkeypatch.setattr(block, "attend_self", note)
         monkeypatch.setattr(encoder, "groups_texts", False)
     score_gallery(world.backbone, world.head, world.gallery, None, chunk=1000)
-    assert seen == {"image": [2, 3], "text": [len(OWNER)] * 2}  # tiles of two and three images, each with all captions
+    assert sizes == {"image": [2, 3], "text": [len(OWNER)] * 2}  # tiles of two and three images, each with all captions
 
 
 def test_rounds_hand_out_every_item() -> None:
@@ -251,5 +254,5 @@ def test_a_caption_of_padding_width_does_not_matter(world: World) -> None:
         text_CTD=pad(world.gallery.text_CTD, (0, 0, 0, 4), value=9.0),
         attention_CT=pad(world.gallery.attention_CT, (0, 4)),
     )
-    found, expected = (score_gallery(world.backbone, world.head, g, 3).match_BC for g in (wider, world.gallery))
-    assert torch.equal(found.nan_to_num(), expected.nan_to_num())  # type: ignore[union-attr]
+    match_BC, expected = (score_gallery(world.backbone, world.head, g, 3).match_BC for g in (wider, world.gallery))
+    assert torch.equal(match_BC.nan_to_num(), expected.nan_to_num())  # type: ignore[union-attr]

@@ -39,9 +39,9 @@ def test_recall_is_the_share_of_queries_with_a_relevant_item_among_the_best(
     )
     best = np.argsort(-score, axis=1)
     expected = {k: 100 * np.mean([relevant[q, best[q, :k]].any() for q in range(queries)]) for k in (1, 5, 10)}
-    found = ranking(torch.from_numpy(score).float(), torch.from_numpy(relevant))
-    assert recall_of(found) == pytest.approx(expected)
-    assert found.found_Q.tolist() == best[:, 0].tolist()
+    ranks = ranking(torch.from_numpy(score).float(), torch.from_numpy(relevant))
+    assert recall_of(ranks) == pytest.approx(expected)
+    assert ranks.top_Q.tolist() == best[:, 0].tolist()
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_recall_of_coco_is_that_of_its_published_evaluation() -> None:
     image_BE = torch.randn(len(image_B), 16, generator=generator)
     text_CE = image_BE[owner_C] + 1.2 * torch.randn(len(owner_C), 16, generator=generator)
     scores = Scores(contrast_scores(image_BE, text_CE), None, owner_C)
-    found = rankings(scores, [0])[0]
+    ranks = rankings(scores, [0])[0]
 
     best_BK, best_CK = (part.topk(10, dim=1).indices.tolist() for part in (scores.contrast_BC, scores.contrast_BC.T))
     retrieved = {
@@ -70,14 +70,14 @@ def test_recall_of_coco_is_that_of_its_published_evaluation() -> None:
     for k in (1, 5, 10):
         theirs = judge.coco_5k_recalls(retrieved, "all", K=k)
         assert 0.1 < theirs["t2i"] < 0.9
-        assert recall_of(found.text, [k]) == {k: pytest.approx(100 * theirs["i2t"])}
-        assert recall_of(found.image, [k]) == {k: pytest.approx(100 * theirs["t2i"])}
+        assert recall_of(ranks.text, [k]) == {k: pytest.approx(100 * theirs["i2t"])}
+        assert recall_of(ranks.image, [k]) == {k: pytest.approx(100 * theirs["t2i"])}
 
 
 def test_a_tie_counts_against_the_model() -> None:
     relevant = torch.eye(12, dtype=torch.bool)
     assert recall(torch.ones(12, 12), relevant) == {1: 0.0, 5: 0.0, 10: 0.0}
-    assert not (ranking(torch.ones(12, 12), relevant).found_Q == torch.arange(12)).any()  # and another is found
+    assert not (ranking(torch.ones(12, 12), relevant).top_Q == torch.arange(12)).any()  # and another is found
     score = torch.tensor([[3.0, 3.0, 1.0], [1.0, 3.0, 1.0]])
     assert recall(score, torch.tensor([[True, False, False], [False, True, False]]), (1, 2)) == {
         1: 50.0,
@@ -130,14 +130,14 @@ def test_the_best_by_contrast_come_first_in_the_order_of_matching(
     for k in (1, 2, 4, 100):
         wanted = candidates(best_items(torch.from_numpy(contrast), k))
         match_BC = torch.from_numpy(odds).masked_fill(~wanted, torch.nan)
-        found = rankings(Scores(torch.from_numpy(contrast), match_BC, torch.from_numpy(owner)), [0, k])
+        ranks_by_k = rankings(Scores(torch.from_numpy(contrast), match_BC, torch.from_numpy(owner)), [0, k])
         for step in (0, k):
             orders = [two_stage(contrast[b], odds[b], step) for b in range(images)]
             ranks = [[owner[c] == b for c in order].index(True) for b, order in enumerate(orders)]
-            assert found[step].text.rank_Q.tolist() == ranks
-            assert found[step].text.found_Q.tolist() == [order[0] for order in orders]
+            assert ranks_by_k[step].text.rank_Q.tolist() == ranks
+            assert ranks_by_k[step].text.top_Q.tolist() == [order[0] for order in orders]
             orders = [two_stage(contrast[:, c], odds[:, c], step) for c in range(len(owner))]
-            assert found[step].image.rank_Q.tolist() == [order.index(owner[c]) for c, order in enumerate(orders)]
+            assert ranks_by_k[step].image.rank_Q.tolist() == [order.index(owner[c]) for c, order in enumerate(orders)]
 
 
 def dense(contrast_QG: torch.Tensor, match_QG: torch.Tensor, k: int) -> torch.Tensor:
@@ -160,20 +160,23 @@ def test_ranks_are_those_of_one_dense_score(images: int, captions: int, k: int, 
     match_BC[torch.from_numpy(rng.random((images, captions)) < 0.05)] = -torch.inf
     relevant_BC = owner_C == torch.arange(images)[:, None]
     for best in (None, best_items(contrast_BC, k)):
-        found = rankings(Scores(contrast_BC, match_BC, owner_C, best), [0, k])
+        ranks_by_k = rankings(Scores(contrast_BC, match_BC, owner_C, best), [0, k])
         for at, text, image in (
             (0, contrast_BC, contrast_BC.T),
             (k, dense(contrast_BC, match_BC, k), dense(contrast_BC.T, match_BC.T, k)),
         ):
-            assert torch.equal(found[at].text.rank_Q, ranking(text, relevant_BC).rank_Q)
-            assert torch.equal(found[at].image.rank_Q, ranking(image, relevant_BC.T).rank_Q)
+            assert torch.equal(ranks_by_k[at].text.rank_Q, ranking(text, relevant_BC).rank_Q)
+            assert torch.equal(ranks_by_k[at].image.rank_Q, ranking(image, relevant_BC.T).rank_Q)
             # Of equal items any may be named: a relevant one where the rank is 0, else an irrelevant one.
-            for matrix, one, relevant in ((text, found[at].text, relevant_BC), (image, found[at].image, relevant_BC.T)):
+            for matrix, one, relevant in (
+                (text, ranks_by_k[at].text, relevant_BC),
+                (image, ranks_by_k[at].image, relevant_BC.T),
+            ):
                 score = matrix.masked_fill(matrix.isnan(), -torch.inf)
                 right = one.rank_Q == 0
-                assert torch.equal(relevant.gather(1, one.found_Q[:, None])[:, 0], right)
+                assert torch.equal(relevant.gather(1, one.top_Q[:, None])[:, 0], right)
                 best_Q = score.masked_fill(relevant != right[:, None], -torch.inf).amax(1)
-                assert torch.equal(score.gather(1, one.found_Q[:, None])[:, 0], best_Q)
+                assert torch.equal(score.gather(1, one.top_Q[:, None])[:, 0], best_Q)
 
 
 @settings(max_examples=40, deadline=None)
@@ -184,15 +187,15 @@ def test_ties_of_contrast_count_against_the_model(images: int, captions: int, se
     contrast_BC = torch.from_numpy(rng.integers(0, 3, (images, captions))).float()
     relevant_BC = owner_C == torch.arange(images)[:, None]
     for best in (None, best_items(contrast_BC, 2)):
-        found = rankings(Scores(contrast_BC, None, owner_C, best), [0])[0]
+        ranks = rankings(Scores(contrast_BC, None, owner_C, best), [0])[0]
         for one, matrix, relevant in (
-            (found.text, contrast_BC, relevant_BC),
-            (found.image, contrast_BC.T, relevant_BC.T),
+            (ranks.text, contrast_BC, relevant_BC),
+            (ranks.image, contrast_BC.T, relevant_BC.T),
         ):
             expected = ranking(matrix, relevant)
             assert torch.equal(one.rank_Q, expected.rank_Q)
             # What stands first is relevant where the rank is 0, and only there.
-            assert torch.equal(relevant.gather(1, one.found_Q[:, None])[:, 0], one.rank_Q == 0)
+            assert torch.equal(relevant.gather(1, one.top_Q[:, None])[:, 0], one.rank_Q == 0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -201,9 +204,9 @@ def test_the_best_items_are_those_of_a_sorted_list(rows: int, items: int, k: int
     """Whatever remains of groups, and of a matrix that lies the other way round."""
     score = np.random.default_rng(seed).permutation(rows * items).reshape(items, rows).astype(np.float32)
     score_QG = torch.from_numpy(score).T if across else torch.from_numpy(score.T.copy())
-    found = top_items(score_QG, k)
+    best_QK = top_items(score_QG, k)
     expected = score_QG.sort(dim=1, descending=True).indices[:, :k]
-    assert torch.equal(found, expected)
+    assert torch.equal(best_QK, expected)
 
 
 def test_candidates_are_the_best_of_either_direction() -> None:
@@ -231,13 +234,13 @@ def test_more_queries_than_a_block_are_ordered_alike() -> None:
     images, captions = BLOCK + 3, 2 * BLOCK + 1
     contrast_BC, match_BC = torch.rand(2, images, captions, generator=generator)
     owner_C = torch.randint(images, (captions,), generator=generator)
-    found = rankings(Scores(contrast_BC, match_BC, owner_C), [0, captions])
+    ranks_by_k = rankings(Scores(contrast_BC, match_BC, owner_C), [0, captions])
     relevant_BC = owner_C == torch.arange(images)[:, None]
     for k, matrix in ((0, contrast_BC), (captions, match_BC)):
         expected = ranking(matrix, relevant_BC), ranking(matrix.T, relevant_BC.T)
-        for ours, one in zip(found[k], expected, strict=True):
+        for ours, one in zip(ranks_by_k[k], expected, strict=True):
             assert torch.equal(ours.rank_Q, one.rank_Q)
-            assert torch.equal(ours.found_Q, one.found_Q)
+            assert torch.equal(ours.top_Q, one.top_Q)
 
 
 def test_metrics_have_the_names_and_numbers_of_both_stages() -> None:
@@ -245,21 +248,24 @@ def test_metrics_have_the_names_and_numbers_of_both_stages() -> None:
     contrast_BC = torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.4, 0.1]])
     match_BC = torch.tensor([[3.0, 1.0, 2.0], [5.0, 4.0, 1.0]])
     scores = Scores(contrast_BC, match_BC, torch.tensor([0, 1, 1]))
-    found = retrieval_metrics(scores, rankings(scores, [0, 3]), 3)
-    assert (found["retrieval/pictures"], found["retrieval/captions"]) == (2, 3)
-    assert (found["retrieval/itc_tr_r1"], found["retrieval/tr_r1"]) == (0.0, 50.0)
-    assert found["retrieval/itc_ir_r1"] == pytest.approx(100 / 3)
-    assert found["retrieval/ir_r1"] == pytest.approx(100 / 3)
-    assert (found["retrieval/tr_r1_chance"], found["retrieval/ir_r1_chance"]) == (pytest.approx(50), pytest.approx(50))
-    assert found["score"] == pytest.approx((50 + 100 / 3) / 2)
+    metrics = retrieval_metrics(scores, rankings(scores, [0, 3]), 3)
+    assert (metrics["retrieval/pictures"], metrics["retrieval/captions"]) == (2, 3)
+    assert (metrics["retrieval/itc_tr_r1"], metrics["retrieval/tr_r1"]) == (0.0, 50.0)
+    assert metrics["retrieval/itc_ir_r1"] == pytest.approx(100 / 3)
+    assert metrics["retrieval/ir_r1"] == pytest.approx(100 / 3)
+    assert (metrics["retrieval/tr_r1_chance"], metrics["retrieval/ir_r1_chance"]) == (
+        pytest.approx(50),
+        pytest.approx(50),
+    )
+    assert metrics["score"] == pytest.approx((50 + 100 / 3) / 2)
     alone = retrieval_metrics(scores._replace(match_BC=None), rankings(scores, [0]), 3)
-    assert alone.keys() == {key for key in found if "itc" in key or "chance" in key or key.endswith("s")} | {"score"}
+    assert alone.keys() == {key for key in metrics if "itc" in key or "chance" in key or key.endswith("s")} | {"score"}
     assert alone["score"] == pytest.approx((0 + 100 / 3) / 2)
 
 
 def test_contrast_is_in_single_precision_also_under_autocast() -> None:
     image_BE, text_CE = nn.functional.normalize(torch.randn(4, 8)), nn.functional.normalize(torch.randn(6, 8))
     with torch.autocast("cpu", torch.bfloat16):
-        found = contrast_scores(image_BE, text_CE)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, nn.functional.cosine_similarity(image_BE[:, None], text_CE, dim=-1))
+        score_BC = contrast_scores(image_BE, text_CE)
+    assert score_BC.dtype == torch.float32
+    torch.testing.assert_close(score_BC, nn.functional.cosine_similarity(image_BE[:, None], text_CE, dim=-1))

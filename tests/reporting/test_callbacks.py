@@ -49,19 +49,19 @@ def after_training(**settings: Any) -> Report:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A finished run's folder and what was said on the way; drawn once on the way and once at the end."""
     folder = tmp_path_factory.mktemp("run")
-    said: list[str] = []
+    lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(maskvlm.reporting.callbacks, "say", said.append)
+        patch.setattr(maskvlm.reporting.callbacks, "say", lines.append)
         run(folder, Report(every=1, count=3), fit=True)
-    return folder, said
+    return folder, lines
 
 
 def test_both_images_lie_in_the_runs_folder(finished: tuple[Path, list[str]]) -> None:
-    folder, said = finished
+    folder, lines = finished
     assert Image.open(folder / "curves.png").size == (1386, 924)
     assert Image.open(folder / "reconstructions.png").size[0] == 1256
     wrote = [f"wrote {folder / 'curves.png'}", f"wrote {folder / 'reconstructions.png'}"]
-    assert said[1:] == [*wrote, *wrote]
+    assert lines[1:] == [*wrote, *wrote]
 
 
 def test_an_evaluation_on_the_way_says_what_the_partner_is_worth(finished: tuple[Path, list[str]]) -> None:

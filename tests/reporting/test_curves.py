@@ -96,10 +96,10 @@ def test_a_loss_without_a_level_is_drawn_alone() -> None:
 def test_recall_among_other_images_is_not_joined() -> None:
     panels = drawn([recalls(10, 64, 40.0), recalls(20, 64, 60.0), recalls(20, 500, 45.0)])
     panel = panels["recall@1, %, of 64 images (stars: 500)"]
-    found = [(list(line.get_ydata()), line.get_marker(), line.get_linestyle()) for line in panel.lines]
-    assert ([40.0, 60.0], "o", "-") in found
-    assert ([45.0], "*", "None") in found
-    assert ([20.0, 30.0], "o", ":") in found
+    panel_lines = [(list(line.get_ydata()), line.get_marker(), line.get_linestyle()) for line in panel.lines]
+    assert ([40.0, 60.0], "o", "-") in panel_lines
+    assert ([45.0], "*", "None") in panel_lines
+    assert ([20.0, 30.0], "o", ":") in panel_lines
 
 
 def test_held_out_metrics_show_the_right_partner_and_the_wrong_one() -> None:

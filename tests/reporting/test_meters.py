@@ -38,7 +38,7 @@ def test_smoothed_starts_anew_when_a_name_comes() -> None:
 
 
 def test_losses_are_the_terms_alone_and_levels_are_asked_for_the_global_batch() -> None:
-    asked: list[int] = []
+    batch_sizes: list[int] = []
     trainer: Any = SimpleNamespace(
         callback_metrics={
             "train/itc": torch.tensor(2.0),
@@ -50,14 +50,14 @@ def test_losses_are_the_terms_alone_and_levels_are_asked_for_the_global_batch() 
     )
 
     def chance_levels(pairs: int) -> dict[str, float]:
-        asked.append(pairs)
+        batch_sizes.append(pairs)
         return {"itc": math.log(pairs)}
 
     losses = LossMeter()
     losses.take(trainer)
     readings = losses.read(trainer, SimpleNamespace(task=SimpleNamespace(chance_levels=chance_levels)), toy_batch(6))  # type: ignore[arg-type]
     assert readings.losses == {"itc": 2.0}
-    assert asked == [24]
+    assert batch_sizes == [24]
     assert readings.levels == pytest.approx({"itc": math.log(24)})
 
 
@@ -110,26 +110,26 @@ def test_a_save_costs_speed_and_is_no_waiting() -> None:
 
 def test_time_left_follows_the_pace_since_the_first_step() -> None:
     now = Ticks()
-    left = TimeLeft(now)
+    time_left = TimeLeft(now)
     now.time = 60.0  # a minute of compiling
-    assert left.seconds(1, 101) is None
+    assert time_left.seconds(1, 101) is None
     now.time = 80.0
-    assert left.seconds(11, 101) == 180.0
-    assert left.seconds(101, 101) == 0.0
-    assert left.seconds(12, math.inf) is None
+    assert time_left.seconds(11, 101) == 180.0
+    assert time_left.seconds(101, 101) == 0.0
+    assert time_left.seconds(12, math.inf) is None
 
 
 def test_time_left_follows_the_latest_kind_of_steps() -> None:
     """Ten steps of a second, then ten of five."""
     now = Ticks()
-    left = TimeLeft(now)
-    assert left.seconds(0, 40, ("itc",)) is None
+    time_left = TimeLeft(now)
+    assert time_left.seconds(0, 40, ("itc",)) is None
     now.time = 10.0
-    assert left.seconds(10, 40, ("itc",)) == 30.0
+    assert time_left.seconds(10, 40, ("itc",)) == 30.0
     now.time = 15.0
-    assert left.seconds(11, 40, ("itc", "mlm")) is None
+    assert time_left.seconds(11, 40, ("itc", "mlm")) is None
     now.time = 65.0
-    assert left.seconds(21, 40, ("itc", "mlm")) == 95.0
+    assert time_left.seconds(21, 40, ("itc", "mlm")) == 95.0
 
 
 @pytest.mark.parametrize(

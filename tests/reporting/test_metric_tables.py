@@ -52,13 +52,13 @@ def test_every_metric_stands_in_its_group() -> None:
 
 
 def test_chance_levels_stand_beside_what_was_measured() -> None:
-    found = lines(RECALL | SIZES | CHANCE | WORDS | PIXELS | {"mlm/accuracy_chance": 9.1, "mim/mse_chance": 0.5})
-    assert found[0] == "Recall in % (500 images, 2500 captions)    R@1    R@5   R@10"
-    assert found[3] == found[6] == "by chance                                0.2    1.0    2.0"
-    assert "accuracy, %          63.1    49.2    48.9      +13.9     +14.2      9.1" in found
-    assert "loss, nats          1.200   1.720   1.800     +0.520    +0.600" in found
-    assert "squared error          0.0885   0.1008   0.1013    +12.2 %   +12.6 %   0.5000" in found
-    assert not any("…" in line for line in found)
+    table = lines(RECALL | SIZES | CHANCE | WORDS | PIXELS | {"mlm/accuracy_chance": 9.1, "mim/mse_chance": 0.5})
+    assert table[0] == "Recall in % (500 images, 2500 captions)    R@1    R@5   R@10"
+    assert table[3] == table[6] == "by chance                                0.2    1.0    2.0"
+    assert "accuracy, %          63.1    49.2    48.9      +13.9     +14.2      9.1" in table
+    assert "loss, nats          1.200   1.720   1.800     +0.520    +0.600" in table
+    assert "squared error          0.0885   0.1008   0.1013    +12.2 %   +12.6 %   0.5000" in table
+    assert not any("…" in line for line in table)
 
 
 def test_what_was_not_measured_is_left_out() -> None:
@@ -125,8 +125,8 @@ def test_a_label_is_shown_as_it_is(label: str) -> None:
 
 def test_recall_and_confusion_of_classes() -> None:
     metrics = {"entailment/accuracy": 60.0, "entailment/accuracy_prior": 40.0, "entailment/recall/yes": 75.0}
-    for truth, said, count in (("yes", "yes", 3), ("yes", "no", 1), ("no", "yes", 0), ("no", "no", 12)):
-        metrics[f"entailment/confusion/{truth}_as_{said}"] = float(count)
+    for truth, answer, count in (("yes", "yes", 3), ("yes", "no", 1), ("no", "yes", 0), ("no", "no", 12)):
+        metrics[f"entailment/confusion/{truth}_as_{answer}"] = float(count)
     assert lines(metrics) == [
         "entailment           %",
         "accuracy          60.0",
@@ -161,7 +161,7 @@ def test_unknown_levels_are_left_open() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metrics", "said"),
+    ("metrics", "line"),
     [
         (
             {"vqa/accuracy": 71.34, "vqa/accuracy/x": 3.0, "vqa/accuracy_majority": 29.7},
@@ -172,5 +172,5 @@ def test_unknown_levels_are_left_open() -> None:
         ({}, ""),
     ],
 )
-def test_what_a_task_is_judged_by_in_a_few_words(metrics: dict[str, float], said: str) -> None:
-    assert score_line(metrics) == said
+def test_what_a_task_is_judged_by_in_a_few_words(metrics: dict[str, float], line: str) -> None:
+    assert score_line(metrics) == line

@@ -14,10 +14,10 @@ from PIL import Image
 
 from maskvlm.objectives.task import Prediction
 from maskvlm.reporting.page import GREEN, GREY, RED, Page
-from maskvlm.reporting.prediction_page import GAP, SIZE, TEXT, Shown, draw_page, example_page
+from maskvlm.reporting.prediction_page import GAP, SIZE, TEXT, ExampleCell, draw_page, example_page
 
 
-def shown(images: int = 1, **changes: Any) -> Shown:
+def make_cell(images: int = 1, **changes: Any) -> ExampleCell:
     whole = {
         "id": "7",
         "text": "what is it",
@@ -28,34 +28,40 @@ def shown(images: int = 1, **changes: Any) -> Shown:
         "kind": "",
     }
     image = Image.new("RGB", (40, 20), "navy")
-    return Shown(Prediction(**{**whole, **changes}), [image] * images)  # type: ignore[typeddict-item]
+    return ExampleCell(Prediction(**{**whole, **changes}), [image] * images)  # type: ignore[typeddict-item]
 
 
-def words(*cells: Shown) -> list[str]:
+def words(*cells: ExampleCell) -> list[str]:
     return [text.get_text() for text in draw_page(cells).figure.texts]
 
 
-def frames(*cells: Shown) -> list[Any]:
+def frames(*cells: ExampleCell) -> list[Any]:
     return [axes.patches[0].get_edgecolor()[:3] for axes in draw_page(cells).figure.axes]
 
 
 def test_words_of_a_cell() -> None:
-    assert words(shown()) == [
+    assert words(make_cell()) == [
         "Some predictions, at even distances through the split; 0 of these 1 right",
         "what is it", "truth:     cat", "predicted: dog",
     ]  # fmt: skip
-    assert words(shown(truth="", right=None))[1:] == ["what is it", "predicted: dog"]
-    assert words(shown(right=None, measured={"cider": 61.25}))[2:] == ["truth:     cat", "predicted: dog", "cider 61.2"]
-    assert words(shown(right=1.0), shown(right=0.3), shown(right=None))[0].endswith("; 1.3 of these 2 right")
-    assert words(shown(right=None))[0].endswith("through the split")
+    assert words(make_cell(truth="", right=None))[1:] == ["what is it", "predicted: dog"]
+    assert words(make_cell(right=None, measured={"cider": 61.25}))[2:] == [
+        "truth:     cat",
+        "predicted: dog",
+        "cider 61.2",
+    ]
+    assert words(make_cell(right=1.0), make_cell(right=0.3), make_cell(right=None))[0].endswith(
+        "; 1.3 of these 2 right"
+    )
+    assert words(make_cell(right=None))[0].endswith("through the split")
 
 
 def test_a_long_question_ends_in_dots_and_nothing_is_a_formula() -> None:
-    found = words(shown(text="word " * 100))
-    assert len(found) == 1 + 4 + 2
-    assert found[4].endswith("…")
-    assert all(len(line) <= 38 for line in found[1:])
-    page = draw_page([shown(text="$x_1$ costs $5")]).figure
+    lines = words(make_cell(text="word " * 100))
+    assert len(lines) == 1 + 4 + 2
+    assert lines[4].endswith("…")
+    assert all(len(line) <= 38 for line in lines[1:])
+    page = draw_page([make_cell(text="$x_1$ costs $5")]).figure
     assert page.texts[1].get_text() == "$x_1$ costs $5"
     assert not page.texts[1].get_parse_math()
 
@@ -64,9 +70,9 @@ LONG = "how many of the men in blue shirts stand with their bicycles on the left
 
 
 def test_a_long_truth_and_a_long_answer_end_in_dots_too() -> None:
-    found = words(shown(truth=LONG * 2, prediction="word " * 40))[2:]
-    assert [line.endswith("…") for line in found] == [False, True, False, True]
-    assert words(shown(truth="a b c"))[2] == "truth:     a b c"
+    lines = words(make_cell(truth=LONG * 2, prediction="word " * 40))[2:]
+    assert [line.endswith("…") for line in lines] == [False, True, False, True]
+    assert words(make_cell(truth="a b c"))[2] == "truth:     a b c"
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -74,7 +80,7 @@ def test_a_long_truth_and_a_long_answer_end_in_dots_too() -> None:
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_no_text_is_wider_than_its_column(text: str, images: int) -> None:
     """As it is drawn, in pixels: the letters of a small font take whole ones."""
-    page = draw_page([shown(images, text=text, truth=text, prediction=text) for _ in range(4)]).figure
+    page = draw_page([make_cell(images, text=text, truth=text, prediction=text) for _ in range(4)]).figure
     renderer = FigureCanvasAgg(page).get_renderer()
     edge = page.get_size_inches()[0] * page.dpi
     boxes = [axes.get_window_extent(renderer) for axes in page.axes]
@@ -97,8 +103,8 @@ def test_words_of_any_script_are_wrapped_within_the_column(text: str, most: int)
 
 
 def test_images_of_different_parts_are_labelled() -> None:
-    cell = shown(2)._replace(labels=("found", "truth"))
-    page = draw_page([cell, shown(2)]).figure
+    cell = make_cell(2)._replace(labels=("found", "truth"))
+    page = draw_page([cell, make_cell(2)]).figure
     labels = {text.get_text(): text for text in page.texts if text.get_text() in ("found", "truth")}
     assert list(labels) == ["found", "truth"]
     for text, axes in zip(labels.values(), page.axes, strict=False):  # below its own image
@@ -108,16 +114,16 @@ def test_images_of_different_parts_are_labelled() -> None:
 
 
 def test_colours_are_the_verdict() -> None:
-    assert frames(shown(right=1.0), shown(right=0.0), shown(right=None), shown(right=0.5), shown(right=0.3)) == [
-        to_rgb(colour) for colour in (GREEN, RED, GREY, GREEN, RED)
-    ]
+    assert frames(
+        make_cell(right=1.0), make_cell(right=0.0), make_cell(right=None), make_cell(right=0.5), make_cell(right=0.3)
+    ) == [to_rgb(colour) for colour in (GREEN, RED, GREY, GREEN, RED)]
 
 
 @pytest.mark.parametrize(
     ("images", "cells", "columns", "rows"), [(1, 1, 3, 1), (1, 7, 3, 3), (2, 3, 2, 2), (3, 4, 2, 2)]
 )
 def test_the_page_is_as_large_as_its_cells_need(images: int, cells: int, columns: int, rows: int) -> None:
-    page = draw_page([shown(images) for _ in range(cells)]).figure
+    page = draw_page([make_cell(images) for _ in range(cells)]).figure
     width, height = page.get_size_inches()
     assert width == pytest.approx(columns * (images * 1.37 + 2.6) + 0.4)
     assert height == pytest.approx(rows * 1.49 + 0.7)
@@ -133,8 +139,8 @@ def test_the_page_is_as_large_as_its_cells_need(images: int, cells: int, columns
 def test_a_page_of_any_script_is_written(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     data = BytesIO()
     Image.new("RGB", (300, 200), "orange").save(data, "JPEG")
-    cell = Shown(shown(text="これは何ですか 😀", prediction="<b>&").prediction, [data.getvalue()])
-    path = example_page([cell, shown(2)], tmp_path / "page.png")
+    cell = ExampleCell(make_cell(text="これは何ですか 😀", prediction="<b>&").prediction, [data.getvalue()])
+    path = example_page([cell, make_cell(2)], tmp_path / "page.png")
     pixels = np.asarray(Image.open(path).convert("RGB"))
     assert pixels.shape[:2] == (int((1.49 + 0.7) * 100), int((2 * (2 * 1.37 + 2.6) + 0.4) * 100))
     colours = {tuple(colour) for colour in pixels.reshape(-1, 3).tolist()}

@@ -22,9 +22,9 @@ from maskvlm.objectives.task import Prediction
 from maskvlm.reporting.predictions import (
     Predictions,
     checkpoint_of,
+    example_cell,
     hash_of,
     share_measured,
-    shown_with,
     spread,
     with_ids,
 )
@@ -130,7 +130,7 @@ def test_the_test_split_and_a_part_of_it(tuned: Path, tmp_path: Path) -> None:
     assert card["images of the split seen in training"] == 0
     measure(tuned, tmp_path, Questions(2), limit_val_batches=1)
     card = json.loads((tmp_path / "card.json").read_text())
-    assert card["data"]["share measured"] == 0.3333  # of three batches
+    assert card["data"]["share measured"] == 0.4286  # three of seven
     assert card["images of the split seen in training"] == 8  # as the key says, not of the three rows measured
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 3
 
@@ -146,9 +146,9 @@ class Sieved(Questions):
     """A reader that left rows of every split out; one reason met none."""
 
     def split(self, name: str) -> Any:
-        found = super().split(name)
-        found.skipped = {"no gold label": [f"{name}:1", f"{name}:4"], "empty text": []}
-        return found
+        rows = super().split(name)
+        rows.skipped = {"no gold label": [f"{name}:1", f"{name}:4"], "empty text": []}
+        return rows
 
 
 def test_the_card_counts_what_was_left_out_of_the_split(tuned: Path, tmp_path: Path) -> None:
@@ -234,15 +234,15 @@ def test_what_is_not_known_is_null(tuned: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_written_during_training(tmp_path: Path) -> None:
     backbone = bare_backbone()
-    seen: list[list[str]] = []
+    listings: list[list[str]] = []
 
     class Look(L.Callback):
         def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-            seen.append([path.name for path in tmp_path.iterdir()])
+            listings.append([path.name for path in tmp_path.iterdir()])
 
     trainer = trainer_in(tmp_path, Predictions(), Look(), val_check_interval=1)
     trainer.fit(LitModel(backbone, Nlvr(LABELS, images_per_example=2)), data_for(backbone, Questions(2)))
-    assert seen == [[]]
+    assert listings == [[]]
 
 
 def test_a_measured_training_folder_keeps_the_trainings_own(tuned: Path, tmp_path: Path) -> None:
@@ -272,23 +272,23 @@ PAIRS: list[dict[str, Any]] = [{"image": "a", "image_id": "flickr 1"}, {"image":
 
 
 def test_images_of_pairs_and_of_examples_and_what_they_are() -> None:
-    assert shown_with([{"images": ["b", "c"]}], line(0))[1:] == (["b", "c"], ("left", "right"))
-    assert shown_with([{"images": ["b"]}], line(0))[1:] == (["b"], ())
-    assert shown_with([{"images": ["b", "c", "d"]}], line(0))[1:] == (["b", "c", "d"], ())
-    found = Prediction(**{**line(0), "index": [1, 0]})
-    assert shown_with(PAIRS, found)[1:] == (["d", "a"], ("found", "truth"))
-    assert shown_with(PAIRS, line(1))[1:] == (["d"], ())
-    assert shown_with(PAIRS, Prediction(**{**line(0), "index": []}))[1:] == ([], ())
+    assert example_cell([{"images": ["b", "c"]}], line(0))[1:] == (["b", "c"], ("left", "right"))
+    assert example_cell([{"images": ["b"]}], line(0))[1:] == (["b"], ())
+    assert example_cell([{"images": ["b", "c", "d"]}], line(0))[1:] == (["b", "c", "d"], ())
+    prediction = Prediction(**{**line(0), "index": [1, 0]})
+    assert example_cell(PAIRS, prediction)[1:] == (["d", "a"], ("found", "truth"))
+    assert example_cell(PAIRS, line(1))[1:] == (["d"], ())
+    assert example_cell(PAIRS, Prediction(**{**line(0), "index": []}))[1:] == ([], ())
 
 
 def test_an_image_of_pairs_is_called_by_its_id() -> None:
     one = Prediction(id="7", text="an image 1", truth="image 0", prediction="image 1", right=0.0, index=[1, 0], kind="")
-    (found,) = with_ids([one], PAIRS)
-    told = {"truth": "image 0, flickr 1", "prediction": "image 1, flickr 23", "images": ["flickr 23", "flickr 1"]}
-    assert found == {**one, **told}
-    asked = [Prediction(**{**line(0), "text": "image 0"})]
-    assert with_ids(asked, PAIRS)[0]["text"] == "image 0, flickr 1"
-    assert with_ids(asked, [{"images": ["b"]}]) is asked  # an example says its own
+    (entry,) = with_ids([one], PAIRS)
+    changes = {"truth": "image 0, flickr 1", "prediction": "image 1, flickr 23", "images": ["flickr 23", "flickr 1"]}
+    assert entry == {**one, **changes}
+    predictions = [Prediction(**{**line(0), "text": "image 0"})]
+    assert with_ids(predictions, PAIRS)[0]["text"] == "image 0, flickr 1"
+    assert with_ids(predictions, [{"images": ["b"]}]) is predictions  # an example says its own
     nowhere = [Prediction(**{**line(0), "index": []})]
     assert with_ids(nowhere, PAIRS) is nowhere
 
@@ -305,6 +305,8 @@ def test_share_measured(limit: float, batches: list[int], share: float) -> None:
     )  # fmt: skip
     assert share_measured(trainer, "val") == share
     assert share_measured(trainer, "test") == 1.0
+    trainer.datamodule = SimpleNamespace(share_looked_at=0.5)
+    assert share_measured(trainer, "val") == pytest.approx(share / 2, abs=1e-4)
 
 
 # ---------------------------------------------------------------------- the real command
@@ -385,8 +387,8 @@ def test_retrieval_names_the_images_it_found(chain: Path, monkeypatch: pytest.Mo
     assert len(lines) == 12 * 5 + 12
     for one in lines:
         names = [f"image {place}, {rows[place]['image_id']}" for place in one["index"]]
-        said = [one["prediction"], one["truth"]] if one["kind"] == "image retrieval" else [one["text"]]
-        assert names == said
+        texts = [one["prediction"], one["truth"]] if one["kind"] == "image retrieval" else [one["text"]]
+        assert names == texts
     assert (folder / "examples.png").stat().st_size > 1000
 
 
@@ -426,10 +428,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("words", "task", "code", "said"), REFUSED)
+@pytest.mark.parametrize(("words", "task", "code", "message"), REFUSED)
 def test_what_a_checkpoint_cannot_do_is_one_line(
     chain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], task: str,
-    code: ExitCode, said: str,
+    code: ExitCode, message: str,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(ROOT)
     words = [str(chain / word) if word.endswith(".ckpt") else word for word in words]
@@ -437,7 +439,7 @@ def test_what_a_checkpoint_cannot_do_is_one_line(
     error = [one for one in capsys.readouterr().err.splitlines() if not one.startswith(("INFO", "💡"))]
     assert len(error) == 1, error
     assert error[0].startswith("error: ")
-    assert said in error[0]
+    assert message in error[0]
     assert not (chain / "no").exists()
 
 

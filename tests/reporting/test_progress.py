@@ -63,7 +63,7 @@ def train(
     return trainer
 
 
-def shown_on(progress: TrainingProgress, **settings: Any) -> io.StringIO:
+def stream_of(progress: TrainingProgress, **settings: Any) -> io.StringIO:
     out = io.StringIO()
     progress.console = Console(file=out, width=140, **settings)
     return out
@@ -103,7 +103,7 @@ def test_a_terminal_of_80_columns_has_one_line(tmp_path: Path) -> None:
 
 def test_a_log_file_gets_plain_lines_of_losses_and_levels(tmp_path: Path) -> None:
     progress = TrainingProgress(seconds=0)
-    out = shown_on(progress)
+    out = stream_of(progress)
     train(Module({"itc": [1.0] * 8, "itm": [0.5] * 8}), [progress], 8, tmp_path)
     legend, *lines = out.getvalue().splitlines()
     assert legend == LEGEND
@@ -115,21 +115,21 @@ def test_a_log_file_gets_plain_lines_of_losses_and_levels(tmp_path: Path) -> Non
 
 def test_plain_lines_keep_their_distance_but_the_last_is_shown(tmp_path: Path) -> None:
     progress = TrainingProgress(seconds=1000)
-    out = shown_on(progress)
+    out = stream_of(progress)
     train(Module({"itc": [1.0] * 8}), [progress], 8, tmp_path)
     assert [line.split("  ")[0] for line in out.getvalue().splitlines()[1:]] == ["step 2/8", "step 8/8"]
 
 
 def test_a_run_shorter_than_the_interval_says_its_last_step(tmp_path: Path) -> None:
     progress = TrainingProgress()
-    out = shown_on(progress)
+    out = stream_of(progress)
     train(Module({"itc": [1.0] * 3}), [progress], 3, tmp_path, log_every_n_steps=50)
     assert out.getvalue().splitlines()[1].startswith("step 3/3  itc 1.00/1.79  ")
 
 
 def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
     progress = TrainingProgress(seconds=0)
-    out = shown_on(progress)
+    out = stream_of(progress)
     train(Module({"itc": [1.0] * 8}), [progress], 8, tmp_path, accumulate_grad_batches=2)
     assert [line.split("  ")[0] for line in out.getvalue().splitlines()[1:]] == ["step 2/4", "step 4/4"]
 
@@ -148,7 +148,7 @@ def test_levels_and_speed_are_logged(tmp_path: Path) -> None:
 
 def test_a_terminal_gets_a_bar_and_evaluations_are_shown(tmp_path: Path) -> None:
     progress = TrainingProgress()
-    out = shown_on(progress, force_terminal=True)
+    out = stream_of(progress, force_terminal=True)
     trainer = train(Module({"itc": [1.0] * 4}), [progress], 4, tmp_path)
     assert "itc 1.00/1.79" in out.getvalue()
     assert "step 4/4" in out.getvalue()
@@ -162,7 +162,7 @@ def test_a_terminal_gets_a_bar_and_evaluations_are_shown(tmp_path: Path) -> None
 @pytest.mark.parametrize("terminal", [True, False])
 def test_other_processes_are_silent(terminal: bool) -> None:
     progress = TrainingProgress(seconds=0)
-    out = shown_on(progress, force_terminal=terminal)
+    out = stream_of(progress, force_terminal=terminal)
     trainer: Any = SimpleNamespace(
         is_global_zero=False, estimated_stepping_batches=4, global_step=1, world_size=2, log_every_n_steps=1
     )
@@ -206,8 +206,8 @@ def test_a_loss_that_leaves_its_level_is_given_time_again(caplog: pytest.LogCapt
         assert caplog.records == []
         stuck.look(50, 20, Readings({"new": 1.1}, {"new": 1.0}), {})
         stuck.look(60, 20, Readings({"new": 1.1}, {"new": 1.0}), {})
-    said = stuck_line("new", 1.1, 1.0, 30, 50, PretrainingLoss.stuck_hint)
-    assert [record.getMessage() for record in caplog.records] == [said]
+    line = stuck_line("new", 1.1, 1.0, 30, 50, PretrainingLoss.stuck_hint)
+    assert [record.getMessage() for record in caplog.records] == [line]
 
 
 def test_a_loss_that_comes_down_from_far_above_its_level_does_not_sit(caplog: pytest.LogCaptureFixture) -> None:

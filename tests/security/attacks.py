@@ -111,8 +111,8 @@ class Reduced:
 
 def content() -> dict[str, Any]:
     """What a good checkpoint holds."""
-    found: dict[str, Any] = torch.load(OLD / "run" / "last.ckpt", weights_only=True)
-    return found
+    good_content: dict[str, Any] = torch.load(OLD / "run" / "last.ckpt", weights_only=True)
+    return good_content
 
 
 WAYS = ("api", "fit", "fill", "convert", "export", "resume")
@@ -154,22 +154,22 @@ def checkpoint(place: Place, change: Callable[[dict[str, Any]], Any], ways: tupl
 
 
 def model_of(held: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(held["model"])
-    return found
+    model: dict[str, Any] = yaml.safe_load(held["model"])
+    return model
 
 
 def into_model(place: Place, change: Callable[[dict[str, Any]], Any]) -> list[list[str]]:
     """A checkpoint whose recipe of the backbone is changed, and the same as a folder of the hub's format."""
 
     def spoil(held: dict[str, Any]) -> None:
-        told = model_of(held)
-        change(told["model"])
-        held["model"] = yaml.safe_dump(told)
+        recipe = model_of(held)
+        change(recipe["model"])
+        held["model"] = yaml.safe_dump(recipe)
 
     def spoil_folder(config: dict[str, Any]) -> None:
-        told = {"random_init": True, "backbone": config["backbone"]}
-        change(told)
-        config["backbone"] = told["backbone"]
+        recipe = {"random_init": True, "backbone": config["backbone"]}
+        change(recipe)
+        config["backbone"] = recipe["backbone"]
 
     return checkpoint(place, spoil, WAYS[:5]) + folder(place, spoil_folder)
 
@@ -178,9 +178,9 @@ def into_task(place: Place, change: Callable[[dict[str, Any]], Any]) -> list[lis
     """The same of the recipe of the task."""
 
     def spoil(held: dict[str, Any]) -> None:
-        told = yaml.safe_load(held["task"])
-        change(told)
-        held["task"] = yaml.safe_dump(told)
+        recipe = yaml.safe_load(held["task"])
+        change(recipe)
+        held["task"] = yaml.safe_dump(recipe)
 
     return checkpoint(place, spoil, ("api", "fill", "convert", "export")) + folder(
         place, lambda config: change(config["task"])
@@ -197,19 +197,19 @@ def folder(
     ways: tuple[str, ...] = HUB,
 ) -> list[list[str]]:
     """A folder of the hub's format with a changed config.json, and no sums."""
-    made = place.here / "hub"
-    shutil.copytree(OLD / "hub", made)
-    (made / "checksums.json").unlink()
-    config = json.loads((made / "config.json").read_text())
+    hub = place.here / "hub"
+    shutil.copytree(OLD / "hub", hub)
+    (hub / "checksums.json").unlink()
+    config = json.loads((hub / "config.json").read_text())
     change(config)
-    (made / "config.json").write_text(json.dumps(config))
-    more(made)
-    return opened(place, made, ways)
+    (hub / "config.json").write_text(json.dumps(config))
+    more(hub)
+    return opened(place, hub, ways)
 
 
 def args_of(model: dict[str, Any], part: str) -> dict[str, Any]:
-    found: dict[str, Any] = model["backbone"]["init_args"][part]["init_args"]
-    return found
+    args: dict[str, Any] = model["backbone"]["init_args"][part]["init_args"]
+    return args
 
 
 HOW = {name: name for name in ("subprocess", "collect", "popen", "hydra", "listed", "deep")}
@@ -233,9 +233,9 @@ def code_in_the_place_of_a_number(place: Place, how: str) -> list[list[str]]:
 @attack("model", part={"backbone": "backbone", "image": "image", "text": "text"})
 def another_class(place: Place, part: str) -> list[list[str]]:
     def change(model: dict[str, Any]) -> None:
-        found = model["backbone"] if part == "backbone" else model["backbone"]["init_args"][part]
-        found.clear()
-        found.update(runs(place)["subprocess"])
+        spec = model["backbone"] if part == "backbone" else model["backbone"]["init_args"][part]
+        spec.clear()
+        spec.update(runs(place)["subprocess"])
 
     return into_model(place, change)
 
@@ -280,9 +280,9 @@ def a_profiler_that_writes_elsewhere(place: Place) -> list[list[str]]:
 @attack("model")
 def settings_of_the_model_that_are_not_its_shape(place: Place) -> list[list[str]]:
     def spoil(held: dict[str, Any]) -> None:
-        told = model_of(held)
-        told["model"]["task"] = runs(place)["subprocess"]
-        held["model"] = yaml.safe_dump(told)
+        recipe = model_of(held)
+        recipe["model"]["task"] = runs(place)["subprocess"]
+        held["model"] = yaml.safe_dump(recipe)
 
     return checkpoint(place, spoil, ("api", "fit"))
 
@@ -487,8 +487,8 @@ def members_that_overlap(place: Place) -> list[list[str]]:
     "architectures": {"architectures": ["evil.M"], "custom_pipelines": {"x": {"impl": "evil.P"}}},
 })  # fmt: skip
 def config_json_that_names_code(place: Place, key: dict[str, Any]) -> list[list[str]]:
-    def more(made: Path) -> None:
-        (made / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
+    def more(hub: Path) -> None:
+        (hub / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
 
     return folder(place, lambda config: config.update(key), more)
 
@@ -499,9 +499,9 @@ def config_json_that_names_code(place: Place, key: dict[str, Any]) -> list[list[
     "template": {"chat_template": "{{ cycler.__init__.__globals__.os.system('touch x') }}"},
 })  # fmt: skip
 def tokenizer_config_that_names_code(place: Place, key: dict[str, Any]) -> list[list[str]]:
-    def more(made: Path) -> None:
-        (made / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
-        file = made / "tokenizer_config.json"
+    def more(hub: Path) -> None:
+        (hub / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
+        file = hub / "tokenizer_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | key))
 
     return folder(place, lambda config: None, more, (*HUB, "processor"))
@@ -509,19 +509,19 @@ def tokenizer_config_that_names_code(place: Place, key: dict[str, Any]) -> list[
 
 @attack("folder")
 def processor_config_that_names_code(place: Place) -> list[list[str]]:
-    def more(made: Path) -> None:
-        (made / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
-        told = {"processor_class": "P", "auto_map": {"AutoProcessor": "evil.P", "AutoImageProcessor": "evil.I"}}
-        (made / "processor_config.json").write_text(json.dumps(told))
+    def more(hub: Path) -> None:
+        (hub / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
+        settings = {"processor_class": "P", "auto_map": {"AutoProcessor": "evil.P", "AutoImageProcessor": "evil.I"}}
+        (hub / "processor_config.json").write_text(json.dumps(settings))
 
     return folder(place, lambda config: None, more, (*HUB, "processor"))
 
 
 @attack("folder", name={name: name for name in ("config.json", "tokenizer.json", "model.safetensors")})
 def a_link_out_of_the_folder(place: Place, name: str) -> list[list[str]]:
-    def more(made: Path) -> None:
-        (made / name).unlink()
-        (made / name).symlink_to(place.secret / ("secret" + Path(name).suffix))
+    def more(hub: Path) -> None:
+        (hub / name).unlink()
+        (hub / name).symlink_to(place.secret / ("secret" + Path(name).suffix))
 
     # Not by AutoModel: transformers reads config.json itself, before it knows whose it is.
     return folder(place, lambda config: None, more, ("api", "fill", "fit"))
@@ -529,28 +529,28 @@ def a_link_out_of_the_folder(place: Place, name: str) -> list[list[str]]:
 
 @attack("folder")
 def an_adapter_of_another_model(place: Place) -> list[list[str]]:
-    def more(made: Path) -> None:
-        (made / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(place.secret)}))
+    def more(hub: Path) -> None:
+        (hub / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(place.secret)}))
 
     return folder(place, lambda config: None, more)
 
 
 @attack("folder")
 def a_pickle_beside_the_weights(place: Place) -> list[list[str]]:
-    def more(made: Path) -> None:
-        (made / "model.safetensors").unlink()
-        (made / "pytorch_model.bin").write_bytes(pickle.dumps(Reduced(f"touch {place.marker}")))
+    def more(hub: Path) -> None:
+        (hub / "model.safetensors").unlink()
+        (hub / "pytorch_model.bin").write_bytes(pickle.dumps(Reduced(f"touch {place.marker}")))
 
     return folder(place, lambda config: None, more)
 
 
 @attack("folder", names={"up": "../../secret/secret.safetensors", "absolute": "SECRET/secret.safetensors"})
 def an_encoders_index_that_leads_out(place: Place, names: str) -> list[list[str]]:
-    made = encoder(place)
-    (made / "model.safetensors").unlink()
+    encoder_folder = encoder(place)
+    (encoder_folder / "model.safetensors").unlink()
     named = names.replace("SECRET", str(place.secret))
-    (made / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": named}}))
-    return using(place, made)
+    (encoder_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": named}}))
+    return using(place, encoder_folder)
 
 
 @attack("folder", key={
@@ -561,37 +561,37 @@ def an_encoders_index_that_leads_out(place: Place, names: str) -> list[list[str]
     "layers": {"num_hidden_layers": 10**12},
 })  # fmt: skip
 def an_encoder_that_names_code(place: Place, key: dict[str, Any]) -> list[list[str]]:
-    made = encoder(place)
-    (made / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
-    told = json.loads((made / "config.json").read_text())
-    (made / "config.json").write_text(json.dumps(told | key))
-    return using(place, made)
+    encoder_folder = encoder(place)
+    (encoder_folder / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
+    config = json.loads((encoder_folder / "config.json").read_text())
+    (encoder_folder / "config.json").write_text(json.dumps(config | key))
+    return using(place, encoder_folder)
 
 
 @attack("folder")
 def an_encoders_tokenizer_that_names_code(place: Place) -> list[list[str]]:
-    made = encoder(place)
-    (made / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
-    told = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
-    (made / "tokenizer_config.json").write_text(json.dumps(told))
-    return using(place, made)
+    encoder_folder = encoder(place)
+    (encoder_folder / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
+    tokenizer_config = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
+    (encoder_folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return using(place, encoder_folder)
 
 
 def encoder(place: Place) -> Path:
     """A small text encoder as save_pretrained writes it."""
     from transformers import BertConfig, BertModel
 
-    made = place.here / "encoder"
+    encoder_folder = place.here / "encoder"
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=256, **shape)).save_pretrained(made)
+    BertModel(BertConfig(vocab_size=256, **shape)).save_pretrained(encoder_folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(OLD / "hub" / name, made)
-    return made
+        shutil.copy(OLD / "hub" / name, encoder_folder)
+    return encoder_folder
 
 
-def using(place: Place, made: Path) -> list[list[str]]:
+def using(place: Place, encoder_folder: Path) -> list[list[str]]:
     """A model that starts from it."""
-    return [["ENCODER", str(made)]]
+    return [["ENCODER", str(encoder_folder)]]
 
 
 # ---------------------------------------------------------------------- configurations
@@ -634,8 +634,8 @@ def code_in_a_strategy(place: Place, how: str) -> list[list[str]]:
 
 @attack("config", how={"subprocess": "subprocess", "collect": "collect"})
 def code_where_anything_may_stand(place: Place, how: str) -> list[list[str]]:
-    told = {"model": {"backbone": {"init_args": {"image": {"init_args": {"config": {"x": runs(place)[how]}}}}}}}
-    return configured(place, yaml.safe_dump(told))
+    config = {"model": {"backbone": {"init_args": {"image": {"init_args": {"config": {"x": runs(place)[how]}}}}}}}
+    return configured(place, yaml.safe_dump(config))
 
 
 @attack("config", text={
@@ -663,9 +663,9 @@ def an_index_that_names_things(place: Place, key: str) -> list[list[str]]:
     """Its images are read for re-ranking."""
     import pyarrow.parquet as pq
 
-    made = place.here / "index"
-    shutil.copytree(place.here.parent / "index", made)
-    about = json.loads((made / "index.json").read_text())
+    index_folder = place.here / "index"
+    shutil.copytree(place.here.parent / "index", index_folder)
+    about = json.loads((index_folder / "index.json").read_text())
     if key == "source":
         about["source"] = runs(place)["subprocess"]
     elif key == "root":
@@ -676,16 +676,16 @@ def an_index_that_names_things(place: Place, key: str) -> list[list[str]]:
     else:
         import hashlib
 
-        table = pq.read_table(made / "ids.parquet").to_pylist()
-        schema = pq.read_schema(made / "ids.parquet")
+        table = pq.read_table(index_folder / "ids.parquet").to_pylist()
+        schema = pq.read_schema(index_folder / "ids.parquet")
         import pyarrow as pa
 
         rows = [row | {"path": str(place.secret / "secret.png")} for row in table]
-        pq.write_table(pa.Table.from_pylist(rows, schema), made / "ids.parquet")
-        about["sha256"]["ids.parquet"] = hashlib.sha256((made / "ids.parquet").read_bytes()).hexdigest()
-    (made / "index.json").write_text(json.dumps(about))
-    asked = ["search", "--index", str(made), "--from", str(OLD / "run" / "last.ckpt")]
-    return [[*asked, "a red circle", "--rerank"]]
+        pq.write_table(pa.Table.from_pylist(rows, schema), index_folder / "ids.parquet")
+        about["sha256"]["ids.parquet"] = hashlib.sha256((index_folder / "ids.parquet").read_bytes()).hexdigest()
+    (index_folder / "index.json").write_text(json.dumps(about))
+    command = ["search", "--index", str(index_folder), "--from", str(OLD / "run" / "last.ckpt")]
+    return [[*command, "a red circle", "--rerank"]]
 
 
 def corpus() -> Iterator[Attack]:

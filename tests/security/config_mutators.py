@@ -133,16 +133,16 @@ def _loaded(text: str) -> Any:
 
 def _spots(value: Any) -> list[tuple[Any, Any]]:
     """Every container with every key or index in it; each container once, as aliases may multiply."""
-    found: list[tuple[Any, Any]] = []
-    seen, todo = {id(value)}, [value]
+    spots: list[tuple[Any, Any]] = []
+    seen_ids, todo = {id(value)}, [value]
     while todo:
         one = todo.pop()
         for key, part in one.items() if isinstance(one, dict) else enumerate(one) if isinstance(one, list) else ():
-            found.append((one, key))
-            if id(part) not in seen:
-                seen.add(id(part))
+            spots.append((one, key))
+            if id(part) not in seen_ids:
+                seen_ids.add(id(part))
                 todo.append(part)
-    return found
+    return spots
 
 
 def _edited(text: str, draw: random.Random, edit: Callable[[Any, Any], None]) -> str:
@@ -272,7 +272,7 @@ def some_bytes(text: str | bytes, draw: random.Random) -> bytes:
 
 def words(known: list[str], draw: random.Random) -> list[str]:
     """The options of a command line: known keys with odd values, unknown ones, and words that are no options."""
-    found: list[str] = []
+    options: list[str] = []
     for _ in range(draw.randint(1, 4)):
         key = draw.choice(known)
         if draw.random() < 0.3:
@@ -283,7 +283,7 @@ def words(known: list[str], draw: random.Random) -> list[str]:
             value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**9).strip()
         )
         written = written.removesuffix("...").strip()
-        found += draw.choice(
+        options += draw.choice(
             (
                 [f"--{key}", written],
                 [f"--{key}={written}"],
@@ -301,4 +301,4 @@ def words(known: list[str], draw: random.Random) -> list[str]:
                 [draw.choice(("x", "--x", "--x=")) * 400_000],
             )
         )
-    return found
+    return options

@@ -40,36 +40,36 @@ def values(rng: random.Random, mark: str) -> Any:
 
 def tensors(rng: random.Random) -> Any:
     """A tensor that is none of a model's."""
-    made: list[Callable[[], Any]] = [
+    makers: list[Callable[[], Any]] = [
         lambda: torch.zeros(0), lambda: torch.zeros(3), lambda: torch.full((2, 2), math.nan), lambda: torch.tensor(7),
         lambda: torch.zeros(1).expand(10**9), lambda: torch.empty(10**6, 10**6, device="meta"),
         lambda: torch.zeros(2, dtype=torch.complex64), lambda: torch.zeros(4, 4).t(), lambda: torch.zeros(2).bool(),
         lambda: torch.zeros(3, 3).to_sparse(), lambda: torch.zeros(2, dtype=torch.float16),
     ]  # fmt: skip
-    return rng.choice(made)()
+    return rng.choice(makers)()
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Paths of all values in nested dicts and lists."""
-    found = [path] if path else []
+    paths = [path] if path else []
     if isinstance(value, dict):
         for key, part in value.items():
-            found += places(part, (*path, key))
+            paths += places(part, (*path, key))
     elif isinstance(value, list):
         for number, part in enumerate(value[:20]):
-            found += places(part, (*path, number))
-    return found
+            paths += places(part, (*path, number))
+    return paths
 
 
 def edited(value: Any, rng: random.Random, mark: str, tensor: bool = False) -> Any:
     """A copy with one to three edits: a value replaced, removed, doubled, renamed, added, or moved elsewhere."""
-    made = copy.deepcopy(value)
+    mutant = copy.deepcopy(value)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        spots = places(made)
+        spots = places(mutant)
         if not spots:
-            return made
+            return mutant
         path = rng.choice(spots)
-        holder = made
+        holder = mutant
         for key in path[:-1]:
             holder = holder[key]
         key, how = path[-1], rng.choice(["value", "value", "value", "drop", "rename", "add", "move", "near"])
@@ -86,7 +86,7 @@ def edited(value: Any, rng: random.Random, mark: str, tensor: bool = False) -> A
             holder.append(new)
         elif how == "move":
             other = rng.choice(spots)
-            source = made
+            source = mutant
             try:
                 for step in other:
                     source = source[step]
@@ -95,7 +95,7 @@ def edited(value: Any, rng: random.Random, mark: str, tensor: bool = False) -> A
                 continue
         else:
             holder[key] = near(holder[key], rng)
-    return made
+    return mutant
 
 
 def near(value: Any, rng: random.Random) -> Any:
@@ -116,93 +116,93 @@ def near(value: Any, rng: random.Random) -> Any:
 
 def checkpoint(content: dict[str, Any], rng: random.Random, mark: str) -> dict[str, Any]:
     """The content of a checkpoint, edited: the whole, its recipe, its task, its tokenizer or its history."""
-    made = dict(content)
+    mutant = dict(content)
     part = rng.choice(["model", "model", "task", "tokenizer", "lineage", "whole", "state", "rest"])
     if part in ("model", "task"):
-        told = edited(yaml.safe_load(made[part]), rng, mark)
+        recipe = edited(yaml.safe_load(mutant[part]), rng, mark)
         try:
-            made[part] = yaml.safe_dump(told)
+            mutant[part] = yaml.safe_dump(recipe)
         except (yaml.YAMLError, UnicodeError):
-            made[part] = str(told)
+            mutant[part] = str(recipe)
         if rng.random() < 0.2:
-            made[part] = text(made[part], rng)
+            mutant[part] = text(mutant[part], rng)
     elif part == "tokenizer":
-        told = edited(json.loads(made[part]), rng, mark)
-        made[part] = text(json.dumps(told), rng) if rng.random() < 0.3 else json.dumps(told)
+        tokenizer = edited(json.loads(mutant[part]), rng, mark)
+        mutant[part] = text(json.dumps(tokenizer), rng) if rng.random() < 0.3 else json.dumps(tokenizer)
     elif part == "lineage":
-        made[part] = edited(made[part], rng, mark, tensor=True)
+        mutant[part] = edited(mutant[part], rng, mark, tensor=True)
     elif part == "state":
-        state = dict(made["state_dict"])
+        state = dict(mutant["state_dict"])
         name = rng.choice(sorted(state))
         how = rng.choice(["drop", "tensor", "near", "value", "rename"])
         old = state.pop(name)
         if how != "drop":
             label = rng.choice(["x", 5, name * 40, f"{name}.x"]) if how == "rename" else name
             state[label] = {"tensor": tensors(rng), "near": near(old, rng), "value": values(rng, mark)}.get(how, old)
-        made["state_dict"] = state
+        mutant["state_dict"] = state
     else:
         keep = {"state_dict"} if part == "rest" else set()
-        shallow = edited({key: value for key, value in made.items() if key not in keep}, rng, mark, tensor=True)
-        made = shallow | {key: made[key] for key in keep}
-    return made
+        shallow = edited({key: value for key, value in mutant.items() if key not in keep}, rng, mark, tensor=True)
+        mutant = shallow | {key: mutant[key] for key in keep}
+    return mutant
 
 
-def text(given: str, rng: random.Random) -> str:
+def text(original: str, rng: random.Random) -> str:
     """A few characters lost, doubled, exchanged or put in."""
-    made = given
+    mutant = original
     for _ in range(rng.randint(1, 4)):
-        if not made:
-            return made
-        place, size = rng.randrange(len(made)), rng.choice([1, 1, 2, 20])
-        piece = made[place : place + size]
+        if not mutant:
+            return mutant
+        place, size = rng.randrange(len(mutant)), rng.choice([1, 1, 2, 20])
+        piece = mutant[place : place + size]
         put = rng.choice(
             ["", piece * 2, piece[::-1], rng.choice(["{", "}", "[", ":", '"', "&a", "*a", "!!x", "\t", "9" * 50])]
         )
-        made = made[:place] + put + made[place + size :]
-    return made
+        mutant = mutant[:place] + put + mutant[place + size :]
+    return mutant
 
 
-def raw(given: bytes, rng: random.Random) -> bytes:
+def raw(original: bytes, rng: random.Random) -> bytes:
     """Bytes flipped, cut, doubled, or filled with zeros."""
-    made = bytearray(given)
+    mutant = bytearray(original)
     for _ in range(rng.choice([1, 1, 2, 8])):
-        if not made:
+        if not mutant:
             break
-        place, how = rng.randrange(len(made)), rng.choice(["flip", "flip", "cut", "drop", "double", "zero", "put"])
+        place, how = rng.randrange(len(mutant)), rng.choice(["flip", "flip", "cut", "drop", "double", "zero", "put"])
         size = rng.choice([1, 4, 64, 1024])
         if how == "flip":
-            made[place] ^= 1 << rng.randrange(8)
+            mutant[place] ^= 1 << rng.randrange(8)
         elif how == "cut":
-            del made[place:]
+            del mutant[place:]
         elif how == "drop":
-            del made[place : place + size]
+            del mutant[place : place + size]
         elif how == "double":
-            made[place:place] = made[place : place + size]
+            mutant[place:place] = mutant[place : place + size]
         elif how == "zero":
-            made[place : place + size] = bytes(len(made[place : place + size]))
+            mutant[place : place + size] = bytes(len(mutant[place : place + size]))
         else:
-            made[place:place] = rng.randbytes(size)
-    return bytes(made)
+            mutant[place:place] = rng.randbytes(size)
+    return bytes(mutant)
 
 
-def folder(whole: Path, made: Path, rng: random.Random, mark: str) -> str:
+def folder(whole: Path, mutant: Path, rng: random.Random, mark: str) -> str:
     """A copy of a folder of the hub's format with one file edited; returns which. Sums stay, go, or are made anew."""
-    shutil.copytree(whole, made)
-    names = sorted(path.name for path in made.iterdir())
+    shutil.copytree(whole, mutant)
+    names = sorted(path.name for path in mutant.iterdir())
     name = rng.choice([*names, "config.json", "tokenizer.json", "tokenizer_config.json"])
-    file = made / name
+    file = mutant / name
     how = rng.choice(["structure", "structure", "text", "bytes", "gone", "swapped"])
     if how == "structure" and name.endswith(".json"):
-        told = edited(json.loads(file.read_text()), rng, mark)
-        file.write_text(json.dumps(told), errors="surrogatepass")
+        document = edited(json.loads(file.read_text()), rng, mark)
+        file.write_text(json.dumps(document), errors="surrogatepass")
     elif how == "text" and not name.endswith(".safetensors"):
         file.write_text(text(file.read_text(), rng), errors="surrogatepass")
     elif how == "gone":
         file.unlink()
     elif how == "swapped":
-        file.write_bytes((made / rng.choice(names)).read_bytes())
+        file.write_bytes((mutant / rng.choice(names)).read_bytes())
     else:
         file.write_bytes(raw(file.read_bytes(), rng))
     if rng.random() < 0.7:
-        (made / "checksums.json").unlink(missing_ok=True)
+        (mutant / "checksums.json").unlink(missing_ok=True)
     return name

@@ -134,7 +134,7 @@ def _odd_text(data: bytes, random: Random) -> bytes:
     place, odd = random.choice(places) + 1, random.choice(ODD_JSON).encode()
     if random.randrange(2):
         return data[:place] + odd + b"," + data[place:]
-    end = min([found for sign in b",}]" if (found := data.find(bytes([sign]), place)) >= 0] or [len(data)])
+    end = min([position for sign in b",}]" if (position := data.find(bytes([sign]), place)) >= 0] or [len(data)])
     return data[:place] + odd + data[end:]
 
 

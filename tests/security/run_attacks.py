@@ -131,28 +131,28 @@ def listen(hits: Path) -> int:
     return int(server.server_address[1])
 
 
-def index_for(given: Path | None, scratch: Path, old: Path) -> None:
+def index_for(ready_index: Path | None, scratch: Path, old: Path) -> None:
     """An index of four scenes, made by the program itself."""
-    if given is not None:
-        shutil.copytree(given, scratch / "index")
+    if ready_index is not None:
+        shutil.copytree(ready_index, scratch / "index")
         return
     stack = ["base", "model/tiny", "pretrain", "pretrain-tiny", "data/scenes", "where/cpu"]
     words = [word for name in stack for word in ("-c", str(ROOT / "conf" / f"{name}.yaml"))]
-    made = ["index", "--from", str(old / "run" / "last.ckpt"), "--out", str(scratch / "index"), "--device", "cpu"]
-    watched([*made, *words, "--data.source.val", "4"], scratch, scratch, scratch / "secret")
+    command = ["index", "--from", str(old / "run" / "last.ckpt"), "--out", str(scratch / "index"), "--device", "cpu"]
+    watched([*command, *words, "--data.source.val", "4"], scratch, scratch, scratch / "secret")
 
 
 def watched(words: list[str], here: Path, scratch: Path, secret: Path) -> dict[str, Any]:
     """Run a command in a fork; what it did, said and took."""
-    out, seen = scratch / "out.txt", scratch / "seen.txt"
-    for file in (out, seen):
+    out, event_file = scratch / "out.txt", scratch / "seen.txt"
+    for file in (out, event_file):
         file.write_bytes(b"")
     began = time.monotonic()
     child = os.fork()
     if child == 0:
         code = 99
         try:
-            code = in_child(words, here, out, seen, secret)
+            code = in_child(words, here, out, event_file, secret)
         finally:
             os._exit(code)
     status = None
@@ -172,18 +172,18 @@ def watched(words: list[str], here: Path, scratch: Path, secret: Path) -> dict[s
         "code": status, "seconds": round(time.monotonic() - began, 2), "errors": len(errors),
         "traceback": any(line.startswith("Traceback") for line in lines),
         "said": (errors or lines[-1:] or [""])[0][:300],
-        "seen": sorted(set(seen.read_text().splitlines())),
+        "seen": sorted(set(event_file.read_text().splitlines())),
     }  # fmt: skip
 
 
-def in_child(words: list[str], here: Path, out: Path, seen: Path, secret: Path) -> int:
+def in_child(words: list[str], here: Path, out: Path, event_file: Path, secret: Path) -> int:
     os.chdir(here)
     sys.path.insert(0, str(here))  # as `python -m` does
     file = os.open(out, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    log = os.open(seen, os.O_WRONLY | os.O_APPEND)
+    log = os.open(event_file, os.O_WRONLY | os.O_APPEND)
     under = os.path.realpath(secret)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -196,7 +196,7 @@ def in_child(words: list[str], here: Path, out: Path, seen: Path, secret: Path) 
 
     sys.addaudithook(hook)
     try:
-        return asked(words)
+        return execute(words)
     except BaseException:
         import traceback
 
@@ -204,7 +204,7 @@ def in_child(words: list[str], here: Path, out: Path, seen: Path, secret: Path) 
         return 98
 
 
-def asked(words: list[str]) -> int:
+def execute(words: list[str]) -> int:
     from maskvlm.cli.main import main as command
     from maskvlm.training.failure import report as tell
 

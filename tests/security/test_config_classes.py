@@ -16,7 +16,7 @@ from jsonargparse import _common
 from maskvlm.cli.lightning import LightningCommand, Parsed, built_source, run_command
 from maskvlm.config.allowed_classes import LISTED, Verdicts, typed_names
 from maskvlm.config.given_options import given_places
-from maskvlm.config.parser import GROUPS, MODE, CommandParser, check_given
+from maskvlm.config.parser import GROUPS, MODE, CommandParser, set_up_parsing
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -126,8 +126,8 @@ def test_what_is_on_the_list_is_there_and_can_be_named(fit: Callable[..., Any]) 
     for path in LISTED:
         assert verdicts[path], path
         module, _, name = path.rpartition(".")
-        found = getattr(sys.modules[module], name)
-        assert verdicts[f"{found.__module__}.{found.__qualname__}"], path  # where it is defined
+        member = getattr(sys.modules[module], name)
+        assert verdicts[f"{member.__module__}.{member.__qualname__}"], path  # where it is defined
         assert not verdicts[f"{path}.__init__"], path
     content = callback("lightning.pytorch.callbacks.EarlyStopping", monitor="loss")
     content["trainer"] |= {
@@ -243,13 +243,13 @@ def test_a_new_folder_of_a_task_needs_nothing_else(
 @pytest.mark.guard("maskvlm.config.parser:build_typed_values_alone")
 def test_a_spec_where_any_value_fits_is_not_built(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_common.parsing_settings, "instantiate_subclass_spec_in_any", None)  # as in a new process
-    check_given([])
+    set_up_parsing([])
     parser = CommandParser(parser_mode=MODE)
     parser.add_argument("--config_of_bert", type=dict[str, Any])
     spec = {"class_path": "maskvlm.data.scenes.source.Scenes", "init_args": {"train": 8}}  # one that a file may name
-    found = parser.instantiate(parser.parse_object({"config_of_bert": {"x": spec, "y": [spec]}})).config_of_bert
-    assert not isinstance(found["x"], Scenes)
-    assert not isinstance(found["y"][0], Scenes)
+    config = parser.instantiate(parser.parse_object({"config_of_bert": {"x": spec, "y": [spec]}})).config_of_bert
+    assert not isinstance(config["x"], Scenes)
+    assert not isinstance(config["y"][0], Scenes)
 
 
 def test_the_keys_that_hold_keys_are_known(fit: Callable[..., Any]) -> None:
@@ -309,10 +309,10 @@ def test_the_command_itself_refuses_with_77_and_one_line(build: Build, tmp_path:
 
 @pytest.mark.parametrize("key", ["trainer.default_root_dir", "trainer.logger.init_args.save_dir", "run"])
 def test_a_file_sends_nothing_to_an_address(tmp_path: Path, key: str) -> None:
-    told: Any = "http://127.0.0.1:9/x"
+    config: Any = "http://127.0.0.1:9/x"
     for part in reversed(key.split(".")):
-        told = {part: told}
-    (tmp_path / "x.yaml").write_text(yaml.safe_dump(told))
+        config = {part: config}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match="is an address") as caught:
         given_places(["-c", str(tmp_path / "x.yaml")])
     assert caught.value.code == ExitCode.REFUSED

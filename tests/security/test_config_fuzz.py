@@ -30,7 +30,7 @@ class Watch:
     """What this process does while it is looked at: programs started, addresses called, files written."""
 
     def __init__(self) -> None:
-        self.on, self.seen = False, list[str]()
+        self.on, self.events = False, list[str]()
         sys.addaudithook(self.event)
 
     def event(self, name: str, args: tuple[Any, ...]) -> None:
@@ -40,7 +40,7 @@ class Watch:
             and not own
             and (name in RUNS or (name == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")))
         ):
-            self.seen.append(f"{name} {args}")
+            self.events.append(f"{name} {args}")
 
 
 WATCH = Watch()
@@ -59,7 +59,7 @@ def toy(
         patch.syspath_prepend(folder)
         parsed = run_command(Parsed, ["fit", "--run", "x", *stack(WHERE="cpu")])
         whole = yaml.safe_load(parsed._parser("fit").dump(parsed.settings, skip_none=False))
-        kept = {key: whole[key] for key in ("seed_everything", "model", "data", "run")}
+        config = {key: whole[key] for key in ("seed_everything", "model", "data", "run")}
         names = (
             "max_steps",
             "accelerator",
@@ -70,17 +70,17 @@ def toy(
             "plugins",
             "log_every_n_steps",
         )
-        kept["trainer"] = {key: whole["trainer"][key] for key in names}
+        config["trainer"] = {key: whole["trainer"][key] for key in names}
         patch.chdir(folder)
-        yield yaml.safe_dump(kept, sort_keys=False), sorted(option_names(parsed._subcommand_parsers["fit"])), folder
+        yield yaml.safe_dump(config, sort_keys=False), sorted(option_names(parsed._subcommand_parsers["fit"])), folder
 
 
 def outcome(arguments: list[str], folder: Path) -> str:
     """What parsing them comes to, checked: success or one line, in time, without any deed."""
-    WATCH.seen.clear()
+    WATCH.events.clear()
     started = time.process_time()
     WATCH.on = True
-    said: str = "done"
+    message: str = "done"
     status: Any = 0
     try:
         run_command(Parsed, arguments)
@@ -88,20 +88,20 @@ def outcome(arguments: list[str], folder: Path) -> str:
         line = user_line(error)
         if line is None:
             raise
-        said = line.text
+        message = line.text
     except SystemExit as end:
         status = end.code
     finally:
         WATCH.on = False
     assert time.process_time() - started < MOST_SECONDS
     assert status in (0, None)  # --help and --print_config end the command
-    assert WATCH.seen == []
-    assert said.isprintable(), repr(said)
-    assert len(said) < 2000
+    assert WATCH.events == []
+    assert message.isprintable(), repr(message)
+    assert len(message) < 2000
     assert not (folder / "imported").exists()
     assert FOREIGN not in sys.modules
     assert {path.name for path in folder.iterdir()} <= {f"{FOREIGN}.py", "mutant.yaml", "__pycache__"}
-    return said
+    return message
 
 
 def test_the_toy_configuration_parses(toy: tuple[str, list[str], Path]) -> None:

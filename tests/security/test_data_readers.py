@@ -53,20 +53,20 @@ def read(name: str, folder: Path) -> tuple[int, int, str]:
     maker = RowMaker(
         name not in ("vqav2", "daquar", "nlvr2", "nlvr_pairs", "snli_ve"), Settings("x", 16), lambda _: None
     )
-    used, told = 0, ""
+    used, message = 0, ""
     with limited():
         try:
             for row in screened(open_raw(name, str(folder)).rows()):
                 used += maker.take(row) is not None
         except UserError as error:
-            told = str(error)
-            assert "\n" not in told
-            told.encode("utf-8", "surrogateescape")
+            message = str(error)
+            assert "\n" not in message
+            message.encode("utf-8", "surrogateescape")
     for entry in (*maker.left_out, *maker.mended):
         for text in entry:
             assert text.encode()
             assert text.isprintable()
-    return used, len(maker.left_out), told
+    return used, len(maker.left_out), message
 
 
 def damaged(content: Files, seed: int) -> Files:
@@ -84,9 +84,9 @@ IN_PROCESS = [name for name in TOYS if name != "hf"]
 
 @pytest.mark.parametrize("name", TOYS)
 def test_a_toy_is_read_whole(name: str, tmp_path: Path) -> None:
-    used, bad, told = read(TOYS[name][0], write(tmp_path, toy(name)))
+    used, bad, message = read(TOYS[name][0], write(tmp_path, toy(name)))
     missing = name.startswith("nlvr")  # of the second pair, one image
-    assert (used, bad, told) == (len(TEXTS), int(missing), "")
+    assert (used, bad, message) == (len(TEXTS), int(missing), "")
 
 
 @pytest.mark.parametrize("name", IN_PROCESS)

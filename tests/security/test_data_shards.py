@@ -69,7 +69,7 @@ def shard_of(root: Path) -> Path:
 
 
 def streamed(shard: Path) -> list[Any]:
-    return [found["problem"] or found["row"] for found in read_shards([str(shard)], "toy")]
+    return [entry["problem"] or entry["row"] for entry in read_shards([str(shard)], "toy")]
 
 
 def mapped(root: Path) -> list[Any]:
@@ -86,9 +86,9 @@ def test_damaged_shards_of_a_prepared_set_are_told_by_their_sum(root: Path, buil
     for seed in range(216):
         chance = random.Random(seed)
         shard.write_bytes(chance.choice((columns, any_bytes))(content, chance))
-        found = streamed(shard)
-        if found != good:
-            (problem,) = found
+        entries = streamed(shard)
+        if entries != good:
+            (problem,) = entries
             assert problem[0] == "unreadable shard"
             assert "\n" not in problem[1]
 
@@ -140,7 +140,7 @@ def test_the_reader_finds_what_arrow_itself_finds(root: Path) -> None:
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_shard_that_is_cut_while_it_is_read_is_one_line(root: Path, keep: bool, monkeypatch: Any) -> None:
     """Mapped into memory it was SIGBUS. Real file, cut in place."""
-    monkeypatch.setattr("maskvlm.data.prepared.shards.KEPT", 128 if keep else 0)
+    monkeypatch.setattr("maskvlm.data.prepared.shards.MOST_OPEN", 128 if keep else 0)
     pairs = Prepared(str(root)).split("train")
     first = pairs[0]
     os.truncate(shard_of(root), 1600)

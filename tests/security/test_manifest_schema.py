@@ -49,11 +49,11 @@ def read(document: Any) -> dict[str, Any]:
 
 
 def test_a_good_one_is_read_and_what_is_unknown_is_left_out() -> None:
-    found = read({**GOOD, "evil": {"class_path": "os.system"}, "splits": changed("splits/train/more", 1)["splits"]})
-    assert "evil" not in found
-    assert "more" not in found["splits"]["train"]
-    assert found["splits"]["train"]["shards"] == [SHARD]
-    assert (found["title"], found["mended"], found["settings"]["raw"]) == ("unknown", {}, "x  y")
+    manifest = read({**GOOD, "evil": {"class_path": "os.system"}, "splits": changed("splits/train/more", 1)["splits"]})
+    assert "evil" not in manifest
+    assert "more" not in manifest["splits"]["train"]
+    assert manifest["splits"]["train"]["shards"] == [SHARD]
+    assert (manifest["title"], manifest["mended"], manifest["settings"]["raw"]) == ("unknown", {}, "x  y")
     assert read({"format": 1, "splits": {}})["files"] == {}
 
 
@@ -98,11 +98,11 @@ def test_what_could_reach_a_terminal_as_a_command_is_dropped() -> None:
 def test_edits_at_random_are_read_or_one_line(seed: int) -> None:
     content = json_text(json.dumps(GOOD).encode(), random.Random(seed))
     try:
-        found = checked_manifest(content, Path("m.json"))
+        manifest = checked_manifest(content, Path("m.json"))
     except UserError as error:
         assert str(error).isprintable()  # noqa: PT017
         return
-    for split in found["splits"].values():
+    for split in manifest["splits"].values():
         for shard in split["shards"]:
             assert Path("set", shard["file"]).parent.parent == Path("set")
 

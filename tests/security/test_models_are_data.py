@@ -41,8 +41,8 @@ OLD = ROOT / "tests" / "fixtures" / "89274c0"
 
 
 def content() -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(OLD / "run" / "last.ckpt", weights_only=True)
-    return found
+    good_content: dict[str, Any] = torch.load(OLD / "run" / "last.ckpt", weights_only=True)
+    return good_content
 
 
 def refused(source: Path, *codes: ExitCode, **settings: Any) -> str:
@@ -57,9 +57,9 @@ def refused(source: Path, *codes: ExitCode, **settings: Any) -> str:
 def with_recipe(path: Path, change: Callable[[dict[str, Any]], Any], key: str = "model") -> Path:
     """A checkpoint whose recipe is changed."""
     held = content()
-    told = yaml.safe_load(held[key])
-    change(told["model"]["backbone"]["init_args"] if key == "model" else told)
-    torch.save(held | {key: yaml.safe_dump(told)}, path)
+    recipe = yaml.safe_load(held[key])
+    change(recipe["model"]["backbone"]["init_args"] if key == "model" else recipe)
+    torch.save(held | {key: yaml.safe_dump(recipe)}, path)
     return path
 
 
@@ -108,7 +108,7 @@ def test_a_task_of_a_package_that_nobody_allowed_is_not_imported(
     (tmp_path / "evil_of_this_test.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass Task: ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "evil_of_this_test", raising=False)
-    path = with_recipe(tmp_path / "x.ckpt", lambda told: told.update(class_path="evil_of_this_test.Task"), "task")
+    path = with_recipe(tmp_path / "x.ckpt", lambda recipe: recipe.update(class_path="evil_of_this_test.Task"), "task")
     assert "--allow-import evil_of_this_test" in refused(path, ExitCode.REFUSED)
     assert not (tmp_path / "marker").exists()
 
@@ -123,7 +123,7 @@ def test_a_task_of_a_package_that_nobody_allowed_is_not_imported(
     ],
 )
 def test_what_is_no_task_is_refused(tmp_path: Path, name: str) -> None:
-    refused(with_recipe(tmp_path / "x.ckpt", lambda told: told.update(class_path=name), "task"), ExitCode.REFUSED)
+    refused(with_recipe(tmp_path / "x.ckpt", lambda recipe: recipe.update(class_path=name), "task"), ExitCode.REFUSED)
 
 
 PARTS_OF_STRANGERS = [
@@ -150,7 +150,9 @@ def test_a_part_of_a_task_that_nobody_allowed_is_not_imported(
         if part == PARTS_OF_STRANGERS[3] and "image_masking" in where:
             continue
         change = where.items()
-        path = with_recipe(tmp_path / "x.ckpt", lambda told, change=change: told["init_args"].update(change), "task")
+        path = with_recipe(
+            tmp_path / "x.ckpt", lambda recipe, change=change: recipe["init_args"].update(change), "task"
+        )
         refused(path, ExitCode.REFUSED, ExitCode.BAD_DATA)
         assert not (tmp_path / "marker").exists()
 
@@ -171,7 +173,7 @@ def test_a_task_of_an_allowed_package_loads(tmp_path: Path, monkeypatch: pytest.
         "from maskvlm.objectives.pretraining import MaskedPretraining as Mine\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    path = with_recipe(tmp_path / "x.ckpt", lambda told: told.update(class_path="acme_of_this_test.Mine"), "task")
+    path = with_recipe(tmp_path / "x.ckpt", lambda recipe: recipe.update(class_path="acme_of_this_test.Mine"), "task")
     PretrainedMaskVLM.from_pretrained(path, allow_import=["acme_of_this_test"])
     refused(path, ExitCode.REFUSED)
 
@@ -185,22 +187,24 @@ def test_no_more_modules_are_laid_out_than_there_are_tensors(
 ) -> None:
     (tmp_path / "plug_of_this_test.py").write_text(PLUG)
     monkeypatch.syspath_prepend(tmp_path)
-    path = with_recipe(tmp_path / "x.ckpt", lambda told: told.update(class_path="plug_of_this_test.Endless"), "task")
-    said = refused(path, ExitCode.REFUSED, allow_import=["plug_of_this_test"])
-    assert "asks for a model of more than its" in said
+    path = with_recipe(
+        tmp_path / "x.ckpt", lambda recipe: recipe.update(class_path="plug_of_this_test.Endless"), "task"
+    )
+    message = refused(path, ExitCode.REFUSED, allow_import=["plug_of_this_test"])
+    assert "asks for a model of more than its" in message
 
 
 @pytest.fixture
 def largest() -> Iterator[Callable[[], int]]:
     """Numbers of the largest parameter that got memory."""
-    found = [0]
+    maximum = [0]
 
     def note(module: Any, name: str, value: Any) -> None:
         if value is not None and value.device.type != "meta":
-            found[0] = max(found[0], value.numel())
+            maximum[0] = max(maximum[0], value.numel())
 
     handle = register_module_parameter_registration_hook(note)
-    yield lambda: found[0]
+    yield lambda: maximum[0]
     handle.remove()
 
 
@@ -218,16 +222,16 @@ def test_what_does_not_fit_the_tensors_gets_no_memory(build: Build, tmp_path: Pa
 
 
 def doubled(times: int) -> list[Any]:
-    made: list[Any] = [0]
+    tree: list[Any] = [0]
     for _ in range(times):
-        made = [made, made]
-    return made
+        tree = [tree, tree]
+    return tree
 
 
 def looped() -> list[Any]:
-    made: list[Any] = []
-    made.append(made)
-    return made
+    loop: list[Any] = []
+    loop.append(loop)
+    return loop
 
 
 @pytest.mark.guard("maskvlm.checkpoint.content:check_parts")
@@ -249,8 +253,8 @@ def test_the_content_is_bounded_and_plain(build: Build, tmp_path: Path, make: Ca
 def test_each_part_of_the_content_has_its_kind(build: Build, tmp_path: Path, change: dict[str, Any]) -> None:
     torch.save(content() | change, tmp_path / "x.ckpt")
     key = next(iter(change))
-    said = refused(tmp_path / "x.ckpt", ExitCode.BAD_DATA)
-    assert f"x.ckpt: {key}" in said or "was written in format 99, this version reads up to" in said
+    message = refused(tmp_path / "x.ckpt", ExitCode.BAD_DATA)
+    assert f"x.ckpt: {key}" in message or "was written in format 99, this version reads up to" in message
 
 
 @pytest.mark.guard("maskvlm.checkpoint.integrity:_check_archive")
@@ -346,10 +350,10 @@ def test_an_optimisers_settings_are_of_the_form_that_the_run_has(value: Any) -> 
 def test_every_file_that_is_read_has_its_sum(build: Build, hub: Path, name: str) -> None:
     write_sums(hub)
     PretrainedMaskVLM.from_pretrained(hub)
-    told = (hub / name).read_bytes()
-    changed = told.replace(b'"num_attention_heads": 2', b'"num_attention_heads": 4').replace(b'"red"', b'"rad"')
-    if changed == told:
-        changed = told[:-9] + bytes([told[-9] ^ 1]) + told[-8:] if name.endswith("safetensors") else told + b"\n"
+    good = (hub / name).read_bytes()
+    changed = good.replace(b'"num_attention_heads": 2', b'"num_attention_heads": 4').replace(b'"red"', b'"rad"')
+    if changed == good:
+        changed = good[:-9] + bytes([good[-9] ^ 1]) + good[-8:] if name.endswith("safetensors") else good + b"\n"
     (hub / name).write_bytes(changed)
     assert f"{name}: damaged or changed" in refused(hub, ExitCode.BAD_DATA)
 
@@ -384,15 +388,15 @@ def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
     PretrainedMaskVLM.from_pretrained(snapshot)
 
 
-@pytest.mark.parametrize("told", [
+@pytest.mark.parametrize("edits", [
     {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "T"},
     {"tokenizer_class": "MBartTokenizer", "chat_template": "{{ 1 / 0 }}"},
     {"mask_token": 5, "pad_token": {"content": ["x"]}, "extra_special_tokens": {"a": 1}},
 ])  # fmt: skip
-def test_of_a_tokenizers_settings_texts_alone_are_read(hub: Path, told: dict[str, Any]) -> None:
+def test_of_a_tokenizers_settings_texts_alone_are_read(hub: Path, edits: dict[str, Any]) -> None:
     (hub / "checksums.json").unlink()
     file = hub / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    file.write_text(json.dumps(json.loads(file.read_text()) | edits))
     assert read_content(hub)["tokenizer"] == content()["tokenizer"]
     assert AutoProcessor.from_pretrained(hub).tokenizer.mask_token == "[MASK]"
 
@@ -400,21 +404,21 @@ def test_of_a_tokenizers_settings_texts_alone_are_read(hub: Path, told: dict[str
 @pytest.mark.guard("maskvlm.model.hf_text:check_tokenizer")
 def test_a_tokenizer_gives_no_token_that_the_model_lacks(build: Build, hub: Path) -> None:
     (hub / "checksums.json").unlink()
-    told = json.loads((hub / "tokenizer.json").read_text())
-    assert told["post_processor"]["type"] == "BertProcessing"
-    told["post_processor"]["cls"][1] = 99_999
-    (hub / "tokenizer.json").write_text(json.dumps(told))
+    tokenizer = json.loads((hub / "tokenizer.json").read_text())
+    assert tokenizer["post_processor"]["type"] == "BertProcessing"
+    tokenizer["post_processor"]["cls"][1] = 99_999
+    (hub / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "it gives token 99999" in refused(hub, ExitCode.BAD_DATA)
 
 
-@pytest.mark.parametrize("told", [
+@pytest.mark.parametrize("edits", [
     {"image_mean": [10**400] * 3}, {"image_std": [0, 0, 0]}, {"size": {"height": 4096, "width": 1}}, {"size": 5},
 ], ids=["long", "zero", "uneven", "kind"])  # fmt: skip
-def test_a_processor_is_read_as_data(hub: Path, told: dict[str, Any]) -> None:
+def test_a_processor_is_read_as_data(hub: Path, edits: dict[str, Any]) -> None:
     (hub / "checksums.json").unlink()
     file = hub / "processor_config.json"
     images = json.loads(file.read_text())["image_processor"]
-    file.write_text(json.dumps({"image_processor": images | told, "processor_class": "MaskVLMProcessor"}))
+    file.write_text(json.dumps({"image_processor": images | edits, "processor_class": "MaskVLMProcessor"}))
     with pytest.raises(UserError) as caught:
         MaskVLMProcessor.from_pretrained(hub)
     assert caught.value.code == ExitCode.BAD_DATA
@@ -427,9 +431,9 @@ def test_a_type_that_fetches_code_is_refused(tmp_path: Path) -> None:
 
 def test_auto_classes_refuse_what_from_pretrained_refuses(hub: Path) -> None:
     (hub / "checksums.json").unlink()
-    told = json.loads((hub / "config.json").read_text())
-    told["backbone"]["init_args"]["image"]["init_args"]["config"]["pretrained_cfg"] = {"file": "/etc/passwd"}
-    (hub / "config.json").write_text(json.dumps(told))
+    config = json.loads((hub / "config.json").read_text())
+    config["backbone"]["init_args"]["image"]["init_args"]["config"]["pretrained_cfg"] = {"file": "/etc/passwd"}
+    (hub / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="pretrained_cfg"):
         AutoModel.from_pretrained(hub)
 
@@ -446,20 +450,20 @@ def doubling(times: int) -> dict[str, Any]:
 ], ids=["doubling", "prepend", "panic"])  # fmt: skip
 def test_the_rules_of_a_tokenizer_are_bounded(hub: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     (hub / "checksums.json").unlink()
-    told = json.loads((hub / "tokenizer.json").read_text())
-    (hub / "tokenizer.json").write_text(json.dumps(told | change))
+    tokenizer = json.loads((hub / "tokenizer.json").read_text())
+    (hub / "tokenizer.json").write_text(json.dumps(tokenizer | change))
     refused(hub, ExitCode.BAD_DATA)
     stored = json.loads(content()["tokenizer"])
-    torch.save(content() | {"tokenizer": json.dumps(stored | {"tokenizer": told | change})}, tmp_path / "x.ckpt")
+    torch.save(content() | {"tokenizer": json.dumps(stored | {"tokenizer": tokenizer | change})}, tmp_path / "x.ckpt")
     refused(tmp_path / "x.ckpt", ExitCode.BAD_DATA)
 
 
 def test_padding_and_cutting_of_a_tokenizer_are_not_read(hub: Path) -> None:
     (hub / "checksums.json").unlink()
-    told = json.loads((hub / "tokenizer.json").read_text())
-    told["padding"] = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+    tokenizer = json.loads((hub / "tokenizer.json").read_text())
+    tokenizer["padding"] = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
                        "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
-    (hub / "tokenizer.json").write_text(json.dumps(told))
+    (hub / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert read_content(hub)["tokenizer"] == content()["tokenizer"]
 
 
@@ -481,8 +485,8 @@ def nested(times: int) -> Any:
 @pytest.mark.parametrize("value", [nested(8), bytearray(9)], ids=["key", "bytearray"])
 def test_a_pickle_that_asks_for_much_is_not_unpickled(build: Build, tmp_path: Path, value: Any) -> None:
     torch.save(content() | {"callbacks": {}, "x": [value]}, tmp_path / "x.ckpt")
-    said = refused(tmp_path / "x.ckpt", ExitCode.REFUSED)
-    assert "nested more than" in said or "bytearray" in said
+    message = refused(tmp_path / "x.ckpt", ExitCode.REFUSED)
+    assert "nested more than" in message or "bytearray" in message
 
 
 def test_attributes_of_a_container_are_not_taken(tmp_path: Path) -> None:
@@ -505,8 +509,8 @@ def test_a_fine_tuned_retrieval_takes_the_width_of_its_contrast_from_the_checkpo
     held = content()
     named = ("projection.", "matching.")
     state = {n: v for n, v in held["state_dict"].items() if not n.startswith("task.") or n[5:].startswith(named)}
-    told = {"class_path": "tasks.retrieval.task.Retrieval", "init_args": {}}
-    torch.save(held | {"state_dict": state, "task": yaml.safe_dump(told)}, tmp_path / "x.ckpt")
+    task_spec = {"class_path": "tasks.retrieval.task.Retrieval", "init_args": {}}
+    torch.save(held | {"state_dict": state, "task": yaml.safe_dump(task_spec)}, tmp_path / "x.ckpt")
     model = PretrainedMaskVLM.from_pretrained(tmp_path / "x.ckpt")
     assert model.task.projection.image.out_features == 8
     model.save_pretrained(tmp_path / "hub")
@@ -528,9 +532,9 @@ def encoder(tmp_path: Path) -> Path:
     return folder
 
 
-def spoilt(encoder: Path, **told: Any) -> Path:
+def spoilt(encoder: Path, **edits: Any) -> Path:
     file = encoder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    file.write_text(json.dumps(json.loads(file.read_text()) | edits))
     return encoder
 
 
@@ -541,10 +545,10 @@ def test_an_encoder_of_a_stranger_brings_numbers_alone(encoder: Path) -> None:
         auto_map={"AutoModel": "evil.M"},
         attn_implementation="x/y",
     )
-    made = TextEncoder(str(encoder), 12)
-    assert {origin.how for origin in made.load_pretrained().tensors.values()} == {"loaded"}
-    assert not hasattr(made.config, "quantization_config")
-    assert made.config._attn_implementation == "sdpa"
+    text_encoder = TextEncoder(str(encoder), 12)
+    assert {origin.how for origin in text_encoder.load_pretrained().tensors.values()} == {"loaded"}
+    assert not hasattr(text_encoder.config, "quantization_config")
+    assert text_encoder.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.guard("maskvlm.checkpoint.text_files:check_memory")
@@ -602,7 +606,7 @@ def test_berts_word_list_is_read_as_transformers_reads_it(tmp_path: Path) -> Non
     assert cased("A")["input_ids"] == [2, 1, 3]
 
 
-@pytest.mark.guard("maskvlm.checkpoint.integrity:asked_for", gives="str(args[0])")
+@pytest.mark.guard("maskvlm.checkpoint.integrity:refused_imports", gives="str(args[0])")
 @pytest.mark.parametrize("value", [numpy.float64(3), Path("x")], ids=["number", "path"])
 def test_nobody_is_told_how_to_load_what_could_run_code(build: Build, tmp_path: Path, value: Any) -> None:
     torch.save({"x": torch.zeros(1), "y": value}, tmp_path / "x.pth")
@@ -622,11 +626,11 @@ def answers_or_one_line(source: Path) -> None:
         warnings.simplefilter("ignore")
         try:
             PretrainedMaskVLM.from_pretrained(source)
-            said = None
+            refusal = None
         except UserError as error:
-            said = error
-    assert said is None or "\n" not in str(said)
-    assert said is None or said.code in (ExitCode.BAD_DATA, ExitCode.REFUSED, ExitCode.MISSING_INPUT)
+            refusal = error
+    assert refusal is None or "\n" not in str(refusal)
+    assert refusal is None or refusal.code in (ExitCode.BAD_DATA, ExitCode.REFUSED, ExitCode.MISSING_INPUT)
     assert time.monotonic() - began < 10
 
 

@@ -45,4 +45,4 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert json.loads((tmp_path / "run" / "versions.json").read_text())["finished"]["step"] == 6
     was, now = load(OLD / "run" / "last.ckpt"), load("run/last.ckpt")
     assert (was["global_step"], now["global_step"]) == (3, 6)
-    assert [seen["steps"] for seen in now["lineage"]] == [6]
+    assert [entry["steps"] for entry in now["lineage"]] == [6]

@@ -101,7 +101,10 @@ def test_another_page_gets_nothing(page: Live, build: Build, head: dict[str, str
     """By any door: questions, uploads, images, answers, settings, preflights."""
     client, head, image = page.asker.client, filled(head, page), page.image["path"]
     # Without an image it is short: a refusal that comes before the whole of a long one was sent may be lost.
-    before, question = (page.kept, page.asked), json.dumps(page.asker.question("match", image=None, texts=TEXT))
+    before, question = (
+        (page.uploads, page.question_count),
+        json.dumps(page.asker.question("match", image=None, texts=TEXT)),
+    )
     replies = [
         sent(client, "POST", JOIN, head | JSON, content=question),
         sent(client, "POST", JOIN, head | {"content-type": "text/plain"}, content=question),
@@ -114,7 +117,7 @@ def test_another_page_gets_nothing(page: Live, build: Build, head: dict[str, str
         sent(client, "GET", "/", head | {"sec-fetch-mode": "navigate", "sec-fetch-dest": "iframe"}),
     ]
     assert {refusal(each) for each in replies} == {403}
-    assert (page.kept, page.asked) == before
+    assert (page.uploads, page.question_count) == before
 
 
 @pytest.mark.parametrize("head", OWN, ids=str)
@@ -148,8 +151,8 @@ def raw(page: Live, request: bytes) -> bytes:
 def test_a_header_that_counts_stands_there_once(page: Live, build: Build) -> None:
     own, other = b"origin: http://127.0.0.1:%d\r\n" % page.port, b"origin: http://evil.example\r\n"
     for double in (other + own, own + other, b"host: evil.example\r\n", b"sec-fetch-site: none\r\n" * 2):
-        told = raw(page, b"GET /config HTTP/1.1\r\n%bhost: 127.0.0.1:%d\r\n\r\n" % (double, page.port))
-        assert told.startswith(b"HTTP/1.1 400")
+        reply = raw(page, b"GET /config HTTP/1.1\r\n%bhost: 127.0.0.1:%d\r\n\r\n" % (double, page.port))
+        assert reply.startswith(b"HTTP/1.1 400")
     assert raw(page, b"GET /config HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 400")
 
 
@@ -200,16 +203,16 @@ def test_a_question_is_json_and_an_upload_a_form(page: Live, build: Build, kind:
 def test_what_is_answered_no_other_page_may_read_or_frame(page: Live, build: Build) -> None:
     image = page.asker.image(encoded(noise(), "JPEG") + SCRIPT.encode(), "a.html")["path"]
     for path in ("/", "/config", f"/gradio_api/file={image}", "/nothing"):
-        told = page.asker.client.get(path, headers={"x-forwarded-host": "evil.example"})
-        assert "evil.example" not in told.text
-        assert told.headers["cross-origin-resource-policy"] == "same-origin"
-        assert told.headers["cross-origin-opener-policy"] == "same-origin"
-        assert (told.headers["x-frame-options"], told.headers["x-content-type-options"]) == ("DENY", "nosniff")
-        assert "server" not in told.headers
-        policy = told.headers["content-security-policy"]
+        reply = page.asker.client.get(path, headers={"x-forwarded-host": "evil.example"})
+        assert "evil.example" not in reply.text
+        assert reply.headers["cross-origin-resource-policy"] == "same-origin"
+        assert reply.headers["cross-origin-opener-policy"] == "same-origin"
+        assert (reply.headers["x-frame-options"], reply.headers["x-content-type-options"]) == ("DENY", "nosniff")
+        assert "server" not in reply.headers
+        policy = reply.headers["content-security-policy"]
         assert policy.startswith("sandbox;") if "file=" in path else "frame-ancestors 'none'" in policy
-    told = page.asker.client.get(f"/gradio_api/file={image}")
-    assert told.headers["content-type"] == "image/jpeg"  # whatever else it is, and whatever it was called
+    reply = page.asker.client.get(f"/gradio_api/file={image}")
+    assert reply.headers["content-type"] == "image/jpeg"  # whatever else it is, and whatever it was called
 
 
 # ---------------------------------------------------------------------- what is asked
@@ -260,12 +263,12 @@ class Watched:
     """What this process opened and where it connected to, as far as it bears a mark."""
 
     def __init__(self) -> None:
-        self.mark, self.seen = "", list[str]()
+        self.mark, self.events = "", list[str]()
         sys.addaudithook(self.watch)
 
     def watch(self, event: str, arguments: Any) -> None:
         if self.mark and event in ("open", "socket.connect", "socket.getaddrinfo") and self.mark in str(arguments):
-            self.seen.append(f"{event} {arguments}")
+            self.events.append(f"{event} {arguments}")
 
 
 @pytest.fixture(scope="module")
@@ -280,10 +283,10 @@ def bait(tmp_path: Path, watched: Watched) -> Iterator[tuple[str, str]]:
         listener.settimeout(0.2)
         secret = tmp_path / f"secret-{time.time_ns()}.png"
         secret.write_bytes(GOOD)
-        watched.mark, watched.seen = secret.name, []
+        watched.mark, watched.events = secret.name, []
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/a.png", str(secret)
         watched.mark = ""
-        assert watched.seen == []
+        assert watched.events == []
         with pytest.raises(TimeoutError):
             listener.accept()
 
@@ -303,15 +306,15 @@ def hostile(own: dict[str, Any], url: str, secret: str, base: str) -> list[Any]:
         "data:image/png;base64,AAAA",
         str(Path(path).parent),
     ]
-    made: list[Any] = [{"path": each, "meta": meta} for each in (*named, 5, None, [path], {"path": path}, True)]
-    made += [own | {"url": each} for each in (url, f"{url}?{path}", f"file://{secret}", "//evil.example", 5)]
-    made += [
+    values: list[Any] = [{"path": each, "meta": meta} for each in (*named, 5, None, [path], {"path": path}, True)]
+    values += [own | {"url": each} for each in (url, f"{url}?{path}", f"file://{secret}", "//evil.example", 5)]
+    values += [
         own | {"url": f"{each}/gradio_api/file={path}"} for each in ("http://evil.example", "", f"{base}@evil.example")
     ]
-    made += [own | {"url": f"{base}/gradio_api/file={secret}"}, own | {"url": f"{base}/gradio_api/file={path}?x"}]
-    made += [own | {"orig_name": each} for each in ("../../a.png", "/etc/a.png", "a\\b.png", "x" * 2000, 5)]
-    made += [own | {"meta": each} for each in ({}, None, {"_type": "x"}, meta | {"more": 1}, [meta])]
-    made += [
+    values += [own | {"url": f"{base}/gradio_api/file={secret}"}, own | {"url": f"{base}/gradio_api/file={path}?x"}]
+    values += [own | {"orig_name": each} for each in ("../../a.png", "/etc/a.png", "a\\b.png", "x" * 2000, 5)]
+    values += [own | {"meta": each} for each in ({}, None, {"_type": "x"}, meta | {"more": 1}, [meta])]
+    values += [
         own | {"is_stream": True},
         own | {"is_stream": 1},
         own | {"size": -1},
@@ -319,9 +322,9 @@ def hostile(own: dict[str, Any], url: str, secret: str, base: str) -> list[Any]:
         own | {"more": 1},
     ]
     name = f"own-{'a' * 64}"  # of one of the page's own images
-    made += [{"path": name, "url": url}, {"path": name, "meta": meta}, {"path": f"{name}/../a"}, {"path": f"{name}a"}]
-    made += [own | {"data": url}, {"url": url}, {"url": url, "meta": meta}, {"path": path}, {"meta": meta}, {}]
-    return [*made, url, secret, path, 5, True, [], [own], {"image": own}, {"value": own, "__type__": "update"}]
+    values += [{"path": name, "url": url}, {"path": name, "meta": meta}, {"path": f"{name}/../a"}, {"path": f"{name}a"}]
+    values += [own | {"data": url}, {"url": url}, {"url": url, "meta": meta}, {"path": path}, {"meta": meta}, {}]
+    return [*values, url, secret, path, 5, True, [], [own], {"image": own}, {"value": own, "__type__": "update"}]
 
 
 @pytest.mark.guard("maskvlm.demo.request_schema:check_upload")
@@ -332,19 +335,19 @@ def test_an_image_is_an_upload_of_this_page_and_nothing_else(page: Live, build: 
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(secret)
-    before, got = page.asked, list[Any]()
+    before, got = page.question_count, list[Any]()
     for each in [*hostile(own, url, secret, page.base), own | {"path": str(link)}]:
         for part in ("match", "write", "find-like"):
             _, reply = page.asker.join(part, "click", image=each)
             if refusal(reply) not in (400, 403):
                 got.append(each)
     assert got == []
-    assert page.asked == before
+    assert page.question_count == before
     assert refusal(page.asker.client.get(f"/gradio_api/file={link}")) == 403
     for extra in ({}, {"url": None, "size": None, "mime_type": None, "orig_name": "my cat.png", "is_stream": False}):
         assert "%" in page.asker.ask("match", image=own | extra, texts=TEXT)
-    shown = own | {"url": f"{page.base}/gradio_api/file={own['path']}"}
-    assert "%" in page.asker.ask("match", image=shown, texts=TEXT)
+    with_url = own | {"url": f"{page.base}/gradio_api/file={own['path']}"}
+    assert "%" in page.asker.ask("match", image=with_url, texts=TEXT)
 
 
 @pytest.mark.guard("maskvlm.demo.request_schema:check_shape", gives="args[1]")
@@ -352,7 +355,7 @@ def test_no_file_and_no_strange_value_stands_elsewhere(page: Live, build: Build,
     url, secret = bait
     own = page.asker.image(GOOD)
     files = [own, own | {"path": secret}, own | {"path": url}, {"url": url}, [own], {"a": [own]}, [[[own]]]]
-    before = page.asked
+    before = page.question_count
     for each in (*files, 5, True, ["x"], {"a": 1}):
         assert refusal(page.asker.join("match", "click", image=None, texts=each)[1]) in (400, 403)
         assert refusal(page.asker.join("find", "click", query=each)[1]) in (400, 403)
@@ -360,12 +363,12 @@ def test_no_file_and_no_strange_value_stands_elsewhere(page: Live, build: Build,
         assert refusal(page.asker.join("chips", "input", image=None, text=TEXT, chips=each)[1]) in (400, 403)
     for each in (*files, "x", 1.5, True, -1, 2, 10**30, None):  # this page has two runs, its own and scenes-tiny
         assert refusal(page.asker.join("examples", "click", {"index": 0}, run=each)[1]) in (400, 403)
-    assert page.asked == before
+    assert page.question_count == before
 
 
 def test_a_question_has_no_other_keys_and_no_other_shape(page: Live, bait: tuple[str, str]) -> None:
     _, secret = bait
-    own, before = page.asker.image(GOOD), page.asked
+    own, before = page.asker.image(GOOD), page.question_count
     good = page.asker.question("match", image=own, texts=TEXT)
     state = page.asker.question("board", "click", {"index": 1}, image=own, text=TEXT)
     (mask,) = [place for place, each in enumerate(state["data"]) if each is None]
@@ -404,7 +407,7 @@ def test_a_question_has_no_other_keys_and_no_other_shape(page: Live, bait: tuple
         b"",
     ):
         assert refusal(page.asker.client.post(JOIN, content=body, headers=JSON)) == 400
-    assert page.asked == before
+    assert page.question_count == before
     assert page.asker.client.post(JOIN, content=double, headers=JSON).status_code == 200
     assert "%" in page.asker.answer(good["session_hash"])
 
@@ -439,12 +442,12 @@ def test_whatever_a_question_is_it_is_understood_or_refused(page: Live, value: A
 def test_an_own_image_is_known_by_its_name_and_nothing_is_opened_by_it(page: Live) -> None:
     own = page.asker.parts[page.asker.ids["image"]]["value"]
     assert own["url"].startswith("data:image/png;base64,")
-    kept = page.kept
+    before = page.uploads
     assert "%" in page.asker.ask("match", texts=TEXT)
-    told = page.asker.ask("match", image={"path": f"own-{'a' * 64}"}, texts=TEXT)
-    assert "is here no more" in told
-    assert "%" not in told
-    assert page.kept == kept
+    answer = page.asker.ask("match", image={"path": f"own-{'a' * 64}"}, texts=TEXT)
+    assert "is here no more" in answer
+    assert "%" not in answer
+    assert page.uploads == before
 
 
 def test_behind_the_guard_gradio_opens_no_other_file_either(page: Live, tmp_path: Path) -> None:
@@ -452,9 +455,9 @@ def test_behind_the_guard_gradio_opens_no_other_file_either(page: Live, tmp_path
     secret = tmp_path / "secret.png"
     secret.write_bytes(GOOD)
     with without("maskvlm.demo.request_schema:check_upload"):
-        told = page.asker.ask("match", image={"path": str(secret), "meta": {"_type": "gradio.FileData"}}, texts=TEXT)
-    assert '"success": false' in told
-    assert "%" not in told
+        answer = page.asker.ask("match", image={"path": str(secret), "meta": {"_type": "gradio.FileData"}}, texts=TEXT)
+    assert '"success": false' in answer
+    assert "%" not in answer
 
 
 # ---------------------------------------------------------------------- how much, and how long
@@ -463,7 +466,7 @@ def test_behind_the_guard_gradio_opens_no_other_file_either(page: Live, tmp_path
 @pytest.mark.guard("maskvlm.demo.request_limits:check_head_size")
 def test_a_body_of_500_megabytes_is_cut_off(page: Live, build: Build) -> None:
     """It may say so beforehand or not."""
-    before, sent = page.kept, 0
+    before, sent = page.uploads, 0
 
     def endless() -> Iterator[bytes]:
         nonlocal sent
@@ -477,7 +480,7 @@ def test_a_body_of_500_megabytes_is_cut_off(page: Live, build: Build) -> None:
     for more in ({"content-length": str(500 * 2**20)}, {}):
         with suppress(httpx.TransportError):  # it hangs up while we are still sending
             assert refusal(page.asker.client.post(UPLOAD, content=endless(), headers=head | more)) == 413
-        assert page.kept == before
+        assert page.uploads == before
         assert sent < 80 * 2**20  # what lies in the buffers between us
     assert refusal(page.asker.client.post(JOIN, content=b" " * 2**19, headers=JSON)) == 413
 
@@ -485,14 +488,14 @@ def test_a_body_of_500_megabytes_is_cut_off(page: Live, build: Build) -> None:
 @pytest.mark.guard("maskvlm.demo.request_limits:in_time", gives="args[0]()")
 def test_a_slow_body_is_given_up(page: Live, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_limits, "BODY_SECONDS", 0.3)
-    before, start = page.kept, time.monotonic()
+    before, start = page.uploads, time.monotonic()
     for path, kind in ((JOIN, "application/json"), (UPLOAD, "multipart/form-data; boundary=x")):
         with socket.create_connection(("127.0.0.1", page.port), timeout=2) as talk:
             head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: {kind}\r\ncontent-length: 100\r\n\r\n"
             talk.sendall(head.encode() + b"--x\r\n")
             assert talk.recv(65536).startswith(b"HTTP/1.1 408")
     assert time.monotonic() - start < 2
-    assert page.kept == before
+    assert page.uploads == before
 
 
 @pytest.mark.guard("maskvlm.demo.connection_timeouts:Hurried.watch")
@@ -549,13 +552,13 @@ def test_pages_that_stay_in_touch_leave_room_for_questions(
 ) -> None:
     monkeypatch.setattr(request_limits, "MAX_OPEN", 3)
     talks = [socket.create_connection(("127.0.0.1", page.port), timeout=5) for _ in range(5)]
-    told = []
+    replies = []
     for talk in talks:
         talk.sendall(b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
-        told.append(talk.recv(12))
+        replies.append(talk.recv(12))
     for talk in talks:
         talk.close()
-    assert told == [b"HTTP/1.1 200"] * 3 + [b"HTTP/1.1 503"] * 2
+    assert replies == [b"HTTP/1.1 200"] * 3 + [b"HTTP/1.1 503"] * 2
     until(lambda: page.guard.open == 0)
 
 
@@ -577,8 +580,8 @@ def test_a_hundred_uploads_at_once_find_room_or_are_told(
 ) -> None:
     number, size = upload_store.held(page.folder)
     data = encoded(noise(1, 180))
-    monkeypatch.setattr(upload_store, "MAX_KEPT", size + 10 * len(data))
-    before = page.kept
+    monkeypatch.setattr(upload_store, "MAX_BYTES", size + 10 * len(data))
+    before = page.uploads
     with ThreadPoolExecutor(100) as pool:
         replies = list(
             pool.map(lambda _: httpx.post(page.base + UPLOAD, files={"files": ("a", data)}, timeout=60), range(100))
@@ -587,10 +590,10 @@ def test_a_hundred_uploads_at_once_find_room_or_are_told(
         codes = [each.status_code for each in replies]
         assert set(codes) == {200, 503}
         assert {refusal(each) for each in replies if each.status_code == 503} == {503}
-        assert codes.count(200) == len(page.kept - before) <= 11 + upload_store.AT_ONCE
+        assert codes.count(200) == len(page.uploads - before) <= 11 + upload_store.AT_ONCE
         assert refusal(page.asker.join("write", "click")[1]) == 503
     finally:
-        for path in page.kept - before:
+        for path in page.uploads - before:
             path.unlink()
     monkeypatch.undo()
     time.sleep(1.1)  # it is counted once a second
@@ -612,7 +615,7 @@ def test_the_name_of_an_upload_is_not_used(page: Live, name: str) -> None:
 
 
 def test_an_upload_is_one_file_in_one_form(page: Live) -> None:
-    before, client = page.kept, page.asker.client
+    before, client = page.uploads, page.asker.client
     part = b'--x\r\nContent-Disposition: form-data; name="%b"; filename="a"\r\n\r\nabc\r\n'
     field = b'--x\r\nContent-Disposition: form-data; name="files"\r\n\r\n/etc/passwd\r\n'
     end, head = b"--x--\r\n", {"content-type": "multipart/form-data; boundary=x"}
@@ -632,7 +635,7 @@ def test_an_upload_is_one_file_in_one_form(page: Live) -> None:
         "multipart/form-data; charset=x; boundary=y",
     ):
         assert refusal(client.post(UPLOAD, content=part % b"files" + end, headers={"content-type": kind})) == 400
-    assert page.kept == before
+    assert page.uploads == before
 
 
 def test_of_an_upload_that_breaks_off_nothing_stays(page: Live) -> None:
@@ -666,7 +669,7 @@ def test_uploads_are_removed_and_their_places_too(page: Live, monkeypatch: pytes
 
 
 def test_a_full_disk_is_one_line(page: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = page.kept
+    before = page.uploads
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -674,7 +677,7 @@ def test_a_full_disk_is_one_line(page: Live, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(upload_store.shutil, "copyfileobj", full)
     reply = page.asker.upload(GOOD)
     assert (refusal(reply), "No space left" in reply.text) == (507, True)
-    assert page.kept == before
+    assert page.uploads == before
 
 
 def test_visitors_are_forgotten_one_after_another(page: Live) -> None:
@@ -692,22 +695,22 @@ def test_visitors_are_forgotten_one_after_another(page: Live) -> None:
 @pytest.mark.guard("html:escape", gives="args[0]")
 def test_a_caption_that_is_a_script_is_shown_as_text(page: Live, build: Build) -> None:
     image = page.asker.image(GOOD)
-    for told in (
+    for answer in (
         page.asker.ask("match", image=image, texts=SCRIPT),
         page.asker.ask("chips", "input", image=image, text="<script>a</script> [MASK]", chips=[0]),
     ):
-        assert "&lt;" in told
-        assert "<script" not in told
+        assert "&lt;" in answer
+        assert "<script" not in answer
 
 
 @pytest.mark.guard("maskvlm.data.images:_check_size")
 def test_a_bomb_is_refused_by_its_header(page: Live, build: Build) -> None:
     size = struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)  # more than ours, less than Pillow's own limit
     chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(bytes(10**6))), (b"IEND", b"")]
-    made = [
+    blocks = [
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     ]
-    assert "too large" in page.asker.ask("write", image=page.asker.image(b"\x89PNG\r\n\x1a\n" + b"".join(made)))
+    assert "too large" in page.asker.ask("write", image=page.asker.image(b"\x89PNG\r\n\x1a\n" + b"".join(blocks)))
 
 
 @pytest.mark.guard("maskvlm.demo.terminal:escaped", gives="args[0]")
@@ -723,17 +726,17 @@ def test_no_stranger_moves_the_cursor(
     monkeypatch.setattr("maskvlm.demo.answers.captioned", broken)
     with printable():
         assert "bug" in page.asker.ask("write", image=page.asker.image(GOOD))
-    told = "".join(capsys.readouterr())
-    assert "\\x1b[31m" in told
-    assert "\\x1b]0;taken" in told
-    assert "fine é" in told
-    assert not {"\x1b", "\x07", "\r", "\u202e", "\x9b"} & set(told)
+    output = "".join(capsys.readouterr())
+    assert "\\x1b[31m" in output
+    assert "\\x1b]0;taken" in output
+    assert "fine é" in output
+    assert not {"\x1b", "\x07", "\r", "\u202e", "\x9b"} & set(output)
 
 
 def test_no_request_writes_its_own_line_into_the_log(page: Live, capsys: pytest.CaptureFixture[str]) -> None:
     for path in ("/gradio_api/file=%0aforged%1b[2J", "/%0d%0aforged", "/assets/%0aforged", "/config?x=%0aforged"):
         refusal(page.asker.client.get(path, headers={"user-agent": "\x1b[2J", "x-forwarded-for": "forged"}))
     refusal(page.asker.client.post(JOIN, content='{"a": "\x1b[2J\\nforged"}', headers=JSON))
-    told = "".join(capsys.readouterr())
-    assert "forged" not in told
-    assert "\x1b" not in told
+    output = "".join(capsys.readouterr())
+    assert "forged" not in output
+    assert "\x1b" not in output

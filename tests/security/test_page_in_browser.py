@@ -24,16 +24,16 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt in
 
 ATTACKS = """
 async ([base, question, image]) => {
-  const told = {}, join = base + "/gradio_api/queue/join", upload = base + "/gradio_api/upload";
+  const results = {}, join = base + "/gradio_api/queue/join", upload = base + "/gradio_api/upload";
   const tell = async (name, attack) => {
-    try { told[name] = String(await attack()); } catch (error) { told[name] = "blocked"; }
+    try { results[name] = String(await attack()); } catch (error) { results[name] = "blocked"; }
   };
   const loads = (tag, url) => new Promise(done => {
-    const made = document.createElement(tag);
-    made.onload = () => done("loaded"); made.onerror = () => done("blocked");
-    made.src = url; document.body.append(made); setTimeout(() => done("blocked"), 4000);
+    const element = document.createElement(tag);
+    element.onload = () => done("loaded"); element.onerror = () => done("blocked");
+    element.src = url; document.body.append(element); setTimeout(() => done("blocked"), 4000);
   });
-  const file = () => { const made = new FormData(); made.append("files", new Blob(["x"]), "a.png"); return made; };
+  const file = () => { const form = new FormData(); form.append("files", new Blob(["x"]), "a.png"); return form; };
   const post = (url, body, more) => fetch(url, {method: "POST", body, ...more}).then(reply => reply.text());
   await tell("text", () => post(join, question, {mode: "no-cors", headers: {"content-type": "text/plain"}}));
   await tell("blob", () => post(join, new Blob([question]), {mode: "no-cors"}));
@@ -45,13 +45,13 @@ async ([base, question, image]) => {
   await tell("settings", () => fetch(base + "/config").then(reply => reply.text()));
   await tell("hidden settings", () => fetch(base + "/config", {mode: "no-cors"}).then(reply => reply.text()));
   await tell("stream", () => new Promise((done, fail) => {
-    const made = new EventSource(base + "/gradio_api/heartbeat/abc"); made.onmessage = done; made.onerror = fail;
+    const stream = new EventSource(base + "/gradio_api/heartbeat/abc"); stream.onmessage = done; stream.onerror = fail;
   }));
   await tell("socket", () => new Promise((done, fail) => {
-    const made = new WebSocket(join.replace("http", "ws")); made.onopen = done; made.onerror = fail;
+    const socket = new WebSocket(join.replace("http", "ws")); socket.onopen = done; socket.onerror = fail;
   }));
-  told["image"] = await loads("img", image);
-  told["script"] = await loads("script", base + "/config");
+  results["image"] = await loads("img", image);
+  results["script"] = await loads("script", base + "/config");
   const submit = (url, kind, name) => new Promise(done => {
     const frame = document.createElement("iframe"), form = document.createElement("form");
     frame.name = "f" + Math.random(); frame.onload = () => done(); document.body.append(frame);
@@ -64,7 +64,7 @@ async ([base, question, image]) => {
   await submit(upload, "multipart/form-data", "files");
   const frame = document.createElement("iframe"); frame.id = "framed"; frame.src = base + "/";
   await new Promise(done => { frame.onload = done; document.body.append(frame); setTimeout(done, 4000); });
-  return told;
+  return results;
 }
 """
 
@@ -107,19 +107,19 @@ def browser() -> Iterator[Any]:
 @pytest.mark.guard("maskvlm.demo.request_origin:check_origin")
 def test_a_hostile_page_cannot_ask_upload_read_or_frame(page: Live, browser: Any, elsewhere: str, build: Build) -> None:
     question, image = page.asker.question("match", image=None, texts="a red circle"), page.image["url"]
-    before, start = (page.kept, page.asked), len(page.answers)
+    before, start = (page.uploads, page.question_count), len(page.answers)
     tab = browser.new_page()
     tab.goto(elsewhere)
-    told = tab.evaluate(ATTACKS, [page.base, json.dumps(question), image])
+    results = tab.evaluate(ATTACKS, [page.base, json.dumps(question), image])
     frames = [frame.content() for frame in tab.frames if frame != tab.main_frame]
     tab.close()
-    assert set(told.values()) <= {"", "blocked"}, told  # "" is what the browser shows of an answer that it hides
+    assert set(results.values()) <= {"", "blocked"}, results  # "" is what the browser shows of an answer that it hides
     assert not [content for content in frames if "gradio" in content.lower()]
     reached = page.answers[start:]
     assert len(reached) >= 15  # the attacks did arrive
     assert {method for method, _, _ in reached} == {"GET", "POST", "OPTIONS"}
     assert {status for _, _, status in reached} == {403}
-    assert (page.kept, page.asked) == before
+    assert (page.uploads, page.question_count) == before
 
 
 def test_the_page_itself_works_and_asks_nobody_else(
@@ -129,18 +129,18 @@ def test_the_page_itself_works_and_asks_nobody_else(
     monkeypatch.setattr(Searched, "by_text", lambda *_: [Hit(noise(), f"{SCRIPT} {TEMPLATE}")])
     path = tmp_path / "my cat's <image> ünï.jpg"
     path.write_bytes(encoded(noise(2, 64), "JPEG") + SCRIPT.encode())
-    tab, asked, told = browser.new_page(), list[str](), list[str]()
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.on("response", lambda reply: told.append(f"{reply.status} {reply.url}") if reply.status >= 400 else None)
-    tab.on("console", lambda line: told.append(line.text) if line.type == "error" else None)
-    tab.on("pageerror", lambda error: told.append(str(error)))
+    tab, requests, errors = browser.new_page(), list[str](), list[str]()
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("response", lambda reply: errors.append(f"{reply.status} {reply.url}") if reply.status >= 400 else None)
+    tab.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+    tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(elsewhere)
     tab.evaluate("base => { location.href = base }", page.base + "/")
     tab.wait_for_selector("#words .side")
     with tab.expect_response(lambda reply: "/gradio_api/upload?" in reply.url) as uploaded:
         tab.locator("#image input[type=file]").set_input_files(path)
-    (kept,) = uploaded.value.json()
-    tab.wait_for_selector(f"#image img[src*='{Path(kept).parent.name}']")
+    (stored_path,) = uploaded.value.json()
+    tab.wait_for_selector(f"#image img[src*='{Path(stored_path).parent.name}']")
     assert tab.evaluate("document.querySelector('#image img').complete")
     tab.fill("#text textarea", f"a [MASK] circle {SCRIPT}")
     tab.press("#text textarea", "Tab")
@@ -163,9 +163,9 @@ def test_the_page_itself_works_and_asks_nobody_else(
     tab.locator("#nlvr-ask").click()
     tab.wait_for_selector("#nlvr-answer .answer")
     assert tab.title() == "MaskVLM"
-    assert told == []
+    assert errors == []
     own = (page.base, "data:", f"blob:{page.base}", elsewhere)
-    assert [url for url in asked if not url.startswith(own)] == []
-    tab.goto(f"{page.base}/gradio_api/file={kept}")  # an image and a page at once is shown as an image
+    assert [url for url in requests if not url.startswith(own)] == []
+    tab.goto(f"{page.base}/gradio_api/file={stored_path}")  # an image and a page at once is shown as an image
     assert tab.evaluate("[document.contentType, document.title == 'taken']") == ["image/jpeg", False]
     tab.close()

@@ -40,11 +40,11 @@ def a_study(
 
 
 def test_an_interval_is_students() -> None:
-    found = interval([1.0, 2.0, 3.0])
+    estimate = interval([1.0, 2.0, 3.0])
     # t of 0.975 with 2 degrees of freedom is 4.302653; the standard error is 1 / sqrt(3)
-    assert (found.mean, found.values) == (2.0, 3)
-    assert found.high - found.mean == pytest.approx(4.302652729911275 / math.sqrt(3))
-    assert found.mean - found.low == pytest.approx(4.302652729911275 / math.sqrt(3))
+    assert (estimate.mean, estimate.values) == (2.0, 3)
+    assert estimate.high - estimate.mean == pytest.approx(4.302652729911275 / math.sqrt(3))
+    assert estimate.mean - estimate.low == pytest.approx(4.302652729911275 / math.sqrt(3))
     assert interval([2.0, 2.0])[:3] == (2.0, 2.0, 2.0)
     assert math.isnan(interval([2.0]).low)
     assert math.isnan(interval([]).mean)
@@ -139,8 +139,8 @@ def test_the_page_says_what_the_runs_say(tmp_path: Path) -> None:
     assert "\nNot measured yet:\n\n- It grows.\n" in page
     assert page.count("It grows.") == 1
     assert "25 %" not in page
-    told = "+5.1 points (+2.24 to +7.96, 3 seeds) | holds | +5, +4, +6.3"
-    assert f"| all | few losses, with the operations of all | {told} |" in page
+    cells = "+5.1 points (+2.24 to +7.96, 3 seeds) | holds | +5, +4, +6.3"
+    assert f"| all | few losses, with the operations of all | {cells} |" in page
     assert (tmp_path / "page" / "question-1.png").read_bytes().startswith(b"\x89PNG")
     assert "(question-1.png)" in page
     assert not (tmp_path / "page" / "question-2.png").exists()
@@ -206,7 +206,7 @@ def test_runs_of_a_page_that_was_made_elsewhere_count(tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a,b\n1,2\n", "has no column run"),
         ("run,hours,run_sha256,metrics_sha256,a\nfew-s0,,SHA,,x\n", "runs.csv:2: a: 'x' is no number"),
@@ -214,11 +214,11 @@ def test_runs_of_a_page_that_was_made_elsewhere_count(tmp_path: Path, capsys: py
         (b"run,hours\xff\n", "is no table of runs"),
     ],
 )
-def test_what_is_no_table_of_runs_is_one_line(tmp_path: Path, text: str | bytes, said: str) -> None:
+def test_what_is_no_table_of_runs_is_one_line(tmp_path: Path, text: str | bytes, message: str) -> None:
     _, runs = a_study(tmp_path, {})
     content = text if isinstance(text, bytes) else text.replace("SHA", runs[0].sha256).encode()
     (tmp_path / "runs.csv").write_bytes(content)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         earlier_runs(tmp_path, runs)
     assert "\n" not in str(error.value).split("\nexit status")[0]
 

@@ -84,12 +84,12 @@ def test_a_budget_is_that_of_the_arm_on_as_many_pairs(tmp_path: Path, monkeypatc
 
 
 def test_a_run_that_spends_another_budget_is_another_run(tmp_path: Path) -> None:
-    found = []
+    hashes = []
     for steps in (6, 60):
         study = read_study(written(tmp_path, STUDY | {"options": {"data.steps": steps}}))
         runs = runs_of(study, tmp_path / "runs", counted=False)
-        found.append({run.name: run.sha256 for run in runs})
-    assert all(found[0][name] != found[1][name] for name in found[0])
+        hashes.append({run.name: run.sha256 for run in runs})
+    assert all(hashes[0][name] != hashes[1][name] for name in hashes[0])
 
 
 @pytest.mark.parametrize(
@@ -159,19 +159,19 @@ def test_steps_that_are_no_number_are_told(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_metrics_are_means_and_differences() -> None:
-    found = {"a": 4.0, "b": 6.0, "c": 1.0}
-    assert Metric("x", ("a", "b")).of(found) == 5
-    assert Metric("x", ("a",), ("b", "c")).of(found) == 0.5
+    metrics = {"a": 4.0, "b": 6.0, "c": 1.0}
+    assert Metric("x", ("a", "b")).of(metrics) == 5
+    assert Metric("x", ("a",), ("b", "c")).of(metrics) == 0.5
     # an error four times as large is one of ln 2 nats more, if errors are Gaussian
-    assert Metric("x", ("c",), ("a",), gaussian=True).of(found) == pytest.approx(0.6931471805599453)
-    assert str(Metric("x", ("d",)).of(found)) == "nan"
+    assert Metric("x", ("c",), ("a",), gaussian=True).of(metrics) == pytest.approx(0.6931471805599453)
+    assert str(Metric("x", ("d",)).of(metrics)) == "nan"
     assert str(Metric("x", ("c",), ("c",), gaussian=True).of({"c": 0.0})) == "nan"
-    assert Metric("x", ("d",), otherwise=("a", "b")).of(found) == 5
-    assert Metric("x", ("c",), otherwise=("a",)).of(found) == 1
+    assert Metric("x", ("d",), otherwise=("a", "b")).of(metrics) == 5
+    assert Metric("x", ("c",), otherwise=("a",)).of(metrics) == 1
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"name": "A study"}, "study.yaml: name: expected a text"),
         ({"arms": {}}, "study.yaml: arms: expected names with values"),
@@ -217,10 +217,10 @@ def test_metrics_are_means_and_differences() -> None:
         ({"run": "pretrain encoders=${oc.env:NOT_THERE_AT_ALL}"}, "Environment variable 'NOT_THERE_AT_ALL' not found"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_a_mistake_is_one_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         read_study(written(tmp_path, STUDY | change))
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value).split("\nexit status")[0]
 
 

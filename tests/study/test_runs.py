@@ -43,7 +43,7 @@ def test_runs_are_made_once(tmp_path: Path) -> None:
     runs = [run(tmp_path, ENDS, seed) for seed in range(3)]
     ended = list(Runner(2).make(runs))
     assert sorted(each.run.seed for each in ended) == [0, 1, 2]
-    assert {(each.code, each.said) for each in ended} == {(0, "done")}
+    assert {(each.code, each.last_line) for each in ended} == {(0, "done")}
     assert all(each.finished for each in runs)
     assert all(each.seconds is not None and each.seconds > 0 for each in runs)
     assert list(Runner(2).make(runs)) == []
@@ -51,7 +51,7 @@ def test_runs_are_made_once(tmp_path: Path) -> None:
 
 def test_one_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     ended = list(Runner(1).make([run(tmp_path, FAILS, 0), run(tmp_path, ENDS, 1)]))
-    assert [(each.code, each.said) for each in ended] == [(66, "error: no such thing"), (0, "done")]
+    assert [(each.code, each.last_line) for each in ended] == [(66, "error: no such thing"), (0, "done")]
     assert ended[0].why == "exit status 66: error: no such thing"
     assert not run(tmp_path, FAILS).finished
     # made again, its time is added to what it took before
@@ -64,7 +64,7 @@ def test_one_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
 def test_each_has_its_part_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maskvlm.study.runs.cores", lambda: 8)
     tells = "import os; print(os.environ['OMP_NUM_THREADS'])"
-    assert {each.said for each in Runner(3).make([run(tmp_path, tells, seed) for seed in range(3)])} == {"2"}
+    assert {each.last_line for each in Runner(3).make([run(tmp_path, tells, seed) for seed in range(3)])} == {"2"}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -80,7 +80,7 @@ def test_a_signal_lets_the_runs_save_and_begins_no_other(tmp_path: Path, signum:
     before = signal.getsignal(signum)
     runner = Runner(2)
     ended = list(runner.make(runs))
-    assert [(each.code, each.said, each.why) for each in ended] == [(75, "saved", "stopped and saved")] * 2
+    assert [(each.code, each.last_line, each.why) for each in ended] == [(75, "saved", "stopped and saved")] * 2
     assert runner.stopping.is_set()
     assert not runs[2].folder.exists()
     assert signal.getsignal(signum) == before
@@ -94,8 +94,8 @@ def test_a_run_waits_for_the_one_that_it_starts_from(tmp_path: Path) -> None:
     assert {each.run.folder for each in ended[:2]} == {each.folder for each in first}
     assert {(each.run.seed, each.code) for each in ended[2:]} == {(0, 0), (1, ExitCode.MISSING_INPUT)}
     assert not others[1].folder.exists()
-    (said,) = (each.why for each in ended[2:] if each.code)
-    assert said == "exit status 66: all-s1, which it starts from, is not finished"
+    (reason,) = (each.why for each in ended[2:] if each.code)
+    assert reason == "exit status 66: all-s1, which it starts from, is not finished"
     assert others[0].waits_for is None
 
 
@@ -158,7 +158,7 @@ def test_what_a_run_may_import_is_what_the_study_may(tmp_path: Path, monkeypatch
     monkeypatch.setenv("MASKVLM_ALLOW_IMPORT", "acme")
     tells = "import os; print(os.environ['MASKVLM_ALLOW_IMPORT'], os.environ['MASKVLM_STUDY'])"
     (ended,) = Runner(1, ["kiwi", "acme"]).make([run(tmp_path, tells)])
-    assert ended.said == f"acme,kiwi {os.getpid()}"
+    assert ended.last_line == f"acme,kiwi {os.getpid()}"
 
 
 def test_a_run_that_was_killed_says_by_what(tmp_path: Path) -> None:

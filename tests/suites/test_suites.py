@@ -59,8 +59,8 @@ def write(root: Path, files: dict[str, Any]) -> Path:
     return root
 
 
-def by_name(found: list[SuiteMetric]) -> dict[str, float]:
-    return {each.name: each.value for each in found}
+def by_name(suite_metrics: list[SuiteMetric]) -> dict[str, float]:
+    return {each.name: each.value for each in suite_metrics}
 
 
 # ---------------------------------------------------------------------- the true layouts
@@ -112,12 +112,12 @@ def flickr8k(root: Path) -> Path:
 
 def coco_captions(per_image: int = 2) -> dict[str, Any]:
     images = [{"id": int(name[:-4]), "file_name": full} for name, full in zip(COCO, VAL2014, strict=True)]
-    said = [
+    annotations = [
         {"id": 100 * n + k, "image_id": image["id"], "caption": f"a {('red', 'blue', 'green')[n]} thing {k}"}
         for n, image in enumerate(images)
         for k in range(per_image)
     ]
-    return {"images": images, "annotations": said}
+    return {"images": images, "annotations": annotations}
 
 
 def crisscrossed(root: Path) -> Path:
@@ -164,9 +164,9 @@ def entities(root: Path) -> Path:
 
 
 def captions(root: Path) -> Path:
-    said = ("A red circle is on the left of a blue star.", "Red!", "a blue star, a red circle", "Red circle.")
+    texts = ("A red circle is on the left of a blue star.", "Red!", "a blue star, a red circle", "Red circle.")
     images = [
-        {"filename": name, "split": "test" if n else "val", "sentences": [{"raw": text} for text in said], "imgid": n}
+        {"filename": name, "split": "test" if n else "val", "sentences": [{"raw": text} for text in texts], "imgid": n}
         for n, name in enumerate(FLICKR)
     ]
     files = {"dataset_flickr8k.json": {"dataset": "flickr8k", "images": images}}
@@ -201,41 +201,41 @@ def read(name: str, root: Path) -> ItemRows:
 
 
 def test_sugarcrepe_reads_its_seven_files(tmp_path: Path) -> None:
-    found = read("sugarcrepe", tmp_path)
-    assert found.skipped == {}
-    assert len(found.notes) == 5  # of seven files two are there
-    first = next(item for item in found.items if item.kind == "swap_att")
+    rows = read("sugarcrepe", tmp_path)
+    assert rows.skipped == {}
+    assert len(rows.notes) == 5  # of seven files two are there
+    first = next(item for item in rows.items if item.kind == "swap_att")
     assert first.texts == ("a red circle and a blue star", "a blue circle and a red star")
     assert first.image_ids == ("coco 139",)
-    assert [Path(str(item.images[0])).name for item in found.items] == [COCO[2], COCO[0], COCO[1]]
+    assert [Path(str(item.images[0])).name for item in rows.items] == [COCO[2], COCO[0], COCO[1]]
 
 
 def test_vsr_reads_its_lines_and_finds_images_below_the_folder(tmp_path: Path) -> None:
-    found = read("vsr", tmp_path)
-    assert [(item.texts, item.truth, item.kind) for item in found.items] == [
+    rows = read("vsr", tmp_path)
+    assert [(item.texts, item.truth, item.kind) for item in rows.items] == [
         (("The circle is left of the star.",), 1, "left of"),
         (("The star is above.",), 0, "above"),
     ]
-    assert all("train2017" in str(item.images[0]) for item in found.items)
+    assert all("train2017" in str(item.images[0]) for item in rows.items)
 
 
 def test_judgements_leave_out_an_images_own_captions_for_experts_alone(tmp_path: Path) -> None:
     """As published: they are the references of the measures that are compared so."""
-    found = read("flickr8k_judgements", tmp_path)
-    assert [(item.kind, item.texts[0], item.truth) for item in found.items] == [
+    rows = read("flickr8k_judgements", tmp_path)
+    assert [(item.kind, item.texts[0], item.truth) for item in rows.items] == [
         ("experts", "a blue circle on 1", [1.0, 1.0, 2.0]),
         ("experts", "a red circle on 0", [3.0, 3.0, 4.0]),
         ("crowd", "a blue circle on 0", [0.25]),
         ("crowd", "a green circle on 1", [1.0]),
         ("crowd", "a green circle on 0", [0.0]),
     ]
-    assert found.items[0].image_ids == ("flickr 1056338697",)
-    assert found.notes == ["1 judged pairs of an image and its own caption are left out, as published"]
+    assert rows.items[0].image_ids == ("flickr 1056338697",)
+    assert rows.notes == ["1 judged pairs of an image and its own caption are left out, as published"]
 
 
 def test_cxc_reads_pairs_of_three_kinds(tmp_path: Path) -> None:
-    found = read("cxc", tmp_path)
-    kinds = {kind: [item for item in found.items if item.kind == kind] for kind in cxc.KINDS}
+    rows = read("cxc", tmp_path)
+    kinds = {kind: [item for item in rows.items if item.kind == kind] for kind in cxc.KINDS}
     assert {kind: len(items) for kind, items in kinds.items()} == {"sits": 12, "sis": 4, "sts": 4}
     assert (len(kinds["sits"][0].images), kinds["sits"][0].texts) == (1, ("a red thing 0",))
     assert (len(kinds["sis"][0].images), kinds["sis"][0].texts) == (2, ())
@@ -244,8 +244,8 @@ def test_cxc_reads_pairs_of_three_kinds(tmp_path: Path) -> None:
 
 
 def test_pointing_reads_phrases_that_have_boxes(tmp_path: Path) -> None:
-    found = read("pointing", tmp_path)
-    assert [(item.texts[0], item.truth, item.kind) for item in found.items] == [
+    rows = read("pointing", tmp_path)
+    assert [(item.texts[0], item.truth, item.kind) for item in rows.items] == [
         (
             "A red circle above a star .",
             Boxed("A red circle", ((0.0, 0.25, 0.5, 0.5), (0.5, 0.0, 1.0, 0.25))),
@@ -256,23 +256,23 @@ def test_pointing_reads_phrases_that_have_boxes(tmp_path: Path) -> None:
 
 
 def test_order_reads_a_captioned_set(tmp_path: Path) -> None:
-    found = read("aro_order", tmp_path)
-    assert [item.texts[0] for item in found.items] == [
+    rows = read("aro_order", tmp_path)
+    assert [item.texts[0] for item in rows.items] == [
         "a red circle is on the left of a blue star",
         "a blue star, a red circle",
         "red circle",
     ]
-    assert [item.truth for item in found.items] == [[*aro_order.SHUFFLES], [*aro_order.SHUFFLES], ["all words"]]
-    assert list(found.skipped) == ["no other order"]  # "red"
-    assert AroOrder(seed=1).read(tmp_path, None).items != found.items
-    assert AroOrder(seed=0).read(tmp_path, None).items == found.items
+    assert [item.truth for item in rows.items] == [[*aro_order.SHUFFLES], [*aro_order.SHUFFLES], ["all words"]]
+    assert list(rows.skipped) == ["no other order"]  # "red"
+    assert AroOrder(seed=1).read(tmp_path, None).items != rows.items
+    assert AroOrder(seed=0).read(tmp_path, None).items == rows.items
 
 
 def test_zeroshot_takes_folders_for_classes(tmp_path: Path) -> None:
-    found = read("zeroshot", tmp_path)
-    assert found.items[0].texts == ("a photo of a blue star", "a photo of a red circle", "a photo of a ring")
-    assert [item.truth for item in found.items] == [0, 0, 1, 1, 1, 2]
-    assert found.skipped == {"in no class": [f"{tmp_path}/stray.png: it lies in no folder of a class"]}
+    rows = read("zeroshot", tmp_path)
+    assert rows.items[0].texts == ("a photo of a blue star", "a photo of a red circle", "a photo of a ring")
+    assert [item.truth for item in rows.items] == [0, 0, 1, 1, 1, 2]
+    assert rows.skipped == {"in no class": [f"{tmp_path}/stray.png: it lies in no folder of a class"]}
     names = tmp_path / "names.json"
     names.write_text('{"ring": "hollow circle"}')
     lines = tmp_path / "templates.txt"
@@ -292,9 +292,9 @@ def test_a_set_at_hand_in_its_published_form(shared_data: Path, tmp_path: Path) 
     ):
         folder = tmp_path / name
         write(folder, {name: (true / name).read_bytes(), image: picture(0)})
-        found = suite.read(folder, None)
-        assert len(found.items) == 1
-        assert list(found.skipped) == ["missing image"]
+        rows = suite.read(folder, None)
+        assert len(rows.items) == 1
+        assert list(rows.skipped) == ["missing image"]
     experts = true / "flickr8k_ExpertAnnotations.txt"
     tokens = "".join(f"{line.split(chr(9))[1]}\ta dog\n" for line in experts.read_text().splitlines())
     photos = {line.split("\t")[0]: picture(0) for line in experts.read_text().splitlines()}
@@ -388,18 +388,18 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "spoil", "reason", "told"), ROWS, ids=range(len(ROWS)))
+@pytest.mark.parametrize(("name", "spoil", "reason", "message"), ROWS, ids=range(len(ROWS)))
 def test_a_bad_row_is_left_out_counted_and_named(
-    name: str, spoil: Callable[[Path], None], reason: str, told: str, tmp_path: Path
+    name: str, spoil: Callable[[Path], None], reason: str, message: str, tmp_path: Path
 ) -> None:
     make, suite = LAYOUTS[name]
     root = make(tmp_path)
     whole = len(suite.read(root, None).items)
     spoil(root)
-    found = suite.read(root, None)
-    assert len(found.items) < whole
-    assert told in found.skipped[reason][0]
-    assert "\n" not in found.skipped[reason][0]
+    rows = suite.read(root, None)
+    assert len(rows.items) < whole
+    assert message in rows.skipped[reason][0]
+    assert "\n" not in rows.skipped[reason][0]
 
 
 FILES = [
@@ -413,9 +413,9 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "file", "content", "code", "told"), FILES, ids=range(len(FILES)))
+@pytest.mark.parametrize(("name", "file", "content", "code", "message"), FILES, ids=range(len(FILES)))
 def test_a_file_of_another_form_is_refused(
-    name: str, file: str, content: str | None, code: int, told: str, tmp_path: Path
+    name: str, file: str, content: str | None, code: int, message: str, tmp_path: Path
 ) -> None:
     make, suite = LAYOUTS[name]
     root = make(tmp_path)
@@ -426,7 +426,7 @@ def test_a_file_of_another_form_is_refused(
     with pytest.raises(UserError) as caught:
         suite.read(root, None)
     assert caught.value.code == code
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
@@ -442,7 +442,7 @@ def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: Zeroshot(template=["a photo"]), "no place for the class"),
         (lambda: Vsr("zeroshot/all").read(Path(), None), "no split"),
@@ -455,10 +455,10 @@ def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_word_is_told(
-    make: Callable[[], Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         make()
 
 
@@ -498,12 +498,14 @@ GRADES = st.lists(
 
 @given(GRADES)
 def test_correlations_are_scipys(pairs: list[tuple[float, float]]) -> None:
-    said, rated = [a for a, _ in pairs], [b for _, b in pairs]
-    if len(set(said)) > 1 and len(set(rated)) > 1:
+    predicted, rated = [a for a, _ in pairs], [b for _, b in pairs]
+    if len(set(predicted)) > 1 and len(set(rated)) > 1:
         for variant in "bc":
-            expected = stats.kendalltau(said, rated, variant=variant).statistic
-            assert metrics.kendall_tau(said, rated, variant) == pytest.approx(expected, abs=1e-5)
-        assert metrics.spearman_rho(said, rated) == pytest.approx(stats.spearmanr(said, rated).statistic, abs=1e-5)
+            expected = stats.kendalltau(predicted, rated, variant=variant).statistic
+            assert metrics.kendall_tau(predicted, rated, variant) == pytest.approx(expected, abs=1e-5)
+        assert metrics.spearman_rho(predicted, rated) == pytest.approx(
+            stats.spearmanr(predicted, rated).statistic, abs=1e-5
+        )
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=9), st.lists(st.integers(0, 4), min_size=1, max_size=9))
@@ -553,9 +555,9 @@ def test_a_phrase_that_stands_twice_is_left_out(tmp_path: Path) -> None:
     entities(tmp_path)
     file = tmp_path / "Sentences" / "36979.txt"
     file.write_text(file.read_text().replace("a star] .", "a star] and a red circle ."))
-    found = Pointing().read(tmp_path, None)
-    assert found.skipped == {"phrase stands there twice": [f"{file}:1: 'A red circle'"]}
-    assert len(found.items) == 1
+    rows = Pointing().read(tmp_path, None)
+    assert rows.skipped == {"phrase stands there twice": [f"{file}:1: 'A red circle'"]}
+    assert len(rows.items) == 1
 
 
 def test_order_tells_bad_rows_and_a_split_that_is_not_there(tmp_path: Path) -> None:
@@ -575,7 +577,7 @@ def test_chance_of_map_at_r_is_the_mean_over_all_orders(relevant: int, total: in
     assert metrics.map_at_r_chance(relevant, total) == pytest.approx(mean)
 
 
-def made_up(items: list[SuiteItem], seed: int = 0) -> list[list[float]]:
+def random_scores(items: list[SuiteItem], seed: int = 0) -> list[list[float]]:
     rng = random.Random(seed)
     return [[round(rng.random(), 1) for _ in item.texts] for item in items]
 
@@ -583,14 +585,14 @@ def made_up(items: list[SuiteItem], seed: int = 0) -> list[list[float]]:
 def test_sugarcrepe_counts_as_the_official_script(tmp_path: Path) -> None:
     """`1 if pos_score > neg_score else 0`, by file."""
     items = read("sugarcrepe", tmp_path).items * 20
-    scores = made_up(items)
-    found = by_name(SugarCrepe().metrics(items, scores, "match"))
+    scores = random_scores(items)
+    values = by_name(SugarCrepe().metrics(items, scores, "match"))
     shares = {}
     for kind in ("add_obj", "swap_att"):
         right = [a > b for (a, b), item in zip(scores, items, strict=True) if item.kind == kind]
         shares[kind] = 100 * sum(right) / len(right)
-        assert found[kind] == pytest.approx(shares[kind])
-    assert found["mean of 2 kinds"] == pytest.approx(sum(shares.values()) / 2)
+        assert values[kind] == pytest.approx(shares[kind])
+    assert values["mean of 2 kinds"] == pytest.approx(sum(shares.values()) / 2)
 
 
 def test_a_tie_counts_against_the_model() -> None:
@@ -602,31 +604,31 @@ def test_a_tie_counts_against_the_model() -> None:
 
 def test_order_counts_all_and_each_shuffle(tmp_path: Path) -> None:
     items = read("aro_order", tmp_path).items * 15
-    scores = made_up(items)
-    found = AroOrder().metrics(items, scores, "match")
+    scores = random_scores(items)
+    suite_metrics = AroOrder().metrics(items, scores, "match")
     best = [all(each[0] > other for other in each[1:]) for each in scores]
-    assert found[0].value == pytest.approx(100 * sum(best) / len(best))
+    assert suite_metrics[0].value == pytest.approx(100 * sum(best) / len(best))
     # Of two words there is one other order.
     assert {len(item.texts) for item in items} == {2, 4}
-    assert found[0].chance == pytest.approx(statistics.fmean(100 / len(item.texts) for item in items))
+    assert suite_metrics[0].chance == pytest.approx(statistics.fmean(100 / len(item.texts) for item in items))
     at = [(row, item.truth.index("trigrams") + 1) for row, item in enumerate(items) if "trigrams" in item.truth]
     right = [scores[row][0] > scores[row][place] for row, place in at]
-    assert by_name(found)["better than trigrams shuffled"] == pytest.approx(100 * sum(right) / len(right))
+    assert by_name(suite_metrics)["better than trigrams shuffled"] == pytest.approx(100 * sum(right) / len(right))
 
 
 def test_vsr_has_a_threshold_by_match_alone(tmp_path: Path) -> None:
     items = read("vsr", tmp_path).items * 25
     items += items[:10:2]
-    scores = made_up(items)
-    found = Vsr().metrics(items, scores, "match")
+    scores = random_scores(items)
+    suite_metrics = Vsr().metrics(items, scores, "match")
     labels = [item.truth for item in items]
     right = [(each[0] > 0.5) == (label == 1) for each, label in zip(scores, labels, strict=True)]
-    assert found[0].value == pytest.approx(100 * sum(right) / len(right))
-    assert found[0].chance == pytest.approx(100 * max(sum(labels), len(labels) - sum(labels)) / len(labels))
+    assert suite_metrics[0].value == pytest.approx(100 * sum(right) / len(right))
+    assert suite_metrics[0].chance == pytest.approx(100 * max(sum(labels), len(labels) - sum(labels)) / len(labels))
     sides = [[each[0] for each, label in zip(scores, labels, strict=True) if label == side] for side in (1, 0)]
     u = stats.mannwhitneyu(*sides).statistic / len(sides[0]) / len(sides[1])
-    assert by_name(found)["area under the curve"] == pytest.approx(100 * u)
-    assert {each.name for each in found} >= {"accuracy, left of", "accuracy, above"}
+    assert by_name(suite_metrics)["area under the curve"] == pytest.approx(100 * u)
+    assert {each.name for each in suite_metrics} >= {"accuracy, left of", "accuracy, above"}
     unknown = Vsr().metrics(items, [[math.nan]] * len(items), "match")
     assert unknown[0].value == 0  # a score that is no number is no right answer, whatever is true
     assert [each.name for each in Vsr().metrics(items, scores, "contrast")] == ["area under the curve"]
@@ -635,19 +637,19 @@ def test_vsr_has_a_threshold_by_match_alone(tmp_path: Path) -> None:
 def test_judgements_are_correlated_as_in_clipscores_script(tmp_path: Path) -> None:
     """tau-c over each expert's judgement by itself, tau-b over the crowd's share of yes."""
     items = read("flickr8k_judgements", tmp_path).items * 6
-    scores = made_up(items)
-    found = by_name(Flickr8kJudgements().metrics(items, scores, "match"))
-    said, rated = [], []
+    scores = random_scores(items)
+    values = by_name(Flickr8kJudgements().metrics(items, scores, "match"))
+    predicted, rated = [], []
     for each, item in zip(scores, items, strict=True):
         if item.kind == "experts":
             for judged in item.truth:
-                said.append(each[0])
+                predicted.append(each[0])
                 rated.append(judged)
     crowd = [(each[0], item.truth[0]) for each, item in zip(scores, items, strict=True) if item.kind == "crowd"]
-    assert found["experts, Kendall's tau-c x 100"] == pytest.approx(
-        100 * stats.kendalltau(said, rated, variant="c")[0], abs=1e-3
+    assert values["experts, Kendall's tau-c x 100"] == pytest.approx(
+        100 * stats.kendalltau(predicted, rated, variant="c")[0], abs=1e-3
     )
-    assert found["crowd, Kendall's tau-b x 100"] == pytest.approx(
+    assert values["crowd, Kendall's tau-b x 100"] == pytest.approx(
         100 * stats.kendalltau(*zip(*crowd, strict=True))[0], abs=1e-3
     )
 
@@ -655,12 +657,12 @@ def test_judgements_are_correlated_as_in_clipscores_script(tmp_path: Path) -> No
 def test_cxc_samples_one_pair_of_half_of_the_queries(tmp_path: Path) -> None:
     items = read("cxc", tmp_path).items
     scores = [[item.truth[0] ** 3] for item in items]  # the same order as people's
-    found = by_name(Cxc().metrics(items, scores, "contrast"))
-    assert all(value == pytest.approx(100, abs=1e-3) for name, value in found.items() if "STS" not in name)
+    values = by_name(Cxc().metrics(items, scores, "contrast"))
+    assert all(value == pytest.approx(100, abs=1e-3) for name, value in values.items() if "STS" not in name)
     # Queries a and b, each with two pairs: half of them is at least two.
-    said, rated, queries = [1.0, 2.0, 3.0, 4.0], [1.0, 1.5, 0.5, 4.0], ["a", "a", "b", "b"]
+    predicted, rated, queries = [1.0, 2.0, 3.0, 4.0], [1.0, 1.5, 0.5, 4.0], ["a", "a", "b", "b"]
     assert cxc.sampled_spearman([1.0] * 4, [1.0, 2.0, 3.0, 4.0], ["one"] * 4, seed=0, samples=3) == [0.0] * 3
-    samples = cxc.sampled_spearman(said, rated, queries, seed=0, samples=400)
+    samples = cxc.sampled_spearman(predicted, rated, queries, seed=0, samples=400)
     # Of the four choices of a pair of a and one of b, the two with the second of b are in people's order.
     assert {round(each) for each in samples} == {-1, 1}
     assert statistics.fmean(samples) == pytest.approx(0.0, abs=0.2)
@@ -668,16 +670,16 @@ def test_cxc_samples_one_pair_of_half_of_the_queries(tmp_path: Path) -> None:
 
 def test_zeroshot_counts_classes(tmp_path: Path) -> None:
     items = read("zeroshot", tmp_path).items * 5
-    scores = made_up(items)
-    found = by_name(Zeroshot().metrics(items, scores, "match"))
+    scores = random_scores(items)
+    values = by_name(Zeroshot().metrics(items, scores, "match"))
     right = [
         all(each[item.truth] > other for k, other in enumerate(each) if k != item.truth)
         for each, item in zip(scores, items, strict=True)
     ]
-    assert found["top-1"] == pytest.approx(100 * sum(right) / len(right))
+    assert values["top-1"] == pytest.approx(100 * sum(right) / len(right))
     shares = [statistics.fmean(r for r, item in zip(right, items, strict=True) if item.truth == k) for k in range(3)]
-    assert found["mean per class"] == pytest.approx(100 * statistics.fmean(shares))
-    assert found["always the largest class"] == pytest.approx(50)
+    assert values["mean per class"] == pytest.approx(100 * statistics.fmean(shares))
+    assert values["always the largest class"] == pytest.approx(50)
     nan = [[math.nan if k == item.truth else 0.0 for k in range(3)] for item in items]
     assert by_name(Zeroshot().metrics(items, nan, "match"))["top-1"] == 0
 
@@ -686,9 +688,9 @@ def test_pointing_hits_boxes(tmp_path: Path) -> None:
     items = read("pointing", tmp_path).items
     # Attention: within the second box of the first, outside of the second's; Grad-CAM: the other way round.
     scores = [[0.75, 0.1, 0.9, 0.9], [0.75, 0.1, 0.1, 0.3]]
-    found = Pointing().metrics(items, scores, "explain")
-    assert [each.value for each in found] == [50.0, 50.0, 100.0]
-    assert found[0].chance == pytest.approx(100 * (0.25 + 0.125) / 2)
+    suite_metrics = Pointing().metrics(items, scores, "explain")
+    assert [each.value for each in suite_metrics] == [50.0, 50.0, 100.0]
+    assert suite_metrics[0].chance == pytest.approx(100 * (0.25 + 0.125) / 2)
     assert pointing.peak(np.array([[0, 1, 0, 0], [0, 0, 0, 0]])) == (0.375, 0.25)
     # A map without a peak points nowhere: it would be the first patch, and might be right.
     for nowhere in (np.zeros((2, 4)), np.full((2, 4), np.nan), np.array([[1, 0], [1, 0]])):
@@ -703,11 +705,11 @@ def test_pointing_hits_boxes(tmp_path: Path) -> None:
 def small_judge(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The package's metrics, of a gallery of three images and six captions."""
     official = pytest.importorskip("eccv_caption").Metrics()
-    images, said = [int(name[:-4]) for name in COCO], [0, 1, 100, 101, 200, 201]
+    images, caption_ids = [int(name[:-4]) for name in COCO], [0, 1, 100, 101, 200, 201]
     own = {image: [100 * n, 100 * n + 1] for n, image in enumerate(images)}
     more = {images[0]: [0, 1, 101], images[2]: [200, 201]}  # no query for the second image
-    official.coco_ids = np.array(said)
-    official.coco_gts = {"i2t": own, "t2i": {each: [images[each // 100]] for each in said}}
+    official.coco_ids = np.array(caption_ids)
+    official.coco_gts = {"i2t": own, "t2i": {each: [images[each // 100]] for each in caption_ids}}
     official.cxc_gts = {"i2t": own | more, "t2i": official.coco_gts["t2i"] | {101: images[:2]}}
     official.eccv_gts = {"i2t": more, "t2i": {101: images[:2], 0: [images[0]]}}
     monkeypatch.setattr(eccv_caption, "judge", lambda: official)
@@ -721,24 +723,27 @@ def test_eccv_caption_is_the_packages(small_judge: Any, tmp_path: Path) -> None:
         tuple(f"a {c} thing {k}" for k in (0, 1)) for c in ("red", "blue", "green")
     ]
     contrast_BC = torch.rand(3, 6, generator=torch.Generator().manual_seed(3))
-    found = by_name(EccvCaption().metrics(items, list(contrast_BC), "contrast"))
-    images, said = [int(name[:-4]) for name in COCO], [0, 1, 100, 101, 200, 201]
+    ours = by_name(EccvCaption().metrics(items, list(contrast_BC), "contrast"))
+    images, caption_ids = [int(name[:-4]) for name in COCO], [0, 1, 100, 101, 200, 201]
     i2t = {
-        image: [said[k] for k in row.argsort(descending=True)] for image, row in zip(images, contrast_BC, strict=True)
+        image: [caption_ids[k] for k in row.argsort(descending=True)]
+        for image, row in zip(images, contrast_BC, strict=True)
     }
-    t2i = {c: [images[k] for k in row.argsort(descending=True)] for c, row in zip(said, contrast_BC.T, strict=True)}
-    told = small_judge.compute_all_metrics(i2t, t2i, ["eccv_map_at_r", "cxc_recalls", "coco_5k_recalls"])
+    t2i = {
+        c: [images[k] for k in row.argsort(descending=True)] for c, row in zip(caption_ids, contrast_BC.T, strict=True)
+    }
+    official = small_judge.compute_all_metrics(i2t, t2i, ["eccv_map_at_r", "cxc_recalls", "coco_5k_recalls"])
     for side, name in (("i2t", "captions of an image"), ("t2i", "images of a caption")):
-        assert found[f"ECCV mAP@R, {name}"] == pytest.approx(100 * told["eccv_map_at_r"][side])
+        assert ours[f"ECCV mAP@R, {name}"] == pytest.approx(100 * official["eccv_map_at_r"][side])
         for k in (1, 5, 10):
-            assert found[f"CxC R@{k}, {name}"] == pytest.approx(100 * told[f"cxc_r{k}"][side])
-            assert found[f"COCO R@{k}, {name}"] == pytest.approx(100 * told[f"coco_5k_r{k}"][side])
+            assert ours[f"CxC R@{k}, {name}"] == pytest.approx(100 * official[f"cxc_r{k}"][side])
+            assert ours[f"COCO R@{k}, {name}"] == pytest.approx(100 * official[f"coco_5k_r{k}"][side])
     # mAP@R by itself: of the R first, the precision at each that is relevant.
     values = []
     for image, relevant in small_judge.eccv_gts["i2t"].items():
         hits = [each in relevant for each in i2t[image][: len(relevant)]]
         values.append(sum(sum(hits[: r + 1]) / (r + 1) for r, hit in enumerate(hits) if hit) / len(relevant))
-    assert found["ECCV mAP@R, captions of an image"] == pytest.approx(100 * statistics.fmean(values))
+    assert ours["ECCV mAP@R, captions of an image"] == pytest.approx(100 * statistics.fmean(values))
 
 
 def test_eccv_caption_needs_its_whole_gallery(small_judge: Any, tmp_path: Path, model: PretrainedMaskVLM) -> None:
@@ -821,8 +826,8 @@ def test_pointing_asks_explain(model: PretrainedMaskVLM, tmp_path: Path) -> None
     items = read("pointing", tmp_path).items
     far = items[0]._replace(texts=("a star " * 30 + "red circle",), truth=Boxed("red circle", items[0].truth.boxes))
     scores = Pointing().ask(model, [*items, far], "explain")
-    seen: Any = model.explain(str(items[0].images[0]), items[0].texts[0], "A red circle")
-    assert scores[0] == [*pointing.peak(seen.attention), *pointing.peak(seen.gradcam)]
+    explanation: Any = model.explain(str(items[0].images[0]), items[0].texts[0], "A red circle")
+    assert scores[0] == [*pointing.peak(explanation.attention), *pointing.peak(explanation.gradcam)]
     assert scores[2] == []  # beyond what the model reads
 
 
@@ -844,12 +849,12 @@ def test_a_run_counts_and_lists_what_it_leaves_out(model: PretrainedMaskVLM, tmp
 def test_a_subset_keeps_all_items_of_an_image(tmp_path: Path) -> None:
     items = read("cxc", tmp_path).items
     for limit in (1, 2, 3):
-        kept = subset(items, limit, seed=0)
-        images = {image for item in kept for image in item.images}
+        part = subset(items, limit, seed=0)
+        images = {image for item in part for image in item.images}
         assert 0 < len(images) <= limit
         # All items that ask for no other image, those about no image among them.
-        assert [item for item in items if images.issuperset(item.images)] == kept
-        assert any(not item.images for item in kept) == any(not item.images for item in items)
+        assert [item for item in items if images.issuperset(item.images)] == part
+        assert any(not item.images for item in part) == any(not item.images for item in items)
     assert subset(items, 99, seed=0) == items
 
 
@@ -863,9 +868,9 @@ def test_of_own_data_nobody_knows_what_was_trained_on_without_its_name(tmp_path:
     (tmp_path / "p.csv").write_text("image,caption,split\n1000268201_693b08cb0e.jpg,a red dog on a hill,val\n")
     path = tmp_path / "p.csv"
     assert not AroOrder("csv").read(path, None).ids_known
-    found = AroOrder("csv", name="mine").read(path, None)
-    assert found.ids_known
-    assert found.items[0].image_ids == ("mine 1000268201_693b08cb0e.jpg",)
+    rows = AroOrder("csv", name="mine").read(path, None)
+    assert rows.ids_known
+    assert rows.items[0].image_ids == ("mine 1000268201_693b08cb0e.jpg",)
     (tmp_path / "flickr8k").mkdir()
     assert read("aro_order", tmp_path / "flickr8k").ids_known
 
@@ -875,15 +880,15 @@ def test_images_that_were_trained_on_are_counted(model: PretrainedMaskVLM) -> No
 
     items = [SuiteItem(("x",), ("a",), 0, "", "", (f"coco {n}",)) for n in (1, 1, 2, 3)]
     history = (model.origin.history[0]._replace(ids=torch.tensor(sorted([stable_id("coco 1"), stable_id("coco 3")]))),)
-    told = type("Told", (), {"origin": model.origin._replace(history=history)})()
-    assert trained_on(told, items) == 2
+    stub = type("Told", (), {"origin": model.origin._replace(history=history)})()
+    assert trained_on(stub, items) == 2
     # As training hashes them: a photo of Flickr by its own number, whatever the set calls it.
     photo = SuiteItem(("x",), ("a",), 0, "", "", ("mine 1000268201_693b08cb0e.jpg",))
     flickr = (history[0]._replace(ids=torch.tensor([stable_id("flickr 1000268201")])),)
     assert trained_on(type("Told", (), {"origin": model.origin._replace(history=flickr)})(), [photo]) == 1
     unknown = (*history, history[0]._replace(ids=None))
-    told = type("Told", (), {"origin": model.origin._replace(history=unknown)})()
-    assert trained_on(told, items) is None
+    stub = type("Told", (), {"origin": model.origin._replace(history=unknown)})()
+    assert trained_on(stub, items) is None
 
 
 def test_scores_of_an_earlier_measurement_do_not_stay(
@@ -905,8 +910,8 @@ def test_the_command_runs_each_suite(
     root, out = LAYOUTS[name][0](tmp_path / "suite"), tmp_path / "out"
     by = ["--by", LAYOUTS[name][1].ways[0]]
     assert main(["suite", name, f"from={checkpoint}", "--path", str(root), "--out", str(out), *by]) == 0
-    told = capsys.readouterr().out
-    assert LAYOUTS[name][1].traps[0] in told
+    output = capsys.readouterr().out
+    assert LAYOUTS[name][1].traps[0] in output
     result = json.loads((out / "result.json").read_text())
     (figures,) = result["metrics"].values()
     assert figures
@@ -923,15 +928,15 @@ def test_the_model_that_comes_along_is_asked_where_none_is_named(
     lines = vsr_line(COCO[0], "The giraffe is left of the zebra.", 1) + vsr_line(COCO[1], "The star is above.", 0)
     (root / "data/splits/zeroshot/test.jsonl").write_text(lines)
     assert main(["suite", "vsr", "--path", str(root), "--out", str(out)]) == 0
-    told = capsys.readouterr()
-    assert told.err.startswith("no from=: scenes-tiny is asked")
-    assert len(told.err.splitlines()) == 1  # strange words and images are no Python warnings
-    assert "words that the model's tokenizer does not know, of some of the texts: giraffe, zebra\n" in told.out
+    output = capsys.readouterr()
+    assert output.err.startswith("no from=: scenes-tiny is asked")
+    assert len(output.err.splitlines()) == 1  # strange words and images are no Python warnings
+    assert "words that the model's tokenizer does not know, of some of the texts: giraffe, zebra\n" in output.out
     assert json.loads((out / "result.json").read_text())["options"]["source"] == "scenes-tiny"
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         (["nope"], 2, "no such suite"),
         (["vsr"], 2, "--path is missing"),
@@ -944,12 +949,12 @@ def test_the_model_that_comes_along_is_asked_where_none_is_named(
     ],
 )
 def test_the_command_says_what_is_missing(
-    words: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["suite", *words]) == code
-    shown = capsys.readouterr().err
-    assert told in shown
-    assert len(shown.strip().splitlines()) == 1
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert len(stderr.strip().splitlines()) == 1
 
 
 def test_a_suite_of_ones_own(
@@ -977,5 +982,5 @@ def test_the_page_has_a_card_for_each_suite() -> None:
     for name in suite_names():
         kind = suite_class(name)
         card = page[page.index(f"## {name} ") :].partition(" ## ")[0] if f" ## {name} " in page else ""
-        for said in (kind.told, kind.licence, *kind.traps, f"maskvlm suite {name}"):
-            assert said in card, f"docs/suites.md: the card of {name} lacks '{said}'"
+        for text in (kind.question, kind.licence, *kind.traps, f"maskvlm suite {name}"):
+            assert text in card, f"docs/suites.md: the card of {name} lacks '{text}'"

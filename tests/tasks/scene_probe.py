@@ -37,8 +37,8 @@ def is_noun(text: str, thing: Thing) -> bool:
     """Whether the words of a noun are all true of a thing."""
     match = re.fullmatch(NOUN, text)
     assert match, text
-    said = dict(zip(("size", "pattern", "colour", "shape"), match.groups(), strict=True))
-    return all(word in (None, "thing", thing[name]) for name, word in said.items())
+    traits = dict(zip(("size", "pattern", "colour", "shape"), match.groups(), strict=True))
+    return all(word in (None, "thing", thing[name]) for name, word in traits.items())
 
 
 # ---- leaks -------------------------------------------------------------------------------------------------
@@ -50,26 +50,30 @@ def words_of(text: str) -> list[str]:
 
 def features_of(views: Sequence[View]) -> list[str]:
     """What images show, text unseen: attributes and cells, numbers, and what the things have in common."""
-    found = [f"{number} views" for number in (len(views),)]
+    features = [f"{number} views" for number in (len(views),)]
     for side, view in enumerate(views):
         things = things_of(view)
-        found += [f"{side} curtain {view.curtain}", f"{side} ground {view.scene.background}", f"{side} n {len(things)}"]
-        found += [
+        features += [
+            f"{side} curtain {view.curtain}",
+            f"{side} ground {view.scene.background}",
+            f"{side} n {len(things)}",
+        ]
+        features += [
             f"{side} {name} {thing[name]}"
             for thing in things
             for name in ("shape", "colour", "size", "pattern", "cell")
         ]
-        found += [
+        features += [
             f"{side} {w}" for w in common(((a, b) for i, a in enumerate(things) for b in things[:i]), view.curtain)
         ]
     if len(views) == 2:
         left, right = (things_of(view) for view in views)
-        found += [
+        features += [
             f"total {len(left) + len(right)}",
             f"grounds {views[0].scene.background == views[1].scene.background}",
         ]
-        found += [f"across {word}" for word in common(product(left, right), None)]
-    return found
+        features += [f"across {word}" for word in common(product(left, right), None)]
+    return features
 
 
 def common(pairs: Iterable[tuple[Thing, Thing]], curtain: str | None) -> list[str]:
@@ -94,8 +98,8 @@ def worst_lean(features: Sequence[Sequence[str]], labels: Sequence[str]) -> tupl
     total, of_label = len(labels), Counter(labels)
     of_feature: Counter[str] = Counter()
     both: dict[str, Counter[str]] = defaultdict(Counter)
-    for found, label in zip(features, labels, strict=True):
-        for name in set(found):
+    for names, label in zip(features, labels, strict=True):
+        for name in set(names):
             of_feature[name] += 1
             both[name][label] += 1
     worst = (0.0, "")
@@ -112,23 +116,23 @@ def blind_accuracy(
     train: tuple[Sequence[Sequence[str]], Sequence[str]], val: tuple[Sequence[Sequence[str]], Sequence[str]]
 ) -> float:
     """Share of `val` that a logistic regression on the features, fitted to `train`, gets right."""
-    counts = Counter(name for found in train[0] for name in set(found))
+    counts = Counter(name for names in train[0] for name in set(names))
     column = {name: i for i, name in enumerate(name for name, count in counts.items() if count >= 5)}
     answers = sorted(set(train[1]))
 
     def tensors(features: Sequence[Sequence[str]], labels: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        seen_NF = torch.zeros(len(features), len(column))
-        for row, found in enumerate(features):
-            seen_NF[row, [column[name] for name in found if name in column]] = 1
-        return seen_NF, torch.tensor([answers.index(label) for label in labels])
+        feature_NF = torch.zeros(len(features), len(column))
+        for row, names in enumerate(features):
+            feature_NF[row, [column[name] for name in names if name in column]] = 1
+        return feature_NF, torch.tensor([answers.index(label) for label in labels])
 
-    (seen_NF, label_N), (val_MF, label_M) = tensors(*train), tensors(*val)
+    (feature_NF, label_N), (val_MF, label_M) = tensors(*train), tensors(*val)
     weight_FK = torch.zeros(len(column), len(answers), requires_grad=True)
     bias_K = torch.zeros(len(answers), requires_grad=True)
     optimizer = torch.optim.Adam([weight_FK, bias_K], lr=0.05)
     for _ in range(60):
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(seen_NF @ weight_FK + bias_K, label_N)
+        loss = torch.nn.functional.cross_entropy(feature_NF @ weight_FK + bias_K, label_N)
         (loss + 1e-3 * weight_FK.square().sum()).backward()
         optimizer.step()
     return float((((val_MF @ weight_FK + bias_K).argmax(1)) == label_M).float().mean())

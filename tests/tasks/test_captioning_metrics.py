@@ -29,9 +29,9 @@ def slow_cider_d(written: list[str], references: list[list[str]]) -> float:
     total = []
     for text, texts in zip(written, references, strict=True):
         for n in (1, 2, 3, 4):
-            seen = Counter(gram for each in references for gram in {g for one in each for g in grams(one, n)})
+            frequency = Counter(gram for each in references for gram in {g for one in each for g in grams(one, n)})
             gram_names = sorted({*grams(text, n), *(g for one in texts for g in grams(one, n))})
-            idf = np.array([math.log(len(references) / max(1, seen[g])) for g in gram_names])
+            idf = np.array([math.log(len(references) / max(1, frequency[g])) for g in gram_names])
             one = np.array([grams(text, n)[g] for g in gram_names]) * idf
             for truth in texts:
                 other = np.array([grams(truth, n)[g] for g in gram_names]) * idf
@@ -46,14 +46,14 @@ def slow_bleu(written: list[str], references: list[list[str]], most: int) -> flo
     """Papineni et al. 2002, over all texts together."""
     logs = []
     for n in range(1, most + 1):
-        clipped = made = 0
+        clipped = total = 0
         for text, texts in zip(written, references, strict=True):
             own, allowed = grams(text, n), Counter[tuple[str, ...]]()
             for truth in texts:
                 allowed |= grams(truth, n)
             clipped += sum((own & allowed).values())
-            made += sum(own.values())
-        logs.append(math.log(clipped / made))
+            total += sum(own.values())
+        logs.append(math.log(clipped / total))
     lengths = [len(bare_words(text).split()) for text in written]
     nearest = [
         min((len(bare_words(one).split()) for one in texts), key=lambda size: (abs(size - length), size))
@@ -64,32 +64,32 @@ def slow_bleu(written: list[str], references: list[list[str]], most: int) -> flo
 
 
 def test_they_are_the_formulas() -> None:
-    found = caption_metrics(WRITTEN, REFERENCES)
-    assert found.keys() == {"cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4"}
-    assert found["cider"] == pytest.approx(100 * slow_cider_d(WRITTEN, REFERENCES), rel=1e-6)
+    metrics = caption_metrics(WRITTEN, REFERENCES)
+    assert metrics.keys() == {"cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4"}
+    assert metrics["cider"] == pytest.approx(100 * slow_cider_d(WRITTEN, REFERENCES), rel=1e-6)
     for n in (1, 2, 3, 4):
-        assert found[f"bleu_{n}"] == pytest.approx(100 * slow_bleu(WRITTEN, REFERENCES, n), rel=1e-5)
+        assert metrics[f"bleu_{n}"] == pytest.approx(100 * slow_bleu(WRITTEN, REFERENCES, n), rel=1e-5)
     short = [text.split()[0] + " " + text.split()[1] for text in WRITTEN]  # shorter than any reference
     assert caption_metrics(short, REFERENCES)["bleu_1"] == pytest.approx(100 * slow_bleu(short, REFERENCES, 1))
 
 
 def test_each_image_has_its_own_cider() -> None:
     """By the formula where all others say nothing, with the idf of all; none for a row without a reference."""
-    found = cider_of_images([*WRITTEN, "a cat"], [*REFERENCES, ["?"]])
+    ciders = cider_of_images([*WRITTEN, "a cat"], [*REFERENCES, ["?"]])
     for row, text in enumerate(WRITTEN):
         alone = [text if other == row else "" for other in range(len(WRITTEN))]
-        assert found[row] == pytest.approx(len(WRITTEN) * 100 * slow_cider_d(alone, REFERENCES), rel=1e-6)
-    assert len({round(value) for value in found[:4]}) == 4
-    assert math.isnan(found[4])
+        assert ciders[row] == pytest.approx(len(WRITTEN) * 100 * slow_cider_d(alone, REFERENCES), rel=1e-6)
+    assert len({round(value) for value in ciders[:4]}) == 4
+    assert math.isnan(ciders[4])
     assert all(math.isnan(value) for value in cider_of_images(["a", "b"], [["a"], ["!"]]))
 
 
 def test_bleu_by_hand() -> None:
     """Of "the the cat" the one "the" of the reference and "cat" count: 2 of 3 words; 1 of 2 pairs, "the cat"."""
-    found = caption_metrics(["the the cat", "x"], [["the cat sat"], ["x"]])
-    assert found["bleu_1"] == pytest.approx(100 * 3 / 4)
-    assert found["bleu_2"] == pytest.approx(100 * math.sqrt(3 / 4 * 1 / 2))
-    assert found["bleu_3"] == found["bleu_4"] == 0.0
+    metrics = caption_metrics(["the the cat", "x"], [["the cat sat"], ["x"]])
+    assert metrics["bleu_1"] == pytest.approx(100 * 3 / 4)
+    assert metrics["bleu_2"] == pytest.approx(100 * math.sqrt(3 / 4 * 1 / 2))
+    assert metrics["bleu_3"] == metrics["bleu_4"] == 0.0
 
 
 def test_a_copy_of_the_only_reference_is_the_most_there_is() -> None:
@@ -134,6 +134,6 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 def test_references_without_words_are_left_out() -> None:
-    found = caption_metrics([*WRITTEN, "a cat"], [*([*each, "!"] for each in REFERENCES), ["?"]])
-    assert found == pytest.approx(caption_metrics(WRITTEN, REFERENCES))
+    metrics = caption_metrics([*WRITTEN, "a cat"], [*([*each, "!"] for each in REFERENCES), ["?"]])
+    assert metrics == pytest.approx(caption_metrics(WRITTEN, REFERENCES))
     assert all(math.isnan(value) for value in caption_metrics(["a cat"], [["?"]]).values())

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from toy_examples import matters
-from toy_pretrained import made, saved
+from toy_pretrained import saved, toy_model
 from toys import SIZE, WIDTH, slow_causal_block, take, toy_backbone, toy_batch
 
 from maskvlm.cli.main import main
@@ -41,7 +41,7 @@ def build(**settings: Any) -> tuple[MaskVLM, Captioning]:
 
 def writer(**settings: Any) -> tuple[MaskVLM, Captioning]:
     """With a tokenizer, and words of which several are likely."""
-    backbone, task, _ = made("captioning", **settings)
+    backbone, task, _ = toy_model("captioning", **settings)
     assert isinstance(task, Captioning)
     task.writer.tokens.vocabulary.weight.data *= 0.2
     return backbone, task
@@ -69,14 +69,14 @@ def slow_nats(backbone: MaskVLM, task: Captioning, batch: Batch, caption: int) -
     """Of each token of a caption, end token included; later tokens do not exist."""
     token_S = batch.token_CT[caption, batch.attention_CT[caption]]
     image_LD = backbone.image(batch.image_BCHW[batch.owner_C[caption]][None])[0]
-    found = []
+    nats = []
     for at in range(1, len(token_S)):
-        said = token_S[:at]
-        x = task.writer.norm(backbone.text.model.get_input_embeddings()(said) + task.writer.position_SD[:at])
+        prefix_S = token_S[:at]
+        x = task.writer.norm(backbone.text.model.get_input_embeddings()(prefix_S) + task.writer.position_SD[:at])
         for number in range(len(task.writer.decoder.blocks)):
             x = slow_causal_block(task.writer.decoder.blocks[number], x, image_LD)
-        found.append(-task.writer.tokens(x[-1]).log_softmax(0)[token_S[at]])
-    return found
+        nats.append(-task.writer.tokens(x[-1]).log_softmax(0)[token_S[at]])
+    return nats
 
 
 @pytest.mark.parametrize(("captions", "holes"), [(1, ()), (2, ()), (2, (1,))])
@@ -120,9 +120,9 @@ def test_training_learns_to_write() -> None:
     texts = tuple(tokenizer.decode(row[1:], skip_special_tokens=True) for row in batch.token_CT)
     for beams in (1, 3):
         task.beams = beams
-        found = measured(task, backbone, batch._replace(texts=texts), 6)
+        metrics = measured(task, backbone, batch._replace(texts=texts), 6)
         assert [line["prediction"] for line in task.predictions] == [*texts]
-        assert found["captioning/bleu_1"] == pytest.approx(100)
+        assert metrics["captioning/bleu_1"] == pytest.approx(100)
 
 
 # ---------------------------------------------------------------------- what is taken over
@@ -132,14 +132,14 @@ def test_it_starts_from_the_text_cross_encoder_and_the_token_head() -> None:
     _, before = slow_step.build()
     backbone, task = toy_backbone(seed=3), Captioning()
     task.build(backbone)
-    taken = task.warm_start(before.state_dict())
+    names = task.warm_start(before.state_dict())
     own = task.state_dict()
     for end in ("weight", "bias"):
         assert torch.equal(own[f"writer.tokens.vocabulary.{end}"], before.state_dict()[f"tokens.vocabulary.{end}"])
     for name, value in backbone.cross_text.state_dict().items():
         assert torch.equal(own[f"writer.decoder.{name}"], value), name
     new = {"writer.position_SD", "writer.norm.weight", "writer.norm.bias"}
-    assert taken == own.keys() - new
+    assert names == own.keys() - new
     assert tuple(own["writer.position_SD"].shape) == (backbone.text.text_length, WIDTH)
 
 
@@ -160,27 +160,27 @@ def test_its_own_checkpoint_brings_everything() -> None:
 def test_metrics_are_those_of_what_was_written() -> None:
     backbone, task = writer()
     batch = written_about()
-    found = measured(task, backbone, batch, 4, 3)
-    assert found.keys() == {*METRICS, *(f"{name}_majority" for name in METRICS), "captioning/examples", "score"}
+    metrics = measured(task, backbone, batch, 4, 3)
+    assert metrics.keys() == {*METRICS, *(f"{name}_majority" for name in METRICS), "captioning/examples", "score"}
     lines = task.predictions
-    said = [list(batch.texts[2 * row : 2 * row + 2]) for row in range(7)]
+    references = [list(batch.texts[2 * row : 2 * row + 2]) for row in range(7)]
     for row, line in enumerate(lines):
         assert (line["id"], line["text"], line["index"]) == (f"image {10 + row}", f"image {10 + row}", [10 + row])
-        assert (line["truth"], line["right"], line["kind"]) == (said[row][0], None, "")
+        assert (line["truth"], line["right"], line["kind"]) == (references[row][0], None, "")
     written = [line["prediction"] for line in lines]
     assert len(set(written)) > 1
     assert not any("[" in text for text in written)
-    for name, value in caption_metrics(written, said).items():
-        assert found[f"captioning/{name}"] == pytest.approx(value)
-    each = cider_of_images(written, said)
+    for name, value in caption_metrics(written, references).items():
+        assert metrics[f"captioning/{name}"] == pytest.approx(value)
+    each = cider_of_images(written, references)
     assert [line.get("measured") for line in lines] == [{"cider": pytest.approx(value)} for value in each]
     usual = task.card()["the most frequent caption"]
     assert usual == "a red circle 0"
-    for name, value in caption_metrics([usual] * 7, said).items():
-        assert found[f"captioning/{name}_majority"] == pytest.approx(value)
-    assert found["score"] == found["captioning/cider"]
-    assert found["captioning/examples"] == 7.0
-    assert measured(task, backbone, batch, 7) == pytest.approx(found)  # in other batches
+    for name, value in caption_metrics([usual] * 7, references).items():
+        assert metrics[f"captioning/{name}_majority"] == pytest.approx(value)
+    assert metrics["score"] == metrics["captioning/cider"]
+    assert metrics["captioning/examples"] == 7.0
+    assert measured(task, backbone, batch, 7) == pytest.approx(metrics)  # in other batches
     assert task.compute(backbone) == {}
     assert task.predictions == []
 
@@ -204,11 +204,11 @@ def test_the_blind_control_does_not_see_the_images() -> None:
 
 
 def test_the_card_says_how_it_was_measured() -> None:
-    told = Captioning(beams=2).card()
-    assert told["beams"] == 2
-    assert "end token included" in told["chosen by"]
-    assert "references that were measured on" in told["cider"]
-    assert "official script" in told["words"]
+    card = Captioning(beams=2).card()
+    assert card["beams"] == 2
+    assert "end token included" in card["chosen by"]
+    assert "references that were measured on" in card["cider"]
+    assert "official script" in card["words"]
 
 
 def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,9 +217,9 @@ def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.where == "model.task.beams"
     monkeypatch.setitem(sys.modules, "aac_metrics.functional", None)
     backbone, task = writer()
-    for asked in (task, task.update):  # before the first step, not after a run of hours
+    for call in (task, task.update):  # before the first step, not after a run of hours
         with pytest.raises(UserError, match="aac-metrics cannot be used") as caught:
-            asked(backbone, written_about())
+            call(backbone, written_about())
         assert caught.value.code == ExitCode.UNAVAILABLE
 
 
@@ -272,5 +272,5 @@ def test_a_run_from_pre_training(
     assert [again[name] for name in METRICS] == pytest.approx([metrics[name] for name in METRICS])
     assert "(majority)" in capsys.readouterr().out
     assert main(["evaluate", "captioning", "from=before.ckpt", "run=z", *small]) == ExitCode.BAD_DATA
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert "before.ckpt: holds no heads of Captioning (writer.position_SD, writer.norm.weight" in told
+    error_line = capsys.readouterr().err.splitlines()[-1]
+    assert "before.ckpt: holds no heads of Captioning (writer.position_SD, writer.norm.weight" in error_line

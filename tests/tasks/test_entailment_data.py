@@ -124,13 +124,13 @@ def test_corrections_for_none_of_the_pairs_are_warned_of(
         corrections(tmp_path, "none.csv", ("x", "neutral"), ("y", "neutral")),
         corrections(tmp_path, "z.jsonl", ("z", "-")),
     ]
-    told = f"none of the 3 pairIDs of {files[0]}, {files[1]} is in snli_ve_dev.jsonl; its labels stay as they are"
+    message = f"none of the 3 pairIDs of {files[0]}, {files[1]} is in snli_ve_dev.jsonl; its labels stay as they are"
     for _ in range(2):  # the second time from the cache
         caplog.clear()
         source = snli([row("a"), row("b", "-")], corrected=files)
         for _ in range(2):  # a run may ask for its splits several times
             assert source.split("val")[0]["answers"] == ["entailment"]
-        assert [record.getMessage() for record in caplog.records] == [f"warning: {told}"]
+        assert [record.getMessage() for record in caplog.records] == [f"warning: {message}"]
 
 
 @pytest.mark.parametrize("hit", [("a", "neutral"), ("a", "entailment"), ("a", "-"), ("b", "neutral")])

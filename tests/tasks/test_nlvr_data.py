@@ -173,13 +173,13 @@ def official(identifiers: list[str], right: list[bool]) -> float:
 
 def test_groups_give_the_official_consistency(shared_data: Path, tmp_path: Path) -> None:
     lines = (shared_data / "formats" / "nlvr2" / "dev.head300.json").read_text().splitlines()
-    made = parse_nlvr(RowOrigin(shared_data / "formats" / "nlvr2" / "dev.head300.json", "{file}:{place}"))
+    table = parse_nlvr(RowOrigin(shared_data / "formats" / "nlvr2" / "dev.head300.json", "{file}:{place}"))
     right = [number % 5 > 0 for number in range(300)]
     by_group: dict[str, list[bool]] = {}
-    for group, one in zip(made.columns["group"], right, strict=True):
+    for group, one in zip(table.columns["group"], right, strict=True):
         by_group.setdefault(group, []).append(one)
     assert len(by_group) == len({json.loads(line)["sentence"] for line in lines}) == 88
-    assert sum(map(all, by_group.values())) / 88 == official(made.columns["id"], right)
+    assert sum(map(all, by_group.values())) / 88 == official(table.columns["id"], right)
 
 
 def test_the_real_photos_are_found(shared_data: Path, tmp_path: Path) -> None:

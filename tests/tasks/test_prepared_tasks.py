@@ -53,7 +53,7 @@ def vqa(raw: Path) -> None:
     questions = [{"question_id": n, "image_id": n + 5, "question": f"What is {n}?"} for n in range(3)]
     (raw / f"v2_OpenEnded_{part}_questions.json").write_text(json.dumps({"questions": questions}))
     answers = [{"answer": "yes", "answer_confidence": "yes", "answer_id": i + 1} for i in range(10)]
-    made = [
+    annotations = [
         {
             "question_id": n,
             "image_id": n + 5,
@@ -64,7 +64,7 @@ def vqa(raw: Path) -> None:
         }
         for n in range(3)
     ]
-    (raw / f"v2_{part}_annotations.json").write_text(json.dumps({"annotations": made}))
+    (raw / f"v2_{part}_annotations.json").write_text(json.dumps({"annotations": annotations}))
     for n in range(3):
         toy_image(raw / "val2014" / f"COCO_val2014_{n + 5:012}.jpg", n)
 

@@ -108,9 +108,9 @@ def test_the_order_of_captions_does_not_matter() -> None:
     mixed = batch._replace(**{name: getattr(batch, name)[order] for name in names})
     backbone, task = build(weight_itm=0.0)
     torch.testing.assert_close(task(backbone, mixed)["itc"], task(backbone, batch)["itc"])
-    found, expected = contrast_targets(mixed), contrast_targets(batch)
-    assert torch.equal(found[0].excluded_BG, expected[0].excluded_BG[:, order])
-    assert torch.equal(found[1].excluded_BG, expected[1].excluded_BG[order])
+    targets, expected = contrast_targets(mixed), contrast_targets(batch)
+    assert torch.equal(targets[0].excluded_BG, expected[0].excluded_BG[:, order])
+    assert torch.equal(targets[1].excluded_BG, expected[1].excluded_BG[order])
 
 
 def test_columns_written_out() -> None:
@@ -175,9 +175,9 @@ def trained(batch: Batch, steps: int) -> tuple[MaskVLM, Retrieval]:
 def test_training_learns_to_retrieve() -> None:
     batch = toy_batch(6, captions=2)
     backbone, task = trained(batch, steps=80)
-    found = measured(task, backbone, batch, 4, 2)
-    assert found["retrieval/rsum"] > 550
-    assert found["retrieval/itc_rsum"] > 550
+    metrics = measured(task, backbone, batch, 4, 2)
+    assert metrics["retrieval/rsum"] > 550
+    assert metrics["retrieval/itc_rsum"] > 550
 
 
 @pytest.fixture(scope="module")
@@ -204,11 +204,11 @@ CHANCE = {f"retrieval/{way}_r{k}_chance" for way in ("tr", "ir") for k in (1, 5,
 def test_metrics_are_those_of_the_score_matrices(halfway: tuple[MaskVLM, dict[str, Tensor]]) -> None:
     backbone, task = task_of(halfway, rerank_k=100, chunk=5)
     batch = several()
-    found = measured(task, backbone, batch, 4, 3)
-    assert found.keys() == {*STAGES, *OTHERS, *CHANCE}
+    metrics = measured(task, backbone, batch, 4, 3)
+    assert metrics.keys() == {*STAGES, *OTHERS, *CHANCE}
     assert task.card()["rerank_k"] == len(batch.owner_C)  # there are no 100
     task.update(backbone, batch)
-    gallery = gather_gallery(task.kept)
+    gallery = gather_gallery(task.encodings)
     assert gallery is not None
     scores = score_gallery(backbone, task.matching, gallery, None)
     relevant_BC = batch.owner_C == torch.arange(IMAGES)[:, None]
@@ -216,11 +216,11 @@ def test_metrics_are_those_of_the_score_matrices(halfway: tuple[MaskVLM, dict[st
     for name, matrix in (("itc_", scores.contrast_BC), ("", scores.match_BC)):
         for way, ranked in (("tr", ranking(matrix, relevant_BC)), ("ir", ranking(matrix.T, relevant_BC.T))):
             for k, value in recall_of(ranked).items():
-                assert found[f"retrieval/{name}{way}_r{k}"] == pytest.approx(value)
-        six = [found[f"retrieval/{name}{way}_r{k}"] for way in ("tr", "ir") for k in (1, 5, 10)]
-        assert found[f"retrieval/{name}rsum"] == pytest.approx(sum(six))
-    assert found["score"] == (found["retrieval/tr_r1"] + found["retrieval/ir_r1"]) / 2
-    assert (found["retrieval/pictures"], found["retrieval/captions"]) == (7, 14)
+                assert metrics[f"retrieval/{name}{way}_r{k}"] == pytest.approx(value)
+        six = [metrics[f"retrieval/{name}{way}_r{k}"] for way in ("tr", "ir") for k in (1, 5, 10)]
+        assert metrics[f"retrieval/{name}rsum"] == pytest.approx(sum(six))
+    assert metrics["score"] == (metrics["retrieval/tr_r1"] + metrics["retrieval/ir_r1"]) / 2
+    assert (metrics["retrieval/pictures"], metrics["retrieval/captions"]) == (7, 14)
 
 
 def test_a_sweep_gives_every_k_that_could_be_chosen(halfway: tuple[MaskVLM, dict[str, Tensor]]) -> None:
@@ -231,29 +231,29 @@ def test_a_sweep_gives_every_k_that_could_be_chosen(halfway: tuple[MaskVLM, dict
     key = "matching.classify.weight"  # turned round, so that the more is matched the less is found
     halfway = (halfway[0], halfway[1] | {key: -halfway[1][key]})
     backbone, task = task_of(halfway, sweep=True)
-    found = measured(task, backbone, several(), 4, 3)
+    metrics = measured(task, backbone, several(), 4, 3)
     swept = {f"retrieval/{name}_{way}_r1" for name in names for way in ("tr", "ir")}
-    assert found.keys() == {*STAGES, *OTHERS, *CHANCE, *swept}
+    assert metrics.keys() == {*STAGES, *OTHERS, *CHANCE, *swept}
     for k in (1, 2, 4, 8, 14):
         alone = measured(task_of(halfway, rerank_k=k)[1], backbone, several(), 4, 3)
         for way in ("tr_r1", "ir_r1"):
-            assert found[f"retrieval/{'k_all' if k == 14 else f'k{k}'}_{way}"] == alone[f"retrieval/{way}"]
-            assert found[f"retrieval/k0_{way}"] == alone[f"retrieval/itc_{way}"]
-            assert k != 4 or found[f"retrieval/{way}"] == alone[f"retrieval/{way}"]
-    levels = [found[f"retrieval/{name}_ir_r1"] for name in names]
+            assert metrics[f"retrieval/{'k_all' if k == 14 else f'k{k}'}_{way}"] == alone[f"retrieval/{way}"]
+            assert metrics[f"retrieval/k0_{way}"] == alone[f"retrieval/itc_{way}"]
+            assert k != 4 or metrics[f"retrieval/{way}"] == alone[f"retrieval/{way}"]
+    levels = [metrics[f"retrieval/{name}_ir_r1"] for name in names]
     assert levels[0] == levels[1] > levels[2] > levels[-1]
 
 
 def test_without_matching_there_is_contrast_alone() -> None:
     backbone, task = build(weight_itm=0.0, sweep=True)
-    found = measured(task, backbone, several(), 4, 3)
-    assert found.keys() == {
+    metrics = measured(task, backbone, several(), 4, 3)
+    assert metrics.keys() == {
         *STAGES[:6],
         "retrieval/itc_rsum",
         *CHANCE,
         *(OTHERS - {"retrieval/rsum", "retrieval/itc_rsum"}),
     }
-    assert found["score"] == (found["retrieval/itc_tr_r1"] + found["retrieval/itc_ir_r1"]) / 2
+    assert metrics["score"] == (metrics["retrieval/itc_tr_r1"] + metrics["retrieval/itc_ir_r1"]) / 2
     assert len(task.predictions) == 21
     assert task.card()["rerank_k"] == 0
 
@@ -278,7 +278,7 @@ def test_the_card_names_what_a_reader_must_know() -> None:
 
 def test_predictions_say_what_was_found(halfway: tuple[MaskVLM, dict[str, Tensor]]) -> None:
     backbone, task = task_of(halfway)
-    found = measured(task, backbone, several(), 4, 3)
+    metrics = measured(task, backbone, several(), 4, 3)
     image = [line for line in task.predictions if line["kind"] == "image retrieval"]
     text = [line for line in task.predictions if line["kind"] == "text retrieval"]
     assert (len(image), len(text), len(task.predictions)) == (14, 7, 21)
@@ -295,7 +295,7 @@ def test_predictions_say_what_was_found(halfway: tuple[MaskVLM, dict[str, Tensor
     assert any(line["truth"] != f"the {2 * b}th" for b, line in enumerate(text))
     for lines, way in ((image, "ir"), (text, "tr")):
         assert 100 * sum(line["right"] or 0 for line in lines) / len(lines) == pytest.approx(
-            found[f"retrieval/{way}_r1"]
+            metrics[f"retrieval/{way}_r1"]
         )
         assert len({line["right"] for line in lines}) == 2
 

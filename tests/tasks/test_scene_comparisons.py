@@ -14,10 +14,10 @@ A = rf"({re.sub(r'[(](?![?])', '(?:', NOUN)})"
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
 
 
-def is_true(told: PlannedExample) -> bool:
+def is_true(example: PlannedExample) -> bool:
     """Whether the sentence is true, by its words and the scenes alone."""
-    text, (left, right) = told.text, (things_of(view) for view in told.views)
-    grounds = [view.scene.background for view in told.views]
+    text, (left, right) = example.text, (things_of(view) for view in example.views)
+    grounds = [view.scene.background for view in example.views]
     if match := re.fullmatch(rf"{A} in the left picture, {A} in the right", text):
         return any(is_noun(match[1], t) for t in left) and any(is_noun(match[2], t) for t in right)
     if match := re.fullmatch(
@@ -45,23 +45,23 @@ def is_true(told: PlannedExample) -> bool:
 @pytest.fixture(scope="module")
 def train() -> list[PlannedExample]:
     split = SceneComparisons(train=20000).split("train")
-    return [split.told(index) for index in range(len(split))]
+    return [split.plan(index) for index in range(len(split))]
 
 
 @pytest.fixture(scope="module")
 def val() -> list[PlannedExample]:
     split = SceneComparisons(val=4000).split("val")
-    return [split.told(index) for index in range(len(split))]
+    return [split.plan(index) for index in range(len(split))]
 
 
 def test_each_label_is_what_the_words_say(train: list[PlannedExample], val: list[PlannedExample]) -> None:
     wrong = [
-        (told.text, told.answer, [v.scene.key for v in told.views])
-        for told in train + val
-        if str(is_true(told)) != told.answer
+        (example.text, example.answer, [v.scene.key for v in example.views])
+        for example in train + val
+        if str(is_true(example)) != example.answer
     ]
     assert wrong == []
-    assert {told.kind for told in train} == set(KINDS)
+    assert {example.kind for example in train} == set(KINDS)
 
 
 def test_a_sentence_comes_with_four_pairs_two_of_them_true(
@@ -71,28 +71,33 @@ def test_a_sentence_comes_with_four_pairs_two_of_them_true(
     for split in (train, val):
         for start in range(0, len(split), 4):
             four = split[start : start + 4]
-            assert len({told.text for told in four}) == len({told.group for told in four}) == 1
-            assert sorted(told.answer for told in four) == ["False", "False", "True", "True"]
-            assert len({told.views for told in four}) == 4
-    assert len({told.group for told in train}) == len(train) // 4
+            assert len({example.text for example in four}) == len({example.group for example in four}) == 1
+            assert sorted(example.answer for example in four) == ["False", "False", "True", "True"]
+            assert len({example.views for example in four}) == 4
+    assert len({example.group for example in train}) == len(train) // 4
 
 
 def test_which_of_the_four_are_true_is_by_lot(train: list[PlannedExample]) -> None:
-    orders = Counter("".join(told.answer[0] for told in train[start : start + 4]) for start in range(0, len(train), 4))
+    orders = Counter(
+        "".join(example.answer[0] for example in train[start : start + 4]) for start in range(0, len(train), 4)
+    )
     assert len(orders) == 6
     assert min(orders.values()) > 0.85 * len(train) / 24
 
 
 def test_ids_are_like_those_of_nlvr2(train: list[PlannedExample]) -> None:
     """split-set-pair-sentence; the group leaves out the pair."""
-    assert [told.id for told in train[4:8]] == ["train-1-0-0", "train-1-1-0", "train-1-2-0", "train-1-3-0"]
-    assert {told.group for told in train[4:8]} == {"train-1-0"}
-    assert len({told.id for told in train}) == len(train)
+    assert [example.id for example in train[4:8]] == ["train-1-0-0", "train-1-1-0", "train-1-2-0", "train-1-3-0"]
+    assert {example.group for example in train[4:8]} == {"train-1-0"}
+    assert len({example.id for example in train}) == len(train)
 
 
 def test_the_pictures_do_not_tell_the_label(train: list[PlannedExample], val: list[PlannedExample]) -> None:
     """Numbers, attributes, backgrounds, and all that the two pictures have in common: within 4.5 and 4 deviations."""
-    sets = [([features_of(told.views) for told in split], [told.answer for told in split]) for split in (train, val)]
+    sets = [
+        ([features_of(example.views) for example in split], [example.answer for example in split])
+        for split in (train, val)
+    ]
     z, where = worst_lean(*sets[0])
     assert z < 4.5, where
     assert blind_accuracy(sets[0], sets[1]) < noise_bound(0.5, len(val))
@@ -100,44 +105,44 @@ def test_the_pictures_do_not_tell_the_label(train: list[PlannedExample], val: li
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pictures_of_one_kind_do_not_tell_the_label_either(kind: str, train: list[PlannedExample]) -> None:
-    ours = [told for told in train if told.kind == kind]
-    z, where = worst_lean([features_of(told.views) for told in ours], [told.answer for told in ours])
+    ours = [example for example in train if example.kind == kind]
+    z, where = worst_lean([features_of(example.views) for example in ours], [example.answer for example in ours])
     assert z < 4.5, where
 
 
 def test_the_pictures_tell_the_label_once_the_kind_is_known(train: list[PlannedExample]) -> None:
     """The same probe, given one form of sentence alone, sees through it: it would find a leak."""
-    ours = [told for told in train if told.text == "both pictures are on the same background"]
+    ours = [example for example in train if example.text == "both pictures are on the same background"]
     assert len(ours) > 100
-    found = worst_lean([features_of(told.views) for told in ours], [told.answer for told in ours])
-    assert found[0] > 9
-    assert "grounds" in found[1]
+    lean = worst_lean([features_of(example.views) for example in ours], [example.answer for example in ours])
+    assert lean[0] > 9
+    assert "grounds" in lean[1]
 
 
 def test_false_pairs_are_near_misses(train: list[PlannedExample]) -> None:
     """Of a thing that is mentioned, the pictures show it or what differs in one word, in each picture."""
-    for told in train:
-        if told.kind not in ("left", "right", "both", "one", "none"):
+    for example in train:
+        if example.kind not in ("left", "right", "both", "one", "none"):
             continue
-        match = re.match(NOUN, told.text)
+        match = re.match(NOUN, example.text)
         assert match
-        said = [word for word in match.groups() if word]
-        for view in told.views:
-            nearest = max(sum(word in map(str, thing.values()) for word in said) for thing in things_of(view))
-            assert nearest >= len(said) - 1, told
+        words = [word for word in match.groups() if word]
+        for view in example.views:
+            nearest = max(sum(word in map(str, thing.values()) for word in words) for thing in things_of(view))
+            assert nearest >= len(words) - 1, example
 
 
 def test_truth_and_numbers_are_as_often(train: list[PlannedExample], val: list[PlannedExample]) -> None:
     """In evaluation all kinds; in training half of the sentences speak of one picture."""
     for name, split in (("train", train), ("val", val)):
         by_kind = defaultdict(list)
-        for told in split:
-            by_kind[told.kind].append(told)
+        for example in split:
+            by_kind[example.kind].append(example)
         assert set(by_kind) == set(KINDS)
         for kind, ours in by_kind.items():
             share = {"left": 3 / 13, "right": 3 / 13, "both": 2 / 13}.get(kind, 1 / 13) if name == "train" else 1 / 8
             assert len(ours) / 4 == pytest.approx(share * len(split) / 4, abs=4.5 * (share * len(split) / 4) ** 0.5)
-            assert sum(told.answer == "True" for told in ours) * 2 == len(ours)
+            assert sum(example.answer == "True" for example in ours) * 2 == len(ours)
 
 
 def test_a_count_that_breaks_a_set_is_refused() -> None:
@@ -163,4 +168,4 @@ GOLDEN = [
 def test_the_same_sentences_on_every_machine() -> None:
     """Written out: other sentences from the same seed need another VERSION in scene_examples."""
     split = SceneComparisons().split("train")
-    assert [(split.told(i).text, split.told(i).answer) for i in range(0, 4 * len(GOLDEN), 4)] == GOLDEN
+    assert [(split.plan(i).text, split.plan(i).answer) for i in range(0, 4 * len(GOLDEN), 4)] == GOLDEN

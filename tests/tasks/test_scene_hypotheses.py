@@ -41,8 +41,8 @@ def is_true(text: str, things: list[Thing], background: str) -> bool:
     if match := re.fullmatch(rf"no thing is {PLACE}", text):
         return all(thing["at"] != CELLS[match[1]] for thing in things)
     if match := re.fullmatch(rf"{A} is {PLACE} and {A} {PLACE}", text):
-        said = ((match[1], match[2]), (match[3], match[4]))
-        return all(any(is_noun(n, t) and t["at"] == CELLS[p] for t in things) for n, p in said)
+        claims = ((match[1], match[2]), (match[3], match[4]))
+        return all(any(is_noun(n, t) and t["at"] == CELLS[p] for t in things) for n, p in claims)
     if match := re.fullmatch(rf"{A} is in the (\w+ (?:row|column))", text):
         return any(is_noun(match[1], thing) and thing["at"] in cells_of(match[2]) for thing in things)
     if match := re.fullmatch(rf"{A} is {PLACE}", text):
@@ -60,14 +60,14 @@ def thing_of(noun: str) -> Thing:
     """A thing that the noun fits."""
     match = re.fullmatch(NOUN, noun)
     assert match
-    said = zip(match.groups(), ("large", "plain", "red", "star"), strict=True)
-    size, pattern, colour, shape = (default if word in (None, "thing") else word for word, default in said)
+    words = zip(match.groups(), ("large", "plain", "red", "star"), strict=True)
+    size, pattern, colour, shape = (default if word in (None, "thing") else word for word, default in words)
     return {"size": size, "pattern": pattern, "colour": colour, "shape": shape}
 
 
 def by_brute_force(text: str, view: View, most: int = 3) -> str:
     """The class, from every way to fill the hidden cells with up to `most` of what the hypothesis speaks of."""
-    seen, background = things_of(view), view.scene.background
+    visible, background = things_of(view), view.scene.background
     nouns = [match[0] for match in re.finditer(NOUN, text)]
     kinds = [None, *map(thing_of, nouns)]
     truths = set()
@@ -75,20 +75,20 @@ def by_brute_force(text: str, view: View, most: int = 3) -> str:
         if sum(kind is not None for kind in behind) > most:
             continue
         hidden = [kind | {"at": at} for kind, at in zip(behind, cells_of(str(view.curtain)), strict=True) if kind]
-        truths.add(is_true(text, seen + hidden, background))
+        truths.add(is_true(text, visible + hidden, background))
     return "neutral" if len(truths) == 2 else "entailment" if truths == {True} else "contradiction"
 
 
 @pytest.fixture(scope="module")
 def train() -> list[PlannedExample]:
     split = SceneHypotheses(train=18000).split("train")
-    return [split.told(index) for index in range(len(split))]
+    return [split.plan(index) for index in range(len(split))]
 
 
 @pytest.fixture(scope="module")
 def val() -> list[PlannedExample]:
     split = SceneHypotheses(val=4500).split("val")
-    return [split.told(index) for index in range(len(split))]
+    return [split.plan(index) for index in range(len(split))]
 
 
 @pytest.mark.parametrize("most", [1, 3])
@@ -114,16 +114,16 @@ def test_the_verdict_on_any_hypothesis_is_that_of_brute_force(seed: int, kind: s
 def test_every_kind_has_every_class_as_often(train: list[PlannedExample], val: list[PlannedExample]) -> None:
     """In evaluation all kinds are as frequent; training has more of places and regions."""
     for split, shares in ((train, {"place": 8 / 14, "region": 2 / 14}), (val, dict.fromkeys(SAY, 1 / 6))):
-        found = Counter((told.kind, told.answer) for told in split)
-        assert set(found) == set(product(SAY, LABELS))
-        for (kind, _), count in found.items():
+        counts = Counter((example.kind, example.answer) for example in split)
+        assert set(counts) == set(product(SAY, LABELS))
+        for (kind, _), count in counts.items():
             expected = shares.get(kind, 1 / 14) / 3 * len(split)
-            assert abs(count - expected) < 4.5 * expected**0.5, found
+            assert abs(count - expected) < 4.5 * expected**0.5, counts
 
 
 def test_nothing_is_drawn_that_the_curtain_hides(train: list[PlannedExample]) -> None:
-    for told in train[:2000]:
-        (view,) = told.views
+    for example in train[:2000]:
+        (view,) = example.views
         assert not {thing["at"] for thing in things_of(view)} & set(cells_of(str(view.curtain)))
         assert 1 <= len(view.scene.things) <= 2
 
@@ -131,8 +131,11 @@ def test_nothing_is_drawn_that_the_curtain_hides(train: list[PlannedExample]) ->
 @pytest.mark.parametrize("kind", SAY)
 def test_the_words_do_not_tell_the_class(kind: str, train: list[PlannedExample], val: list[PlannedExample]) -> None:
     """No word leans to a class, and a classifier of words guesses as well as chance, within 4 deviations."""
-    ours, theirs = ([told for told in split if told.kind == kind] for split in (train, val))
-    sets = [([forms_of(told.text) for told in split], [told.answer for told in split]) for split in (ours, theirs)]
+    ours, theirs = ([example for example in split if example.kind == kind] for split in (train, val))
+    sets = [
+        ([forms_of(example.text) for example in split], [example.answer for example in split])
+        for split in (ours, theirs)
+    ]
     z, where = worst_lean(*sets[0])
     assert z < 4.5, where
     assert blind_accuracy(sets[0], sets[1]) < noise_bound(1 / 3, len(theirs))
@@ -149,7 +152,10 @@ def forms_of(text: str) -> list[str]:
 
 def test_the_images_do_not_tell_the_class(train: list[PlannedExample], val: list[PlannedExample]) -> None:
     """Curtain, numbers, attributes, places and what things have in common: within 4.5 and 4 deviations."""
-    sets = [([features_of(told.views) for told in split], [told.answer for told in split]) for split in (train, val)]
+    sets = [
+        ([features_of(example.views) for example in split], [example.answer for example in split])
+        for split in (train, val)
+    ]
     z, where = worst_lean(*sets[0])
     assert z < 4.5, where
     assert blind_accuracy(sets[0], sets[1]) < noise_bound(1 / 3, len(val))
@@ -157,8 +163,8 @@ def test_the_images_do_not_tell_the_class(train: list[PlannedExample], val: list
 
 @pytest.mark.parametrize("kind", SAY)
 def test_the_images_of_one_kind_do_not_tell_the_class_either(kind: str, train: list[PlannedExample]) -> None:
-    ours = [told for told in train if told.kind == kind]
-    z, where = worst_lean([features_of(told.views) for told in ours], [told.answer for told in ours])
+    ours = [example for example in train if example.kind == kind]
+    z, where = worst_lean([features_of(example.views) for example in ours], [example.answer for example in ours])
     assert z < 4.5, where
 
 
@@ -179,4 +185,4 @@ GOLDEN = [
 def test_the_same_hypotheses_on_every_machine() -> None:
     """Written out: other hypotheses from the same seed need another VERSION in scene_examples."""
     split = SceneHypotheses().split("train")
-    assert [(split.told(i).text, split.told(i).answer) for i in range(len(GOLDEN))] == GOLDEN
+    assert [(split.plan(i).text, split.plan(i).answer) for i in range(len(GOLDEN))] == GOLDEN

@@ -29,19 +29,19 @@ NUMBERS = ["none", "one", "two", "three"]
 
 def the(noun: str, things: list[Thing]) -> Thing:
     """The one thing of that noun."""
-    found = [thing for thing in things if is_noun(noun, thing)]
-    assert len(found) == 1, (noun, things)
-    return found[0]
+    matches = [thing for thing in things if is_noun(noun, thing)]
+    assert len(matches) == 1, (noun, things)
+    return matches[0]
 
 
-def answer_of(told: PlannedExample) -> str:
+def answer_of(example: PlannedExample) -> str:
     """The answer, by the question's words and the scene alone."""
-    text, things, noun = told.text, things_of(told.views[0]), rf"({GROUP_FREE_NOUN})"
+    text, things, noun = example.text, things_of(example.views[0]), rf"({GROUP_FREE_NOUN})"
     if text in ("what is the background", "what colour is the background"):
-        return told.views[0].scene.background
+        return example.views[0].scene.background
     if match := re.fullmatch(rf"what (colour|shape) is the thing {PLACE}", text):
-        (found,) = (thing for thing in things if thing["at"] == CELLS[match[2]])
-        return str(found[match[1]])
+        (thing_there,) = (thing for thing in things if thing["at"] == CELLS[match[2]])
+        return str(thing_there[match[1]])
     if match := re.fullmatch(rf"(?:what|how) (colour|shape|pattern|large) (?:is|has) the {noun}", text):
         return str(the(match[2], things)[match[1] if match[1] != "large" else "size"])
     if match := re.fullmatch(rf"where is the {noun}", text):
@@ -60,39 +60,44 @@ def answer_of(told: PlannedExample) -> str:
 @pytest.fixture(scope="module")
 def train() -> list[PlannedExample]:
     split = SceneQuestions(train=18000).split("train")
-    return [split.told(index) for index in range(len(split))]
+    return [split.plan(index) for index in range(len(split))]
 
 
 @pytest.fixture(scope="module")
 def val() -> list[PlannedExample]:
     split = SceneQuestions(val=4500).split("val")
-    return [split.told(index) for index in range(len(split))]
+    return [split.plan(index) for index in range(len(split))]
 
 
 def test_each_answer_is_the_one_that_the_words_ask_for(train: list[PlannedExample], val: list[PlannedExample]) -> None:
     wrong = [
-        (told.text, told.answer, told.views[0].scene.key) for told in train + val if answer_of(told) != told.answer
+        (example.text, example.answer, example.views[0].scene.key)
+        for example in train + val
+        if answer_of(example) != example.answer
     ]
     assert wrong == []
-    assert {told.kind for told in train} == set(ANSWERS)
+    assert {example.kind for example in train} == set(ANSWERS)
 
 
 def test_every_answer_of_a_kind_is_as_likely(train: list[PlannedExample]) -> None:
     for kind, answers in ANSWERS.items():
-        found = Counter(told.answer for told in train if told.kind == kind)
-        total = found.total()
+        counts = Counter(example.answer for example in train if example.kind == kind)
+        total = counts.total()
         assert total == pytest.approx(len(train) / len(ANSWERS), rel=0.1)
-        assert set(found) == set(answers)
-        for count in found.values():
+        assert set(counts) == set(answers)
+        for count in counts.values():
             expected = total / len(answers)
-            assert abs(count - expected) < 4.5 * expected**0.5, (kind, found)
+            assert abs(count - expected) < 4.5 * expected**0.5, (kind, counts)
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_the_words_do_not_tell_the_answer(kind: str, train: list[PlannedExample], val: list[PlannedExample]) -> None:
     """No word leans to an answer, and a classifier of words guesses as well as chance, within 4 deviations."""
-    ours, theirs = ([told for told in split if told.kind == kind] for split in (train, val))
-    sets = [([words_of(told.text) for told in split], [told.answer for told in split]) for split in (ours, theirs)]
+    ours, theirs = ([example for example in split if example.kind == kind] for split in (train, val))
+    sets = [
+        ([words_of(example.text) for example in split], [example.answer for example in split])
+        for split in (ours, theirs)
+    ]
     z, where = worst_lean(*sets[0])
     assert z < 4.5, where
     assert blind_accuracy(sets[0], sets[1]) < noise_bound(1 / len(ANSWERS[kind]), len(theirs))
@@ -100,31 +105,32 @@ def test_the_words_do_not_tell_the_answer(kind: str, train: list[PlannedExample]
 
 @pytest.mark.parametrize("kind", ["existence", "relation"])
 def test_the_images_do_not_tell_yes_from_no(kind: str, train: list[PlannedExample]) -> None:
-    ours = [told for told in train if told.kind == kind]
-    z, where = worst_lean([features_of(told.views) for told in ours], [told.answer for told in ours])
+    ours = [example for example in train if example.kind == kind]
+    z, where = worst_lean([features_of(example.views) for example in ours], [example.answer for example in ours])
     assert z < 4.5, where
 
 
 def test_the_probe_finds_a_planted_leak(train: list[PlannedExample]) -> None:
     """One answer in ten given away by a word is found by both probes."""
-    ours = [told for told in train if told.kind == "existence"]
-    words = [words_of(told.text) for told in ours]
+    ours = [example for example in train if example.kind == "existence"]
+    words = [words_of(example.text) for example in ours]
     answers = [
-        "yes" if "red" in found and place % 2 else told.answer
-        for place, (found, told) in enumerate(zip(words, ours, strict=True))
+        "yes" if "red" in own_words and place % 2 else example.answer
+        for place, (own_words, example) in enumerate(zip(words, ours, strict=True))
     ]
     assert worst_lean(words, answers)[0] > 4.5
     half = len(ours) // 2
     leaky = [
-        "yes" if "red" in found or "blue" in found else told.answer for found, told in zip(words, ours, strict=True)
+        "yes" if "red" in own_words or "blue" in own_words else example.answer
+        for own_words, example in zip(words, ours, strict=True)
     ]
     assert blind_accuracy((words[:half], leaky[:half]), (words[half:], leaky[half:])) > noise_bound(0.5, half)
 
 
 def test_most_scenes_hold_something_to_confuse(train: list[PlannedExample]) -> None:
     """Two things or more in three of five; of them many share a word of the question."""
-    assert sum(len(told.views[0].scene.things) > 1 for told in train) / len(train) > 0.6
-    assert all(len(told.views[0].scene.things) == 3 for told in train if told.kind == "count")
+    assert sum(len(example.views[0].scene.things) > 1 for example in train) / len(train) > 0.6
+    assert all(len(example.views[0].scene.things) == 3 for example in train if example.kind == "count")
 
 
 def test_labels_are_all_answers_sorted() -> None:
@@ -148,4 +154,4 @@ GOLDEN = [
 def test_the_same_questions_on_every_machine() -> None:
     """Written out: other questions from the same seed need another VERSION in scene_examples."""
     split: SceneExamples = SceneQuestions().split("train")
-    assert [(split.told(i).text, split.told(i).answer) for i in range(len(GOLDEN))] == GOLDEN
+    assert [(split.plan(i).text, split.plan(i).answer) for i in range(len(GOLDEN))] == GOLDEN

@@ -37,20 +37,20 @@ def test_an_example_is_a_function_of_seed_split_and_index_alone(source: type) ->
         pixels = [[np.asarray(image).tobytes() for image in row.pop("images")] for row in rows]
         assert rows[0] == rows[1] == rows[2]
         assert pixels[0] == pixels[1] == pixels[2]
-    assert one.told(7) != one.told(3)
-    assert one.told(7) != source(seed=1).split("val").told(7)
-    assert one.told(7).views != source().split("test").told(7).views
+    assert one.plan(7) != one.plan(3)
+    assert one.plan(7) != source(seed=1).split("val").plan(7)
+    assert one.plan(7).views != source().split("test").plan(7).views
 
 
 @each_source
 def test_an_example_has_what_the_contract_asks_for(source: type) -> None:
     split = source(size=60, val=20).split("val")
-    row, told = split[11], split.told(11)
+    row, plan = split[11], split.plan(11)
     assert [image.size for image in row["images"]] == [(60, 60)] * IMAGES[source]
     assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in row["images"])
-    assert row["image_ids"] == [view.scene.id for view in told.views]
-    assert row["answers"] == [told.answer]
-    assert told.answer in source().labels
+    assert row["image_ids"] == [view.scene.id for view in plan.views]
+    assert row["answers"] == [plan.answer]
+    assert plan.answer in source().labels
     assert row["origin"] == f"{source.__name__} (seed 0) val example 11"
     assert (len(split), split.skipped) == (20, {})
     assert list(split.image_ids()) == [name for index in range(20) for name in split[index]["image_ids"]]
@@ -61,7 +61,7 @@ def test_no_scene_is_in_two_splits_under_any_pair_of_seeds(source: type) -> None
     ids = {}
     for name, seed in (("train", 0), ("train", 5), ("val", 0), ("test", 1)):
         split = source(1200, 400, 400, seed=seed).split(name)
-        assert all(view.scene.split == name for index in range(len(split)) for view in split.told(index).views)
+        assert all(view.scene.split == name for index in range(len(split)) for view in split.plan(index).views)
         ids[name] = ids.get(name, set()) | set(split.image_ids())
     assert not ids["train"] & ids["val"]
     assert not ids["train"] & ids["test"]
@@ -114,9 +114,9 @@ def test_texts_are_short_and_readable_with_the_captions_tokenizer(source: type) 
     pairs = Scenes().split("train")
     tokenizer = train_tokenizer((text for index in range(600) for text in pairs[index]["captions"]), 256)
     split = source().split("train")
-    texts = {split.told(index).text for index in range(3000)} | set(source().labels)
+    texts = {split.plan(index).text for index in range(3000)} | set(source().labels)
     pieces = [tokenizer.tokenize(text) for text in texts]
-    assert not [found for found in pieces if "[UNK]" in found]
+    assert not [part for part in pieces if "[UNK]" in part]
     assert max(map(len, pieces)) + 2 <= 24
 
 
@@ -125,16 +125,16 @@ def test_texts_are_short_and_readable_with_the_captions_tokenizer(source: type) 
 @settings(max_examples=100, deadline=None)
 def test_a_near_miss_differs_in_one_attribute(seed: int) -> None:
     rng = random.Random(seed)
-    said = traits_by_lot(rng, names_by_lot(rng))
-    near = near_miss(rng, said, taken=("red", "star"))
-    changed = [name for name in said if said[name] != near[name]]
-    assert near.keys() == said.keys()
+    traits = traits_by_lot(rng, names_by_lot(rng))
+    near = near_miss(rng, traits, taken=("red", "star"))
+    changed = [name for name in traits if traits[name] != near[name]]
+    assert near.keys() == traits.keys()
     assert len(changed) == 1
     assert near[changed[0]] not in ("red", "star")
-    thing = thing_like(rng, 4, said)
-    assert fits(said, thing)
+    thing = thing_like(rng, 4, traits)
+    assert fits(traits, thing)
     assert not fits(near, thing)
-    assert traits_of(thing, tuple(said)) == said
+    assert traits_of(thing, tuple(traits)) == traits
 
 
 @given(st.integers(0, 10**9))
@@ -157,10 +157,10 @@ def test_a_curtain_covers_its_line_and_nothing_else(size: int, line: str) -> Non
         covered[edges[row] : edges[row + 1], edges[column] : edges[column + 1]] = True
     rng = random.Random(size)
     for scene in [random_scene(rng) for _ in range(20)]:
-        seen = replace(scene, things=tuple(thing for thing in scene.things if thing.cell not in LINES[line]))
+        visible_scene = replace(scene, things=tuple(thing for thing in scene.things if thing.cell not in LINES[line]))
         image = np.asarray(draw_behind(scene, size, line))
-        assert (image == np.asarray(draw_behind(seen, size, line))).all(), "what stands behind is seen"
-        assert (image[~covered] == np.asarray(draw_scene(seen, size))[~covered]).all()
+        assert (image == np.asarray(draw_behind(visible_scene, size, line))).all(), "what stands behind is seen"
+        assert (image[~covered] == np.asarray(draw_scene(visible_scene, size))[~covered]).all()
         assert {tuple(rgb) for rgb in image[covered].tolist()} <= set(FOLD_RGB)
     assert (np.asarray(curtain_of(size, line))[..., 3] == 255 * covered).all()
 

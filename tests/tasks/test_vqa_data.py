@@ -37,9 +37,9 @@ def question(number: Any = 1, image: Any = 9, text: Any = "What is it?") -> dict
 
 def annotation(number: Any = 1, *answers: str, kind: str = "what is") -> dict[str, Any]:
     """Ten answers, the given ones in turn; the first is the `multiple_choice_answer`."""
-    given = [{"answer": (answers or ("dog",))[i % len(answers or ("dog",))], "answer_id": i + 1} for i in range(10)]
-    majority = given[0]["answer"]
-    return {"question_id": number, "answers": given, "multiple_choice_answer": majority, "question_type": kind}
+    entries = [{"answer": (answers or ("dog",))[i % len(answers or ("dog",))], "answer_id": i + 1} for i in range(10)]
+    majority = entries[0]["answer"]
+    return {"question_id": number, "answers": entries, "multiple_choice_answer": majority, "question_type": kind}
 
 
 def write(folder: Path, part: str, questions: Any, annotations: Any = None, *photos: int) -> None:
@@ -105,13 +105,13 @@ def test_labels_are_the_frequent_answers_of_training(source: Any, tmp_path: Path
 
 def test_of_a_set_with_one_answer_a_question_answers_are_in_the_form_that_is_taught(tmp_path: Path) -> None:
     """The official accuracy compares raw texts there. COCO's stay as people wrote them."""
-    found = {}
+    answers = {}
     for part in ("daquar_val", "mscoco_val2014"):
         write(tmp_path, part, [question(1)], [annotation(1, "garbage_bin")])
         origin = RowOrigin(tmp_path / f"v2_OpenEnded_{part}_questions.json", "{file} questions[{place}]")
         columns = parse_vqa(origin, part, tmp_path / f"v2_{part}_annotations.json")
-        found[part] = {*columns.columns["answers"][0]}
-    assert found == {"daquar_val": {"garbage bin"}, "mscoco_val2014": {"garbage_bin"}}
+        answers[part] = {*columns.columns["answers"][0]}
+    assert answers == {"daquar_val": {"garbage bin"}, "mscoco_val2014": {"garbage_bin"}}
 
 
 @pytest.mark.parametrize("majority", [{"multiple_choice_answer": ""}, {}])
@@ -130,17 +130,17 @@ def test_a_vocabulary_of_some_of_the_questions_is_refused(source: Any, tmp_path:
     assert len(source(answers=str(tmp_path / "answers.json")).split("train")) == 3
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_a_part_outside_the_vocabulary_says_how_to_change_that(source: Any, tmp_path: Path, given: bool) -> None:
+@pytest.mark.parametrize("from_file", [True, False])
+def test_a_part_outside_the_vocabulary_says_how_to_change_that(source: Any, tmp_path: Path, from_file: bool) -> None:
     write(tmp_path, PART, [question(1), question(2)], [annotation(1, "dog"), annotation(2, "dog")], 9)
     write(tmp_path, "mscoco_val2014", [question(3, 12)], [annotation(3, "cow")], 12)
     (tmp_path / "answers.json").write_text('["emu"]')
-    options: Any = {"answers": str(tmp_path / "answers.json")} if given else {"min_count": 2}
+    options: Any = {"answers": str(tmp_path / "answers.json")} if from_file else {"min_count": 2}
     with pytest.raises(UserError) as caught:
         source(train=[PART, "mscoco_val2014"], **options).split("train")
     number, todo = (
         (2, f"Correct data.source.answers ({tmp_path / 'answers.json'})")
-        if given
+        if from_file
         else (
             1,
             "Lower data.source.min_count, or set data.source.answers",
@@ -198,16 +198,16 @@ def test_several_parts_are_trained_on_at_once(source: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "ending"),
     [(1, "1 question_id stands in more than one of the training parts: 0"), (5, ": 0, 1, 2, ...")],
 )
-def test_some_ids_of_two_parts_are_named(source: Any, tmp_path: Path, number: int, told: str) -> None:
+def test_some_ids_of_two_parts_are_named(source: Any, tmp_path: Path, number: int, ending: str) -> None:
     write(tmp_path, PART, [question(i) for i in range(6)], [annotation(i) for i in range(6)], 9)
     same = [question(i) for i in range(number)]
     write(tmp_path, "mscoco_val2014", [question(9), *same], [annotation(9), *map(annotation, range(number))], 9)
     with pytest.raises(UserError) as caught:
         source(train=[PART, "mscoco_val2014"]).split("train")
-    assert caught.value.what.endswith(told)
+    assert caught.value.what.endswith(ending)
     assert caught.value.what.startswith(f"{number} question_id")
 
 
@@ -270,8 +270,8 @@ def test_missing_files_are_named(source: Any, tmp_path: Path) -> None:
         assert caught.value.code == ExitCode.MISSING_INPUT
     with pytest.raises(UserError, match=r"mscoco_val2014_questions\.json: no such file"):
         source().split("val")
-    said = r"_questions\.json: no such file \(there is no folder .*/no\)\. .*maskvlm data"
-    with pytest.raises(UserError, match=said):
+    message = r"_questions\.json: no such file \(there is no folder .*/no\)\. .*maskvlm data"
+    with pytest.raises(UserError, match=message):
         VqaV2(str(tmp_path / "no")).split("val")
     with pytest.raises(UserError, match=r"data\.source\.val: no part is named for this split"):
         source(val=None).split("val")
@@ -385,6 +385,9 @@ def genome(folder: Path, *answers: Any, photos: tuple[int, ...] = (9,)) -> str:
     (folder / "vg" / "VG_100K").mkdir(parents=True, exist_ok=True)
     for photo in photos:
         (folder / "vg" / "VG_100K" / f"{photo}.jpg").touch()
+    # Of its photos 8 is COCO's 42.
+    content = [{"image_id": number, "coco_id": {8: 42}.get(number)} for number in (8, 9)]
+    (folder / "vg" / "image_data.json").write_text(json.dumps(content))
     qas = [{"qa_id": i + 1, "image_id": 9, "question": "Which?", "answer": answer} for i, answer in enumerate(answers)]
     (folder / "vg" / "question_answers.json").write_text(json.dumps([{"id": 8, "qas": []}, {"id": 9, "qas": qas}]))
     return str(folder / "vg" / "question_answers.json")
@@ -442,8 +445,23 @@ def test_a_wrong_file_of_visual_genome_is_named(tmp_path: Path, content: Any, me
     file = tmp_path / "vg.json"
     file.write_text(json.dumps(content))
     with pytest.raises(UserError) as caught:
-        parse_genome(RowOrigin(file, "{file} question {place}"))
+        parse_genome(RowOrigin(file, "{file} question {place}"), {})
     assert message in str(caught.value)
+
+
+def test_visual_genomes_photos_of_coco_have_their_ids_there(source: Any, tmp_path: Path) -> None:
+    """Fails where ids are `vg N` alone: a photo that is evaluated on would be trained on, and no guard would see it."""
+    write(tmp_path, PART, [question(1, 42)], [annotation(1, "dog")], 42)
+    file = Path(genome(tmp_path, "Dog.", photos=(8, 9)))
+    document = json.loads(file.read_text())
+    document[0]["qas"] = [{"qa_id": 7, "image_id": 8, "question": "Who?", "answer": "dog"}]
+    file.write_text(json.dumps(document))
+    examples = source(visual_genome=str(file)).split("train")
+    assert [examples[row]["image_ids"] for row in range(3)] == [["coco 42"], ["coco 42"], ["vg 9"]]
+    assert examples[1]["images"] == [str(tmp_path / "vg" / "VG_100K" / "8.jpg")]
+    (file.parent / "image_data.json").unlink()
+    with pytest.raises(UserError, match=r"image_data\.json is missing: which images are also COCO's"):
+        source(visual_genome=str(file)).split("train")
 
 
 def test_a_missing_file_of_visual_genome_is_named(source: Any, tmp_path: Path) -> None:
@@ -465,9 +483,9 @@ def test_all_questions_of_the_small_set_are_read(shared_data: Path, tmp_path: Pa
     assert train.skipped == val.skipped == {}
     assert all(len(small.targets(train[i]["answers"])) == 1 for i in range(100))
     frequent = VqaV2(folder, ["daquar_train"], "daquar_val", cache=str(tmp_path))
-    kept = frequent.split("train")
-    assert len(kept) + len(kept.skipped["answer outside the vocabulary"]) == 5435
-    assert len(kept) == sum(bool(frequent.targets(train[i]["answers"])) for i in range(5435))
+    rows = frequent.split("train")
+    assert len(rows) + len(rows.skipped["answer outside the vocabulary"]) == 5435
+    assert len(rows) == sum(bool(frequent.targets(train[i]["answers"])) for i in range(5435))
 
 
 def test_true_rows_of_vqa_v2_and_visual_genome_are_read(shared_data: Path, tmp_path: Path) -> None:
@@ -475,9 +493,11 @@ def test_true_rows_of_vqa_v2_and_visual_genome_are_read(shared_data: Path, tmp_p
     for name, link in (("questions", QUESTIONS), ("annotations", ANNOTATIONS)):
         shutil.copy(true / "vqav2" / f"{name}.json", tmp_path / link)
     shutil.copytree(true / "vqav2" / "images", tmp_path / "images")
+    shutil.copytree(true / "vgqa", tmp_path / "vgqa")
+    (tmp_path / "vgqa" / "image_data.json").write_text("[]")
     usual = VqaV2(
         str(tmp_path),
-        visual_genome=str(true / "vgqa" / "question_answers.json"),
+        visual_genome=str(tmp_path / "vgqa" / "question_answers.json"),
         answers=str(true / "vqav2" / "trainval_ans2label.json"),
         cache=str(tmp_path / "cache"),
     )

@@ -208,8 +208,8 @@ def test_credit_rises_from_nothing_to_all(people: int) -> None:
 
 
 def original_words(text: str) -> str:
-    kept = [NUMBERS.get(word, word) for word in text.lower().split()]
-    return " ".join(FORMS.get(word, word) for word in kept if word not in ("a", "an", "the"))
+    words = [NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(FORMS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 def original_punctuation(text: str) -> str:
@@ -286,8 +286,8 @@ def test_accuracy_equals_the_original(distinct: list[str], chosen: list[int], pr
     """From four people on; with fewer the original gives no answer 1."""
     answers = [distinct[index % len(distinct)] for index in chosen]
     prediction = distinct[predicted % len(distinct)]
-    for said in (prediction, prediction.upper(), normalise(prediction)):
-        assert accuracy(said, answers) == pytest.approx(original_accuracy(said, answers), abs=1e-12)
+    for text in (prediction, prediction.upper(), normalise(prediction)):
+        assert accuracy(text, answers) == pytest.approx(original_accuracy(text, answers), abs=1e-12)
 
 
 # ------------------------------------------------------------------ many questions

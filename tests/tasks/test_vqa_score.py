@@ -13,23 +13,23 @@ from tasks.vqa.metric import Mean, VqaAccuracy, normalise
 from tasks.vqa.score import main, read_questions, read_results, score_answers
 
 
-def asked(number: int, answers: dict[str, int], question: str = "what is", kind: str = "other") -> dict[str, Any]:
+def annotation(number: int, answers: dict[str, int], question: str = "what is", kind: str = "other") -> dict[str, Any]:
     people = [answer for answer, count in answers.items() for _ in range(count)]
     listed = [{"answer": answer, "answer_confidence": "yes", "answer_id": i} for i, answer in enumerate(people, 1)]
     return {"question_id": number, "answers": listed, "question_type": question, "answer_type": kind}
 
 
-def said(number: int, answer: str) -> dict[str, Any]:
+def result(number: int, answer: str) -> dict[str, Any]:
     return {"question_id": number, "answer": answer}
 
 
 ANNOTATIONS = [
-    asked(10, {"yes": 10}, "is the", "yes/no"),
-    asked(11, {"two": 2, "3": 8}, "how many", "number"),
-    asked(12, {"dog": 1, "cat": 9}),
-    asked(13, {"dog": 4, "cat": 6}),
+    annotation(10, {"yes": 10}, "is the", "yes/no"),
+    annotation(11, {"two": 2, "3": 8}, "how many", "number"),
+    annotation(12, {"dog": 1, "cat": 9}),
+    annotation(13, {"dog": 4, "cat": 6}),
 ]
-RESULTS = [said(13, "The dog."), said(12, "dog"), said(11, "2"), said(10, "no")]  # 1, 0.3, 0.6, 0
+RESULTS = [result(13, "The dog."), result(12, "dog"), result(11, "2"), result(10, "no")]  # 1, 0.3, 0.6, 0
 QUESTIONS = [{"question_id": number, "image_id": 1, "question": "?"} for number in (10, 11, 12, 13)]
 
 
@@ -77,12 +77,12 @@ def test_one_line_of_json(files: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_types_with_brackets_are_no_markup(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("a.json").write_text(json.dumps({"annotations": [asked(1, {"x": 10}, "[red]which", "")]}))
-    Path("r.json").write_text(json.dumps([said(1, "x")]))
+    Path("a.json").write_text(json.dumps({"annotations": [annotation(1, {"x": 10}, "[red]which", "")]}))
+    Path("r.json").write_text(json.dumps([result(1, "x")]))
     main(["r.json", "a.json"])
-    told = capsys.readouterr().out
-    assert "[red]which" in told
-    assert "answer type" not in told
+    output = capsys.readouterr().out
+    assert "[red]which" in output
+    assert "answer type" not in output
 
 
 def test_people_who_agree_in_rooms(shared_data: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_people_who_agree_in_rooms(shared_data: Path, tmp_path: Path) -> None:
     results = tmp_path / "r.json"
     entries = json.loads(path.read_text())["annotations"]
     for form, right in ((str, 1360), (normalise, 1238)):
-        answers = [said(entry["question_id"], form(entry["multiple_choice_answer"])) for entry in entries]
+        answers = [result(entry["question_id"], form(entry["multiple_choice_answer"])) for entry in entries]
         results.write_text(json.dumps(answers))
         measured = score_answers(results, path, questions)
         assert measured.overall.percent == pytest.approx(100 * right / 1360)
@@ -111,7 +111,9 @@ def test_results_of_the_original(shared_data: Path) -> None:
 def test_the_three_true_questions(shared_data: Path, tmp_path: Path) -> None:
     """net: 6 of 10 people; catcher: 1; orange: all, but in lower case."""
     results = tmp_path / "r.json"
-    results.write_text(json.dumps([said(458752000, "Net"), said(458752001, "catcher"), said(458752002, "Orange")]))
+    results.write_text(
+        json.dumps([result(458752000, "Net"), result(458752001, "catcher"), result(458752002, "Orange")])
+    )
     folder = shared_data / "formats" / "vqav2"
     measured = score_answers(results, folder / "annotations.json", folder / "questions.json")
     assert measured == VqaAccuracy(Mean(measured.overall.percent, 3), {}, {})
@@ -129,25 +131,25 @@ WRONG: list[tuple[str, Any, str, ExitCode]] = [
     ("a.json", b"{", "a.json:1: not JSON", BAD),
     ("q.json", b"\xff\xfe", "q.json: not UTF-8 text (byte 0)", BAD),
     ("r.json", {"annotations": []}, "r.json: dict where a list of answers belongs. Write [{", BAD),
-    ("r.json", [said(10, "x"), {"question_id": 11}], "r.json [1]: key 'answer' is missing", BAD),
+    ("r.json", [result(10, "x"), {"question_id": 11}], "r.json [1]: key 'answer' is missing", BAD),
     ("r.json", [{"answer": "x"}], "r.json [0]: key 'question_id' is missing", BAD),
     ("r.json", ["x"], "r.json [0]: str where an object with 'question_id' belongs", BAD),
     ("r.json", [{"question_id": "10", "answer": "x"}], "r.json [0]: 'question_id' is str instead of int", BAD),
     ("r.json", [{"question_id": 10, "answer": 2}], "r.json [0]: 'answer' is int instead of str", BAD),
-    ("r.json", [*RESULTS, said(12, "cat")], "r.json [4]: question_id 12 is also that of position 1", BAD),
+    ("r.json", [*RESULTS, result(12, "cat")], "r.json [4]: question_id 12 is also that of position 1", BAD),
     ("r.json", RESULTS[:2], "r.json: no answer to 2 of 4 questions of a.json, the first is 10", BAD),
     ("r.json", [], "r.json: no answer to 4 of 4 questions of a.json, the first is 10", BAD),
     (
         "r.json",
-        [*RESULTS, said(9, "x"), said(8, "x")],
+        [*RESULTS, result(9, "x"), result(8, "x")],
         "r.json: 2 of 6 question ids are not in a.json, the first is 9",
         BAD,
     ),
     ("a.json", [], "a.json: list where an object with 'annotations' belongs", BAD),
     ("a.json", {"questions": []}, "a.json: key 'annotations' is missing", BAD),
     ("a.json", {"annotations": []}, "a.json: no annotations", BAD),
-    ("a.json", {"annotations": [asked(10, {})]}, "a.json annotations[0]: a question without answers", BAD),
-    ("a.json", {"annotations": [said(10, "x")]}, "a.json annotations[0]: key 'answers' is missing", BAD),
+    ("a.json", {"annotations": [annotation(10, {})]}, "a.json annotations[0]: a question without answers", BAD),
+    ("a.json", {"annotations": [result(10, "x")]}, "a.json annotations[0]: key 'answers' is missing", BAD),
     ("a.json", {"annotations": ANNOTATIONS + ANNOTATIONS[:1]}, "a.json annotations[4]: question_id 10 is also", BAD),
     ("q.json", {"questions": QUESTIONS[1:]}, "a.json: 1 of 4 question ids are not in q.json, the first is 10", BAD),
     (

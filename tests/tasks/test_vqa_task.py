@@ -42,12 +42,12 @@ def noise(rows: int = 4, **settings: Any) -> ExampleBatch:
     return batch._replace(image_BPCHW=batch.image_BPCHW.double(), target_BK=batch.target_BK.double())
 
 
-def asked(backbone: MaskVLM, task: Vqa, batch: ExampleBatch) -> Context:
+def question_context(backbone: MaskVLM, task: Vqa, batch: ExampleBatch) -> Context:
     return task.read(backbone, batch, task.uniform)
 
 
-def slow_logits(backbone: MaskVLM, task: Vqa, batch: ExampleBatch, row: int, said: list[int]) -> Tensor:
-    """Logits [V] of what follows the tokens `said` in answer to one question, in torch's own attention, without
+def slow_logits(backbone: MaskVLM, task: Vqa, batch: ExampleBatch, row: int, prefix: list[int]) -> Tensor:
+    """Logits [V] of what follows the tokens `prefix` in answer to one question, in torch's own attention, without
     padding and without a causal mask: later tokens do not exist."""
     head = task.answer
     token_1T = batch.token_BT[row, batch.attention_BT[row]][None]
@@ -56,8 +56,8 @@ def slow_logits(backbone: MaskVLM, task: Vqa, batch: ExampleBatch, row: int, sai
     image = slow_cross(backbone.cross_image, image_LD, text_TD)
     text = slow_cross(backbone.cross_text, text_TD, image_LD)
     fused_TD = slow_cross(head.fusion, text, image)
-    words = head.words(backbone.text.model.get_input_embeddings()(torch.tensor(said)))
-    x = head.norm(words + head.position_SD[: len(said)])
+    words = head.words(backbone.text.model.get_input_embeddings()(torch.tensor(prefix)))
+    x = head.norm(words + head.position_SD[: len(prefix)])
     for number in range(len(head.decoder.blocks)):
         x = slow_causal_block(head.decoder.blocks[number], x, fused_TD)
     return head.tokens(x[-1])
@@ -69,7 +69,7 @@ def slow_logits(backbone: MaskVLM, task: Vqa, batch: ExampleBatch, row: int, sai
 def test_a_later_token_does_not_move_an_earlier_logit() -> None:
     backbone, task = build()
     batch = noise(1)
-    question, owner = asked(backbone, task, batch), torch.zeros(1, dtype=torch.long)
+    question, owner = question_context(backbone, task, batch), torch.zeros(1, dtype=torch.long)
     one, other = torch.tensor([[CLS, 7, 8, 9]]), torch.tensor([[CLS, 7, 30, 31]])
     first_SV, second_SV = (task.answer(backbone, question, each, owner)[0] for each in (one, other))
     torch.testing.assert_close(first_SV[:2], second_SV[:2], atol=1e-12, rtol=1e-12)
@@ -82,15 +82,19 @@ def test_likelihood_is_that_of_a_loop_over_tokens() -> None:
     backbone, task = build()
     batch = noise(3)
     owners = [0, 2, 1, 0, 2, 2]
-    made = tokens(ANSWERS)
-    found_A = task.answer.log_likelihood(
-        backbone, asked(backbone, task, batch), made["token_CT"], made["attention_CT"], torch.tensor(owners)
+    answers = tokens(ANSWERS)
+    likelihood_A = task.answer.log_likelihood(
+        backbone,
+        question_context(backbone, task, batch),
+        answers["token_CT"],
+        answers["attention_CT"],
+        torch.tensor(owners),
     )
-    for found, row, answer in zip(found_A, owners, ANSWERS, strict=True):
+    for likelihood, row, answer in zip(likelihood_A, owners, ANSWERS, strict=True):
         whole, total = [CLS, *answer, SEP], 0.0
         for at in range(1, len(whole)):
             total += slow_logits(backbone, task, batch, row, whole[:at]).log_softmax(0)[whole[at]].item()
-        assert found.item() == pytest.approx(total, rel=1e-6)  # summed in single precision
+        assert likelihood.item() == pytest.approx(total, rel=1e-6)  # summed in single precision
 
 
 @pytest.mark.parametrize(("kind", "width"), [("bert", 24), ("electra", WIDTH), ("electra", 8)])
@@ -105,12 +109,12 @@ def test_word_embeddings_may_have_another_width_than_the_backbone(kind: str, wid
     matters(backbone, task.double())
     task.set_uniform(Draw(7, 0, "cpu"))
     batch, answer, owner = noise(1), [7, 9, 11], torch.tensor([0])
-    question, made = asked(backbone, task, batch), tokens([answer])
-    found_1 = task.answer.log_likelihood(backbone, question, made["token_CT"], made["attention_CT"], owner)
+    question, answers = question_context(backbone, task, batch), tokens([answer])
+    likelihood_1 = task.answer.log_likelihood(backbone, question, answers["token_CT"], answers["attention_CT"], owner)
     whole, total = [CLS, *answer, SEP], 0.0
     for at in range(1, len(whole)):
         total += slow_logits(backbone, task, batch, 0, whole[:at]).log_softmax(0)[whole[at]].item()
-    assert found_1.item() == pytest.approx(total, rel=1e-6)
+    assert likelihood_1.item() == pytest.approx(total, rel=1e-6)
 
 
 def test_without_a_difference_in_width_the_decoder_has_no_layer_for_it() -> None:
@@ -122,11 +126,11 @@ def test_without_a_difference_in_width_the_decoder_has_no_layer_for_it() -> None
 
 def likelihoods(backbone: MaskVLM, task: Vqa, batch: ExampleBatch) -> Tensor:
     """Of every answer to every question, one at a time, [B, K]."""
-    question = asked(backbone, task, batch)
+    question = question_context(backbone, task, batch)
     table = []
     for row in range(len(batch.valid_B)):
         each = [tokens([answer]) for answer in ANSWERS]
-        pairs = [(made["token_CT"], made["attention_CT"]) for made in each]
+        pairs = [(one["token_CT"], one["attention_CT"]) for one in each]
         owner = torch.tensor([row])
         table.append(torch.cat([task.answer.log_likelihood(backbone, question, *pair, owner) for pair in pairs]))
     return torch.stack(table)
@@ -135,9 +139,9 @@ def likelihoods(backbone: MaskVLM, task: Vqa, batch: ExampleBatch) -> Tensor:
 @pytest.mark.parametrize(("most", "chunk"), [(6, 4096), (100, 5), (6, 1)])
 def test_ranking_all_candidates_is_brute_force(most: int, chunk: int) -> None:
     backbone, task = build()
-    batch, made = noise(7, seed=1), tokens(ANSWERS)
+    batch, answers = noise(7, seed=1), tokens(ANSWERS)
     best_B = task.answer.rank(
-        backbone, asked(backbone, task, batch), made["token_CT"], made["attention_CT"], 7, most, chunk
+        backbone, question_context(backbone, task, batch), answers["token_CT"], answers["attention_CT"], 7, most, chunk
     )
     expected_B = likelihoods(backbone, task, batch).argmax(1)
     assert best_B.tolist() == expected_B.tolist()
@@ -148,9 +152,9 @@ def test_ranking_all_candidates_is_brute_force(most: int, chunk: int) -> None:
 def test_ranking_a_few_takes_those_with_the_likeliest_first_word(most: int) -> None:
     backbone, task = build()
     distinct = [answer for answer in ANSWERS if answer not in ([7, 9, 11], [8])]  # no two first words are the same
-    batch, made = noise(7, seed=1), tokens(distinct)
-    question = asked(backbone, task, batch)
-    best_B = task.answer.rank(backbone, question, made["token_CT"], made["attention_CT"], 7, most)
+    batch, answers = noise(7, seed=1), tokens(distinct)
+    question = question_context(backbone, task, batch)
+    best_B = task.answer.rank(backbone, question, answers["token_CT"], answers["attention_CT"], 7, most)
     whole_BK = likelihoods(backbone, task, batch)[:, [0, 1, 3, 5]]
     for row in range(7):
         first = slow_logits(backbone, task, batch, row, [CLS])
@@ -163,14 +167,16 @@ def test_writing_stops_at_the_end_token(monkeypatch: pytest.MonkeyPatch) -> None
     forbidden (0 is written in its place) and the length is used up: the end token is the last."""
     backbone, task = build(answer_length=6)
 
-    def said(_: object, __: MaskVLM, ___: Context, token_A: Tensor, place: int, past: Any) -> tuple[Tensor, list[Any]]:
+    def fixed_logits(
+        _: object, __: MaskVLM, ___: Context, token_A: Tensor, place: int, past: Any
+    ) -> tuple[Tensor, list[Any]]:
         logits_AV = torch.zeros(2, VOCAB)
         logits_AV[0, {0: 5, 1: SEP}.get(place, 11)] = 1.0
         logits_AV[1, 6 + place] = 1.0
         logits_AV[:, 0], logits_AV[:, 9] = 0.5, 2.0
         return logits_AV, []
 
-    monkeypatch.setattr(type(task.answer), "follow", said)
+    monkeypatch.setattr(type(task.answer), "follow", fixed_logits)
     written_BS = task.answer.search(backbone, Context([], None, None), 2, CLS, SEP, [9]).token_BS
     assert written_BS.tolist() == [[CLS, 5, SEP, SEP, SEP, SEP], [CLS, 6, 7, 8, 0, SEP]]
 
@@ -178,7 +184,7 @@ def test_writing_stops_at_the_end_token(monkeypatch: pytest.MonkeyPatch) -> None
 def test_writing_takes_the_likeliest_token_each_time() -> None:
     backbone, task = build(answer_length=5)
     batch = noise(5)
-    written_BS = task.answer.search(backbone, asked(backbone, task, batch), 5, CLS, SEP, [0, CLS]).token_BS
+    written_BS = task.answer.search(backbone, question_context(backbone, task, batch), 5, CLS, SEP, [0, CLS]).token_BS
     assert written_BS.shape[1] == 5
     for row, written in enumerate(written_BS.tolist()):
         assert written[0] == CLS
@@ -212,13 +218,13 @@ def test_the_token_head_comes_from_pre_training() -> None:
     _, before = slow_step.build()
     backbone, task = toy_backbone(), Vqa(LABELS)
     task.build(backbone)
-    taken = task.warm_start(before.state_dict())
+    names = task.warm_start(before.state_dict())
     for end in ("weight", "bias"):
         assert torch.equal(
             task.state_dict()[f"answer.tokens.vocabulary.{end}"], before.state_dict()[f"tokens.vocabulary.{end}"]
         )
     decoder = {name for name in task.state_dict() if name.startswith("answer.decoder.")}
-    assert taken == decoder | {"answer.tokens.vocabulary.weight", "answer.tokens.vocabulary.bias"}
+    assert names == decoder | {"answer.tokens.vocabulary.weight", "answer.tokens.vocabulary.bias"}
     assert all(
         torch.equal(task.answer.decoder.state_dict()[name], value)
         for name, value in backbone.cross_text.state_dict().items()
@@ -255,7 +261,7 @@ def test_the_loss_weighs_answers_by_their_share(holes: tuple[int, ...], monkeypa
         mine = (answers.owner_A == row).nonzero().flatten()
         part = take_examples(batch, row, row + 1)
         likelihood_A = task.answer.log_likelihood(
-            backbone, asked(backbone, task, part), answers.token_AT[mine], answers.attention_AT[mine],
+            backbone, question_context(backbone, task, part), answers.token_AT[mine], answers.attention_AT[mine],
             torch.zeros(len(mine), dtype=torch.long),
         )  # fmt: skip
         weight_A = answers.weight_A[mine]
@@ -266,8 +272,8 @@ def test_the_loss_weighs_answers_by_their_share(holes: tuple[int, ...], monkeypa
 def test_a_question_without_an_answer_costs_nothing() -> None:
     backbone, task = build()
     batch = noise(2)
-    kept = batch.answers.owner_A == 1
-    answers = type(batch.answers)(*(part[kept] for part in batch.answers))
+    second_A = batch.answers.owner_A == 1
+    answers = type(batch.answers)(*(part[second_A] for part in batch.answers))
     both = task(backbone, batch._replace(answers=answers))["vqa"]
     alone = task(backbone, take_examples(batch, 1, 2))["vqa"]
     assert both.item() == pytest.approx(alone.item() / 2, rel=1e-6)
@@ -340,16 +346,16 @@ def test_an_answer_that_was_learned_is_given_both_ways(decode: Any) -> None:
     token_KS, _ = task.vocabulary(backbone)
     spelt = token_KS[1].tolist()
 
-    def said(backbone: MaskVLM, question: Context, token_AS: Tensor, owner_A: Tensor) -> Tensor:
+    def fixed_logits(backbone: MaskVLM, question: Context, token_AS: Tensor, owner_A: Tensor) -> Tensor:
         logits_ASV = torch.zeros(*token_AS.shape, 120)
         for at in range(token_AS.shape[1]):
             logits_ASV[:, at, spelt[min(at + 1, len(spelt) - 1)]] = 9.0
         return logits_ASV
 
     def goes_on(_: MaskVLM, __: Context, token_A: Tensor, place: int, past: Any) -> tuple[Tensor, list[Any]]:
-        return said(backbone, __, token_A[:, None].expand(-1, place + 1), token_A)[:, -1], []
+        return fixed_logits(backbone, __, token_A[:, None].expand(-1, place + 1), token_A)[:, -1], []
 
-    task.answer.forward = said  # type: ignore[method-assign]
+    task.answer.forward = fixed_logits  # type: ignore[method-assign]
     task.answer.follow = goes_on  # type: ignore[method-assign]
     batch = example_batch(3)._replace(examples=tuple(example(n, answers=["new york's"] * 10) for n in range(3)))
     assert task.answers(backbone, batch) == ["new york's"] * 3
@@ -364,20 +370,20 @@ def test_the_probability_of_a_written_answer_is_that_of_its_tokens() -> None:
     piece = next(number for word, number in tokenizer.get_vocab().items() if word.startswith("##"))
     written = [start, piece, piece, piece, end]
 
-    def said(backbone: MaskVLM, question: Context, token_AS: Tensor, owner_A: Tensor) -> Tensor:
+    def fixed_logits(backbone: MaskVLM, question: Context, token_AS: Tensor, owner_A: Tensor) -> Tensor:
         logits_ASV = torch.zeros(*token_AS.shape, 120)
         for at in range(token_AS.shape[1]):
             logits_ASV[:, at, written[min(at + 1, 4)]] = 3.0
         return logits_ASV
 
     def goes_on(_: MaskVLM, __: Context, token_A: Tensor, place: int, past: Any) -> tuple[Tensor, list[Any]]:
-        return said(backbone, __, token_A[:, None].expand(-1, place + 1), token_A)[:, -1], []
+        return fixed_logits(backbone, __, token_A[:, None].expand(-1, place + 1), token_A)[:, -1], []
 
-    task.answer.forward = said  # type: ignore[method-assign]
+    task.answer.forward = fixed_logits  # type: ignore[method-assign]
     task.answer.follow = goes_on  # type: ignore[method-assign]
-    (found, _) = task.decisions(backbone, example_batch(2))
+    (decision, _) = task.decisions(backbone, example_batch(2))
     share = math.exp(3) / (math.exp(3) + 119)
-    assert found.probability == pytest.approx(share**4, rel=1e-4)
+    assert decision.probability == pytest.approx(share**4, rel=1e-4)
 
 
 # ---------------------------------------------------------------------- metrics and files
@@ -397,9 +403,9 @@ def test_metrics_by_hand() -> None:
         ScoredExample(2, example(2, answers=["blue"] * 10), "green", 0.0),
         ScoredExample(3, example(3, answers=[]), "green", None),
     ]
-    found = task.extra_metrics(rows)
-    assert found["accuracy_prior"] == pytest.approx(100 * (1 + 0 + 1) / 3)  # always `blue`
-    assert found["accuracy_ceiling"] == pytest.approx(100 * (0.6 + 1 + 0) / 3)  # `blue` is not in the vocabulary
+    metrics = task.extra_metrics(rows)
+    assert metrics["accuracy_prior"] == pytest.approx(100 * (1 + 0 + 1) / 3)  # always `blue`
+    assert metrics["accuracy_ceiling"] == pytest.approx(100 * (0.6 + 1 + 0) / 3)  # `blue` is not in the vocabulary
     assert task.extra_metrics(rows[3:]) == {}
     # The metric compares normalised answers: so does the best choice.
     numbers = Vqa(("2", "dog")).extra_metrics(
@@ -408,7 +414,7 @@ def test_metrics_by_hand() -> None:
     assert numbers["accuracy_ceiling"] == 100
 
 
-def said(name: str, answer: str) -> Prediction:
+def prediction_of(name: str, answer: str) -> Prediction:
     return Prediction(id=name, text="", truth="", prediction=answer, right=None, index=[0], kind="")
 
 
@@ -417,7 +423,7 @@ def said(name: str, answer: str) -> Prediction:
 )
 def test_the_servers_file_is_for_its_own_numbers(ids: list[str], there: bool) -> None:
     task = Vqa(("yes", "café"))
-    task.predictions = [said(name, "café") for name in ids]
+    task.predictions = [prediction_of(name, "café") for name in ids]
     files = task.files()
     assert json.loads(files["answers.json"]) == ["yes", "café"]
     assert ("submission.json" in files) == there

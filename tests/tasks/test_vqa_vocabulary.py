@@ -190,8 +190,8 @@ def test_refused_lists(tmp_path: Path, name: str, content: Any, where: str, what
 def test_any_other_content_is_the_users_error(tmp_path_factory: Any, content: Any, name: str) -> None:
     path = written(tmp_path_factory.getbasetemp() / name, content)
     for read in (read_vocabulary, lambda path: tuple(read_annotations(path))):
-        told = complaint(read, path)
-        assert told is None or ("\n" not in str(told) and told.where.startswith(str(path)))
+        error = complaint(read, path)
+        assert error is None or ("\n" not in str(error) and error.where.startswith(str(path)))
 
 
 # ------------------------------------------------------------------ annotations

@@ -89,11 +89,11 @@ class Reserving(SafeCheckpointIO):
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[list[tuple[int, ...]]] = []
+        self.shapes: list[list[tuple[int, ...]]] = []
 
     def reserve(self, values: Iterable[Tensor]) -> None:
         values = list(values)
-        self.asked.append([tuple(value.shape) for value in values])
+        self.shapes.append([tuple(value.shape) for value in values])
         super().reserve(values)
 
 
@@ -104,7 +104,7 @@ def test_after_the_first_step_memory_is_reserved_for_weights_and_moments(
     io = Reserving()
     fit(tmp_path, io=io)
     # The weight, its two moments, and the count of steps.
-    assert [sorted(shapes) for shapes in io.asked] == [[(), (1,), (1,), (1,)]]
+    assert [sorted(shapes) for shapes in io.shapes] == [[(), (1,), (1,), (1,)]]
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -113,16 +113,16 @@ def test_what_a_run_goes_on_from_is_not_lost_for_a_file_that_was_passed_over(tmp
     name, step = ("previous.ckpt", 2) if damaged else ("last.ckpt", 4)
     # One save: two steps on.
     fit(tmp_path, ckpt_path=tmp_path / name, max_steps=step + 2)
-    found = [load(tmp_path / each)["global_step"] for each in ("previous.ckpt", "last.ckpt")]
-    assert found == [step, step + 2]
+    steps = [load(tmp_path / each)["global_step"] for each in ("previous.ckpt", "last.ckpt")]
+    assert steps == [step, step + 2]
 
 
 def test_a_death_in_the_evaluation_that_a_run_goes_on_with_is_counted(tmp_path: Path) -> None:
     """Before its first step: else it would be tried for ever."""
     fit(tmp_path, max_steps=2)
     content = load(tmp_path / "last.ckpt")
-    kept = next(state for name, state in content["callbacks"].items() if "KeepState" in name)
-    kept["unmeasured"] = True
+    keep_state = next(state for name, state in content["callbacks"].items() if "KeepState" in name)
+    keep_state["unmeasured"] = True
     save(content, tmp_path / "last.ckpt")
     noted: list[Any] = []
 
@@ -179,18 +179,18 @@ def test_a_failure_of_the_last_save_is_told_at_the_end(
 def test_who_is_stopped_says_so_when_the_checkpoint_is_there(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[int] = []
+    steps: list[int] = []
 
     class Looks(Stopped):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            found.append(load(tmp_path / "last.ckpt")["global_step"])
+            steps.append(load(tmp_path / "last.ckpt")["global_step"])
 
     slow(monkeypatch)
     monkeypatch.setattr(checkpointing, "Stopped", Looks)
     with pytest.raises(Stopped, match=r"SIGTERM: stopped after step 3; .*last\.ckpt holds it"):
         fit(tmp_path, After(3, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
-    assert found == [3]
+    assert steps == [3]
 
 
 @pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.end")
@@ -218,18 +218,18 @@ def test_an_error_of_the_training_is_told_beside_a_failed_write(
     slow(monkeypatch, fails_at=4)
     with pytest.raises(type(cause), match="x"):
         fit(tmp_path, After(5, fail))
-    said = f"warning: {tmp_path / 'last.ckpt'}: no space left: disk full"
-    assert (said in capsys.readouterr().err) == warns
+    line = f"warning: {tmp_path / 'last.ckpt'}: no space left: disk full"
+    assert (line in capsys.readouterr().err) == warns
 
 
 class Reads(L.Callback):
     """What a card of an evaluation would name by its hash."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.found = path, []
+        self.path, self.steps = path, []
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.found.append((trainer.global_step, load(self.path)["global_step"]))
+        self.steps.append((trainer.global_step, load(self.path)["global_step"]))
 
 
 @pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.finish")
@@ -240,15 +240,15 @@ def test_a_run_that_goes_on_reads_its_checkpoint_when_it_is_there(
     slow(monkeypatch)
     reads = Reads(tmp_path / "last.ckpt")
     fit(tmp_path, reads, limit_val_batches=1, ckpt_path=tmp_path / "last.ckpt")
-    assert reads.found == [(4, 4), (6, 6)]
+    assert reads.steps == [(4, 4), (6, 6)]
 
 
 @pytest.mark.parametrize("background", [True, False])
 def test_the_files_are_the_same_either_way(background: bool, tmp_path: Path) -> None:
-    seen: list[bool] = []
-    look = After(3, lambda trainer: seen.append(trainer.strategy.checkpoint_io.writer is not None))
+    in_background: list[bool] = []
+    look = After(3, lambda trainer: in_background.append(trainer.strategy.checkpoint_io.writer is not None))
     trainer = fit(tmp_path, look, background=background)
-    assert seen == [background]
+    assert in_background == [background]
     for name, step in (("last", 6), ("previous", 4)):
         content = load(tmp_path / f"{name}.ckpt")
         assert content["global_step"] == step

@@ -31,11 +31,11 @@ class Graphs(Watch):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[int] = []
+        self.counts: list[int] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
         super().on_train_batch_end(trainer, module, outputs, batch, index)
-        self.made.append(graphs())
+        self.counts.append(graphs())
 
 
 def graphs() -> int:
@@ -92,14 +92,14 @@ def test_losses_weights_and_metrics_are_those_of_a_run_without(plain: Run, compi
 
 def test_as_many_graphs_as_kinds_of_block_and_none_for_an_evaluation(plain: Run, compiled: Run) -> None:
     """Fails where a block cannot be traced in one piece, or an evaluation runs through compiled blocks."""
-    assert compiled[1].made == [KINDS] * STEPS
+    assert compiled[1].counts == [KINDS] * STEPS
     assert graphs() == KINDS
     assert not counters["graph_break"]
-    assert plain[1].made == [0] * STEPS
+    assert plain[1].counts == [0] * STEPS
 
 
 def test_twice_as_many_layers_need_no_further_graph(compiled: Run) -> None:
-    assert fit(make_model(compile=True, layers=2 * LAYERS), steps=2).made == [KINDS] * 2
+    assert fit(make_model(compile=True, layers=2 * LAYERS), steps=2).counts == [KINDS] * 2
 
 
 class SaveAt(L.Callback):
@@ -138,12 +138,12 @@ def test_a_copy_computes_with_its_own_weights(again: Any) -> None:
         for parameter in other.parameters():
             parameter.zero_()
     x_BLD = torch.randn(2, 3, 16)
-    for made, zero in ((block, False), (other, True)):
-        context = made.keys_values(x_BLD)
+    for layer, zero in ((block, False), (other, True)):
+        context = layer.keys_values(x_BLD)
         for out in (
-            made.attend_self(x_BLD, None),
-            made.attend_other(x_BLD, context, None),
-            made(x_BLD, None, context, None),
+            layer.attend_self(x_BLD, None),
+            layer.attend_other(x_BLD, context, None),
+            layer(x_BLD, None, context, None),
         ):
             assert not out.any() if zero else out.all()
 

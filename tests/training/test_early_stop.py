@@ -56,10 +56,10 @@ def test_the_best_weights_are_measured_where_the_score_no_longer_rises(
     best, last = (load(tmp_path / "run" / f"{name}.ckpt") for name in ("best", "last"))
     assert (best["global_step"], last["global_step"]) == (3, 9)
     assert read_json(tmp_path / "run" / "metrics.json")["step"] == 3
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     assert finished(tmp_path / "run") == 9
-    assert "not finished" not in said
-    assert f"the score no longer rose: the run ends at step 9, {tmp_path / 'run' / 'best.ckpt'} is measured" in said
+    assert "not finished" not in stderr
+    assert f"the score no longer rose: the run ends at step 9, {tmp_path / 'run' / 'best.ckpt'} is measured" in stderr
 
 
 @pytest.mark.parametrize("patience", [None, 3])
@@ -132,12 +132,12 @@ def test_an_evaluation_never_falls_between_two_passes_of_a_step(
 
 def test_the_best_is_measured_where_patience_was_lost_alone() -> None:
     """Whatever else ends a run early, such as `trainer.max_time`, leaves it with its last weights."""
-    stop, kept = EarlyStopping("score", patience=2), ModelCheckpoint()
-    kept.best_model_path = "best.ckpt"
+    stop, saver = EarlyStopping("score", patience=2), ModelCheckpoint()
+    saver.best_model_path = "best.ckpt"
     for lost, step, best in ((0, 5, None), (2, 5, "best.ckpt"), (2, 12, None)):
         stop.wait_count = lost
         trainer: Any = SimpleNamespace(
-            should_stop=True, callbacks=[stop, kept], global_step=step, datamodule=SimpleNamespace(total_steps=12)
+            should_stop=True, callbacks=[stop, saver], global_step=step, datamodule=SimpleNamespace(total_steps=12)
         )
         assert best_of(trainer) == best
 

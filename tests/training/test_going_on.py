@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from training.test_early_stop import SMALL as STILL
 
 from maskvlm.checkpoint.io import load
-from maskvlm.cli.lightning import LightningCommand, kept_best, run_command
+from maskvlm.cli.lightning import LightningCommand, best_checkpoint, run_command
 from maskvlm.training.checkpointing import KeepState, follow_folder
 from maskvlm.training.csv_log import rows_in
 from maskvlm.training.lightning_private import reopen_pass
@@ -96,11 +96,13 @@ def test_the_best_weights_are_written_before_the_pass_ends(
     fit: Callable[..., dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a run that is evaluated at its end alone: a stop after that evaluation must not cost them."""
-    seen: list[str | None] = []
+    best_paths: list[str | None] = []
     # Asked of the callback: the file itself is written in the background.
-    monkeypatch.setattr(RunRecord, "on_train_epoch_end", lambda _, trainer, module: seen.append(kept_best(trainer)))
+    monkeypatch.setattr(
+        RunRecord, "on_train_epoch_end", lambda _, trainer, module: best_paths.append(best_checkpoint(trainer))
+    )
     fit("run", data__steps=2, trainer__val_check_interval=1.0)
-    assert seen == [str(tmp_path / "run" / "best.ckpt")]
+    assert best_paths == [str(tmp_path / "run" / "best.ckpt")]
 
 
 def test_a_profile_lies_in_the_runs_folder(fit: Callable[..., dict[str, object]], tmp_path: Path) -> None:
@@ -193,9 +195,11 @@ def test_a_run_that_goes_on_has_the_rates_of_its_command(fit: Callable[..., dict
     fit("run", data__steps=6, model__warmup=1)
     other = {"model__lr": 5e-4, "model__lr_encoders": 2e-4, "model__weight_decay": 0.3, "model__betas": "[0.8,0.9]"}
     every = {"trainer__log_every_n_steps": 1}
-    found: Any = fit("run", ckpt_path="last", model__warmup=1, model__min_lr=1e-6, model__stable=0, **every, **other)
-    groups = found["optimizer_states"][0]["param_groups"]
-    assert {group["initial_lr"] for group in groups} == {5e-4, 2e-4} == set(found["lr_schedulers"][0]["base_lrs"])
+    checkpoint: Any = fit(
+        "run", ckpt_path="last", model__warmup=1, model__min_lr=1e-6, model__stable=0, **every, **other
+    )
+    groups = checkpoint["optimizer_states"][0]["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {5e-4, 2e-4} == set(checkpoint["lr_schedulers"][0]["base_lrs"])
     assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
     assert {group["betas"] for group in groups} == {(0.8, 0.9)}
     rates = [
@@ -230,21 +234,21 @@ def test_the_best_weights_of_a_moved_run_stay(fit: Callable[..., dict[str, objec
 
 def keeper(folder: Path) -> ModelCheckpoint:
     """What keeps the best of a run in this folder, with a score of 5."""
-    made = ModelCheckpoint(folder, monitor="score", mode="max")
-    made.best_model_path = made.kth_best_model_path = str(folder / "best.ckpt")
-    made.best_model_score = made.kth_value = torch.tensor(5.0)
-    made.best_k_models = {made.best_model_path: torch.tensor(5.0)}
-    return made
+    saver = ModelCheckpoint(folder, monitor="score", mode="max")
+    saver.best_model_path = saver.kth_best_model_path = str(folder / "best.ckpt")
+    saver.best_model_score = saver.kth_value = torch.tensor(5.0)
+    saver.best_k_models = {saver.best_model_path: torch.tensor(5.0)}
+    return saver
 
 
 def test_what_is_remembered_of_the_best_follows_the_folder(tmp_path: Path) -> None:
     before, after = tmp_path / "before", tmp_path / "after"
-    state, found = keeper(before).state_dict(), ModelCheckpoint(after, monitor="score", mode="max")
+    state, saver = keeper(before).state_dict(), ModelCheckpoint(after, monitor="score", mode="max")
     after.mkdir()
     (after / "best.ckpt").touch()
     follow_folder(state, after)
-    found.load_state_dict(state)
-    assert found.state_dict() == keeper(after).state_dict()
+    saver.load_state_dict(state)
+    assert saver.state_dict() == keeper(after).state_dict()
 
 
 def test_of_another_run_no_best_weights_are_remembered(tmp_path: Path) -> None:

@@ -33,11 +33,11 @@ def test_the_first_twenty_steps_are_the_golden_ones(
     )
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/itc"]]
-    found = {loss: [round(float(row[f"train/{loss}"]), 6) for row in rows] for loss in LOSSES}
+    losses = {loss: [round(float(row[f"train/{loss}"]), 6) for row in rows] for loss in LOSSES}
     if not GOLDEN.exists():
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+        GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
         pytest.fail(f"wrote {GOLDEN.name}: run again")
     golden = json.loads(GOLDEN.read_text())
-    assert [len(found[loss]) for loss in LOSSES] == [20] * len(LOSSES)
+    assert [len(losses[loss]) for loss in LOSSES] == [20] * len(LOSSES)
     for loss in LOSSES:
-        assert found[loss] == pytest.approx(golden[loss], rel=1e-3), loss
+        assert losses[loss] == pytest.approx(golden[loss], rel=1e-3), loss

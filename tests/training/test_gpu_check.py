@@ -49,15 +49,15 @@ def test_the_plain_step_has_our_losses_and_gradients(
     expected = {name: grad.clone() for name, grad in gradients(backbone, task).items()}
     backbone.zero_grad()
     task.zero_grad()
-    captions, images = (part.index_B.tolist() for part in task.found)
+    captions, images = (part.index_B.tolist() for part in task.last_negatives)
     terms = PlainStep(backbone, task, shared)(batch, task.masks, (captions, images))
     sum(terms.values()).backward()
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(
         {name: term.item() for name, term in ours.items()}, rel=1e-9
     )
-    found = gradients(backbone, task)
-    assert found.keys() == expected.keys()
-    for name, grad in found.items():
+    grads = gradients(backbone, task)
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-7, atol=1e-9, msg=name)
 
 
@@ -104,10 +104,10 @@ def test_the_whole_report_runs_without_a_card(tmp_path: Path, capsys: pytest.Cap
     first, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in training.splitlines())
     assert [row[0] for row in rows] == ["tiny, 8 pairs, 32-true", "tiny, 8 pairs, 4 at a time, 32-true"]
     for row in rows:
-        told = dict(zip(first, row, strict=True))
-        assert float(told["pairs/s"]) > 0
-        assert 0 < float(told["waits for data"].removesuffix(" %")) < 100
-        seconds, _, size = told["a checkpoint holds it"].partition(" s of ")
+        cells = dict(zip(first, row, strict=True))
+        assert float(cells["pairs/s"]) > 0
+        assert 0 < float(cells["waits for data"].removesuffix(" %")) < 100
+        seconds, _, size = cells["a checkpoint holds it"].partition(" s of ")
         assert float(seconds) > 0
         assert float(size.removesuffix(" GiB")) > 0.01
     first, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in alone.splitlines())
@@ -128,7 +128,7 @@ def test_without_a_card_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize(
-    ("ways", "error", "said", "status"),
+    ("ways", "error", "message", "status"),
     [
         (("ours",), torch.OutOfMemoryError("CUDA out of memory"), "out of memory", 1),
         (("plain",), torch.OutOfMemoryError("CUDA out of memory"), "out of memory", 0),
@@ -136,7 +136,7 @@ def test_without_a_card_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_fails_has_a_row_and_the_rest_is_measured(
-    ways: tuple[str, ...], error: Exception, said: str, status: int,
+    ways: tuple[str, ...], error: Exception, message: str, status: int,
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def measured(case: gpu_check.Case, steps: int, repeats: int) -> list[dict[str, str]]:
@@ -150,7 +150,7 @@ def test_what_fails_has_a_row_and_the_rest_is_measured(
     monkeypatch.setattr(gpu_check, "steps_alone", measured)
     assert gpu_check.main(["--cpu", "--folder", str(tmp_path)]) == status
     report = capsys.readouterr().out
-    assert f"| large, a step: {said} | - |" in report
+    assert f"| large, a step: {message} | - |" in report
     assert "| small | 1.0 |" in report
 
 
@@ -158,7 +158,7 @@ def test_what_fails_has_a_row_and_the_rest_is_measured(
 @pytest.mark.parametrize("case", [case for case in gpu_check.CARD if case.simulated], ids=lambda case: case.name)
 def test_a_step_takes_the_memory_that_was_simulated(case: gpu_check.Case) -> None:
     """Within a tenth: fragments are not counted on either side."""
-    made = albef_step.built([*case.words, f"--data.batch_size={case.pairs}"])
-    batch = move_data_to_device(albef_step.noise_batch(case.pairs, made.model.backbone), torch.device("cuda"))
-    one = albef_step.Trained(made, torch.device("cuda"))
+    setup = albef_step.built([*case.words, f"--data.batch_size={case.pairs}"])
+    batch = move_data_to_device(albef_step.noise_batch(case.pairs, setup.model.backbone), torch.device("cuda"))
+    one = albef_step.Trained(setup, torch.device("cuda"))
     assert gpu_check.step_memory(one, "ours", batch) == pytest.approx(gpu_check.simulated_gib(case), rel=0.1)

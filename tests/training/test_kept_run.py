@@ -58,10 +58,10 @@ def test_a_run_with_kept_features_learns_what_one_without_learns(
     expected = fit("without")
     keeps = {"model.backbone.image.feature_cache": str(tmp_path / "features")}
     for name in ("first", "second"):  # made, and found there
-        found = fit(name, **keeps)
-        assert [len(found[loss]) for loss in LOSSES] == [6] * 4
+        losses = fit(name, **keeps)
+        assert [len(losses[loss]) for loss in LOSSES] == [6] * 4
         for loss in LOSSES:
-            assert found[loss] == pytest.approx(expected[loss], rel=1e-4), (name, loss)
+            assert losses[loss] == pytest.approx(expected[loss], rel=1e-4), (name, loss)
     files = sorted(path.suffix for path in (tmp_path / "features").iterdir())
     assert files == [".float32", ".there"]
     assert all(next((tmp_path / "features").glob("*.there")).read_bytes())
@@ -94,10 +94,10 @@ def test_a_run_whose_aligned_encoders_stand_still(
     freeze: bool | Literal["image"],
 ) -> None:
     """What is aligned learns in the first three steps of six, all else in the last three; then it is asked."""
-    seen: list[dict[str, torch.Tensor]] = []
+    weights: list[dict[str, torch.Tensor]] = []
 
     def record(self: LitModel, *_: Any) -> None:
-        seen.append({name: value.detach().clone() for name, value in self.named_parameters()})
+        weights.append({name: value.detach().clone() for name, value in self.named_parameters()})
 
     monkeypatch.setattr(LitModel, "on_train_batch_end", record)
     settings = {
@@ -116,7 +116,7 @@ def test_a_run_whose_aligned_encoders_stand_still(
     assert not Path("None").exists()  # null is no folder
     assert [len(losses[loss]) for loss in LOSSES] == [6] * 4
     assert [value == value for value in losses["itm"]] == [False] * 3 + [True] * 3
-    learned = [{name for name, value in now.items() if not value.equal(was[name])} for was, now in pairwise(seen)]
+    learned = [{name for name, value in now.items() if not value.equal(was[name])} for was, now in pairwise(weights)]
     image = "backbone.image."
     early = (image + "vit", "backbone.text", "task.projection")
     stops = early if freeze is True else early[:1]

@@ -20,14 +20,14 @@ class Line(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen: list[Any] = []
+        self.events: list[Any] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self.log("loss", 1.0)
         return (self.weight - batch).square().mean()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.seen.append(("evaluated", self.trainer.global_step))
+        self.events.append(("evaluated", self.trainer.global_step))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -103,7 +103,7 @@ class AtOnce(L.Callback):
 def test_an_evaluation_before_the_first_step() -> None:
     module = Line()
     fit(AtOnce(), module, val_check_interval=6)
-    assert module.seen == [("evaluated", 0), ("evaluated", 6)]
+    assert module.events == [("evaluated", 0), ("evaluated", 6)]
 
 
 class Scored(Line):
@@ -116,22 +116,22 @@ class Scored(Line):
 def test_the_best_weights_are_there_when_an_evaluation_ends(tmp_path: Path) -> None:
     """Also at the end of the pass; one that was told otherwise keeps to that."""
     keeper = ModelCheckpoint(tmp_path, "best", "score", mode="max")
-    told = ModelCheckpoint(tmp_path, "told", "score", save_on_train_epoch_end=True)
+    explicit = ModelCheckpoint(tmp_path, "told", "score", save_on_train_epoch_end=True)
     private.judge_after_evaluations(keeper)
-    private.judge_after_evaluations(told)
-    seen: list[bool] = []
+    private.judge_after_evaluations(explicit)
+    existence: list[bool] = []
 
     class Late(L.Callback):
         def on_train_epoch_end(self, *_: Any) -> None:
-            seen.append((tmp_path / "best.ckpt").exists())
+            existence.append((tmp_path / "best.ckpt").exists())
 
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, callbacks=[Late(), keeper, told],
+        num_sanity_val_steps=0, callbacks=[Late(), keeper, explicit],
     )  # fmt: skip
     trainer.fit(Scored(), DataLoader(torch.ones(2, 1)), DataLoader(torch.ones(1, 1)))
-    assert seen == [True]
-    assert told._save_on_train_epoch_end is True
+    assert existence == [True]
+    assert explicit._save_on_train_epoch_end is True
 
 
 class Handlers(L.Callback):

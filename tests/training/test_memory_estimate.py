@@ -119,9 +119,9 @@ class Straight(StepSimulation):
 def test_the_largest_chunk_that_fits_is_named(card: int, chunk: int | None) -> None:
     """512 pairs take 2,024 bytes, and 10 for each of a chunk: 3,304 in chunks of 128, 2,104 in chunks of 8. Nine tenths
     of the card count: 3,330 of 3,700, 3,240 of 3,600, 2,160 of 2,400, 2,070 of 2,300."""
-    found = estimate_memory(Straight(), 512, None, card)
-    assert found.chunk == chunk
-    assert not found.fits
+    estimate = estimate_memory(Straight(), 512, None, card)
+    assert estimate.chunk == chunk
+    assert not estimate.fits
 
 
 def test_processes_that_share_a_batch_keep_another_copy_of_the_gradients() -> None:
@@ -135,19 +135,19 @@ def test_a_task_that_knows_no_chunks_gets_another_advice() -> None:
         def largest_chunk(self, pairs: int, room: float) -> int | None:
             raise UserError("model.chunk", "not here", "Leave it out")
 
-    found = estimate_memory(Whole(), 512, None, 4100)
-    assert found.chunk is None
-    assert "batch_size" in found.todo
+    estimate = estimate_memory(Whole(), 512, None, 4100)
+    assert estimate.chunk is None
+    assert "batch_size" in estimate.todo
 
 
 def test_the_line_says_what_is_needed_what_is_there_and_what_to_do() -> None:
-    found = MemoryEstimate(512, 34 * GIB, 5 * GIB, 24 * GIB, 32)
-    assert str(found) == "a step of 512 pairs needs about 34.0 GiB (simulated), the card has 24.0"
-    assert found.todo == "add --model.chunk 32"
-    found.check()
-    assert found._replace(needed=20 * GIB).todo == ""
+    estimate = MemoryEstimate(512, 34 * GIB, 5 * GIB, 24 * GIB, 32)
+    assert str(estimate) == "a step of 512 pairs needs about 34.0 GiB (simulated), the card has 24.0"
+    assert estimate.todo == "add --model.chunk 32"
+    estimate.check()
+    assert estimate._replace(needed=20 * GIB).todo == ""
     with pytest.raises(UserError) as error:
-        found._replace(state=25 * GIB).check()
+        estimate._replace(state=25 * GIB).check()
     assert error.value.code == ExitCode.UNAVAILABLE
 
 

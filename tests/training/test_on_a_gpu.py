@@ -86,11 +86,11 @@ def test_an_evaluation_gives_what_the_cpu_gives(device: str, run: Callable[..., 
     assert run("fit", "trained", "cpu", **{"trainer.limit_val_batches": 0}) == 0
     for name, where in (("there", device), ("here", "cpu")):
         assert run("validate", name, where, ckpt_path=tmp_path / "trained" / "last.ckpt") == 0
-    found, expected = (read_json(tmp_path / name / "metrics.json") for name in ("there", "here"))
-    assert found.keys() == expected.keys()
+    metrics, expected = (read_json(tmp_path / name / "metrics.json") for name in ("there", "here"))
+    assert metrics.keys() == expected.keys()
     ranks = [name for name in expected if name.startswith("retrieval/")]
     assert "retrieval/ir_r1" in ranks
-    assert [found[name] for name in ranks] == pytest.approx([expected[name] for name in ranks], abs=1e-3)
+    assert [metrics[name] for name in ranks] == pytest.approx([expected[name] for name in ranks], abs=1e-3)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_losses(
@@ -110,9 +110,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_losses(
     assert run("fit", "twice", device, **whole) == 75
     assert load(tmp_path / "twice" / "last.ckpt")["global_step"] == 2
     assert run("fit", "twice", device, **whole) == 0
-    found, expected = losses_in(tmp_path / "twice"), losses_in(tmp_path / "whole")
-    assert len(found) == 4
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0 if device == "cpu" else 1e-3, atol=0)
+    losses, expected = losses_in(tmp_path / "twice"), losses_in(tmp_path / "whole")
+    assert len(losses) == 4
+    torch.testing.assert_close(
+        torch.tensor(losses), torch.tensor(expected), rtol=0 if device == "cpu" else 1e-3, atol=0
+    )
 
 
 # ------------------------------------------------------------------ one process that speaks with itself
@@ -160,7 +162,7 @@ def test_wrapped_for_several_processes_a_step_has_the_same_gradients(group: torc
     alone, wrapped = Step(group), Step(group)
     sum(alone(batch).values()).backward()
     sum(nn.parallel.DistributedDataParallel(wrapped)(batch).values()).backward()
-    expected, found = gradients(alone), gradients(wrapped)
-    assert found.keys() == expected.keys()
-    for name, grad in found.items():
+    expected, grads = gradients(alone), gradients(wrapped)
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)

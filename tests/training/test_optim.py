@@ -95,8 +95,8 @@ def test_every_kind_of_text_encoder_has_blocks(kind: str) -> None:
     if kind == "distilbert":
         config = {"n_layers": 2, "dim": 16, "n_heads": 2, "hidden_dim": 32}
     text = TextEncoder(kind, 10, random_init=True, vocab_size=40, config=config)
-    found = {number for _, number in blocks_above(text)}
-    assert found == {0, 1, 2}
+    numbers = {number for _, number in blocks_above(text)}
+    assert numbers == {0, 1, 2}
     table = text.word_embeddings
     assert [number for parameter, number in blocks_above(text) if parameter is table] == [2]
 
@@ -155,23 +155,23 @@ def rates(lrs: list[float], min_lr: float) -> list[list[float]]:
     optimizer = build_adamw(groups, (0.9, 0.98), fused=False)
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.98)}
     scheduler = schedule(optimizer, 10, 2, min_lr)
-    seen = []
+    rows = []
     for _ in range(11):
-        seen.append([group["lr"] for group in optimizer.param_groups])
+        rows.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         scheduler.step()
-    return seen
+    return rows
 
 
 def test_the_encoders_rate_under_the_floor_of_the_others_stays() -> None:
     """The paper's 1e-5 under a floor of 3e-5: after warm-up it neither falls nor rises."""
-    seen = rates([3e-4, 1e-5], 3e-5)
-    assert seen[0] == pytest.approx([1.5e-4, 5e-6])
-    assert seen[1] == seen[2] == pytest.approx([3e-4, 1e-5])
-    assert [encoder for _, encoder in seen[1:]] == pytest.approx([1e-5] * 10)
-    assert seen[6] == pytest.approx([(3e-4 + 3e-5) / 2, 1e-5])
-    assert seen[10] == pytest.approx([3e-5, 1e-5])
-    rest = [rate for rate, _ in seen[2:]]
+    rows = rates([3e-4, 1e-5], 3e-5)
+    assert rows[0] == pytest.approx([1.5e-4, 5e-6])
+    assert rows[1] == rows[2] == pytest.approx([3e-4, 1e-5])
+    assert [encoder for _, encoder in rows[1:]] == pytest.approx([1e-5] * 10)
+    assert rows[6] == pytest.approx([(3e-4 + 3e-5) / 2, 1e-5])
+    assert rows[10] == pytest.approx([3e-5, 1e-5])
+    rest = [rate for rate, _ in rows[2:]]
     assert rest == sorted(rest, reverse=True)
 
 
@@ -210,12 +210,12 @@ def test_what_is_late_rises_from_its_step_on() -> None:
     groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0, "late": late} for late in (False, True)]
     optimizer = build_adamw(groups, (0.9, 0.98), fused=False)
     scheduler = schedule(optimizer, 10, 2, 0.1, start=4)
-    seen = []
+    rows = []
     for _ in range(11):
-        seen.append([group["lr"] for group in optimizer.param_groups])
+        rows.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         scheduler.step()
-    early, late = (list(column) for column in zip(*seen, strict=True))
+    early, late = (list(column) for column in zip(*rows, strict=True))
     assert early == pytest.approx([warmup_cosine(10, 2, 0.1)(step) for step in range(11)])
     assert late == pytest.approx([0.0] * 4 + [warmup_cosine(6, 2, 0.1)(step) for step in range(7)])
 

@@ -22,10 +22,12 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return times
 
 
-@pytest.mark.parametrize(("half", "found"), [(1.0, "bf16-mixed"), (2.5, "bf16-mixed"), (2.6, None), (9.0, None)])
-def test_bfloat16_must_be_faster_by_a_fifth(seconds: dict[str, float], tmp_path: Path, half: float, found: str) -> None:
+@pytest.mark.parametrize(("half", "choice"), [(1.0, "bf16-mixed"), (2.5, "bf16-mixed"), (2.6, None), (9.0, None)])
+def test_bfloat16_must_be_faster_by_a_fifth(
+    seconds: dict[str, float], tmp_path: Path, half: float, choice: str
+) -> None:
     seconds["half"] = half
-    assert cpu_precision(nn.Linear(256, 256), 10, 256, tmp_path) == found
+    assert cpu_precision(nn.Linear(256, 256), 10, 256, tmp_path) == choice
 
 
 def test_narrow_models_and_processors_without_it_are_not_tried(
@@ -36,13 +38,13 @@ def test_narrow_models_and_processors_without_it_are_not_tried(
     assert cpu_precision(nn.Linear(256, 256), 10, 256, tmp_path) is None
 
 
-@pytest.mark.parametrize(("began", "found"), [("bf16-mixed", "bf16-mixed"), ("32-true", None)])
+@pytest.mark.parametrize(("began", "choice"), [("bf16-mixed", "bf16-mixed"), ("32-true", None)])
 def test_a_run_keeps_what_it_began_with(
-    seconds: dict[str, float], tmp_path: Path, began: str, found: str | None
+    seconds: dict[str, float], tmp_path: Path, began: str, choice: str | None
 ) -> None:
     (tmp_path / "versions.json").write_text(json.dumps({"precision": began}))
-    seconds["half"] = 9.0 if found else 0.1
-    assert cpu_precision(nn.Linear(256, 256), 10, 256, tmp_path) == found
+    seconds["half"] = 9.0 if choice else 0.1
+    assert cpu_precision(nn.Linear(256, 256), 10, 256, tmp_path) == choice
 
 
 def test_a_trial_leaves_the_block_as_it_was() -> None:
@@ -57,12 +59,12 @@ def test_a_trial_leaves_the_block_as_it_was() -> None:
 
 def test_each_trial_has_the_attention_of_its_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Products in bfloat16, torch's kernel in single precision, as the block itself keeps it."""
-    found = dict[torch.dtype | None, bool]()
+    fused = dict[torch.dtype | None, bool]()
     monkeypatch.setattr(precision, "in_hardware", lambda: True)
-    monkeypatch.setattr(precision, "trial", lambda block, _, kind: found.update({kind: block.attn.fused_attn}))
+    monkeypatch.setattr(precision, "trial", lambda block, _, kind: fused.update({kind: block.attn.fused_attn}))
     block = Block(256, 4)
     cpu_precision(block, 10, 256, tmp_path)
-    assert found == {None: True, torch.bfloat16: False}
+    assert fused == {None: True, torch.bfloat16: False}
     assert block.attn.fused_attn
 
 

@@ -88,22 +88,22 @@ SAME = "data: {steps: 4, init_args: {workers: 3}}\nrun: elsewhere\n"
 
 
 def test_how_a_folder_stands(tmp_path: Path) -> None:
-    told: list[str] = []
-    assert newest_of(tmp_path / "none", SAME, told.append) is None
+    messages: list[str] = []
+    assert newest_of(tmp_path / "none", SAME, messages.append) is None
     folder = folder_with(tmp_path)
-    assert newest_of(folder, SAME, told.append) is None  # it died before its first checkpoint
+    assert newest_of(folder, SAME, messages.append) is None  # it died before its first checkpoint
     save({"state_dict": {}}, folder / "previous.ckpt")
     save({"state_dict": {}}, folder / "last.ckpt")
-    assert newest_of(folder, SAME, told.append) == str(folder / "last.ckpt")
-    assert not told
+    assert newest_of(folder, SAME, messages.append) == str(folder / "last.ckpt")
+    assert not messages
     (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:-1])
-    assert newest_of(folder, SAME, told.append) == str(folder / "previous.ckpt")
-    assert "last.ckpt: truncated (" in told[0]
+    assert newest_of(folder, SAME, messages.append) == str(folder / "previous.ckpt")
+    assert "last.ckpt: truncated (" in messages[0]
     with pytest.raises(UserError, match=r"already holds a run with other settings \(data.steps was 4, is 5\)"):
-        newest_of(folder, SAME.replace("4", "5"), told.append)
+        newest_of(folder, SAME.replace("4", "5"), messages.append)
     folder_with(tmp_path, finished={"step": 4})
     with pytest.raises(Finished, match="finished at step 4"):
-        newest_of(folder, SAME, told.append)
+        newest_of(folder, SAME, messages.append)
 
 
 def test_a_start_that_failed_does_not_hold_its_folder(tmp_path: Path) -> None:
@@ -254,15 +254,15 @@ def test_how_a_stopped_run_ends(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_slurm_is_asked_to_queue_the_job_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, tool = tmp_path / "asked", tmp_path / "scontrol"
-    tool.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    call_log, tool = tmp_path / "asked", tmp_path / "scontrol"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {call_log}\n')
     tool.chmod(0o755)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert requeue() is None
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert requeue() == "job 17 is queued again"
-    assert asked.read_text() == "requeue 17\n"
+    assert call_log.read_text() == "requeue 17\n"
     tool.write_text("#!/bin/sh\necho no such job >&2; exit 1\n")
     assert requeue() == "job 17 could not be queued again (no such job)"
 
@@ -295,9 +295,9 @@ def test_usr1_under_slurm_saves_queues_and_goes_on(
     monkeypatch.setattr(LitModel, "training_step", struck)
     command = ["fit", "--run", str(tmp_path / "run"), *small]
     assert main(command) == 75
-    said = capsys.readouterr().err
-    assert f"SIGUSR1: stopped after step 2; {tmp_path / 'run' / 'last.ckpt'} holds it" in said
-    assert said.rstrip().endswith("job 17 is queued again")
+    stderr = capsys.readouterr().err
+    assert f"SIGUSR1: stopped after step 2; {tmp_path / 'run' / 'last.ckpt'} holds it" in stderr
+    assert stderr.rstrip().endswith("job 17 is queued again")
     assert load(tmp_path / "run" / "last.ckpt")["global_step"] == 2
     assert main(command) == 0
     assert f"going on after step 2 ({tmp_path / 'run' / 'last.ckpt'})" in capsys.readouterr().out
@@ -364,21 +364,21 @@ def test_a_training_that_diverges_keeps_its_last_whole_checkpoint(
 
 def test_weights_that_all_processes_hold_are_not_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     """When a run has ended they lie on the processor, where NCCL exchanges nothing. Parts of sharded ones are."""
-    module, asked = torch.nn.Linear(2, 2), list[int]()
+    module, exchanges = torch.nn.Linear(2, 2), list[int]()
     trainer: Any = SimpleNamespace(lightning_module=module, global_step=3)
-    monkeypatch.setattr(checkpointing, "shared_count", lambda found_N: asked.append(len(found_N)) or found_N)
+    monkeypatch.setattr(checkpointing, "shared_count", lambda count_N: exchanges.append(len(count_N)) or count_N)
     checkpointing.check_finite(trainer, Path("run"))
-    assert asked == []
+    assert exchanges == []
     monkeypatch.setattr(checkpointing, "is_sharded", lambda value: value.ndim == 2)
     checkpointing.check_finite(trainer, Path("run"))
-    assert asked == [2]
+    assert exchanges == [2]
     module.weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match="1 of 2 tensors are not finite at step 3"):
         checkpointing.check_finite(trainer, Path("run"))
 
 
 @pytest.mark.parametrize(
-    ("given", "number"),
+    ("variables", "number"),
     [
         ({}, 0),
         ({"RANK": "5", "LOCAL_RANK": "1", "SLURM_PROCID": "0"}, 5),  # torchrun within a job
@@ -387,17 +387,17 @@ def test_weights_that_all_processes_hold_are_not_exchanged(monkeypatch: pytest.M
     ],
 )
 def test_the_number_of_a_process_before_it_meets_others(
-    given: dict[str, str], number: int, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert process_rank() == number
 
 
 @pytest.mark.parametrize(
-    ("given", "waits"),
+    ("variables", "waits"),
     [
         ({"LOCAL_RANK": "1"}, True),
         ({"LOCAL_RANK": "1", "SLURM_PROCID": "0"}, True),  # Lightning's own, in an interactive shell of SLURM
@@ -406,11 +406,11 @@ def test_the_number_of_a_process_before_it_meets_others(
     ],
 )
 def test_a_process_that_lightning_started_leaves_after_the_first(
-    given: dict[str, str], waits: bool, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     waited = list[bool]()
     monkeypatch.setattr(main_module, "leave_after_parent", lambda: waited.append(True))

@@ -56,13 +56,13 @@ def finished(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("runs") / "short"
     before = Path.cwd()
     os.chdir(ROOT)
-    told = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(stderr):
             assert main(["fit", "--run", str(folder), *words]) == 0
     finally:
         os.chdir(before)
-    (folder.parent / "told.txt").write_text(told.getvalue())
+    (folder.parent / "told.txt").write_text(stderr.getvalue())
     return folder
 
 
@@ -106,12 +106,12 @@ def test_the_last_step_is_kept_wherever_the_last_evaluation_fell(words: list[str
         folder = tmp_path / str(number)
         assert main(["fit", "--run", str(folder), *words, "--data.steps=3", *settings]) == 0
         assert load(folder / "last.ckpt")["global_step"] == 3
-    kept = {
+    counts = {
         f"{at}/{name}": len(load(tmp_path / at / f"{name}.ckpt")["known_images"])
         for at in "02"
         for name in ("last", "best")
     }
-    assert kept == {"0/last": 70, "0/best": 64, "2/last": 70, "2/best": 70}  # the best of 0 are weights of step 2
+    assert counts == {"0/last": 70, "0/best": 64, "2/last": 70, "2/best": 70}  # the best of 0 are weights of step 2
 
 
 def test_left_out_samples_are_said_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,8 +124,8 @@ def test_left_out_samples_are_said_and_listed(tmp_path: Path, capsys: pytest.Cap
         default_root_dir=str(tmp_path),
     )
     RunRecord().on_train_end(trainer, None)  # type: ignore[arg-type]
-    said = capsys.readouterr().out
-    assert "(32 read): truncated: 2, missing image (train): 1; listed in" in said
+    output = capsys.readouterr().out
+    assert "(32 read): truncated: 2, missing image (train): 1; listed in" in output
     assert json.loads((tmp_path / "bad_samples.json").read_text()) == rows
     rows |= {"problems": {}, "left_out": {"val": {}}}
     RunRecord().on_train_end(trainer, None)  # type: ignore[arg-type]
@@ -147,8 +147,8 @@ SKIPPED = {"missing image": ["toy.json:3", "toy.json:5"], "empty text": []}
 def test_what_an_evaluation_leaves_out_is_said_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record, module, path = RunRecord(), SimpleNamespace(metrics={}), tmp_path / "bad_samples.json"
     record.on_validation_end(evaluation(tmp_path, SKIPPED), module)  # type: ignore[arg-type]
-    said = f"samples skipped or mended (val, 7 rows): missing image: 2; listed in {path}\n"
-    assert capsys.readouterr().out == said
+    line = f"samples skipped or mended (val, 7 rows): missing image: 2; listed in {path}\n"
+    assert capsys.readouterr().out == line
     assert json.loads(path.read_text())["left_out"] == {"val": SKIPPED}
     record.on_test_end(evaluation(tmp_path, {}), module)  # type: ignore[arg-type]
     assert capsys.readouterr().out == ""
@@ -317,8 +317,8 @@ def test_small_files_are_json_whatever_the_numbers(tmp_path: Path) -> None:
     nan, inf = float("nan"), float("inf")
     write_json(tmp_path / "m.json", {"a": inf, "b": {"c": nan, "d": [1, -inf, (nan, 2.5)]}, "e": "NaN"})
     # `parse_constant` is asked for what is no JSON.
-    found = json.loads((tmp_path / "m.json").read_text(), parse_constant=pytest.fail)
-    assert found == {"a": None, "b": {"c": None, "d": [1, None, [None, 2.5]]}, "e": "NaN"}
+    content = json.loads((tmp_path / "m.json").read_text(), parse_constant=pytest.fail)
+    assert content == {"a": None, "b": {"c": None, "d": [1, None, [None, 2.5]]}, "e": "NaN"}
 
 
 def test_small_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,9 +347,9 @@ def test_two_processes_tell_a_mistake_once(words: list[str], tmp_path: Path) -> 
     path = os.pathsep.join(["src", os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1, done.stderr
-    assert "data.batch_size: 7 pairs cannot be shared by 2 processes" in told[0]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "data.batch_size: 7 pairs cannot be shared by 2 processes" in errors[0]
     assert "Traceback" not in done.stderr
     assert done.returncode == ExitCode.USAGE
 

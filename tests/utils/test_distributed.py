@@ -124,7 +124,7 @@ def queue_step(settings: dict[str, Any]) -> dict[str, Any]:
         encoded = step.task.encode(step.backbone, before, masks)
         step.task.queue.push(before, encoded, step.task.contrast(before, encoded))
     done = backward(step, share(batch._replace(image_BCHW=batch.image_BCHW.double())))
-    assert max(int(each.index_B.max()) for each in step.task.found) >= 8  # one of them was drawn
+    assert max(int(each.index_B.max()) for each in step.task.last_negatives) >= 8  # one of them was drawn
     return done
 
 
@@ -181,15 +181,15 @@ def updates() -> dict[str, Any]:
     skipped and after one that is made, with gradients clipped to a tenth of their norm."""
     step = Step(build, {})
     backward(step, share(eventful_batch()._replace(image_BCHW=eventful_batch().image_BCHW.double())), fsdp)
-    optimizer, found = build_adamw([{"params": list(step.parameters())}], (0.9, 0.999), fused=True), []
+    optimizer, values = build_adamw([{"params": list(step.parameters())}], (0.9, 0.999), fused=True), []
     norm = gradient_norm(step.parameters())
     nn.utils.clip_grads_with_norm_(list(step.parameters()), 0.1 * norm.item(), norm)
-    found.append(gradient_norm(step.parameters()))
+    values.append(gradient_norm(step.parameters()))
     for skipped in (1.0, 0.0):
         optimizer.found_inf = torch.tensor(skipped)  # type: ignore[attr-defined]
         optimizer.step()
-        found.append({name: unsharded(value.detach()).clone() for name, value in step.named_parameters()})
-    return dict(zip(("norm", "clipped", "skipped", "made"), (norm, *found), strict=True))
+        values.append({name: unsharded(value.detach()).clone() for name, value in step.named_parameters()})
+    return dict(zip(("norm", "clipped", "skipped", "made"), (norm, *values), strict=True))
 
 
 def lost_weight(where: int) -> str:
@@ -223,11 +223,11 @@ def evaluate(images: int, sharded: bool = False) -> dict[str, float]:
         return step.evaluate(images)
     step = fsdp(step)
     gather_weights(step)
-    found = step.evaluate(images)
+    metrics = step.evaluate(images)
     assert not any(isinstance(value, DTensor) for value in step.parameters())
     release_weights(step)
     assert all(isinstance(value, DTensor) for value in step.parameters() if value.ndim)
-    return found
+    return metrics
 
 
 def retrieve(images: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def retrieve(images: int, settings: dict[str, Any]) -> dict[str, Any]:
     for first in range(0, images, 3)[rank() :: world_size()]:
         part = take(toy_batch(8, captions=2), torch.arange(first, min(first + 3, images)))
         task.update(backbone, part._replace(texts=tuple(f"{first} {n}" for n in range(len(part.owner_C)))))
-    held = [part.image_BLD.shape[0] for part in task.kept]
+    held = [part.image_BLD.shape[0] for part in task.encodings]
     return {"metrics": task.compute(backbone), "predictions": task.predictions, "held": held}
 
 
@@ -282,10 +282,10 @@ def starved_rows() -> dict[str, Any]:
     """Negatives that are all of the other process, of which one row crosses."""
     number = torch.arange(3) + 3 * (1 - rank())
     rows_BLD = (torch.arange(3.0) + 3 * rank())[:, None, None].expand(-1, 2, 4).contiguous()
-    found = Negatives(number, torch.ones(3)), Negatives(number, torch.tensor([1.0, 1.0, 0.0]))
+    negatives = Negatives(number, torch.ones(3)), Negatives(number, torch.tensor([1.0, 1.0, 0.0]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "most_rows", lambda wanted, world: 1)
-        rows, (texts, images) = matching_rows(rows_BLD, rows_BLD, torch.ones(3, 2, dtype=torch.bool), found)
+        rows, (texts, images) = matching_rows(rows_BLD, rows_BLD, torch.ones(3, 2, dtype=torch.bool), negatives)
     first = rows.image_ULD[rows.hard_image_C][0, 0, 0].item()
     return {"texts": texts.weight_B.tolist(), "images": images.weight_B.tolist(), "first": first}
 
@@ -394,11 +394,11 @@ def compare(
     """within: of 1 in losses, of the largest gradient in gradients."""
     expected = step(*arguments)
     largest = max(grad.abs().max().item() for grad in expected["gradients"].values())
-    for found in pair(step, *arguments):
+    for actual in pair(step, *arguments):
         for kind, scale in (("terms", 1.0), ("gradients", largest), ("buffers", 1.0)):
-            assert found[kind].keys() == expected[kind].keys()
+            assert actual[kind].keys() == expected[kind].keys()
             for name, value in expected[kind].items():
-                torch.testing.assert_close(found[kind][name], value, atol=within * scale, rtol=relative)
+                torch.testing.assert_close(actual[kind][name], value, atol=within * scale, rtol=relative)
 
 
 # ---------------------------------------------------------------------- sharded weights
@@ -424,10 +424,10 @@ def test_the_same_in_other_precisions(pair: Pair, autocast: bool, within: float)
 def test_updates_of_sharded_weights_are_clipped_and_skipped_as_those_of_one_process(pair: Pair) -> None:
     expected = updates()
     assert expected["norm"] > 1
-    for found in pair(updates):
-        torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-10)
+    for actual in pair(updates):
+        torch.testing.assert_close(actual, expected, atol=1e-7, rtol=1e-10)
         before = Step(build, {}).double().state_dict()
-        assert all(torch.equal(value, before[name]) for name, value in found["skipped"].items())
+        assert all(torch.equal(value, before[name]) for name, value in actual["skipped"].items())
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
@@ -479,9 +479,9 @@ def test_retrieval_is_that_of_one_process_to_the_bit(pair: Pair, images: int, se
     """Each process holds the features of its own images alone."""
     expected = retrieve(images, settings)
     assert len(expected["predictions"]) == 3 * images
-    found = pair(retrieve, images, settings)
-    assert [part["held"] for part in found] == ([[3, 2], [3]] if images == 8 else [[3], []])
-    for part in found:
+    parts = pair(retrieve, images, settings)
+    assert [part["held"] for part in parts] == ([[3, 2], [3]] if images == 8 else [[3], []])
+    for part in parts:
         assert part["metrics"] == expected["metrics"]
         assert part["predictions"] == expected["predictions"]
 
@@ -499,46 +499,46 @@ def test_rounds_take_one_item_of_each_process_in_turn(pair: Pair) -> None:
 
 def test_gathering(pair: Pair) -> None:
     first, second = pair(gather_everything)
-    for found in (first, second):
-        assert found["rows"] == [0, 1, 2, 10, 11, 12]
-        assert found["words"] == [[0, 5], [1, 5]]
-        assert found["flags"] == [True, True, False, True]
-        assert found["half"] == [0.0, 1.0]
-        assert found["count"] == 3.5
-        assert found["objects"] == [{"rank": 0}, {"rank": 1}]
+    for result in (first, second):
+        assert result["rows"] == [0, 1, 2, 10, 11, 12]
+        assert result["words"] == [[0, 5], [1, 5]]
+        assert result["flags"] == [True, True, False, True]
+        assert result["half"] == [0.0, 1.0]
+        assert result["count"] == 3.5
+        assert result["objects"] == [{"rank": 0}, {"rank": 1}]
     assert first["gradient"] == [3 * 1, 3 * 2, 3 * 3]  # from both processes: weights 1 and 2
     assert second["gradient"] == [3 * 4, 3 * 5, 3 * 6]
 
 
 def test_each_process_gets_the_rows_it_asks_for(pair: Pair) -> None:
     wanted = [[7, 0, 5, 7], [1, 1, 6, 2]]
-    for number, found in enumerate(pair(exchange_rows, wanted)):
-        assert found["rows"] == wanted[number]
-        assert found["arrived"] == [True] * 4
+    for number, result in enumerate(pair(exchange_rows, wanted)):
+        assert result["rows"] == wanted[number]
+        assert result["arrived"] == [True] * 4
         # Odd rows of the first process are False, even ones of the second: as `flags` asks.
-        assert found["flags"] == [(row % 2 == 0) if row < 4 else (row % 2 == 1) for row in wanted[number]]
-        assert found["rounded"] == ("torch.float32", [1.0])  # 1.001 in bfloat16
+        assert result["flags"] == [(row % 2 == 0) if row < 4 else (row % 2 == 1) for row in wanted[number]]
+        assert result["rounded"] == ("torch.float32", [1.0])  # 1.001 in bfloat16
     # Of the first process row 0 by itself, rows 1 (twice) and 2 by the second, whose loss weighs ten times as much.
-    assert [found["gradient"] for found in pair(exchange_rows, wanted)] == [[1, 20, 10, 0], [0, 1, 10, 2]]
+    assert [result["gradient"] for result in pair(exchange_rows, wanted)] == [[1, 20, 10, 0], [0, 1, 10, 2]]
 
 
 def test_what_is_asked_of_one_process_beyond_its_share_does_not_arrive(pair: Pair) -> None:
     """All 64 of the other process's row 3; and numbers behind the global batch, which ask for nothing."""
     most = most_rows(64, 2)
     assert 32 < most < 64
-    for found in pair(exchange_rows, [[7] * 64, [3] * 64]):
-        assert found["arrived"] == [True] * most + [False] * (64 - most)
-        assert len(set(found["rows"][:most])) == 1
-        assert found["gradient"][3] in (most, 10 * most)
-    for found in pair(exchange_rows, [[8, 1, 9, 8]] * 2):
-        assert found["arrived"] == [False, True, False, False]
-        assert found["rows"][1] == 1
+    for result in pair(exchange_rows, [[7] * 64, [3] * 64]):
+        assert result["arrived"] == [True] * most + [False] * (64 - most)
+        assert len(set(result["rows"][:most])) == 1
+        assert result["gradient"][3] in (most, 10 * most)
+    for result in pair(exchange_rows, [[8, 1, 9, 8]] * 2):
+        assert result["arrived"] == [False, True, False, False]
+        assert result["rows"][1] == 1
 
 
 def test_a_negative_that_does_not_arrive_counts_nothing(pair: Pair) -> None:
-    for number, found in enumerate(pair(starved_rows)):
-        assert found["texts"] == found["images"] == [1.0, 0.0, 0.0]
-        assert found["first"] == 3 * (1 - number)
+    for number, result in enumerate(pair(starved_rows)):
+        assert result["texts"] == result["images"] == [1.0, 0.0, 0.0]
+        assert result["first"] == 3 * (1 - number)
 
 
 @given(st.integers(1, 4096), st.integers(1, 256))

@@ -15,7 +15,7 @@ FAULTS = """
 import resource, sys
 from contextlib import nullcontext
 import torch
-from maskvlm.utils.process_memory import freed_memory_kept
+from maskvlm.utils.process_memory import keep_freed_memory
 def faults():
     torch.ones(25_000_000)  # 100 MB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -23,15 +23,15 @@ def faults():
         torch.ones(25_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(faults())
-with freed_memory_kept() as told:
-    assert told
+with keep_freed_memory() as enabled:
+    assert enabled
     print(faults())
 print(faults())
 """
 
 HUGE = """
 import ctypes
-from maskvlm.utils.process_memory import freed_memory_kept
+from maskvlm.utils.process_memory import keep_freed_memory
 def resident_and_mapped():
     fields = dict(line.split(":") for line in open("/proc/self/status"))
     return [int(fields[name].split()[0]) // 1024 for name in ("VmRSS", "VmSize")]
@@ -39,7 +39,7 @@ library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 library.free.argtypes = [ctypes.c_void_p]
 before = resident_and_mapped()
-with freed_memory_kept():
+with keep_freed_memory():
     block = library.malloc(8 << 30)
     assert block and resident_and_mapped()[1] - before[1] > 8000
     library.free(block)
@@ -60,9 +60,9 @@ def printed(program: str) -> list[int]:
 
 def test_a_block_that_was_freed_is_not_cleared_again() -> None:
     """Each new one of 100 MB is 24,414 pages of 4 KiB otherwise, or 48 of 2 MiB."""
-    before, kept, after = printed(FAULTS)
-    assert 10 * kept < before
-    assert 10 * kept < after
+    before, during, after = printed(FAULTS)
+    assert 10 * during < before
+    assert 10 * during < after
 
 
 def test_what_a_damaged_image_asks_for_is_given_back_at_once_and_the_rest_at_the_end() -> None:

@@ -38,8 +38,8 @@ def counted(box_HW3: Tensor) -> Tensor:
     the highest, [C, 8]."""
     there_CHW = ((box_HW3 - COLOURS[:, None, None]).abs().sum(-1) < NEAR).numpy()
     last = there_CHW.shape[-1] - 1
-    told = torch.zeros(len(COLOURS), 8)
-    for told_8, there_HW in zip(told, there_CHW, strict=True):
+    number_C8 = torch.zeros(len(COLOURS), 8)
+    for number_8, there_HW in zip(number_C8, there_CHW, strict=True):
         number_HW = ndimage.label(there_HW)[0]  # connected pixels are one shape
         for number, (rows, columns) in enumerate(ndimage.find_objects(number_HW), 1):
             area = int((number_HW[rows, columns] == number).sum())
@@ -47,16 +47,16 @@ def counted(box_HW3: Tensor) -> Tensor:
                 continue
             high, wide = rows.stop - rows.start, columns.stop - columns.start
             filled = area / (high * wide)
-            told_8[0] += 1
+            number_8[0] += 1
             if filled >= SQUARE:
-                told_8[1] += max(1, round(max(high, wide) / min(high, wide)))  # a tower of one colour is one shape
+                number_8[1] += max(1, round(max(high, wide) / min(high, wide)))  # a tower of one colour is one shape
             else:
-                told_8[2 if filled >= CIRCLE else 3] += 1
-            told_8[4] += 0 in (rows.start, columns.start) or last in (rows.stop - 1, columns.stop - 1)
-            told_8[5] += area / 1000
-            told_8[6] = max(float(told_8[6]), area / 1000)
-            told_8[7] = max(float(told_8[7]), 1 - rows.start / last)
-    return told
+                number_8[2 if filled >= CIRCLE else 3] += 1
+            number_8[4] += 0 in (rows.start, columns.start) or last in (rows.stop - 1, columns.stop - 1)
+            number_8[5] += area / 1000
+            number_8[6] = max(float(number_8[6]), area / 1000)
+            number_8[7] = max(float(number_8[7]), 1 - rows.start / last)
+    return number_C8
 
 
 def numbers(images: list[Any]) -> Tensor:
@@ -72,16 +72,16 @@ def numbers(images: list[Any]) -> Tensor:
 def read(model: Any, split: Any, name: str) -> Rows:
     """The sentences' vectors as `probe.py` has them, and the counts in the place of the photo's."""
     examples = [split[number] for number in range(len(split))]
-    seen: dict[str, Tensor] = {}
+    by_image: dict[str, Tensor] = {}
     for each in track(examples, description=name):
-        if each["image_ids"][0] not in seen:
-            seen[each["image_ids"][0]] = numbers(each["images"])
+        if each["image_ids"][0] not in by_image:
+            by_image[each["image_ids"][0]] = numbers(each["images"])
     text_NTD = text_features(model, [each["text"] for each in examples])
     text_NF = torch.stack([torch.cat([text_TD[0], text_TD.mean(0)]) for text_TD in text_NTD])
     place = {group: number for number, group in enumerate(dict.fromkeys(each["group"] for each in examples))}
     return Rows(
         text_NF,
-        torch.stack([seen[each["image_ids"][0]] for each in examples]),
+        torch.stack([by_image[each["image_ids"][0]] for each in examples]),
         torch.zeros(len(examples), 0),
         [each["answers"][0] for each in examples],
         np.array([place[each["group"]] for each in examples]),
@@ -94,13 +94,13 @@ def main(checkpoint: str) -> None:
     model: Any = MaskVLM.from_pretrained(checkpoint)
     source = SOURCES["nlvr_pairs"]()
     train, val = (read(model, source.split(name), name) for name in ("train", "val"))
-    found = []
+    scores = []
     for way in ("text", "text and photo"):
         grams_KK, grams_NK = grams(way, train, train), grams(way, val, train)
         width, penalty = choose(grams_KK, train)
-        found.append(100.0 * right(grams_NK[width], grams_KK[width], penalty, val.answers, train.answers))
-        print(f"{way.replace('photo', 'counts')}: {found[-1].mean():.1f}", flush=True)
-    difference = found[1] - found[0]
+        scores.append(100.0 * right(grams_NK[width], grams_KK[width], penalty, val.answers, train.answers))
+        print(f"{way.replace('photo', 'counts')}: {scores[-1].mean():.1f}", flush=True)
+    difference = scores[1] - scores[0]
     half = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
     print(f"{difference.mean():+.1f} ({difference.mean() - half:+.1f} to {difference.mean() + half:+.1f})")
 

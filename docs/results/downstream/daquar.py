@@ -39,28 +39,28 @@ SEEDS = (0, 1, 2)
 
 
 @torch.no_grad()
-def photo_features(encoder: ImageEncoder, photos: dict[str, Any], told: str) -> Tensor:
+def photo_features(encoder: ImageEncoder, photos: dict[str, Any], description: str) -> Tensor:
     """Class token and pooled patches of each photo, [photos, 1 + P, D]."""
     transform = eval_transform(InputSpec(encoder.image_size, encoder.mean, encoder.std, 0, 0))
-    found = []
-    for data in track(list(photos.values()), description=told):
+    features = []
+    for data in track(list(photos.values()), description=description):
         image_1LD = encoder(transform(safe_open(data, "a photo"))[None])
         patch_1DHW = image_1LD[:, 1:].transpose(1, 2).unflatten(2, encoder.grid)
         pooled_1DP = F.adaptive_avg_pool2d(patch_1DHW, GRID).flatten(2)
-        found.append(torch.cat([image_1LD[:, :1], pooled_1DP.transpose(1, 2)], 1))
-    return torch.cat(found)
+        features.append(torch.cat([image_1LD[:, :1], pooled_1DP.transpose(1, 2)], 1))
+    return torch.cat(features)
 
 
 @torch.no_grad()
 def question_features(encoder: TextEncoder, questions: list[str]) -> Tensor:
     """Class token and mean token of each question, [questions, 2 D]."""
     assert encoder.tokenizer is not None
-    found = {}
+    feature_of = {}
     for text in track(sorted(set(questions)), description="questions"):
         token_1T = torch.tensor([encoder.tokenizer(text)["input_ids"][: encoder.text_length]])
         text_TD = encoder(token_1T, torch.ones_like(token_1T, dtype=torch.bool))[0]
-        found[text] = torch.cat([text_TD[0], text_TD.mean(0)])
-    return torch.stack([found[text] for text in questions])
+        feature_of[text] = torch.cat([text_TD[0], text_TD.mean(0)])
+    return torch.stack([feature_of[text] for text in questions])
 
 
 class Split:
@@ -96,7 +96,7 @@ class Split:
         return named_MK
 
 
-def seen(train: Split, val: Split) -> tuple[int, float]:
+def things_and_area(train: Split, val: Split) -> tuple[int, float]:
     """How many things are named of at least NAMED training photos, and the mean area under the ROC curve."""
     every = sorted(set(train.answers))
     answers = [name for name, count in zip(every, train.named(every).sum(0).tolist(), strict=True) if count >= NAMED]
@@ -120,7 +120,7 @@ class AttentionHead(nn.Module):
         self.of_question = nn.Linear(WIDTH, answers)
         self.patch = nn.Sequential(nn.Dropout(0.1), nn.Linear(parts, WIDTH), nn.ReLU())
         self.asks, self.glimpses = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
-        self.found, self.asked = nn.Linear(2 * WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.of_patches, self.of_query = nn.Linear(2 * WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.of_both = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(WIDTH, answers))
         # It begins as the head of the question alone.
         nn.init.zeros_(self.of_both[1].weight)
@@ -133,8 +133,8 @@ class AttentionHead(nn.Module):
             return logit_BK
         place_BPD = self.patch(patch_BPD)
         weight_BP2 = self.glimpses(place_BPD * 2 * self.asks(question_BD).sigmoid()[:, None]).softmax(1)
-        found_BD = self.found(torch.einsum("bpg,bpd->bgd", weight_BP2, place_BPD).flatten(1))
-        return logit_BK + self.of_both(found_BD.tanh() * self.asked(question_BD).tanh())
+        place_BD = self.of_patches(torch.einsum("bpg,bpd->bgd", weight_BP2, place_BPD).flatten(1))
+        return logit_BK + self.of_both(place_BD.tanh() * self.of_query(question_BD).tanh())
 
 
 def attended(train: Split, val: Split, blind: bool, seed: int) -> np.ndarray:
@@ -198,16 +198,16 @@ def main() -> None:
     image.load_pretrained()
     text.load_pretrained()
     train, val = (Split(name, image.eval(), text.eval()) for name in ("train", "val"))
-    things, area = seen(train, val)
+    things, area = things_and_area(train, val)
     print(f"{things} things: area under the ROC curve {area:.2f}", flush=True)
     rows = [split.rows for split in (train, val)]
-    found = {}
+    scores = {}
     for way in ("text", "text and photo"):
         own, other = grams(way, rows[0], rows[0]), grams(way, rows[1], rows[0])
         width, penalty = choose(own, rows[0])
-        found[way] = right(other[width], own[width], penalty, val.answers, train.answers)
-        print(f"kernel ridge regression, {way}: {100 * found[way].mean():.1f} %", flush=True)
-    print(f"the photo adds {difference(found['text and photo'], found['text'])}", flush=True)
+        scores[way] = right(other[width], own[width], penalty, val.answers, train.answers)
+        print(f"kernel ridge regression, {way}: {100 * scores[way].mean():.1f} %", flush=True)
+    print(f"the photo adds {difference(scores['text and photo'], scores['text'])}", flush=True)
     runs = {blind: np.stack([attended(train, val, blind, seed) for seed in SEEDS]) for blind in (True, False)}
     for blind, right_SN in runs.items():
         each = ", ".join(f"{100 * right_N.mean():.1f}" for right_N in right_SN)

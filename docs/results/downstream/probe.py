@@ -100,7 +100,7 @@ def right(gram_NK: Tensor, gram_KK: Tensor, penalty: float, truth: list[str], an
 def choose(grams_KK: dict[float, Tensor], train: Rows) -> tuple[float, float]:
     """Width and penalty that answer most training rows of photos left out."""
     fold_N = train.photo_N % FOLDS
-    found = {}
+    hits = {}
     for width, penalty in product(grams_KK, PENALTIES):
         count = 0
         for fold in range(FOLDS):
@@ -108,8 +108,8 @@ def choose(grams_KK: dict[float, Tensor], train: Rows) -> tuple[float, float]:
             gram_KK = grams_KK[width]
             truth, answers = ([train.answers[n] for n in part.tolist()] for part in (outside, inside))
             count += right(gram_KK[outside][:, inside], gram_KK[inside][:, inside], penalty, truth, answers).sum()
-        found[width, penalty] = count
-    return max(found, key=lambda key: found[key])
+        hits[width, penalty] = count
+    return max(hits, key=lambda key: hits[key])
 
 
 def main(checkpoint: str, sets: list[str]) -> None:
@@ -125,15 +125,15 @@ def main(checkpoint: str, sets: list[str]) -> None:
         for way in ("text", "text and photo", "text and scores"):
             grams_KK, grams_NK = grams(way, train, train), grams(way, val, train)
             width, penalty = choose(grams_KK, train)
-            found = 100.0 * right(grams_NK[width], grams_KK[width], penalty, val.answers, train.answers)
-            cell = f"{found.mean():.1f}"
+            scores = 100.0 * right(grams_NK[width], grams_KK[width], penalty, val.answers, train.answers)
+            cell = f"{scores.mean():.1f}"
             if alone is not None:
-                difference = found - alone
+                difference = scores - alone
                 half = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
                 cell += (
                     f", {difference.mean():+.1f} ({difference.mean() - half:+.1f} to {difference.mean() + half:+.1f})"
                 )
-            alone = found if alone is None else alone
+            alone = scores if alone is None else alone
             cells.append(cell)
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

@@ -103,14 +103,14 @@ def main() -> None:
     worths = []
     for task in options.tasks:
         seeds = {way: options.ablated_seeds if way == "ablated" else options.seeds for way in options.ways}
-        found = {way: [run(task, way, seed, options) for seed in seeds[way]] for way in options.ways}
+        runs_by_way = {way: [run(task, way, seed, options) for seed in seeds[way]] for way in options.ways}
         for key in KEYS[task.partition(":")[0]]:
-            some = next(iter(found.values()))[0].metrics
+            some = next(iter(runs_by_way.values()))[0].metrics
             level = next((some[key + end] for end in LEVELS if some.get(key + end) is not None), None)
-            cells = [cell([each.metrics[key] for each in runs]) for runs in found.values()]
+            cells = [cell([each.metrics[key] for each in runs]) for runs in runs_by_way.values()]
             print(f"| {key} | {'' if level is None else f'{level:.1f}'} | {' | '.join(cells)} |", flush=True)
-        if {"pretrained", "ablated"} <= found.keys() and not task.startswith("retrieval"):
-            worths.append(f"| {task} | {worth(found['pretrained'], found['ablated'])} |")
+        if {"pretrained", "ablated"} <= runs_by_way.keys() and not task.startswith("retrieval"):
+            worths.append(f"| {task} | {worth(runs_by_way['pretrained'], runs_by_way['ablated'])} |")
     if worths:
         print("\n| | what the image adds, points (95 %) | seed by seed |\n|---|---|---|", *worths, sep="\n")
 

@@ -51,12 +51,16 @@ def values(images: list[Any]) -> Tensor:
 def read(split: Any, name: str) -> tuple[list[str], Tensor, Tensor]:
     """Sentences, values of their drawings [N, V], and whether they are true [N]."""
     examples = [split[number] for number in range(len(split))]
-    seen: dict[str, Tensor] = {}
+    by_image: dict[str, Tensor] = {}
     for each in track(examples, description=name):
-        if each["image_ids"][0] not in seen:
-            seen[each["image_ids"][0]] = values(each["images"])
+        if each["image_ids"][0] not in by_image:
+            by_image[each["image_ids"][0]] = values(each["images"])
     true_N = torch.tensor([float(each["answers"][0].lower() == "true") for each in examples])
-    return [each["text"] for each in examples], torch.stack([seen[each["image_ids"][0]] for each in examples]), true_N
+    return (
+        [each["text"] for each in examples],
+        torch.stack([by_image[each["image_ids"][0]] for each in examples]),
+        true_N,
+    )
 
 
 def fit(text_NP: Tensor, value_NV: Tensor, true_N: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
@@ -93,24 +97,29 @@ def main() -> None:
     )
     place = {sentence: number for number, sentence in enumerate(sentences)}
     fold_N = torch.tensor([place[sentence] % FOLDS for sentence in train])
-    kept_V = value_NV.mean(0) > RARE
+    frequent_V = value_NV.mean(0) > RARE
     nothing = (torch.ones(len(train), 1), torch.ones(len(val), 1))
-    print(f"{len(train)} examples of {len(sentences)} sentences, {len(known)} pieces, {int(kept_V.sum())} values")
-    found = []
-    for way, (x_NV, x_MV) in {"words": nothing, "words by counts": (value_NV[:, kept_V], val_MV[:, kept_V])}.items():
+    print(f"{len(train)} examples of {len(sentences)} sentences, {len(known)} pieces, {int(frequent_V.sum())} values")
+    scores = []
+    for way, (x_NV, x_MV) in {
+        "words": nothing,
+        "words by counts": (value_NV[:, frequent_V], val_MV[:, frequent_V]),
+    }.items():
         score = {}
         for penalty in PENALTIES:
             right = 0
             for fold in range(FOLDS):
                 inside, outside = fold_N != fold, fold_N == fold
-                told = fit(text_NP[inside], x_NV[inside], true_N[inside], penalty / len(train))
-                right += int(((logits(text_NP[outside], x_NV[outside], *told) > 0) == true_N[outside].bool()).sum())
+                weights = fit(text_NP[inside], x_NV[inside], true_N[inside], penalty / len(train))
+                right += int(((logits(text_NP[outside], x_NV[outside], *weights) > 0) == true_N[outside].bool()).sum())
             score[penalty] = right
         best = max(score, key=lambda penalty: score[penalty])
-        told = fit(text_NP, x_NV, true_N, best / len(train))
-        found.append(100.0 * ((logits(text_MP, x_MV, *told) > 0) == true_M.bool()).double())
-        print(f"{way}: {found[-1].mean():.1f} (penalty {best}; folds {100 * score[best] / len(train):.1f})", flush=True)
-    difference = found[1] - found[0]
+        weights = fit(text_NP, x_NV, true_N, best / len(train))
+        scores.append(100.0 * ((logits(text_MP, x_MV, *weights) > 0) == true_M.bool()).double())
+        print(
+            f"{way}: {scores[-1].mean():.1f} (penalty {best}; folds {100 * score[best] / len(train):.1f})", flush=True
+        )
+    difference = scores[1] - scores[0]
     half = 1.96 * difference.std() / len(difference) ** 0.5
     print(f"{difference.mean():+.1f} ({difference.mean() - half:+.1f} to {difference.mean() + half:+.1f})")
 

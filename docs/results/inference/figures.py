@@ -25,11 +25,11 @@ from maskvlm.data.scenes.world import COLOURS, Scene, Thing, choose
 LARGE = 240  # pixels, as shown
 
 
-def told(things: list[Thing], background: str) -> str:
+def sentence(things: list[Thing], background: str) -> str:
     """All of the things in one sentence."""
-    said = [mention(thing, "place") for thing in things]
+    mentions = [mention(thing, "place") for thing in things]
     style = SENTENCES
-    return style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said]) + f" on {background}"
+    return style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in mentions]) + f" on {background}"
 
 
 def recoloured(scene: Scene, rng: random.Random) -> Scene:
@@ -58,28 +58,28 @@ def main(checkpoint: str, out: str) -> None:
         scene, rng = pairs.scene(index), random.Random(index)
         image = draw_scene(scene, pairs.size)
         first = scene.things[0]
-        text = told(list(scene.things), scene.background)
+        text = sentence(list(scene.things), scene.background)
         other = recoloured(scene, rng)
         mask = np.zeros(model.grid, bool)
         mask[first.row, first.column] = True
         masked = text.replace(first.colour, "[MASK]", 1)
         guesses: Any = model.fill_mask(image, masked, 3)[0]
         looked = model.explain(image.resize((LARGE, LARGE), Image.Resampling.NEAREST), text, first.shape)
-        shown = (
+        pictures = (
             image,
             covered(image, mask),
             model.reconstruct(image, mask, text),
-            model.reconstruct(image, mask, told(list(other.things), other.background)),
+            model.reconstruct(image, mask, sentence(list(other.things), other.background)),
             looked.image,
         )
         under = (
             f"{masked}\n" + ",  ".join(f"{guess.word} {guess.probability:.2f}" for guess in guesses),
             "",
             text,
-            told(list(other.things), other.background),
+            sentence(list(other.things), other.background),
             f"for '{first.shape}'",
         )
-        for axis, image, below, title in zip(axes[number], shown, under, titles, strict=True):
+        for axis, image, below, title in zip(axes[number], pictures, under, titles, strict=True):
             axis.imshow(image, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])

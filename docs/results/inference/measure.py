@@ -57,26 +57,26 @@ def change_places(text: str) -> str:
     return second + relation + first
 
 
-def share(found: list[bool]) -> str:
-    return f"{100 * sum(found) / len(found):5.1f} % of {len(found)}" if found else "none"
+def share(verdicts: list[bool]) -> str:
+    return f"{100 * sum(verdicts) / len(verdicts):5.1f} % of {len(verdicts)}" if verdicts else "none"
 
 
 def captions(model: MaskVLM, pairs: ScenePairs, count: int) -> list[tuple[str, bool, bool]]:
     """Text, whether it names a thing rightly, whether all it names is right."""
-    found, scenes = [], [pairs.scene(index) for index in range(count)]
+    rows, scenes = [], [pairs.scene(index) for index in range(count)]
     texts = model.caption([draw_scene(scene, pairs.size) for scene in scenes])
     for scene, text in zip(scenes, texts, strict=True):
         true = {(thing.colour, thing.shape) for thing in scene.things}
-        told = named(text)
-        found.append((text, any(one in true for one in told), bool(told) and all(one in true for one in told)))
-    return found
+        names = named(text)
+        rows.append((text, any(one in true for one in names), bool(names) and all(one in true for one in names)))
+    return rows
 
 
 def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[bool]]:
     """Whether `score` prefers the true text over one with two things' attributes exchanged, with its relation turned
     round, or with the things around it exchanged. The built-in recipe trains with none of these false texts."""
-    asked: dict[str, list[tuple[Any, str, str]]] = {f"{kind} exchanged": [] for kind in EXCHANGED}
-    asked |= {"relation turned round": [], "things exchanged around the relation": []}
+    questions: dict[str, list[tuple[Any, str, str]]] = {f"{kind} exchanged": [] for kind in EXCHANGED}
+    questions |= {"relation turned round": [], "things exchanged around the relation": []}
     for index in range(count):
         scene, rng = pairs.scene(index), random.Random(index)
         if len(scene.things) < 2:
@@ -87,21 +87,21 @@ def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[b
             # Things that are the same but for their places: the text is true with these exchanged as well.
             same = len({replace(mention, place=None) for mention in whole.statement.mentions[:2]}) == 1
             if other is not None and not (kind == "places" and same):
-                asked[f"{kind} exchanged"].append((image, whole.text, other))
+                questions[f"{kind} exchanged"].append((image, whole.text, other))
         related = tell_relations(scene, rng)
         if len(scene.things) == 2 and related.statement.relations:
             (relation,) = related.statement.relations
             back = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation.name]
             if not describes(Statement(related.statement.mentions, (relation._replace(name=back),)), scene):
-                asked["relation turned round"].append((image, related.text, turn(related.text)))
+                questions["relation turned round"].append((image, related.text, turn(related.text)))
                 false_text = change_places(related.text)  # says the same as the relation turned round
-                asked["things exchanged around the relation"].append((image, related.text, false_text))
-    found = {}
-    for kind, rows in asked.items():
+                questions["things exchanged around the relation"].append((image, related.text, false_text))
+    answers = {}
+    for kind, rows in questions.items():
         images, true, false = ([row[place] for row in rows] for place in range(3))
         scores = zip(model.score(images, true), model.score(images, false), strict=True)
-        found[kind] = [a > b for a, b in scores]
-    return found
+        answers[kind] = [a > b for a, b in scores]
+    return answers
 
 
 def mask_last(text: str, words: str) -> str:
@@ -113,25 +113,25 @@ def mask_last(text: str, words: str) -> str:
 def filled(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[bool]]:
     """Whether colour and place of the last thing that is told are filled in rightly, both masked; scenes of two things
     of different shapes."""
-    found: dict[str, list[bool]] = {"colour": [], "place": []}
+    verdicts: dict[str, list[bool]] = {"colour": [], "place": []}
     for index in range(count):
         scene, rng = pairs.scene(index), random.Random(index)
         if len(scene.things) != 2 or scene.things[0].shape == scene.things[1].shape:
             continue
-        said = tell_background_first(scene, rng)
-        last = said.statement.mentions[-1]
+        caption = tell_background_first(scene, rng)
+        last = caption.statement.mentions[-1]
         colour, place = str(last.colour), str(last.place)
         # The place stands behind the colour in this kind of caption.
-        masked = mask_last(mask_last(said.text, place), colour)
+        masked = mask_last(mask_last(caption.text, place), colour)
         guesses = [one[0].word for one in model.fill_mask(draw_scene(scene, pairs.size), masked, top_k=1)]
-        found["colour"].append(guesses[0] == colour)
-        found["place"].append(guesses[1:] == place.split())
-    return found
+        verdicts["colour"].append(guesses[0] == colour)
+        verdicts["place"].append(guesses[1:] == place.split())
+    return verdicts
 
 
 def looks(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[bool]]:
     """Whether the peak of the map for a thing's shape is on the thing: 3 x 3 patches are the world's 3 x 3 cells."""
-    found: dict[str, list[bool]] = {"attention": [], "Grad-CAM": []}
+    verdicts: dict[str, list[bool]] = {"attention": [], "Grad-CAM": []}
     for index in range(count):
         scene, rng = pairs.scene(index), random.Random(index)
         text, image = tell_all(scene, rng).text, draw_scene(scene, pairs.size)
@@ -140,8 +140,8 @@ def looks(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[bool]
                 continue
             explained = model.explain(image, text, thing.shape)
             for name, map_RC in (("attention", explained.attention), ("Grad-CAM", explained.gradcam)):
-                found[name].append(int(map_RC.argmax()) == thing.cell)
-    return found
+                verdicts[name].append(int(map_RC.argmax()) == thing.cell)
+    return verdicts
 
 
 def main() -> None:

@@ -49,15 +49,15 @@ def parse() -> argparse.Namespace:
 def features(pairs: Any, image: ImageEncoder, text: TextEncoder, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Features [N, X] of a split's images and [C, Y] of its captions, and the image of each caption [C]."""
     transform, captioner = eval_transform(spec_of(image, text)), Captioner(text.tokenizer, text.text_length)
-    seen: list[Tensor] = []
+    states: list[Tensor] = []
     for block in image.vit.blocks[-BLOCKS:]:
-        block.register_forward_hook(lambda _module, _inputs, hidden: seen.append(image.vit.norm(hidden.float())))
+        block.register_forward_hook(lambda _module, _inputs, hidden: states.append(image.vit.norm(hidden.float())))
     image_NX, text_CY, owner = [], [], []
     for first in track(range(0, len(pairs), batch), description=pairs.name):
         rows = [pairs[at] for at in range(first, min(first + batch, len(pairs)))]
-        seen.clear()
+        states.clear()
         image(torch.stack([transform(safe_open(row["image"], row["origin"])) for row in rows]))
-        image_NX.append(torch.cat([part for h in seen for part in (h[:, 0], h[:, 1:].mean(1))], 1))
+        image_NX.append(torch.cat([part for h in states for part in (h[:, 0], h[:, 1:].mean(1))], 1))
         tokens = captioner([caption for row in rows for caption in row["captions"]])
         words_CTD = text(tokens[0], tokens[1]).float() * tokens[1][..., None]
         text_CY.append(words_CTD.sum(1) / tokens[1].sum(1, keepdim=True))

@@ -23,7 +23,7 @@ from maskvlm import MaskVLM
 PHOTOS = Path(maskvlm.demo.__file__).parent / "photos"
 MASKED = {"coffee": "cup", "chelsea": "cat", "astronaut": "woman", "camera": "man", "rocket": "rocket"}
 """Photo -> the word of its first caption that is masked, and looked for."""
-SHOWN = 224  # pixels
+SIDE = 224  # pixels
 
 
 def boxed(grid: tuple[int, int], box: list[float]) -> Any:
@@ -41,7 +41,7 @@ def covered(photo: Image.Image, mask_RC: Any) -> Image.Image:
 
 def words(model: Any, photo: Image.Image | None, text: str) -> str:
     """The three likeliest words, with their probabilities."""
-    photo = photo or Image.new("RGB", (SHOWN, SHOWN), tuple(round(255 * mean) for mean in model.backbone.image.mean))
+    photo = photo or Image.new("RGB", (SIDE, SIDE), tuple(round(255 * mean) for mean in model.backbone.image.mean))
     guesses: Any = model.fill_mask(photo, text, 3)[0]
     return ",  ".join(f"{guess.word} {guess.probability:.2f}" for guess in guesses)
 
@@ -52,20 +52,20 @@ def main(checkpoint: str, out: str) -> None:
     facts: dict[str, Any] = yaml.safe_load((PHOTOS / "photos.yaml").read_text())
     titles = ("photo", "covered", "filled in from the caption", "from another caption", "where it looks")
     figure, axes = plt.subplots(len(facts), len(titles), figsize=(14, 3.3 * len(facts)), layout="constrained")
-    for number, (name, told) in enumerate(facts.items()):
-        photo = Image.open(PHOTOS / name).convert("RGB").resize((SHOWN, SHOWN), Image.Resampling.BICUBIC)
-        text, word = told["captions"][0], MASKED[Path(name).stem]
-        masked, mask = text.replace(word, "[MASK]", 1), boxed(model.grid, told["box"])
-        shown = (
+    for number, (name, entry) in enumerate(facts.items()):
+        photo = Image.open(PHOTOS / name).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        text, word = entry["captions"][0], MASKED[Path(name).stem]
+        masked, mask = text.replace(word, "[MASK]", 1), boxed(model.grid, entry["box"])
+        pictures = (
             photo,
             covered(photo, mask),
             model.inpaint(photo, mask, text),
-            model.inpaint(photo, mask, told["other"]),
+            model.inpaint(photo, mask, entry["other"]),
             model.explain(photo, text, word).image,
         )
         with_photo, without = words(model, photo, masked), words(model, None, masked)
-        under = (f"{masked}\n{with_photo}\nwithout photo: {without}", "", text, told["other"], f"for '{word}'")
-        for axis, title, image, line in zip(axes[number], titles, shown, under, strict=True):
+        under = (f"{masked}\n{with_photo}\nwithout photo: {without}", "", text, entry["other"], f"for '{word}'")
+        for axis, title, image, line in zip(axes[number], titles, pictures, under, strict=True):
             axis.imshow(image)
             axis.set_xticks([])
             axis.set_yticks([])

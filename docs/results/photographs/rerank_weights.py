@@ -45,12 +45,12 @@ def main() -> None:
         Prepared(options.data).split(options.split), eval_transform(backbone.input_spec), backbone.image.image_size
     )
     collate = Collate(Captioner(backbone.text.tokenizer, backbone.text.text_length))
-    kept = []
+    batches = []
     for batch in DataLoader(pairs, batch_size=32, collate_fn=collate):
         image_BLD = backbone.image(batch.image_BCHW)
         text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
-        kept.append(offload(task.projection, batch, image_BLD, text_CTD, True))
-    gallery = gather_gallery(kept)
+        batches.append(offload(task.projection, batch, image_BLD, text_CTD, True))
+    gallery = gather_gallery(batches)
     contrast_BC = contrast_scores(gallery.image_BE, gallery.text_CE)
     match_BC = match_pairs(backbone, task.matching, gallery, candidates(best_items(contrast_BC, options.k)))
     scale = float(task.projection.logit_scale)
@@ -59,10 +59,10 @@ def main() -> None:
         added_BC = match_BC + (weight or 0.0) * scale * contrast_BC
         scores = Scores(contrast_BC, None if weight is None else added_BC, gallery.owner_C)
         k = 0 if weight is None else options.k
-        found = retrieval_metrics(scores, rankings(scores, [0, k]), k)
+        metrics = retrieval_metrics(scores, rankings(scores, [0, k]), k)
         itc = "itc_" if weight is None else ""
         text, image = (
-            " / ".join(f"{found[f'retrieval/{itc}{key}']:.1f}" for key in part) for part in (KEYS[:3], KEYS[3:])
+            " / ".join(f"{metrics[f'retrieval/{itc}{key}']:.1f}" for key in part) for part in (KEYS[:3], KEYS[3:])
         )
         print(f"| {'contrast alone' if weight is None else f'{weight:g}'} | {text} | {image} |")
 

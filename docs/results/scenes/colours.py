@@ -23,9 +23,9 @@ from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.scenes.world import COLOURS, Scene, Thing
 
 
-def thing_of(said: Mention, scene: Scene) -> Thing:
+def thing_of(mention: Mention, scene: Scene) -> Thing:
     """The thing that is meant: `tell_all` names its place."""
-    return next(thing for thing in scene.things if said.fits(thing))
+    return next(thing for thing in scene.things if mention.fits(thing))
 
 
 def cell_of(image: Image.Image, cell: int, size: int) -> np.ndarray:
@@ -44,14 +44,14 @@ def main() -> None:
     model = MaskVLM.from_pretrained(options.checkpoint)
     pairs = Scenes(val=10 * options.scenes).split("val")
     squares: dict[str, list[float]] = {"own": [], "other": [], "true": []}
-    asked = 0
+    count = 0
     for index in range(len(pairs)):
         scene, rng = pairs.scene(index), random.Random(index)
-        if len({thing.colour for thing in scene.things}) != 2 or len(scene.things) != 2 or asked == options.scenes:
+        if len({thing.colour for thing in scene.things}) != 2 or len(scene.things) != 2 or count == options.scenes:
             continue
-        asked += 1
+        count += 1
         whole = tell_all(scene, rng)
-        first, second = (thing_of(said, scene) for said in whole.statement.mentions)
+        first, second = (thing_of(mention, scene) for mention in whole.statement.mentions)
         # The first colour word is that of the first thing that is told.
         colour = rng.choice([each for each in COLOURS if each not in (first.colour, second.colour)])
         other_text = re.sub(rf"\b{first.colour}\b", colour, whole.text, count=1)
@@ -69,7 +69,7 @@ def main() -> None:
             squares[name].append(float(((two - one) ** 2).mean()))
     own, other, true = (np.mean(squares[name]) ** 0.5 for name in ("own", "other", "true"))
     print(
-        f"{asked} scenes: {own:.1f} where the colour changed, {other:.1f} at the other thing; at best {true:.1f} and 0"
+        f"{count} scenes: {own:.1f} where the colour changed, {other:.1f} at the other thing; at best {true:.1f} and 0"
     )
 
 

@@ -37,15 +37,15 @@ def exchanged(text: str) -> str:
     return re.sub(r"\b(left|right)\b", lambda word: {"left": "right", "right": "left"}[word[0]], text)
 
 
-def told(pairs: ScenePairs, count: int) -> list[tuple[int, int, str]]:
+def placed_scenes(pairs: ScenePairs, count: int) -> list[tuple[int, int, str]]:
     """Scene, cell of its one thing, and its longest caption that names the place; at most so many."""
-    found = []
+    rows = []
     for index in range(len(pairs)):
         (thing, *others) = pairs.scene(index).things
         captions = [each.text for each in pairs.captions(index) if each.statement.mentions[0].place == thing.place]
-        if not others and captions and len(found) < count:
-            found.append((index, thing.cell, max(captions, key=len)))
-    return found
+        if not others and captions and len(rows) < count:
+            rows.append((index, thing.cell, max(captions, key=len)))
+    return rows
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     model = MaskVLM.from_pretrained(options.checkpoint)
     pairs = Scenes(val=4 * options.scenes).split("val")
-    scenes = told(pairs, options.scenes)
+    scenes = placed_scenes(pairs, options.scenes)
     images = [pairs[index]["image"] for index, _, _ in scenes]
     every = np.ones(model.grid, bool)
     right, moved = [], []

@@ -38,12 +38,14 @@ def main() -> None:
     options = parser.parse_args()
     model, pairs, rng = MaskVLM.from_pretrained(options.checkpoint), Scenes().split("train"), random.Random(0)
     of_two = (scene for scene in map(pairs.scene, range(len(pairs))) if len(scene.things) == 2)
-    told = [tell_all(scene, rng) for scene, _ in zip(of_two, range(options.captions), strict=False)]
+    sentences = [tell_all(scene, rng) for scene, _ in zip(of_two, range(options.captions), strict=False)]
     place_ids = {number for word in " ".join(PLACES).split() for number in model.backbone.text.ids_of(word)}
-    colour_CT = torch.tensor([[COLOURS.index(str(said.colour)) for said in each.statement.mentions] for each in told])
+    colour_CT = torch.tensor(
+        [[COLOURS.index(str(mention.colour)) for mention in each.statement.mentions] for each in sentences]
+    )
     feature: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for part in range(0, len(told), 200):
-        tokens = model.tokens([each.text for each in told[part : part + 200]])
+    for part in range(0, len(sentences), 200):
+        tokens = model.tokens([each.text for each in sentences[part : part + 200]])
         text_CTD = model.backbone.text(tokens.token_CT, tokens.attention_CT)
         for token_T, text_TD in zip(tokens.token_CT.tolist(), text_CTD, strict=True):
             # The last word of each place ("top left"): a place word that no other one follows.
@@ -51,9 +53,9 @@ def main() -> None:
             for number in (0, 1):
                 feature[number].append(text_TD[at[number]])
     for number in (0, 1):
-        asked = [(number, "its own"), (1 - number, "the other's")]
-        found = [(name, percent_right(torch.stack(feature[number]), colour_CT[:, which])) for which, name in asked]
-        print(f"place of thing {number + 1}: " + ", ".join(f"{name} colour {right:.0f} %" for name, right in found))
+        sides = [(number, "its own"), (1 - number, "the other's")]
+        shares = [(name, percent_right(torch.stack(feature[number]), colour_CT[:, which])) for which, name in sides]
+        print(f"place of thing {number + 1}: " + ", ".join(f"{name} colour {right:.0f} %" for name, right in shares))
 
 
 if __name__ == "__main__":

@@ -30,15 +30,15 @@ BATCH, CELLS = 48, range(9)
 
 def redrawn(thing: Thing, mention: Mention | None, cell: int, rng: random.Random) -> Thing:
     """Another thing of which the mention is true; in its cell where the mention says so."""
-    said = {} if mention is None else {name: value for name, value in vars(mention).items() if value is not None}
-    placed = said.pop("place", None) is not None
-    return replace(random_thing(rng, thing.cell if placed else cell), **said)
+    traits = {} if mention is None else {name: value for name, value in vars(mention).items() if value is not None}
+    placed = traits.pop("place", None) is not None
+    return replace(random_thing(rng, thing.cell if placed else cell), **traits)
 
 
 def one_that_fits(scene: Scene, statement: Statement, masked: list[int], rng: random.Random) -> Scene:
     """A scene of which the statement is true, and which shows the same outside the masked cells."""
     mention_of = {
-        thing: next((said for said in statement.mentions if said.fits(thing)), None) for thing in scene.things
+        thing: next((mention for mention in statement.mentions if mention.fits(thing)), None) for thing in scene.things
     }
     while True:  # ends: the scene itself is among those that can be drawn
         cells = iter(rng.sample(masked, len(masked)))
@@ -90,9 +90,9 @@ def main() -> None:
             errors = []
             text_BTD = backbone.text(words.token_CT, words.attention_CT)
             for roll in (0, -1):
-                seen_BTD, attention_BT = text_BTD.roll(roll, 0), words.attention_CT.roll(roll, 0)
-                crossed = backbone.cross_image(masked_BLD, backbone.cross_image.context(seen_BTD, attention_BT))
-                painted_BKP = task.pixels(crossed.full_RLD, seen_BTD, attention_BT, mask.index_BK).float()
+                partner_BTD, attention_BT = text_BTD.roll(roll, 0), words.attention_CT.roll(roll, 0)
+                crossed = backbone.cross_image(masked_BLD, backbone.cross_image.context(partner_BTD, attention_BT))
+                painted_BKP = task.pixels(crossed.full_RLD, partner_BTD, attention_BT, mask.index_BK).float()
                 at_BKP = mask.index_BK[..., None].expand(-1, -1, painted_BKP.shape[-1])
                 painted_BNP = torch.zeros_like(target_BNP).scatter(1, at_BKP, painted_BKP)
                 errors.append(((painted_BNP - target_BNP) ** 2 * inside_BNP).sum((1, 2)))
@@ -113,8 +113,8 @@ def main() -> None:
                 for key in ((phrasing.__name__, str(len(scene.things))), (phrasing.__name__, "any"), ("all", "any")):
                     sums[key].append(error_B4[row])
     print(f"{'caption':<24}things      model      best")
-    for (name, count), found in sorted(sums.items()):
-        right, wrong, best_right, best_wrong = torch.stack(found).sum(0).tolist()
+    for (name, count), parts in sorted(sums.items()):
+        right, wrong, best_right, best_wrong = torch.stack(parts).sum(0).tolist()
         print(f"{name:<24}{count:<8}{100 * (1 - right / wrong):7.1f} %{100 * (1 - best_right / best_wrong):8.1f} %")
 
 

@@ -128,15 +128,15 @@ class BackgroundWriter:
         self.check()
         snapshot = self.free.get()
         try:
-            taken = snapshot.take(content)
+            content_copy = snapshot.take(content)
         except BaseException:
             self.free.put(snapshot)
             raise
-        self.run(self._write, write, taken, snapshot)
+        self.run(self._write, write, content_copy, snapshot)
 
-    def _write(self, write: Callable[[dict[str, Any]], None], taken: dict[str, Any], snapshot: Snapshot) -> None:
+    def _write(self, write: Callable[[dict[str, Any]], None], content_copy: dict[str, Any], snapshot: Snapshot) -> None:
         try:
-            write(taken)
+            write(content_copy)
         finally:
             self.free.put(snapshot)
 

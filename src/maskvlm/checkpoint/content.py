@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskvlm.config.plain_schema import Entries, Kind, Listed, Record, Text, Tree, Whole, maybe, shown
+from maskvlm.config.plain_schema import Entries, Kind, Listed, Record, Text, Tree, Whole, describe_value, maybe
 from maskvlm.utils.errors import ExitCode, UserError
 
 SCHEMA = 1  # raise it when an old reader would misread a new file
@@ -53,13 +53,13 @@ class Vectors:
         return right and bool(value.isfinite().all())
 
 
-SEEN = Record(
+LINEAGE_ENTRY = Record(
     {"task": Text(300), "source": Text(300), "sha": Text(200), "pictures": Whole(), "steps": Whole()},
     {"ids": Ids(), "held_out": maybe(Entries(Whole()))},
 )
 """One entry of the lineage: data that weights were trained on."""
 LABELS = Listed(Text(), MOST_LABELS, least=1)
-TOLD: dict[str, Kind] = {
+CONTENT_KINDS: dict[str, Kind] = {
     "labels": maybe(LABELS), "global_step": Whole(), "epoch": Whole(), "schema": Whole(), "evaluation": maybe(Tree()),
     "pytorch-lightning_version": Text(100), "known_images": maybe(Vectors()),
 }  # fmt: skip
@@ -74,28 +74,28 @@ def check_content(content: Any, path: str | Path) -> dict[str, Any]:
     """
     # Is it a checkpoint at all, and one that this version can read?
     if type(content) not in (dict, OrderedDict) or "state_dict" not in content:
-        what = f"holds {shown(content)} without state_dict: bare weights, not a run's checkpoint"
+        what = f"holds {describe_value(content)} without state_dict: bare weights, not a run's checkpoint"
         todo = "Give it as an encoder's `weights`, or name a checkpoint that this project wrote"
         raise UserError(path, what, todo, ExitCode.BAD_DATA)
     # Before the schema itself, which a later format need not fit.
     written = content.get("schema", 0)
     if type(written) is int and written > SCHEMA:
-        what = f"was written in format {shown(written)}, this version reads up to {SCHEMA}"
+        what = f"was written in format {describe_value(written)}, this version reads up to {SCHEMA}"
         raise UserError(path, what, "Update the project", ExitCode.BAD_DATA)
     # Bounded before anything walks through it; then key by key.
     check_parts(content, path)
     check_state(content["state_dict"], path)
-    Record({}, TOLD).read({key: content[key] for key in TOLD if key in content}, str(path), TODO)
+    Record({}, CONTENT_KINDS).read({key: content[key] for key in CONTENT_KINDS if key in content}, str(path), TODO)
     for key in ("model", "task", "tokenizer"):
         text = content.get(key, "")
         if type(text) is not str or len(text) > MOST_WORDS:
-            raise UserError(f"{path}: {key}", f"expected a text, found {shown(text)}", TODO, ExitCode.BAD_DATA)
+            raise UserError(f"{path}: {key}", f"expected a text, found {describe_value(text)}", TODO, ExitCode.BAD_DATA)
     history = content.get("lineage", [])
     if type(history) not in (list, tuple) or len(history) > 1000:
-        what = f"expected a list of at most 1,000 entries, found {shown(history)}"
+        what = f"expected a list of at most 1,000 entries, found {describe_value(history)}"
         raise UserError(f"{path}: lineage", what, TODO, ExitCode.BAD_DATA)
-    for number, seen in enumerate(history):
-        SEEN.read(seen, f"{path}: lineage[{number}]", TODO)
+    for number, entry in enumerate(history):
+        LINEAGE_ENTRY.read(entry, f"{path}: lineage[{number}]", TODO)
     return dict(content)
 
 
@@ -162,7 +162,7 @@ def _problem(value: Any) -> str | None:
     if type(value) not in PLAIN:
         return f"expected plain data, found a {type(value).__name__}"
     if type(value) is int and value.bit_length() > 64:
-        return f"expected a number of at most 64 bits, found {shown(value)}"
+        return f"expected a number of at most 64 bits, found {describe_value(value)}"
     return None
 
 
@@ -181,13 +181,13 @@ def problem_of(tensor: Tensor) -> str | None:
 def check_state(state: Any, path: str | Path) -> None:
     """Names of bounded length to tensors of numbers. Raises UserError (65)."""
     if not isinstance(state, Mapping):
-        what = f"expected tensors by name, found {shown(state)}"
+        what = f"expected tensors by name, found {describe_value(state)}"
         raise UserError(f"{path}: state_dict", what, TODO, ExitCode.BAD_DATA)
     for name, value in state.items():
         if type(name) is not str or len(name) > MOST_NAME or not name.isprintable():
-            raise UserError(f"{path}: state_dict", f"{shown(name)} is no name", TODO, ExitCode.BAD_DATA)
+            raise UserError(f"{path}: state_dict", f"{describe_value(name)} is no name", TODO, ExitCode.BAD_DATA)
         if not isinstance(value, Tensor):
-            what = f"expected a tensor, found {shown(value)}"
+            what = f"expected a tensor, found {describe_value(value)}"
             raise UserError(f"{path}: state_dict.{name}", what, TODO, ExitCode.BAD_DATA)
         if value.dtype not in DTYPES:
             what = f"expected numbers, found {value.dtype}"

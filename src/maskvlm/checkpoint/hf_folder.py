@@ -21,16 +21,16 @@ from maskvlm.data.text import tokenizer_json
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import check_inside
 
-CONFIG, WEIGHTS, SEEN, SUMS = "config.json", "model.safetensors", "lineage.safetensors", "checksums.json"
+CONFIG, WEIGHTS, LINEAGE, SUMS = "config.json", "model.safetensors", "lineage.safetensors", "checksums.json"
 TOKENIZER, PROCESSOR = "tokenizer.json", "processor_config.json"
 KNOWN = "known_images.safetensors"
-FOR_PEOPLE = (SEEN, PROCESSOR, KNOWN)
+FOR_PEOPLE = (LINEAGE, PROCESSOR, KNOWN)
 """Files that a model answers without."""
 READ = (CONFIG, WEIGHTS, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", *FOR_PEOPLE)
 """Files whose content matters. The card is not among them: people write on in it."""
 AGAIN = "Get the folder again"
 MODEL_TYPE = "maskvlm"
-TOLD = Record(
+CONFIG_SCHEMA = Record(
     {"model_type": OneOf((MODEL_TYPE,)), "backbone": Tree()},
     {
         "task": maybe(Tree()), "labels": maybe(Listed(Text(), 1_000_000)), "lineage": maybe(Listed(Tree(), 1000)),
@@ -52,24 +52,26 @@ def read_folder(path: Path) -> dict[str, Any]:
     for name in (WEIGHTS, TOKENIZER):
         if not (path / name).is_file():
             raise UserError(path, f"holds no {name}", "Get the whole folder", ExitCode.MISSING_INPUT)
-    seen, known = path / SEEN, path / KNOWN
+    lineage_file, known_file = path / LINEAGE, path / KNOWN
     # A file that was cut short is told as such, before its sum is called wrong.
-    for file in (path / WEIGHTS, *(file for file in (seen, known) if file.is_file())):
+    for file in (path / WEIGHTS, *(file for file in (lineage_file, known_file) if file.is_file())):
         check_file(file)
         if not is_safetensors(file):  # whole, but of another kind
             raise UserError(file, "is no safetensors file", AGAIN, ExitCode.BAD_DATA)
     check_sums(path)
     # Hashes of image ids lie beside the texts of the lineage, by the entry's number.
-    ids = load_file(seen) if seen.is_file() else {}
+    ids = load_file(lineage_file) if lineage_file.is_file() else {}
     lineage = config.get("lineage") or []
     # By the keys of a checkpoint file, so that one schema holds for both.
     content = {
         "state_dict": load_file(path / WEIGHTS),
         "model": _yaml({"model": {"random_init": True, "backbone": config["backbone"]}}),
-        "lineage": [told | {"ids": ids.get(str(number))} for number, told in enumerate(lineage) if type(told) is dict],
+        "lineage": [
+            entry | {"ids": ids.get(str(number))} for number, entry in enumerate(lineage) if type(entry) is dict
+        ],
         "global_step": config.get("step", 0),
         "evaluation": config.get("evaluation"),
-        "known_images": load_file(known).get("features") if known.is_file() else None,
+        "known_images": load_file(known_file).get("features") if known_file.is_file() else None,
     }
     # Entries that are no mappings were left out above.
     if len(content["lineage"]) < len(lineage):
@@ -114,7 +116,7 @@ def check_sums(path: Path) -> None:
     sums = load_json(file_text(file).encode(), file)
     if not SUM.fits(sums):
         raise UserError(file, f"expected {SUM.says()}", AGAIN, ExitCode.BAD_DATA)
-    every = sums.keys() - {WEIGHTS, SEEN}  # the first versions knew these two alone
+    every = sums.keys() - {WEIGHTS, LINEAGE}  # the first versions knew these two alone
     for name in READ:
         # `lexists`, as a link that leads nowhere is there, too.
         there = os.path.lexists(path / name)
@@ -135,10 +137,12 @@ def read_model_config(path: Path) -> dict[str, Any]:
     """What is read of `config.json`, as plain data; raises as `read`."""
     file = path / CONFIG
     if not file.is_file():
-        found = sorted(each.name for each in path.glob("*.ckpt"))
-        todo = f"Name a file in it, such as {path / found[0]}" if found else "Check the path"
+        checkpoints = sorted(each.name for each in path.glob("*.ckpt"))
+        todo = f"Name a file in it, such as {path / checkpoints[0]}" if checkpoints else "Check the path"
         raise UserError(path, f"is a folder without {CONFIG}", todo, ExitCode.MISSING_INPUT)
     config = load_json(file_text(file).encode(), file)
     if not isinstance(config, dict):
         raise UserError(file, "expected a mapping", AGAIN, ExitCode.BAD_DATA)
-    return TOLD.read({key: config[key] for key in (*TOLD.needed, *TOLD.also) if key in config}, str(file), AGAIN)
+    return CONFIG_SCHEMA.read(
+        {key: config[key] for key in (*CONFIG_SCHEMA.needed, *CONFIG_SCHEMA.also) if key in config}, str(file), AGAIN
+    )

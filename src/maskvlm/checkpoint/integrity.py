@@ -151,7 +151,7 @@ def bad(where: object, what: str, todo: str, code: ExitCode = ExitCode.BAD_DATA)
     return UserError(where, what, todo, code)
 
 
-def asked_for(error: BaseException) -> str:
+def refused_imports(error: BaseException) -> str:
     """What a pickle would import, by torch's refusal; torch's own words advise to load it all the same."""
     return ", ".join(dict.fromkeys(re.findall(r"GLOBAL ([\w.]+)", str(error)))) or "it holds more than plain types"
 

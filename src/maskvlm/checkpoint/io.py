@@ -28,9 +28,9 @@ from maskvlm.checkpoint.content import PLAIN, SCHEMA, check_content, leaves_of
 from maskvlm.checkpoint.integrity import (
     ANOTHER,
     Fact,
-    asked_for,
     bad,
     first_line,
+    refused_imports,
     side_file,
     stated,
     verify_checkpoint,
@@ -137,9 +137,9 @@ def _require_space(path: Path, need: int) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
-    kept = "the checkpoint that was there is untouched" if path.exists() else "nothing was written"
-    other = UserError(path, f"could not be written ({error})", f"Check the disk; {kept}", ExitCode.IO_ERROR)
-    return cannot_write(error, path, kept) or other
+    outcome = "the checkpoint that was there is untouched" if path.exists() else "nothing was written"
+    other = UserError(path, f"could not be written ({error})", f"Check the disk; {outcome}", ExitCode.IO_ERROR)
+    return cannot_write(error, path, outcome) or other
 
 
 def _tensor_bytes(content: Mapping[str, Any]) -> int:
@@ -157,7 +157,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError as error:
-        what = f"loading it would run or import code ({asked_for(error)})"
+        what = f"loading it would run or import code ({refused_imports(error)})"
         raise bad(path, what, "Take a checkpoint from a source you trust", ExitCode.REFUSED) from error
     except Exception as error:  # torch's unpickler and its tensor builders raise over a dozen types on wrong content
         raise bad(path, f"damaged ({first_line(error)})", ANOTHER) from error

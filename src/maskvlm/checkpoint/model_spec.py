@@ -29,8 +29,8 @@ from maskvlm.config.plain_schema import (
     Text,
     Tree,
     Whole,
+    describe_value,
     maybe,
-    shown,
 )
 from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.data.safe_open import content_of
@@ -45,7 +45,7 @@ BACKBONE, IMAGE, TEXT = (
 CLASS_PATH = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
 MOST_SIDE = 4096  # pixels of an image
 TODO = "Take a checkpoint from somebody you trust"
-NOT_TOLD = (
+SPEC_TODO = (
     "Put that file of its run beside it; the model of a script is built there, with MaskVLM(..., start=this file)"
 )
 NOT_READ = frozenset({
@@ -96,16 +96,16 @@ def model_spec_of(content: Mapping[str, Any], path: str | Path) -> ModelSpec:
     # Without its task a model spec is half of one: the file beside it tells both.
     if model is None or (task is None and beside.is_file()):
         return _beside(beside, path, bounds)
-    told = Record({"model": Tree()}, code=ExitCode.REFUSED).read(_yaml(model, path, "model"), f"{path}: model", TODO)
+    record = Record({"model": Tree()}, code=ExitCode.REFUSED).read(_yaml(model, path, "model"), f"{path}: model", TODO)
     whole = Record({"backbone": Tree()}, {"random_init": Flag()}, ExitCode.REFUSED)
-    backbone = whole.read(told["model"], f"{path}: model", TODO)["backbone"]
-    found = read_backbone(backbone, f"{path}: model.backbone", bounds)
-    return ModelSpec(found, None if task is None else read_task(_yaml(task, path, "task"), f"{path}: task"))
+    backbone = whole.read(record["model"], f"{path}: model", TODO)["backbone"]
+    checked_backbone = read_backbone(backbone, f"{path}: model.backbone", bounds)
+    return ModelSpec(checked_backbone, None if task is None else read_task(_yaml(task, path, "task"), f"{path}: task"))
 
 
 def _yaml(text: Any, path: str | Path, key: str) -> Any:
     if not isinstance(text, str):
-        raise UserError(f"{path}: {key}", f"expected YAML text, found {shown(text)}", TODO, ExitCode.REFUSED)
+        raise UserError(f"{path}: {key}", f"expected YAML text, found {describe_value(text)}", TODO, ExitCode.REFUSED)
     try:
         return read_yaml(text, f"{path}: {key}")
     except UserError as error:
@@ -118,7 +118,7 @@ def _beside(file: Path, path: str | Path, bounds: Bounds) -> ModelSpec:
     """A checkpoint of the first versions, which says it in another file; that file is as strange as the checkpoint."""
     if not file.is_file():
         what = f"does not say which model it is, and there is no {file.name} beside it"
-        raise UserError(path, what, NOT_TOLD, ExitCode.MISSING_INPUT)
+        raise UserError(path, what, SPEC_TODO, ExitCode.MISSING_INPUT)
     check_inside(file)
     # Of a whole run's configuration two parts are read.
     config = read_yaml(read_small(file), str(file))
@@ -157,27 +157,30 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
     part = Tree()
     Record({"image": part, "text": part}, also, ExitCode.REFUSED).read(args, where, TODO)
     image = _class(args["image"], f"{where}.image", IMAGE)
-    told: dict[str, Kind] = {
+    kinds: dict[str, Kind] = {
         "name": Text(100, r"[A-Za-z0-9_.]+"), "image_size": Whole(1, MOST_SIDE), "weights": NOTHING,
         "random_init": Flag(), "config": maybe(Tree(100)), "drop_path": share, "checkpointing": Flag(),
         "normalisation": OneOf(("model", "clip", "imagenet")),
         "frozen": AnyOf((layers, OneOf((0, "all")))), "feature_cache": NOTHING,
         "masked_patches": OneOf(("token", "left_out")),
     }  # fmt: skip
-    Record({}, told, ExitCode.REFUSED).read(image, f"{where}.image", TODO)
+    Record({}, kinds, ExitCode.REFUSED).read(image, f"{where}.image", TODO)
     check_vit(image.get("config") or {}, f"{where}.image.config", bounds)
     text = _class(args["text"], f"{where}.text", TEXT)
-    told = {
+    kinds = {
         "name": Text(100, r"[A-Za-z0-9_.-]+"), "text_length": Whole(3, bounds.side), "random_init": Flag(),
         "config": maybe(Tree(2000)), "tokenizer": NOTHING, "vocab_size": maybe(side), "checkpointing": Flag(),
     }  # fmt: skip
-    Record({"name": told.pop("name")}, told, ExitCode.REFUSED).read(text, f"{where}.text", TODO)
-    kept = check_text_config(text["name"], text.get("config") or {}, f"{where}.text", bounds)
-    made = {name: part for name, part in args.items() if name not in ("image", "text", "start")}
+    Record({"name": kinds.pop("name")}, kinds, ExitCode.REFUSED).read(text, f"{where}.text", TODO)
+    shape = check_text_config(text["name"], text.get("config") or {}, f"{where}.text", bounds)
+    init_args = {name: part for name, part in args.items() if name not in ("image", "text", "start")}
     # Random, as the checkpoint's tensors follow: nothing is looked for, in a file or on the hub.
-    made["image"] = {"class_path": IMAGE, "init_args": image | {"weights": None, "random_init": True}}
-    made["text"] = {"class_path": TEXT, "init_args": text | {"tokenizer": None, "random_init": True, "config": kept}}
-    return {"class_path": BACKBONE, "init_args": made | {"start": None}}
+    init_args["image"] = {"class_path": IMAGE, "init_args": image | {"weights": None, "random_init": True}}
+    init_args["text"] = {
+        "class_path": TEXT,
+        "init_args": text | {"tokenizer": None, "random_init": True, "config": shape},
+    }
+    return {"class_path": BACKBONE, "init_args": init_args | {"start": None}}
 
 
 def _class(value: Any, where: str, name: str) -> dict[str, Any]:
@@ -218,7 +221,7 @@ def check_text_config(name: str, settings: Any, where: str, bounds: Bounds, todo
     """
     kind = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # noqa: SIM401 (its `get` loads nothing)
     if kind is None or kind not in MODEL_FOR_MASKED_LM_MAPPING or name in FETCH_CODE:
-        what = f"expected a type of text encoder such as bert, found {shown(name)}"
+        what = f"expected a type of text encoder such as bert, found {describe_value(name)}"
         raise UserError(f"{where}.name", what, TODO, ExitCode.REFUSED)
     # Of each setting its default is allowed, whatever it is.
     defaults = {key: value for key, value in kind().to_dict().items() if key not in NOT_READ}
@@ -295,10 +298,10 @@ def spec_of_modules(backbone: Any, task: Any) -> ModelSpec | None:
         the backbone, and the task where its arguments are plain values; None for a backbone that no checkpoint can
         tell: of another class, or with encoders of other classes.
     """
-    made = [_built(part) for part in (backbone, backbone.image, backbone.text)]
-    if [None if part is None else part["class_path"] for part in made] != [BACKBONE, IMAGE, TEXT]:
+    specs = [_built(part) for part in (backbone, backbone.image, backbone.text)]
+    if [None if part is None else part["class_path"] for part in specs] != [BACKBONE, IMAGE, TEXT]:
         return None
-    whole, image, text = (part for part in made if part is not None)
+    whole, image, text = (part for part in specs if part is not None)
     whole["init_args"] |= {"image": image, "text": text}
     return portable(ModelSpec(whole, _built(task)), backbone.text.config)
 

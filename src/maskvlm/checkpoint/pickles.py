@@ -32,12 +32,12 @@ def check_pickle(path: Path) -> None:
     """Raise UserError (77) where the pickle asks for what no checkpoint holds. Damage passes: torch tells it."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-        found = [info for info in archive.infolist() if info.filename.endswith("data.pkl")]
-        if not found:
+        members = [info for info in archive.infolist() if info.filename.endswith("data.pkl")]
+        if not members:
             return
         # torch reads the one in the folder of the first member: another would be a decoy.
-        info = found[0]
-        if len(found) > 1 or len({*names}) < len(names) or info.filename != f"{names[0].partition('/')[0]}/data.pkl":
+        info = members[0]
+        if len(members) > 1 or len({*names}) < len(names) or info.filename != f"{names[0].partition('/')[0]}/data.pkl":
             what = "more than one pickle, or a member twice, in its archive"
             raise UserError(path, what, TODO, ExitCode.REFUSED)
         if info.file_size > MOST_BYTES:
@@ -61,10 +61,10 @@ def _walk(content: bytes) -> str | None:
 
     # How deep what was put on the stack since the latest mark nests tuples.
     def to_mark() -> list[int]:
-        found: list[int] = []
+        depths: list[int] = []
         while (top := stack.pop()) is not None:
-            found.append(depth_of(top))
-        return found
+            depths.append(depth_of(top))
+        return depths
 
     def depth_of(value: int | str | None) -> int:
         return value if isinstance(value, int) else 0

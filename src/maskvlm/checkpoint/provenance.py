@@ -61,10 +61,10 @@ class Provenance:
 
     def parts(self) -> dict[str, dict[str, Origin]]:
         """The tensors by part of the model: image, text, cross_image, ..., each head."""
-        found: dict[str, dict[str, Origin]] = {}
+        parts: dict[str, dict[str, Origin]] = {}
         for name, origin in self.tensors.items():
-            found.setdefault(part_of(name), {})[name] = origin
-        return found
+            parts.setdefault(part_of(name), {})[name] = origin
+        return parts
 
     def table(self) -> Table | str:
         """Counts by part, to be printed once at the start; one line where every tensor is random."""
@@ -86,8 +86,8 @@ class Provenance:
         counts: dict[str, dict[str, dict[str, int]]] = {}
         for part, tensors in self.parts().items():
             for how in HOW:
-                found = [origin.parameters for origin in tensors.values() if origin.how == how]
-                counts.setdefault(part, {})[how] = {"tensors": len(found), "parameters": sum(found)}
+                sizes = [origin.parameters for origin in tensors.values() if origin.how == how]
+                counts.setdefault(part, {})[how] = {"tensors": len(sizes), "parameters": sum(sizes)}
         # Empty fields are left out: most tensors have no other shape.
         origins = {name: {k: v for k, v in o._asdict().items() if v} for name, o in self.tensors.items()}
         Path(path).write_text(json.dumps({"parts": counts, "tensors": origins}, indent=1) + "\n")

@@ -28,7 +28,7 @@ from maskvlm.checkpoint.hub_client import Unreachable, from_cache_or_hub
 from maskvlm.checkpoint.integrity import first_line
 from maskvlm.checkpoint.model_spec import NOT_READ, Bounds, check_text_config
 from maskvlm.checkpoint.weights import State, read_state, weight_bytes
-from maskvlm.config.plain_schema import Tree, shown
+from maskvlm.config.plain_schema import Tree, describe_value
 from maskvlm.data.files import load_json
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -91,28 +91,30 @@ def config_of(folder: Path, name: str, settings: dict[str, Any]) -> PreTrainedCo
         todo = "Name a folder with config.json, weights and tokenizer, as save_pretrained writes it"
         raise UserError(name, f"its configuration cannot be read (there is no {CONFIG})", todo, ExitCode.BAD_DATA)
     # Read as plain data: nothing that it names is looked for.
-    told = load_json(tokenizer_files.file_text(file).encode(), file)
-    kind = told.get("model_type") if isinstance(told, dict) and Tree().fits(told) else None
+    content = load_json(tokenizer_files.file_text(file).encode(), file)
+    kind = content.get("model_type") if isinstance(content, dict) and Tree().fits(content) else None
     if not isinstance(kind, str) or not is_type(kind):
-        if isinstance(told, dict) and "auto_map" in told:
+        if isinstance(content, dict) and "auto_map" in content:
             what = "its configuration comes with program code of its own"
             raise UserError(name, what, "Choose a model that needs none", ExitCode.REFUSED)
-        what = f"its configuration cannot be read ({shown(kind)} is no type of model that is known here)"
+        what = f"its configuration cannot be read ({describe_value(kind)} is no type of model that is known here)"
         raise UserError(name, what, "Mend it, or name another one", ExitCode.BAD_DATA)
     # What the type itself has is checked in full; of everything else numbers are taken.
     known = CONFIG_MAPPING[kind]().to_dict().keys() - NOT_READ
-    kept = {key: told[key] for key in told.keys() & known}
+    known_settings = {key: content[key] for key in content.keys() & known}
     # Models of other kinds are refused by `_check_config`, which names them.
     if kind_is_read(kind):
         try:
-            check_text_config(kind, kept, str(file), ANY_SIZE)
+            check_text_config(kind, known_settings, str(file), ANY_SIZE)
         except UserError as error:
             raise UserError(error.where, error.what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
-    others = {k: v for k, v in told.items() if type(v) in (bool, int, float) and k not in known and k not in NOT_READ}
+    others = {
+        k: v for k, v in content.items() if type(v) in (bool, int, float) and k not in known and k not in NOT_READ
+    }
     # Settings are keyword arguments of the library's class.
     plain = {key: value for key, value in others.items() if key.isidentifier() and not key.startswith("_")}
     plain.pop("trust_remote_code", None)
-    return for_type(kind, plain | kept | settings, name)
+    return for_type(kind, plain | known_settings | settings, name)
 
 
 def for_type(kind: str, settings: dict[str, Any], where: str) -> PreTrainedConfig:
@@ -186,11 +188,11 @@ def read_text_tokenizer(name: str, todo: str | None = None) -> PreTrainedTokeniz
     if is_folder(name):
         return tokenizer_files.read_tokenizer(Path(name))
     folder = _fetched(name, [tokenizer_files.FILES], "tokenizer", f"{WHERE}.tokenizer", todo)
-    found = tokenizer_files.read_tokenizer(folder)
-    if found is None:
+    tokenizer = tokenizer_files.read_tokenizer(folder)
+    if tokenizer is None:
         what = f"{name} holds no vocabulary"
         raise UserError(f"{WHERE}.tokenizer", what, "Choose another one", ExitCode.BAD_DATA)
-    return found
+    return tokenizer
 
 
 def read_text_state(name: str, config: PreTrainedConfig) -> State:

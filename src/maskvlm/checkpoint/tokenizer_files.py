@@ -78,10 +78,10 @@ def file_text(file: Path) -> str:
 def backend_of(text: str, where: object) -> Tokenizer:
     """The library's tokenizer out of `tokenizer.json`. Raises UserError (65)."""
     content = load_json(text.encode("utf-8", "surrogatepass"), Path(str(where)))  # a key given twice, and the like
-    return made(lambda: plain_backend(content), where)
+    return build_tokenizer(lambda: plain_backend(content), where)
 
 
-def made(make: Any, where: object) -> Any:
+def build_tokenizer(make: Any, where: object) -> Any:
     """What the library makes; it raises bare Exceptions, and panics, which are none."""
     try:
         return make()
@@ -134,7 +134,9 @@ def tokenizer_of(
     special = {role: added.get(token, token) for role, token in named.items()}
     # What the vocabulary lacks would be added to it, and has no embedding.
     extra = [added.get(token, token) for token in more if token in there and token not in named.values()]
-    return made(lambda: PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=extra, **special), where)
+    return build_tokenizer(
+        lambda: PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=extra, **special), where
+    )
 
 
 def wordpiece(folder: Path) -> Tokenizer:
@@ -143,7 +145,7 @@ def wordpiece(folder: Path) -> Tokenizer:
     # A blank line keeps its number.
     vocab = {word.rstrip("\r"): number for number, word in enumerate(words) if word.strip()}
     lower = "do_lower_case" not in named_in(folder)[0]
-    backend = made(lambda: Tokenizer(models.WordPiece(vocab, unk_token=BERT["unk"])), folder)
+    backend = build_tokenizer(lambda: Tokenizer(models.WordPiece(vocab, unk_token=BERT["unk"])), folder)
     backend.normalizer = normalizers.BertNormalizer(lowercase=lower)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     if "[SEP]" in vocab and "[CLS]" in vocab:
@@ -160,7 +162,7 @@ def byte_level(folder: Path) -> Tokenizer:
     merges: Any = [tuple(line.rstrip("\r").split(" ")) for line in lines]
     if not isinstance(vocab, dict) or not all(type(number) is int and 0 <= number < 2**31 for number in vocab.values()):
         raise UserError(file, "expected tokens with their numbers", TODO, ExitCode.BAD_DATA)
-    backend = made(lambda: Tokenizer(models.BPE(vocab, merges)), folder)
+    backend = build_tokenizer(lambda: Tokenizer(models.BPE(vocab, merges)), folder)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if "</s>" in vocab and "<s>" in vocab:
         ends = ("</s>", vocab["</s>"]), ("<s>", vocab["<s>"])

@@ -19,7 +19,7 @@ from maskvlm.config.old_names import current
 from maskvlm.data.text import tokenizer_from_json
 
 
-class Seen(NamedTuple):
+class LineageEntry(NamedTuple):
     """Data that weights were trained on.
 
     Attributes:
@@ -40,11 +40,11 @@ class Seen(NamedTuple):
 
     def plain(self) -> dict[str, Any]:
         """Entry of a checkpoint, which holds plain types and tensors alone; `images` is called "pictures" in files."""
-        told = self._asdict()
-        return {"pictures" if name == "images" else name: value for name, value in told.items()}
+        fields = self._asdict()
+        return {"pictures" if name == "images" else name: value for name, value in fields.items()}
 
     @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> "Seen":
+    def of(cls, plain: Mapping[str, Any]) -> "LineageEntry":
         """What `plain` gave."""
         return cls(**{"images" if name == "pictures" else name: value for name, value in plain.items()})
 
@@ -71,7 +71,7 @@ class Start(NamedTuple):
     heads: Mapping[str, Tensor]
     tokenizer: PreTrainedTokenizerFast | None
     labels: tuple[str, ...] | None
-    history: tuple[Seen, ...]
+    history: tuple[LineageEntry, ...]
     known_images: Tensor | None = None
 
 
@@ -101,13 +101,13 @@ def start_of(content: Mapping[str, Any], path: str) -> Start:
     return Start(path, *parts, tokenizer, labels, training_history_of(content), content.get("known_images"))
 
 
-def training_history_of(content: Mapping[str, Any]) -> tuple[Seen, ...]:
+def training_history_of(content: Mapping[str, Any]) -> tuple[LineageEntry, ...]:
     """What a checkpoint tells of its history; an older one, which tells nothing, has seen unknown data."""
     if "lineage" not in content:
-        return (Seen("unknown", "unknown", "", 0, content.get("global_step", 0), None),)
+        return (LineageEntry("unknown", "unknown", "", 0, content.get("global_step", 0), None),)
     # Class paths of earlier releases are read as today's.
-    known = (Seen.of(seen) for seen in content["lineage"])
-    return tuple(seen._replace(task=current(seen.task), source=current(seen.source)) for seen in known)
+    known = (LineageEntry.of(entry) for entry in content["lineage"])
+    return tuple(entry._replace(task=current(entry.task), source=current(entry.source)) for entry in known)
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -115,10 +115,10 @@ def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def overlap(ids: Tensor, history: tuple[Seen, ...]) -> int | None:
+def overlap(ids: Tensor, history: tuple[LineageEntry, ...]) -> int | None:
     """How many of these images the weights have seen; None where a part of their history tells no ids."""
-    if any(seen.ids is None for seen in history):
+    if any(entry.ids is None for entry in history):
         return None
     # Without any history nothing was seen.
-    known = [seen.ids for seen in history if seen.ids is not None]
+    known = [entry.ids for entry in history if entry.ids is not None]
     return int(torch.isin(ids, torch.cat(known)).sum()) if known else 0

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from maskvlm.checkpoint.content import check_parts
 from maskvlm.checkpoint.hub_client import WEIGHT_FILES, Unreachable
-from maskvlm.checkpoint.integrity import asked_for, first_line, verify_checkpoint
+from maskvlm.checkpoint.integrity import first_line, refused_imports, verify_checkpoint
 from maskvlm.checkpoint.provenance import Origin, Provenance
 from maskvlm.checkpoint.tokenizer_files import file_text
-from maskvlm.config.plain_schema import shown
+from maskvlm.config.plain_schema import describe_value
 from maskvlm.data.files import load_json
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import check_inside
@@ -105,7 +105,7 @@ def _read_parts(folder: Path, index: Path) -> State:
     if strange := [
         name for name in names if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin")
     ]:
-        what = f"names {shown(strange[0])}, which is no file of weights beside it"
+        what = f"names {describe_value(strange[0])}, which is no file of weights beside it"
         raise UserError(index, what, "Get the folder from somebody you trust", ExitCode.REFUSED)
     tensors: dict[str, Tensor] = {}
     for name in names:
@@ -123,12 +123,12 @@ def weight_bytes(folder: Path) -> int:
 def find_weights(path: Path) -> Path:
     """The file itself, or the first of WEIGHT_FILES that lies in the folder."""
     if path.is_dir():
-        found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
-        if not found:
+        files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        if not files:
             what = f"a folder without {', '.join(WEIGHT_FILES)}"
             raise UserError(path, what, "Name the file of weights", ExitCode.MISSING_INPUT)
-        check_inside(found[0])
-        return found[0]
+        check_inside(files[0])
+        return files[0]
     if not path.is_file():
         raise UserError(path, "no such file or folder of weights", "Check the path", ExitCode.MISSING_INPUT)
     return path
@@ -142,7 +142,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # weights_only refuses with UnpicklingError, damage can raise anything
-        what = f"holds more than weights, and that could run code ({asked_for(error)})"
+        what = f"holds more than weights, and that could run code ({refused_imports(error)})"
         raise UserError(path, what, "Store its tensors with safetensors", ExitCode.REFUSED) from error
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         what = f"holds a {type(content).__name__}, no state dict"
@@ -259,16 +259,16 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, new: t
         if name in state and value.is_floating_point() != state[name].is_floating_point()
     ]
     missing = [name for name in own if name not in state and not (new and name.startswith(new))]
-    left = [name for name in state if name not in own]
+    surplus = [name for name in state if name not in own]
     misfits = (
         _count(reshaped, "of another shape"),
         _count(others, "of another kind of number"),
         _count(missing, f"missing of the model's {len(own)}"),
-        _count(left, f"left over of the file's {len(state)}"),
+        _count(surplus, f"left over of the file's {len(state)}"),
     )
     if any(misfits):
         what = f"does not fit {type(model).__name__}: {'; '.join(filter(None, misfits))}"
-        raise UserError(source, what, _advice(reshaped, others or missing or left), ExitCode.BAD_DATA)
+        raise UserError(source, what, _advice(reshaped, others or missing or surplus), ExitCode.BAD_DATA)
 
 
 def check_finite_weights(state: Mapping[str, Tensor], source: str) -> None:

@@ -40,9 +40,9 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     options.source = options.source or default_model("asked")
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     # What a task brings is known only once its checkpoint is loaded.
-    found = ASKS.get(method) or task_ask(model, method)
-    with told_after(model):
-        for answer in found(model, options.inputs, options):
+    ask = ASKS.get(method) or task_ask(model, method)
+    with warn_afterwards(model):
+        for answer in ask(model, options.inputs, options):
             if options.json:
                 print(json.dumps(answer | cautions(model), ensure_ascii=False), flush=True)
             else:
@@ -55,19 +55,19 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
 def cautions(model: PretrainedMaskVLM) -> Answer:
     """What to take an answer with care for: `far`, a line for each strange image, and `unknown_words`; neither where
     there is nothing."""
-    told = {"far": [*model.told_far], "unknown_words": [*model.told_words]}
-    return {name: each for name, each in told.items() if each}
+    entries = {"far": [*model.far_warnings], "unknown_words": [*model.warned_words]}
+    return {name: each for name, each in entries.items() if each}
 
 
 @contextmanager
-def told_after(model: PretrainedMaskVLM) -> Iterator[None]:
+def warn_afterwards(model: PretrainedMaskVLM) -> Iterator[None]:
     """Context that ends with a line on stderr for each image unlike the training data, and one for unknown words."""
     with warnings.catch_warnings():
         # Python would show a place in the code with each.
         for kind in (FarFromTraining, UnknownWords):
             warnings.simplefilter("ignore", kind)
         yield
-    for line in (*model.told_far, *([unknown_line(model.told_words)] if model.told_words else [])):
+    for line in (*model.far_warnings, *([unknown_line(model.warned_words)] if model.warned_words else [])):
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
@@ -117,15 +117,15 @@ def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Name
     query, *candidates = inputs
     for place, one in enumerate(model.rank(query, candidates, options.k), 1):
         ranked: Any = one
-        told = {"rank": place, "match": ranked.match, "similarity": ranked.similarity}
-        yield told | {"candidate": candidates[ranked.place]}
+        answer = {"rank": place, "match": ranked.match, "similarity": ranked.similarity}
+        yield answer | {"candidate": candidates[ranked.place]}
 
 
 def ask_caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
     """A caption of each image."""
     for image in inputs:
-        told = {"caption": model.caption(image)}
-        yield {"image": image, **told} if len(inputs) > 1 or options.json else told
+        answer = {"caption": model.caption(image)}
+        yield {"image": image, **answer} if len(inputs) > 1 or options.json else answer
 
 
 def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
@@ -138,15 +138,15 @@ def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Nam
 def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
     """Where the heat map was written, and which patches weigh most."""
     image, text, word = inputs
-    found: Any = model.explain(image, text, word)
+    explanation: Any = model.explain(image, text, word)
     # Place in the flat map -> (row, column)
-    rows, columns = found.gradcam.shape
-    row, column = divmod(int(found.gradcam.argmax()), columns)
+    rows, columns = explanation.gradcam.shape
+    row, column = divmod(int(explanation.gradcam.argmax()), columns)
     peak = f"'{word}' is seen most in row {row + 1}, column {column + 1}, counted from 1 in {rows} x {columns}"
-    if not found.gradcam.any():
+    if not explanation.gradcam.any():
         peak = f"no patch speaks for '{word}' (Grad-CAM is 0 everywhere; --json has the attention)"
-    yield {"written": save_image(found.image, options.out)} | (
-        {"word": word, "attention": found.attention.tolist(), "gradcam": found.gradcam.tolist()}
+    yield {"written": save_image(explanation.image, options.out)} | (
+        {"word": word, "attention": explanation.attention.tolist(), "gradcam": explanation.gradcam.tolist()}
         if options.json
         else {"peak": peak}
     )
@@ -188,8 +188,8 @@ def box_mask(box: str, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
     rows, columns = np.arange(grid[0])[:, None], np.arange(grid[1])[None]
     down = (rows + 1 > top * grid[0]) & (rows < bottom * grid[0])
     across = (columns + 1 > left * grid[1]) & (columns < right * grid[1])
-    found: np.ndarray[Any, Any] = down & across
-    return found
+    mask: np.ndarray[Any, Any] = down & across
+    return mask
 
 
 def save_image(image: Image.Image, path: Path) -> str:
@@ -207,10 +207,10 @@ def how_to_ask(task: Task, checkpoint: Path) -> str | None:
     the packages of others that its parts are from; None where there is no such method."""
     own = next(((name, method.shell_form) for name, method in task.methods.items()), None)
     core = ((name, known.form) for name, known in METHODS.items() if getattr(task, known.head, None) is not None)
-    found = own or next(core, None)
-    if found is None:
+    name_and_form = own or next(core, None)
+    if name_and_form is None:
         return None
-    name, form = found
+    name, form = name_and_form
     several = [each for value in vars(task).values() for each in (value if isinstance(value, list) else [value])]
     parts = [task, *(each for each in several if isinstance(each, PARTS))]
     packages = sorted({type(part).__module__.partition(".")[0] for part in parts} - {*OWN})
@@ -220,8 +220,8 @@ def how_to_ask(task: Task, checkpoint: Path) -> str | None:
 
 def task_ask(model: PretrainedMaskVLM, method: str) -> Ask:
     """The method that the model's task brings. Raises UserError, which lists those there are."""
-    found = model.task.methods.get(method)
-    if found is None:
+    task_method = model.task.methods.get(method)
+    if task_method is None:
         # The core's methods for which this checkpoint has the head, then the task's own.
         core = [name for name, known in METHODS.items() if getattr(model.task, known.head, None) is not None]
         known = ", ".join([*core, *model.task.methods])
@@ -232,7 +232,7 @@ def task_ask(model: PretrainedMaskVLM, method: str) -> Ask:
         )
 
     def answers(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
-        check_count(inputs, found.form, found.inputs, found.inputs, method)
+        check_count(inputs, task_method.form, task_method.inputs, task_method.inputs, method)
         answer = getattr(model, method)(*inputs)
         yield answer._asdict() if options.json else {"answer": answer[0], "probability": answer[1]}
 

@@ -73,7 +73,7 @@ class Stopwatch(L.Callback):
         self.begins: tuple[float, ...] = (0.0,)
         self.counter, self.counting = FlopCounterMode(display=False, custom_mapping=ATTENTION), ExitStack()
         self.phase, self.flops, self.started = 0, 0, 0.0
-        self.found: list[PhaseSpeed] = []
+        self.phase_speeds: list[PhaseSpeed] = []
         self.speed: BenchSpeed | None = None
 
     @property
@@ -118,10 +118,10 @@ class Stopwatch(L.Callback):
         elif step == STEPS:
             seconds = (time.perf_counter() - self.started) / (STEPS - WARMUP)
             ends = (*self.begins[1:], 1.0)[self.phase]
-            self.found.append(PhaseSpeed(ends - self.begins[self.phase], seconds, self.flops))
-            if len(self.found) == len(self.begins):
+            self.phase_speeds.append(PhaseSpeed(ends - self.begins[self.phase], seconds, self.flops))
+            if len(self.phase_speeds) == len(self.begins):
                 pairs = len(batch.valid_B) * trainer.world_size
-                self.speed = measured(pl_module.device, str(trainer.precision), pairs, self.found)
+                self.speed = measured(pl_module.device, str(trainer.precision), pairs, self.phase_speeds)
 
 
 def measured(device: torch.device, precision: str, pairs: int, phases: Sequence[PhaseSpeed]) -> BenchSpeed:

@@ -28,7 +28,7 @@ class Command(NamedTuple):
     """One command.
 
     Attributes:
-        name, group, told: as `maskvlm --help` shows them.
+        name, group, description: as `maskvlm --help` shows them.
         target: `module:function`, which takes arguments and packages that class paths may come from, and returns the
             exit status or the line that says what was done. "": `compose` names another command.
         words: names of its `name=value` words.
@@ -39,7 +39,7 @@ class Command(NamedTuple):
 
     name: str
     group: str
-    told: str
+    description: str
     target: str = ""
     words: tuple[str, ...] = ()
     places: tuple[str, ...] = ()
@@ -78,12 +78,12 @@ class Command(NamedTuple):
         return target([self.name, *arguments] if self.named else arguments, allowed)
 
 
-def _method(name: str, told: str) -> Command:
-    return Command(name, ASK, told, "maskvlm.cli.ask:main", named=True)
+def _method(name: str, description: str) -> Command:
+    return Command(name, ASK, description, "maskvlm.cli.ask:main", named=True)
 
 
-def _lightning(name: str, told: str) -> Command:
-    return Command(name, LIGHTNING, told, "maskvlm.cli.lightning:main", named=True)
+def _lightning(name: str, description: str) -> Command:
+    return Command(name, LIGHTNING, description, "maskvlm.cli.lightning:main", named=True)
 
 
 LOOK = ("model", "data", "where")
@@ -186,7 +186,7 @@ def overview() -> str:
     lines = []
     for group in dict.fromkeys(command.group for command in REGISTRY):
         lines += ["", group]
-        lines += [f"  {command.name:<12} {command.told}" for command in REGISTRY if command.group == group]
+        lines += [f"  {command.name:<12} {command.description}" for command in REGISTRY if command.group == group]
     return USAGE.format(commands="\n".join(lines))
 
 
@@ -219,18 +219,18 @@ def help_of(command: Command, places: Sequence[str] = ()) -> str:
     Args:
         places: words without a name that were given before --help: a task has data sets of its own.
     """
-    lines = [f"{command.usage} [--key value ...]", f"  {command.told}", ""]
+    lines = [f"{command.usage} [--key value ...]", f"  {command.description}", ""]
     if any("TASK" in place for place in command.places):
         lines.append(f"  TASK      {' '.join(tasks())}, or package.task of an installed package")
     own_sets = [task for task in tasks() if any("TASK" in place for place in command.places)]
     for name in command.words:
-        told, among, otherwise = WORDS[name]
+        description, among, otherwise = WORDS[name]
         can_be = f": {' '.join(among())}" if among() else ""
         if name == "data" and command.places == ("TASK",):
             can_be = ""  # those of pre-training are not a task's
-        lines.append(f"  {name + '=':<9} {told}{can_be}{f' (if left out: {otherwise})' if otherwise else ''}")
+        lines.append(f"  {name + '=':<9} {description}{can_be}{f' (if left out: {otherwise})' if otherwise else ''}")
         if name == "data":
-            asked = [task for task in own_sets if task in places] or own_sets
-            lines += [f"            of {task}: {' '.join(compose.sets_of(task))}" for task in asked]
+            named_tasks = [task for task in own_sets if task in places] or own_sets
+            lines += [f"            of {task}: {' '.join(compose.sets_of(task))}" for task in named_tasks]
     keys = [] if command.has_own_options and command.name != "index" else ["", KEYS]
     return "\n".join([*lines, *keys])

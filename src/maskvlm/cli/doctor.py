@@ -50,11 +50,11 @@ class Finding(NamedTuple):
 
     check: str
     verdict: str
-    found: str
+    message: str
     todo: str = ""
 
     def __str__(self) -> str:
-        return f"{self.verdict:<5}  {self.check:<13} {self.found}{f'. {self.todo}' if self.todo else ''}"
+        return f"{self.verdict:<5}  {self.check:<13} {self.message}{f'. {self.todo}' if self.todo else ''}"
 
 
 class Card(NamedTuple):
@@ -67,8 +67,8 @@ class Card(NamedTuple):
 
 def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
     """Print what was found; 2 where something fails, else 0."""
-    told = "Takes the words and options of `maskvlm pretrain`, and:"
-    parser = OptionParser("maskvlm doctor", description=told, allow_abbrev=False)
+    description = "Takes the words and options of `maskvlm pretrain`, and:"
+    parser = OptionParser("maskvlm doctor", description=description, allow_abbrev=False)
     parser.add_argument("--peak", type=float, help="TFLOP/s of a card in bfloat16 (its own, or an A100's 312)")
     parser.add_argument("--memory", type=float, help="GiB of a card (its own, or an A100's 80)")
     options, rest = parser.parse_known_args(arguments)
@@ -110,9 +110,9 @@ def findings(settings: Namespace, peak: float | None = None, memory: float | Non
         yield Finding("data", LOOK, "not looked at, as the model tells the size of images", "Mend the model first")
     else:
         try:
-            with contextlib.redirect_stdout(io.StringIO()) as said:  # in the line, not before it
+            with contextlib.redirect_stdout(io.StringIO()) as output:  # in the line, not before it
                 data = opened_data(settings, simulation)
-            yield Finding("data", OK, "; ".join([contents(data), *said.getvalue().splitlines()]))
+            yield Finding("data", OK, "; ".join([contents(data), *output.getvalue().splitlines()]))
         except UserError as error:
             yield failure("data", error)
     yield examined("shared memory", lambda: check_shared_memory(settings, simulation))
@@ -144,11 +144,11 @@ def on_cards(trainer: Namespace) -> bool:
 
 def processes(trainer: Namespace) -> int:
     """Number of processes on one machine: one for each device."""
-    asked = trainer.devices
-    if isinstance(asked, list):
-        return len(asked)
-    if str(asked).isdigit():
-        return int(asked)
+    devices = trainer.devices
+    if isinstance(devices, list):
+        return len(devices)
+    if str(devices).isdigit():
+        return int(devices)
     return max(1, torch.cuda.device_count()) if on_cards(trainer) else 1
 
 
@@ -157,31 +157,31 @@ def check_machine(trainer: Namespace) -> Finding:
     here = machine()
     cards = f"{len(here['gpus'])} x {here['gpus'][0]}" if here["gpus"] else "no GPU"
     check_cards(trainer)
-    told = "The run would be on the processor, whose speed `maskvlm bench` measures; what follows is of a card"
-    todo = "" if on_cards(trainer) else told
+    on_processor = "The run would be on the processor, whose speed `maskvlm bench` measures; what follows is of a card"
+    todo = "" if on_cards(trainer) else on_processor
     return Finding("machine", OK if not todo else LOOK, f"{here['processor']}, {here['cores']} cores, {cards}", todo)
 
 
 def check_torch(trainer: Namespace) -> Finding:
     """Whether torch, its CUDA, the driver and the card fit each other."""
     built, driver = torch.version.cuda, driver_version()
-    told = f"torch {torch.__version__}, {f'built for CUDA {built}' if built else 'built without CUDA'}, "
-    told += f"driver {driver}" if driver else "no NVIDIA driver"
+    message = f"torch {torch.__version__}, {f'built for CUDA {built}' if built else 'built without CUDA'}, "
+    message += f"driver {driver}" if driver else "no NVIDIA driver"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         if f"sm_{major}{minor}" not in torch.cuda.get_arch_list():
             # A kernel of the same major version runs; of another one none does.
             near = any(each.startswith(f"sm_{major}") for each in torch.cuda.get_arch_list())
             todo = f"It has no kernels for sm_{major}{minor}: install a newer torch" if not near else ""
-            return Finding("torch", LOOK if todo else OK, told, todo)
-        return Finding("torch", OK, told)
+            return Finding("torch", LOOK if todo else OK, message, todo)
+        return Finding("torch", OK, message)
     if driver and built:
         todo = "CUDA does not start: no card is free, or the driver is older than that CUDA (nvidia-smi tells its own)"
-        return Finding("torch", FAILS if on_cards(trainer) else LOOK, told, todo)
+        return Finding("torch", FAILS if on_cards(trainer) else LOOK, message, todo)
     if driver:
         todo = "There is a card here: install a torch with CUDA (pytorch.org, Get started)"
-        return Finding("torch", FAILS if on_cards(trainer) else LOOK, told, todo)
-    return Finding("torch", OK, told)
+        return Finding("torch", FAILS if on_cards(trainer) else LOOK, message, todo)
+    return Finding("torch", OK, message)
 
 
 def driver_version() -> str | None:
@@ -199,14 +199,14 @@ def driver_version() -> str | None:
 def check_disk(folder: Path, state: int | None) -> Finding:
     """Room for the checkpoints of the run. state: bytes of one of them; None: not known."""
     free, place = free_space(folder)
-    told = f"{place}: {free / GIB:.1f} GiB free"
+    message = f"{place}: {free / GIB:.1f} GiB free"
     if state is None:
-        return Finding("disk", OK, told)
+        return Finding("disk", OK, message)
     need = CHECKPOINTS * state
-    told += f", {CHECKPOINTS} checkpoints take {need / GIB:.1f}"
+    message += f", {CHECKPOINTS} checkpoints take {need / GIB:.1f}"
     if free < need:
-        return Finding("disk", FAILS, told, "Make room there, or name a --folder on a larger disk")
-    return Finding("disk", OK, told)
+        return Finding("disk", FAILS, message, "Make room there, or name a --folder on a larger disk")
+    return Finding("disk", OK, message)
 
 
 def check_data_disk() -> Finding:
@@ -236,9 +236,9 @@ def check_shared_memory(settings: Namespace, simulation: StepSimulation | None) 
 
 def workers_of(settings: Namespace) -> int:
     """Data workers of one process, as `PairData` chooses them."""
-    asked: int | None = settings.data.init_args.get("workers")
-    if asked is not None or not on_cards(settings.trainer):
-        return asked or 0
+    workers: int | None = settings.data.init_args.get("workers")
+    if workers is not None or not on_cards(settings.trainer):
+        return workers or 0
     return min(12, cores() // processes(settings.trainer))
 
 
@@ -263,8 +263,8 @@ def check_network(trainer: Namespace) -> Finding:
     best = min(seconds[1:])  # the first opens the connections
     # A ring hands each number on twice, but for the own part.
     rate = 2 * (fabric.world_size - 1) / fabric.world_size * SENT / best
-    told = f"{fabric.world_size} processes add up {SENT / 2**20:.0f} MiB in {1000 * best:.0f} ms"
-    return Finding("network", OK, f"{told} ({rate / 1e9:.1f} GB/s)")
+    message = f"{fabric.world_size} processes add up {SENT / 2**20:.0f} MiB in {1000 * best:.0f} ms"
+    return Finding("network", OK, f"{message} ({rate / 1e9:.1f} GB/s)")
 
 
 # ---------------------------------------------------------------------- what the run starts from
@@ -282,12 +282,12 @@ def simulated(settings: Namespace) -> StepSimulation:
     parser.add_subclass_arguments(MaskVLM, "backbone")
     parser.add_subclass_arguments(Task, "task")
     with torch.device("meta"):
-        made = parser.instantiate(parser.parse_object({"backbone": backbone, "task": settings.model.task}))
-        made.task.build(made.backbone)
+        parts = parser.instantiate(parser.parse_object({"backbone": backbone, "task": settings.model.task}))
+        parts.task.build(parts.backbone)
     # A card's own choice, as it is where the run would be on one.
     precision = settings.trainer.precision or "bf16-mixed"
     try:
-        return StepSimulation(made.backbone, made.task, str(precision), settings.data.init_args.get("captions") or 1)
+        return StepSimulation(parts.backbone, parts.task, str(precision), settings.data.init_args.get("captions") or 1)
     except KeyError:
         what = f"a step in {precision} cannot be simulated"
         raise UserError("trainer.precision", what, "Leave it out, or choose bf16-mixed") from None
@@ -306,14 +306,14 @@ def check_weights(settings: Namespace) -> Finding:
     image, text = (settings.model.backbone.init_args[name].init_args for name in ("image", "text"))
     # name of the encoder -> its repository on the hub; a local one that is not there is missing for good
     absent: dict[str, str] = {}
-    for told, local, repository in (
+    for encoder, local, repository in (
         (f"{image.name} (timm)", image.weights, hub_of_vit(image.name)),
         (f"{text.name} (Hugging Face)", text.name if Path(text.name).expanduser().is_dir() else None, text.name),
     ):
         if local is not None and not Path(local).expanduser().exists():
             raise UserError(local, "no such file or folder of weights", "Check the path", ExitCode.MISSING_INPUT)
         if local is None and not is_cached(repository, WEIGHT_FILES):
-            absent[told] = repository
+            absent[encoder] = repository
     if not absent:
         return Finding("weights", OK, "both encoders' are on this machine")
     if not hub_reachable():
@@ -329,8 +329,8 @@ def hub_of_vit(name: str) -> str:
 
 def opened_data(settings: Namespace, simulation: StepSimulation) -> PairData:
     """The configured data, as a training sets them up. Raises UserError where they are missing or unfit."""
-    given = {key: value for key, value in vars(settings.data.init_args).items() if key not in ("source", "spec")}
-    data = PairData(built_source(settings), simulation.model.backbone.input_spec, **given)
+    arguments = {key: value for key, value in vars(settings.data.init_args).items() if key not in ("source", "spec")}
+    data = PairData(built_source(settings), simulation.model.backbone.input_spec, **arguments)
     data.setup("fit")
     return data
 
@@ -338,8 +338,8 @@ def opened_data(settings: Namespace, simulation: StepSimulation) -> PairData:
 def contents(data: PairData) -> str:
     """Images of each split."""
     # A streamed split tells 0.
-    many = {name: f"{len(pairs):,} images" if len(pairs) else "a stream" for name, pairs in data.splits.items()}
-    return ", ".join(f"{name}: {told}" for name, told in many.items())
+    sizes = {name: f"{len(pairs):,} images" if len(pairs) else "a stream" for name, pairs in data.splits.items()}
+    return ", ".join(f"{name}: {size}" for name, size in sizes.items())
 
 
 # ---------------------------------------------------------------------- predictions
@@ -378,8 +378,8 @@ def predicted_lines(
         yield Finding("memory", LOOK, f"the step cannot be simulated ({type(error).__name__}: {error})", todo)
         return
     worse = FAILS if memory.needed > card.memory else LOOK
-    told = f"predicted for {card.name}: {memory}"
-    yield Finding("memory", OK if memory.fits else worse, told, f"{memory.todo[:1].upper()}{memory.todo[1:]}")
+    line = f"predicted for {card.name}: {memory}"
+    yield Finding("memory", OK if memory.fits else worse, line, f"{memory.todo[:1].upper()}{memory.todo[1:]}")
     if card.peak is None:
         yield Finding("speed", LOOK, f"{card.name}: its peak is not known", "Give --peak TFLOPS, or maskvlm bench")
         return
@@ -388,43 +388,43 @@ def predicted_lines(
     launched_P = [each.launched * LAUNCH for each in phases]
     slower_P = [max(seconds) for seconds in zip(computed_P, launched_P, strict=True)]
     rate = pairs / sum(each.share * seconds for each, seconds in zip(phases, slower_P, strict=True))
-    told = f"predicted: {rate:,.0f} pairs/s a card, assuming "
+    line = f"predicted: {rate:,.0f} pairs/s a card, assuming "
     if computed_P == slower_P:
-        told += f"{100 * UTILISATION:.0f} % of {card.peak / 1e12:,.0f} TFLOP/s for {flops_told(phases)} GFLOP a pair"
+        line += f"{100 * UTILISATION:.0f} % of {card.peak / 1e12:,.0f} TFLOP/s for {format_flops(phases)} GFLOP a pair"
     else:
         most = max(each.launched for each in phases)
-        told += f"{1e6 * LAUNCH:.0f} us for each of up to {most:,} kernels a step, which is small for a card"
+        line += f"{1e6 * LAUNCH:.0f} us for each of up to {most:,} kernels a step, which is small for a card"
     todo = "On a card `maskvlm bench` measures it"
     if data is not None:
         hours = data.total_steps * data.batch_size / (cards * rate) / 3600
-        told += f"; {data.total_steps:,} steps in {hours:,.2f} hours on {cards} of them, without evaluation"
-    yield Finding("speed", OK, told, todo)
+        line += f"; {data.total_steps:,} steps in {hours:,.2f} hours on {cards} of them, without evaluation"
+    yield Finding("speed", OK, line, todo)
     if data is not None:
         yield examined("data workers", lambda: check_workers(settings, data, rate))
 
 
-def flops_told(phases: Sequence[StepWork]) -> str:
+def format_flops(phases: Sequence[StepWork]) -> str:
     """`98.7`, or of a run of phases `61.2 (60 % of the steps 30.1, 40 % of the steps 107.9)`: GFLOP a pair."""
     mean = sum(each.share * each.flops for each in phases) / 1e9
     if len(phases) == 1:
         return f"{mean:,.1f}"
-    told = [f"{100 * each.share:.0f} % of the steps {each.flops / 1e9:,.1f}" for each in phases]
-    return f"{mean:,.1f} ({', '.join(told)})"
+    shares = [f"{100 * each.share:.0f} % of the steps {each.flops / 1e9:,.1f}" for each in phases]
+    return f"{mean:,.1f} ({', '.join(shares)})"
 
 
 def check_workers(settings: Namespace, data: PairData, rate: float) -> Finding:
     """Whether the data workers of a process keep up with a card. rate: pairs per second that it takes."""
     read, workers = images_per_second(data), workers_of(settings)
     needed, each = math.ceil(rate / read), processes(settings.trainer)
-    told = f"one reads {read:,.0f} images/s (measured here): a card needs {needed}, {workers} are configured"
+    message = f"one reads {read:,.0f} images/s (measured here): a card needs {needed}, {workers} are configured"
     if not on_cards(settings.trainer):
-        return Finding("data workers", OK, told)
+        return Finding("data workers", OK, message)
     if needed * each > cores():
         todo = f"This machine has {cores()} cores, not {each} x {needed}: cards would wait. Augment less, or more cores"
-        return Finding("data workers", LOOK, told, todo)
+        return Finding("data workers", LOOK, message, todo)
     if needed > workers:
-        return Finding("data workers", LOOK, told, f"Set --data.workers {needed}")
-    return Finding("data workers", OK, told)
+        return Finding("data workers", LOOK, message, f"Set --data.workers {needed}")
+    return Finding("data workers", OK, message)
 
 
 def images_per_second(data: PairData) -> float:

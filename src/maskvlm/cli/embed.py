@@ -32,9 +32,9 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     return 0
 
 
-def data_parser(command: str, out: str, told: str) -> argparse.ArgumentParser:
+def data_parser(command: str, out: str, description: str) -> argparse.ArgumentParser:
     """The options of `embed`, which `index` takes too. Whatever else is given configures the data."""
-    parser = OptionParser(f"maskvlm {command}", description=told, allow_abbrev=False)
+    parser = OptionParser(f"maskvlm {command}", description=description, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(out), help=f"the folder, made where needed ({out})")
     parser.add_argument("--from", dest="source", help=f"a checkpoint, a folder or name of the hub ({DEFAULT})")
     parser.add_argument(
@@ -73,8 +73,8 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     args = chosen.get("init_args")
     plain = {"class_path": chosen.class_path, "init_args": args.as_dict() if args else {}}
     # What index.json can hold: paths and other values become texts.
-    told = {"checkpoint": options.source, "split": options.split, "source": json.loads(json.dumps(plain, default=str))}
-    return embed(model, pairs, folder, told, options.shard, options.captions, process)
+    facts = {"checkpoint": options.source, "split": options.split, "source": json.loads(json.dumps(plain, default=str))}
+    return embed(model, pairs, folder, facts, options.shard, options.captions, process)
 
 
 def undivided(source: Source) -> Prepared:

@@ -29,7 +29,7 @@ from maskvlm.cli.ask_model import how_to_ask
 from maskvlm.config.compose import choices, chosen
 from maskvlm.config.given_options import config_text, options
 from maskvlm.config.parse_errors import explain_message
-from maskvlm.config.parser import MODE, CommandParser, Complaint, check_given, old_names_given, parsed
+from maskvlm.config.parser import MODE, CommandParser, Complaint, old_name_lines, parsed, set_up_parsing
 from maskvlm.config.safe_yaml import cut, read_yaml
 from maskvlm.data.batch import Source
 from maskvlm.data.examples import ExampleSource
@@ -47,7 +47,7 @@ from maskvlm.training.resume import may_go_on, newest_of
 from maskvlm.training.run_record import RunRecord, SaveConfig, claim_folder, finish_run, give_up_folder
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.lock import HELD
-from maskvlm.utils.process_memory import freed_memory_kept
+from maskvlm.utils.process_memory import keep_freed_memory
 from maskvlm.utils.signals import CAUGHT
 from maskvlm.utils.write_errors import writing
 
@@ -86,12 +86,12 @@ class LightningCommand(LightningCLI):
         return {name: every[name] for name in COMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        told = "the run's folder; {run} in files. torchrun takes --run for an option of its own"
-        parser.add_argument("--run", "--folder", type=str, default="checkpoints/run", help=told)
-        told = "several processes: seconds without a sign of life before one is taken for frozen (default 120)"
-        parser.add_argument("--patience", type=float | None, default=None, help=told)
-        told = "a checkpoint to start from: its model and weights, its tokenizer, the heads that fit the task"
-        parser.add_argument("--from", type=str | None, default=None, help=told)
+        description = "the run's folder; {run} in files. torchrun takes --run for an option of its own"
+        parser.add_argument("--run", "--folder", type=str, default="checkpoints/run", help=description)
+        description = "several processes: seconds without a sign of life before one is taken for frozen (default 120)"
+        parser.add_argument("--patience", type=float | None, default=None, help=description)
+        description = "a checkpoint to start from: its model and weights, its tokenizer, the heads that fit the task"
+        parser.add_argument("--from", type=str | None, default=None, help=description)
         parser.link_arguments("from", "model.backbone.init_args.start")
         # What the encoders know goes to the data once; one seed and one number of passes rule both sides.
         parser.link_arguments("model.backbone", "data.init_args.spec", compute_fn=input_spec, apply_on="instantiate")
@@ -106,7 +106,7 @@ class LightningCommand(LightningCLI):
         # Before --print_config ends the command.
         refuse_two_lengths(self.arguments)
         self.config = parsed(parser, one_length(self.arguments))
-        for line in old_names_given(self.arguments):
+        for line in old_name_lines(self.arguments):
             warn(line)
         for line in parts_left_behind(self.start, self.settings.model.task):
             warn(line)
@@ -196,7 +196,7 @@ class LightningCommand(LightningCLI):
         if trainer.precision is None:
             kwargs.setdefault("precision", self._precision(trainer))
         try:
-            made = super().instantiate_trainer(**kwargs)
+            new_trainer = super().instantiate_trainer(**kwargs)
         except UserError:
             raise
         except (TypeError, ValueError, ImportError) as error:  # what Lightning says of a wrong value
@@ -205,15 +205,15 @@ class LightningCommand(LightningCLI):
             if "more than one stateful callback" not in str(error):
                 raise
             raise wrong_trainer(error) from error
-        for callback in made.callbacks:  # type: ignore[attr-defined]
+        for callback in new_trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunRecord | SaveConfig):
                 callback.goes_on = self.settings.get("ckpt_path") is not None
-        keep_profile(made, Path(self.settings.run))
+        keep_profile(new_trainer, Path(self.settings.run))
         # Without evaluations they are left to look at what training logs.
-        for callback in made.callbacks if made.limit_val_batches else ():  # type: ignore[attr-defined]
+        for callback in new_trainer.callbacks if new_trainer.limit_val_batches else ():  # type: ignore[attr-defined]
             judge_after_evaluations(callback)
-        watch(made, Path(self.settings.run), self.settings.get("patience"))
-        return made
+        watch(new_trainer, Path(self.settings.run), self.settings.get("patience"))
+        return new_trainer
 
     def _precision(self, trainer: Namespace) -> str | None:
         """None: single precision. Of several processes on CPUs each would find its own: there it stays at that."""
@@ -260,15 +260,15 @@ class LightningCommand(LightningCLI):
         share = max(1, data.share // trainer.world_size)
         simulation = StepSimulation(model.backbone, model.task, precision, data.captions)
         try:
-            found = estimate_memory(simulation, share, model.chunk, card, trainer.world_size > 1)
+            estimate = estimate_memory(simulation, share, model.chunk, card, trainer.world_size > 1)
         except Exception as error:  # a plug-in that asks a fake tensor for a value; the run itself may be well
             print(f"note: the step's memory could not be simulated ({error})", file=sys.stderr, flush=True)
             return
-        found.check()
-        if found.fits:
-            print(f"note: {found}", file=sys.stderr, flush=True)
+        estimate.check()
+        if estimate.fits:
+            print(f"note: {estimate}", file=sys.stderr, flush=True)
         else:
-            warn(f"{found}: {found.todo}")
+            warn(f"{estimate}: {estimate.todo}")
 
     def after_fit(self) -> None:
         """The weights of the last step, wherever the last evaluation fell; and an evaluation of all, where those
@@ -308,7 +308,7 @@ class LightningCommand(LightningCLI):
     def _best_knows_as_much(self, folder: Path) -> None:
         """Where the best weights are those of the last step, too, they keep the same images."""
         trainer: Any = self.trainer
-        best = Path(kept_best(trainer) or folder / LAST)
+        best = Path(best_checkpoint(trainer) or folder / LAST)
         same = False
         # A sharded one is a folder; it keeps what it has.
         if trainer.is_global_zero and best.name != LAST and best.is_file():
@@ -319,7 +319,7 @@ class LightningCommand(LightningCLI):
 
     def _tell_end(self, folder: Path) -> None:
         """Where the weights are, and how they are asked: whoever has waited for them wants to try them."""
-        best = Path(kept_best(self.trainer) or folder / LAST)
+        best = Path(best_checkpoint(self.trainer) or folder / LAST)
         # As the run was named; Lightning keeps whole paths.
         best = folder / best.name if best.parent == folder.resolve() else best
         if best.is_file():  # not where checkpoints are turned off
@@ -328,9 +328,9 @@ class LightningCommand(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
-        memory = freed_memory_kept() if on_cpu else nullcontext()
+        memory = keep_freed_memory() if on_cpu else nullcontext()
         try:
-            with attempted(Path(self.settings.run)), writing(self.settings.run), told_of_interval(), memory:
+            with attempted(Path(self.settings.run)), writing(self.settings.run), explain_interval_error(), memory:
                 super()._run_subcommand(subcommand)
         except UserError:  # with another error there is a report of it
             # Of several processes the folder tells the others how this one ended.
@@ -358,7 +358,7 @@ def check_interval(settings: Namespace) -> None:
 
 
 @contextmanager
-def told_of_interval() -> Iterator[None]:
+def explain_interval_error() -> Iterator[None]:
     """The same of a run whose length is given in passes: Lightning knows its batches only once the data is there.
 
     Raises:
@@ -367,10 +367,10 @@ def told_of_interval() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        found = re.search(r"`val_check_interval` \((\d+)\) must be .*? batches \((\d+)\)", str(error), re.DOTALL)
-        if found is None:
+        match = re.search(r"`val_check_interval` \((\d+)\) must be .*? batches \((\d+)\)", str(error), re.DOTALL)
+        if match is None:
             raise
-        raise interval_too_long(int(found[1]), int(found[2])) from error
+        raise interval_too_long(int(match[1]), int(match[2])) from error
 
 
 def interval_too_long(interval: int, batches: int) -> UserError:
@@ -406,20 +406,20 @@ IDLE = {
 def refuse_idle(typed: Collection[str], task: Namespace) -> None:
     """Raises UserError for a typed option of the built-in masking beside another masking. In files they may stand:
     recipes set them for whoever gives no masking."""
-    given = task.get("init_args") or Namespace()
+    arguments = task.get("init_args") or Namespace()
     for masking, names in IDLE.items():
-        kind = given.get(masking)
+        kind = arguments.get(masking)
         for name in names:
             # null turns off what nobody asks for: a study's arms share such options.
-            if kind and f"model.task.{name}" in typed and given.get(name) is not None:
+            if kind and f"model.task.{name}" in typed and arguments.get(name) is not None:
                 what = f"changes nothing: {masking} is {kind['class_path'].rpartition('.')[2]}, which masks by its own"
                 raise UserError(f"--model.task.{name}", what, f"Give it to that: --model.task.{masking}.NAME")
 
 
 def refuse_two_lengths(arguments: list[str]) -> None:
     """Raises UserError where the command line gives both steps and passes, neither of them null."""
-    given = {option.key: option.value for option in options(arguments)}
-    both = [key for key in ("data.steps", "data.epochs") if given.get(key, "null") != "null"]
+    values = {option.key: option.value for option in options(arguments)}
+    both = [key for key in ("data.steps", "data.epochs") if values.get(key, "null") != "null"]
     if len(both) == 2:
         raise UserError(f"--{both[1]}", f"beside --{both[0]}", "Give one of the two")
 
@@ -427,9 +427,9 @@ def refuse_two_lengths(arguments: list[str]) -> None:
 def one_length(arguments: list[str]) -> list[str]:
     """The arguments; where steps or passes are typed, the other one, which a file may set, is cleared. So a
     configuration that is printed has one length, too."""
-    given = {option.key: option.value for option in options(arguments)}
+    values = {option.key: option.value for option in options(arguments)}
     for key, other in (("data.steps", "data.epochs"), ("data.epochs", "data.steps")):
-        if given.get(key, "null") != "null" and other not in given:
+        if values.get(key, "null") != "null" and other not in values:
             return [*arguments, f"--{other}=null"]
     return arguments
 
@@ -474,8 +474,8 @@ def stopped_before_its_end(trainer: L.Trainer) -> str | None:
     if step >= steps or any(map(ended_by_score, callbacks)):
         return None
     where = f"stopped at step {step} of {steps}"
-    left = [each.time_remaining() for each in callbacks if isinstance(each, Timer)]
-    if any(seconds is not None and seconds <= 0 for seconds in left):
+    remaining = [each.time_remaining() for each in callbacks if isinstance(each, Timer)]
+    if any(seconds is not None and seconds <= 0 for seconds in remaining):
         return f"{where}, as trainer.max_time is over; the same command with a larger one goes on from there"
     if trainer.num_training_batches < steps * trainer.accumulate_grad_batches:
         return f"{where}, as trainer.limit_train_batches or overfit_batches says; without them it is another run"
@@ -488,10 +488,10 @@ def best_of(trainer: L.Trainer) -> str | None:
     # A run that ended at its full length is measured with its last weights, whatever the best ones are.
     early = trainer.global_step < trainer.datamodule.total_steps  # type: ignore[attr-defined]
     # Another cause, such as trainer.max_time, ends a run with its last weights, too.
-    return kept_best(trainer) if early and any(map(ended_by_score, callbacks)) else None
+    return best_checkpoint(trainer) if early and any(map(ended_by_score, callbacks)) else None
 
 
-def kept_best(trainer: L.Trainer) -> str | None:
+def best_checkpoint(trainer: L.Trainer) -> str | None:
     """The checkpoint of the highest score so far; None where none is kept."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     keepers = (each for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path)
@@ -523,10 +523,10 @@ def check_same_task(start: ModelSpec | None, path: str, measured: str) -> None:
     """
     if start is None or start.task is None or start.task["class_path"] == measured:
         return
-    theirs, asked = (task_name(path) for path in (start.task["class_path"], measured))
+    theirs, measured_name = (task_name(path) for path in (start.task["class_path"], measured))
     if theirs.startswith("maskvlm."):  # pre-training, which every task may begin from
         return
-    raise UserError(path, f"was fine-tuned as {theirs}, not as {asked}", f"Name its task: evaluate {theirs}")
+    raise UserError(path, f"was fine-tuned as {theirs}, not as {measured_name}", f"Name its task: evaluate {theirs}")
 
 
 def wrong_trainer(error: Exception) -> UserError:
@@ -572,11 +572,11 @@ def check_cards(trainer: Namespace) -> None:
         warn("CUDA does not start, though NVIDIA's tools are here: the processor is used; `maskvlm doctor` looks why")
     if trainer.accelerator not in ("gpu", "cuda"):
         return
-    found, asked = torch.cuda.device_count(), trainer.devices
-    wanted = len(asked) if isinstance(asked, list) else int(asked) if str(asked).lstrip("-").isdigit() else 1
-    if found < max(1, wanted):
+    count, devices = torch.cuda.device_count(), trainer.devices
+    wanted = len(devices) if isinstance(devices, list) else int(devices) if str(devices).lstrip("-").isdigit() else 1
+    if count < max(1, wanted):
         todo = "Use where=cpu (--trainer.accelerator cpu) or fewer devices"
-        what = f"found {found} of {max(1, wanted)} GPUs"
+        what = f"found {count} of {max(1, wanted)} GPUs"
         raise UserError("trainer.devices", what, todo, ExitCode.UNAVAILABLE)
 
 
@@ -596,26 +596,26 @@ def check_strategy(strategy: Any) -> None:
         raise UserError(f"trainer.strategy={strategy}", what, "Give ddp, or where=gpu8 or the like")
 
 
-def find_checkpoint(asked: str | None, folder: Path, command: str) -> str | None:
+def find_checkpoint(name: str | None, folder: Path, command: str) -> str | None:
     """The file that `--ckpt_path` means: a path, or `last` or `best` of the run's folder.
 
     Raises:
         UserError: it is not there (66), or an evaluation was asked for without naming one (2).
     """
-    if asked is None:
+    if name is None:
         if command == "fit":
             return None
         raise UserError(command, "no checkpoint is named", "Give --ckpt_path FILE, or `last` or `best` of --folder")
     # Lightning would open an address by fsspec, and fetch what is there.
-    if "://" in asked:
-        raise UserError("--ckpt_path", f"{asked} is an address", "Download the file first")
-    if asked == "last":
-        found = newest_valid(folder, warn)
-        if found is None:
+    if "://" in name:
+        raise UserError("--ckpt_path", f"{name} is an address", "Download the file first")
+    if name == "last":
+        newest = newest_valid(folder, warn)
+        if newest is None:
             todo = "Check --folder, or leave --ckpt_path out"
             raise UserError(folder, "holds no checkpoint to go on from", todo, ExitCode.MISSING_INPUT)
-        return str(found)
-    return str(folder / "best.ckpt") if asked == "best" else asked
+        return str(newest)
+    return str(folder / "best.ckpt") if name == "best" else name
 
 
 def run_command(command: type[AnyCommand], arguments: list[str], allowed: Iterable[str] = ()) -> AnyCommand:
@@ -629,7 +629,7 @@ def run_command(command: type[AnyCommand], arguments: list[str], allowed: Iterab
     Raises:
         UserError: whatever is wrong with the arguments, in one line.
     """
-    check_given(arguments, allowed)
+    set_up_parsing(arguments, allowed)
     try:
         with with_start(arguments, allowed) as (whole, start):
             return command(whole, start)
@@ -663,9 +663,9 @@ def with_start(arguments: list[str], allowed: Iterable[str]) -> Iterator[tuple[l
     with tempfile.TemporaryDirectory() as folder:
         start = None if not starts or starts[-1] in ("", "null") else checked_spec_of(starts[-1])
         while (at := _place_of(whole)) is not None:
-            asked, length = (whole[at].partition("=")[2], 1) if "=" in whole[at] else (whole[at + 1], 2)
-            told = start if start is not None and asked == starts[-1] else checked_spec_of(asked)
-            task = pretraining_task_of(told, asked, allowed)
+            source, length = (whole[at].partition("=")[2], 1) if "=" in whole[at] else (whole[at + 1], 2)
+            spec = start if start is not None and source == starts[-1] else checked_spec_of(source)
+            task = pretraining_task_of(spec, source, allowed)
             # JSON: a class path or a text such as "no" comes back as it was written
             whole[at : at + length] = ["-c", _file_of(Path(folder, "task.yaml"), json.dumps({"model": {"task": task}}))]
         if start is not None:
@@ -676,8 +676,8 @@ def with_start(arguments: list[str], allowed: Iterable[str]) -> Iterator[tuple[l
 
 def _place_of(arguments: Sequence[str]) -> int | None:
     """Index of the first `--task_from CHECKPOINT` or `--task_from=CHECKPOINT`; None without one."""
-    found = (at for at, word in enumerate(arguments) if word.partition("=")[0] == "--task_from")
-    return next((at for at in found if "=" in arguments[at] or at + 1 < len(arguments)), None)
+    places = (at for at, word in enumerate(arguments) if word.partition("=")[0] == "--task_from")
+    return next((at for at in places if "=" in arguments[at] or at + 1 < len(arguments)), None)
 
 
 def _file_of(path: Path, text: str) -> str:
@@ -699,7 +699,7 @@ def parts_left_behind(start: ModelSpec | None, task: Namespace) -> Iterator[str]
     now = args.as_dict() if args else {}
     for name in ("image_masking", "text_masking", "losses"):
         if (before.get(name) or None) != (now.get(name) or None):
-            was, here = (_class_paths(told.get(name)) or "the default" for told in (before, now))
+            was, here = (_class_paths(arguments.get(name)) or "the default" for arguments in (before, now))
             other = f"the checkpoint's was {was}" if was != here else "the checkpoint's has other settings"
             way = "right for data of another kind; --task_from CHECKPOINT takes the checkpoint's whole task"
             yield f"model.task.{name}: {here}; {other} ({way})"
@@ -713,7 +713,7 @@ def recipe_of_another(start: ModelSpec, arguments: Sequence[str]) -> str | None:
         start: what the checkpoint says of itself.
         arguments: the subcommand, and the files and options that it is composed of.
     """
-    recipe = next((found[1] for word in arguments if (found := RECIPE_FILE.search(word))), None)
+    recipe = next((match[1] for word in arguments if (match := RECIPE_FILE.search(word))), None)
     if arguments[0] != "fit" or recipe is None:
         return None
     sizes = {name: _size_in(str(chosen("model", name))) for name in choices("model")}

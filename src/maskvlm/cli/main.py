@@ -171,8 +171,8 @@ def stopped_early(stopped: Stopped) -> int:
     if process_rank() == 0:
         print(stopped.text, file=sys.stderr, flush=True)
         # SLURM sends USR1 before the time limit (`--signal` in the batch script).
-        if stopped.signum == signal.SIGUSR1 and (told := requeue()):
-            print(told, file=sys.stderr, flush=True)
+        if stopped.signum == signal.SIGUSR1 and (message := requeue()):
+            print(message, file=sys.stderr, flush=True)
     # Neither torchrun nor SLURM started it, so Lightning did; which it may within a step of SLURM, too.
     elif "TORCHELASTIC_RUN_ID" not in os.environ and ("LOCAL_RANK" in os.environ or "SLURM_PROCID" not in os.environ):
         leave_after_parent()
@@ -181,12 +181,12 @@ def stopped_early(stopped: Stopped) -> int:
 
 def interrupted(folder: Path | None) -> int:
     """Ctrl-C is no error; 130 is what shells expect. Says what is left of a training run."""
-    told = "interrupted"
+    message = "interrupted"
     if folder is not None and folder.joinpath("last.ckpt").is_file():
-        told += f"; {folder / 'last.ckpt'} holds its latest checkpoint: {same_command(folder)} goes on from it"
+        message += f"; {folder / 'last.ckpt'} holds its latest checkpoint: {same_command(folder)} goes on from it"
     elif folder is not None:
-        told += f" before the first checkpoint of {folder}"
-    print(told, file=sys.stderr)
+        message += f" before the first checkpoint of {folder}"
+    print(message, file=sys.stderr)
     return 130
 
 
@@ -196,11 +196,11 @@ def tool(name: str) -> Callable[[list[str]], int]:
     own, here = tools_of(own_home()), tools_of(home())
     # A tool of this project is not replaced by one of the same name in the working directory.
     find_tasks(name not in own)
-    found = sorted(own | here)
-    if name not in found:
-        near = nearest(name, found, 0.5)
+    names = sorted(own | here)
+    if name not in names:
+        near = nearest(name, names, 0.5)
         what = "no such tool" + (f" (did you mean {near}?)" if near else "")
-        todo = f"There are: {', '.join(found)}"
+        todo = f"There are: {', '.join(names)}"
         if Path(name).is_file():
             what, todo = "a file, and no command", "Write the command first: maskvlm caption FILE (maskvlm --help)"
         raise UserError(cut(name), what, todo)
@@ -223,5 +223,5 @@ def has_main(path: Path) -> bool:
 def run_folder(arguments: list[str]) -> Path | None:
     """The value of --folder (--run); None where it is not given."""
     # The last one counts, as with all options.
-    given = [option.value for option in settings(arguments) if option.key == "run"]
-    return Path(given[-1]) if given else None
+    values = [option.value for option in settings(arguments) if option.key == "run"]
+    return Path(values[-1]) if values else None

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from maskvlm.checkpoint.hub_client import check_publishable, check_repository, upload
-from maskvlm.checkpoint.warm_start import Seen
+from maskvlm.checkpoint.warm_start import LineageEntry
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import data_root
 from maskvlm.data.prepared.manifest import read_manifest
@@ -48,18 +48,18 @@ def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
     if folder is not None and folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise UserError(folder, "is there already", "Name another one", ExitCode.CANNOT_CREATE)
     with TemporaryDirectory() as temporary:
-        made = folder or Path(temporary) / "model"
-        for line in write_release(options.source, made, options.to, options.dtype, allowed):
+        model_folder = folder or Path(temporary) / "model"
+        for line in write_release(options.source, model_folder, options.to, options.dtype, allowed):
             print(line, flush=True)
         hub = check_publishable(options.to)
-        found = "is there already; an upload adds a commit to it" if hub.there else "is free"
-        print(f"{options.to}: {found}; the token is of {hub.user}", flush=True)
+        state = "is there already; an upload adds a commit to it" if hub.there else "is free"
+        print(f"{options.to}: {state}; the token is of {hub.user}", flush=True)
         if options.dry_run:
             print("nothing was uploaded (--dry-run)", flush=True)
         else:
             # Of a repository that is there it stays as it is: None.
             private = True if options.private else None
-            print(f"uploaded: {upload(made, options.to, MESSAGE, {'private': private})}", flush=True)
+            print(f"uploaded: {upload(model_folder, options.to, MESSAGE, {'private': private})}", flush=True)
     return 0
 
 
@@ -98,8 +98,8 @@ def outputs(model: PretrainedMaskVLM) -> MaskVLMOutput:
         images=[row["image"] for row in rows], text=[str(row["captions"][0]) for row in rows],
         return_tensors="pt", padding=True, truncation=True,
     )  # fmt: skip
-    found: MaskVLMOutput = model(**{key: inputs[key] for key in ("pixel_values", "input_ids", "attention_mask")})
-    return found
+    output: MaskVLMOutput = model(**{key: inputs[key] for key in ("pixel_values", "input_ids", "attention_mask")})
+    return output
 
 
 def compared(before: MaskVLMOutput, after: MaskVLMOutput, folder: Path) -> str:
@@ -108,24 +108,24 @@ def compared(before: MaskVLMOutput, after: MaskVLMOutput, folder: Path) -> str:
     Raises:
         UserError: a cosine is below LEAST_COSINE, or no number (73).
     """
-    found = []
-    for name, told in (("image_embeds", "images"), ("text_embeds", "texts"), ("fused", "pairs")):
+    cosines = []
+    for name, kind in (("image_embeds", "images"), ("text_embeds", "texts"), ("fused", "pairs")):
         ours, theirs = getattr(before, name), getattr(after, name)
         if ours is None:
             continue
         # In double precision: near 1 float32 has seven digits.
         cosine = float(cosine_similarity(ours.double(), theirs.double(), dim=-1).min())
         if not cosine >= LEAST_COSINE:  # nor is NaN
-            what = f"vectors of {told} have a cosine of {cosine:.4f} with the original's, less than {LEAST_COSINE}"
+            what = f"vectors of {kind} have a cosine of {cosine:.4f} with the original's, less than {LEAST_COSINE}"
             raise UserError(folder, what, "Give another --dtype; float32 keeps every bit", ExitCode.CANNOT_CREATE)
-        found.append(f"{told} {cosine:.7f} (largest difference {float((ours - theirs).abs().max()):.1e})")
-    return f"loaded again, {SCENES} drawn scenes: least cosine with the original's vectors: {', '.join(found)}"
+        cosines.append(f"{kind} {cosine:.7f} (largest difference {float((ours - theirs).abs().max()):.1e})")
+    return f"loaded again, {SCENES} drawn scenes: least cosine with the original's vectors: {', '.join(cosines)}"
 
 
 # ---------------------------------------------------------------------- what is known of the data
 
 
-def known_sets(history: Sequence[Seen], card: Mapping[str, Any]) -> dict[str, KnownSet]:
+def known_sets(history: Sequence[LineageEntry], card: Mapping[str, Any]) -> dict[str, KnownSet]:
     """Training sets by name, by their hash: the prepared set here with that hash; of the last one the folder that the
     run's card names."""
     manifests = []
@@ -135,23 +135,27 @@ def known_sets(history: Sequence[Seen], card: Mapping[str, Any]) -> dict[str, Kn
             manifests.append(read_manifest(file.parent))
         except UserError:
             continue
-    here = {split["sha256"][:16]: told for told in manifests for split in told["splits"].values()}
-    found = {seen.sha: KnownSet(told["title"], told["licence"]) for seen in history if (told := here.get(seen.sha))}
+    here = {split["sha256"][:16]: manifest for manifest in manifests for split in manifest["splits"].values()}
+    sets = {
+        entry.sha: KnownSet(manifest["title"], manifest["licence"])
+        for entry in history
+        if (manifest := here.get(entry.sha))
+    }
     data = card.get("data")
     settings = data.get("settings") if isinstance(data, dict) else None
     root = settings.get("root") if isinstance(settings, dict) else None
-    if history and isinstance(root, str) and history[-1].sha not in found:
+    if history and isinstance(root, str) and history[-1].sha not in sets:
         facts = FACTS.get(name := Path(root).name)
-        found[history[-1].sha] = KnownSet(f"`{name}`", facts.licence if facts else "not known")
-    return found
+        sets[history[-1].sha] = KnownSet(f"`{name}`", facts.licence if facts else "not known")
+    return sets
 
 
-def data_lines(history: Sequence[Seen], sets: Mapping[str, KnownSet]) -> Iterator[str]:
+def data_lines(history: Sequence[LineageEntry], sets: Mapping[str, KnownSet]) -> Iterator[str]:
     """Each training set once, with its terms as far as they are known here."""
-    for seen in {seen.sha: seen for seen in history}.values():
-        drawn = KnownSet("drawn scenes", "Apache-2.0, as this project") if DRAWN.fullmatch(seen.source) else None
-        known = drawn or sets.get(seen.sha, KnownSet("a set that the history does not name", "not known here"))
-        yield f"trained on: {known.title} ({seen.source}); terms: {known.licence}; see docs/licences.md"
+    for entry in {entry.sha: entry for entry in history}.values():
+        drawn = KnownSet("drawn scenes", "Apache-2.0, as this project") if DRAWN.fullmatch(entry.source) else None
+        known = drawn or sets.get(entry.sha, KnownSet("a set that the history does not name", "not known here"))
+        yield f"trained on: {known.title} ({entry.source}); terms: {known.licence}; see docs/licences.md"
 
 
 def missing(config: MaskVLMConfig) -> Iterator[str]:

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from maskvlm.cli.ask_model import answer_line, told_after
+from maskvlm.cli.ask_model import answer_line, warn_afterwards
 from maskvlm.cli.embed import data_parser, embed_data, process_of
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.bundled_models import default_model
@@ -39,8 +39,8 @@ def make(arguments: list[str], allowed: list[str]) -> int:
     if options.vectors is not None:
         # What `embed` was told is in the vectors by now.
         own = ("vectors", "out", "kind", "exact_share")
-        given = [name for name, value in vars(options).items() if value != parser.get_default(name) and name not in own]
-        for name in (*(OPTION_OF.get(name, f"--{name}") for name in given), *rest):
+        names = [name for name, value in vars(options).items() if value != parser.get_default(name) and name not in own]
+        for name in (*(OPTION_OF.get(name, f"--{name}") for name in names), *rest):
             raise UserError(name, "is of no use beside --vectors", "Leave it out")
     if not 0 < options.exact_share <= 1:
         raise UserError("--exact-share", f"{options.exact_share} is no share", "Give a number above 0, up to 1")
@@ -48,12 +48,12 @@ def make(arguments: list[str], allowed: list[str]) -> int:
     if options.vectors is None:
         print(embed_data(options, rest, allowed, vectors, (0, 1)), flush=True)
     about = index_folder(vectors, options.out, options.kind, options.exact_share)
-    told = "{count} images, {factory} {knob} {value}, made in {build_seconds} s; finds {share_of_exact_10} of the 10"
-    told += " nearest that exact search finds, asked with {queries} {asked}; {median_ms} ms a query"
+    message = "{count} images, {factory} {knob} {value}, made in {build_seconds} s; finds {share_of_exact_10} of the 10"
+    message += " nearest that exact search finds, asked with {queries} {asked}; {median_ms} ms a query"
     # A flat index has no knob and no value.
-    told = told.format(**about).replace(" None", "")
+    message = message.format(**about).replace(" None", "")
     low = "; the share asked for is not reached: --kind flat misses nothing"
-    print(f"{options.out}: {told}{low if about['share_of_exact_10'] < options.exact_share else ''}", flush=True)
+    print(f"{options.out}: {message}{low if about['share_of_exact_10'] < options.exact_share else ''}", flush=True)
     return 0
 
 
@@ -87,29 +87,30 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     options = parser.parse_args(arguments)
     # A misspelt file name would be searched for as a text.
     check_absent([options.query])
-    made = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
-    if options.index is None and len(made) > 1:
-        print(f"no --index: {made[-1].parent} is searched, the newest of {len(made)}", file=sys.stderr, flush=True)
-    index = SearchIndex.load(options.index or (made[-1].parent if made else Path("checkpoints/index")), options.images)
+    files = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
+    if options.index is None and len(files) > 1:
+        print(f"no --index: {files[-1].parent} is searched, the newest of {len(files)}", file=sys.stderr, flush=True)
+    newest = files[-1].parent if files else Path("checkpoints/index")
+    index = SearchIndex.load(options.index or newest, options.images)
     source = options.source or checkpoint_of_index(index)
     model = PretrainedMaskVLM.from_pretrained(source, device=options.device, allow_import=allowed)
-    with told_after(model):
-        found = search_index(index, model, options.query, options.k, options.rerank)
-    for place, each in enumerate(found, 1):
-        told: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}
+    with warn_afterwards(model):
+        hits = search_index(index, model, options.query, options.k, options.rerank)
+    for place, each in enumerate(hits, 1):
+        answer: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}
         # Of an image of a prepared set the id has the file's name, as the user's table wrote it.
         place_of = each.origin if each.id in each.origin else f"{each.id}, {each.origin}"
-        told |= {"image": each.path or place_of, "caption": each.captions[0] if each.captions else None}
-        whole = {**told, "id": each.id, "captions": each.captions}
-        print(json.dumps(whole, ensure_ascii=False) if options.json else answer_line(told), flush=True)
+        answer |= {"image": each.path or place_of, "caption": each.captions[0] if each.captions else None}
+        whole = {**answer, "id": each.id, "captions": each.captions}
+        print(json.dumps(whole, ensure_ascii=False) if options.json else answer_line(answer), flush=True)
     if options.show is not None:
-        print(f"wrote {show(index, found, options.show)}", file=sys.stderr, flush=True)
+        print(f"wrote {show(index, hits, options.show)}", file=sys.stderr, flush=True)
     return 0
 
 
-def show(index: SearchIndex, found: list[SearchResult], path: Path) -> Path:
+def show(index: SearchIndex, hits: list[SearchResult], path: Path) -> Path:
     """Write a contact sheet of what was found, best first. Raises UserError: see `SearchIndex.open_images`; the file
     cannot be written (73)."""
-    titles = [f"{place}. {each.id}, similarity {each.similarity:.3f}" for place, each in enumerate(found, 1)]
-    rows = zip(index.open_images(found), found, titles, strict=True)
+    titles = [f"{place}. {each.id}, similarity {each.similarity:.3f}" for place, each in enumerate(hits, 1)]
+    rows = zip(index.open_images(hits), hits, titles, strict=True)
     return save_sheet([open_row(image, each.captions, title, each.origin) for image, each, title in rows], path)

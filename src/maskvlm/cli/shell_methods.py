@@ -19,14 +19,14 @@ class ShellMethod(NamedTuple):
 
     Attributes:
         form: what follows it.
-        told: what it is for.
+        description: what it is for.
         least, most: how many inputs it takes; most is None where any number may follow.
         options: of OPTIONS those that it takes.
         head: which head it needs.
     """
 
     form: str
-    told: str
+    description: str
     least: int
     most: int | None
     options: tuple[str, ...] = ()
@@ -73,17 +73,17 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 def method_parser(method: str) -> argparse.ArgumentParser:
     """The options of a method; of one that a task brings those that all have."""
     known = METHODS.get(method)
-    told = known.told if known else "what a fine-tuned model answers: its images, then the text"
+    description = known.description if known else "what a fine-tuned model answers: its images, then the text"
     form = known.form if known else "IMAGE ... TEXT"
-    parser = OptionParser(f"maskvlm {method}", description=told, allow_abbrev=False)
+    parser = OptionParser(f"maskvlm {method}", description=description, allow_abbrev=False)
     parser.usage = f"maskvlm {method} [--from CHECKPOINT] {form} [options]"
     parser.add_argument("inputs", nargs="*", help=form)
     parser.add_argument("--from", dest="source", help=f"a checkpoint, a folder or name of the hub ({DEFAULT})")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each answer")
     parser.add_argument("--device", help="such as cuda; the CPU if left out")
     for name in known.options if known else ():
-        others, told_of = OPTIONS[name]
-        parser.add_argument(name, *others, **told_of)
+        others, keywords = OPTIONS[name]
+        parser.add_argument(name, *others, **keywords)
     return parser
 
 
@@ -161,7 +161,7 @@ def check_images(method: str, images: list[str], rest: list[str]) -> None:
         raise UserError(method, what, "Give the image before the text")
     from maskvlm.data.images import BadImage
 
-    raise BadImage(absent, "missing").asked()
+    raise BadImage(absent, "missing").without_row()
 
 
 def check_masked_share(share: float) -> None:

@@ -43,9 +43,9 @@ def surroundings() -> dict[str, str]:
     """Environment variables that the job needs as this command has them."""
     # The job changes to this folder, so a relative path finds a clone's package.
     paths = [*(["src"] if Path("src/maskvlm").is_dir() else []), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths)))}
-    found |= {name: os.environ.get(name, "") for name in PLACES}
-    return {name: value for name, value in found.items() if value}
+    variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths)))}
+    variables |= {name: os.environ.get(name, "") for name in PLACES}
+    return {name: value for name, value in variables.items() if value}
 
 
 def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
@@ -64,14 +64,14 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     if settings.get("ckpt_path") is None:
         may_go_on(folder, command.composed())
     goes_on, waits = newest_valid(folder), (folder / "job.sh").exists()
-    told = hand_over(folder / "job.sh", batch_script(settings, ["fit", *arguments], allowed))
+    message = hand_over(folder / "job.sh", batch_script(settings, ["fit", *arguments], allowed))
     if goes_on:
-        return f"{told}\n{folder} holds a run already: the job goes on from {goes_on}"
+        return f"{message}\n{folder} holds a run already: the job goes on from {goes_on}"
     if waits:
         name = shlex.quote(folder.name)
         line = "was submitted before and has begun nothing: if that job still waits, scancel one of the two"
-        return f"{told}\n{folder} {line} (squeue --name {name})"
-    return told
+        return f"{message}\n{folder} {line} (squeue --name {name})"
+    return message
 
 
 def submit_array(
@@ -96,13 +96,13 @@ def submit_array(
 
 def ranges(numbers: Sequence[int]) -> str:
     """Whole numbers as sbatch takes them: `0-3,7`."""
-    found: list[list[int]] = []
+    spans: list[list[int]] = []
     for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
         else:
-            found.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+            spans.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
 def hand_over(path: Path, script: str) -> str:

@@ -83,16 +83,16 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         words += ["--where", options.where] if options.where else []
         from maskvlm.cli.slurm import submit_array
 
-        left = [run for run in without(chosen, earlier) if not run.finished]
-        if not left:
+        unfinished = [run for run in without(chosen, earlier) if not run.finished]
+        if not unfinished:
             print(f"nothing to submit: {len(chosen)} runs are finished")
             return ExitCode.DONE
         # the tasks of an array begin in any order: at first only those that the others start from
-        ready = [run for run in left if run.waits_for is None]
+        ready = [run for run in unfinished if run.waits_for is None]
         numbers = [chosen.index(run) for run in ready]
         print(submit_array(root, composed_run(ready[0]), words, numbers, options.jobs, allowed), flush=True)
-        if len(ready) < len(left):
-            print(f"the other {len(left) - len(ready)} start from these: submit again once they are finished")
+        if len(ready) < len(unfinished):
+            print(f"the other {len(unfinished) - len(ready)} start from these: submit again once they are finished")
         return ExitCode.DONE
     if options.page_only:  # also while the study is being made
         tell_page(study, every, options.page or root, options.file, allowed, earlier)
@@ -112,9 +112,9 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 def without(runs: Sequence["StudyRun"], earlier: Mapping[str, "Outcome"]) -> list["StudyRun"]:
     """The runs that no page has, and what they start from."""
     starts = {run.start for run in runs}
-    left = [run for run in runs if run.name not in earlier and run not in starts]
-    needed = {run.start for run in left if not run.finished}
-    return [run for run in runs if run in left or run in needed]
+    remaining = [run for run in runs if run.name not in earlier and run not in starts]
+    needed = {run.start for run in remaining if not run.finished}
+    return [run for run in runs if run in remaining or run in needed]
 
 
 def tell_page(
@@ -173,12 +173,12 @@ def chosen_runs(
     for name in cells:
         if name not in names:
             raise UserError("--only", f"there is no {name}", f"There are: {', '.join(names)}")
-    found = [run for run in runs if (not cells or run.cell.name in cells) and (not seeds or run.seed in seeds)]
-    if not found:
+    matches = [run for run in runs if (not cells or run.cell.name in cells) and (not seeds or run.seed in seeds)]
+    if not matches:
         known = ", ".join(map(str, sorted({run.seed for run in runs})))
         raise UserError("--seeds", "no run has these", f"There are: {known}")
-    starts = {run.start for run in found}
-    return [run for run in runs if run in found or run in starts]
+    starts = {run.start for run in matches}
+    return [run for run in runs if run in matches or run in starts]
 
 
 def composed_run(run: "StudyRun") -> list[str]:
@@ -214,14 +214,14 @@ def make_runs(study: Study, runs: Sequence["StudyRun"], jobs: int, allowed: list
     console = Console()
     missing = [run for run in runs if not run.finished]
     console.print(f"{len(runs)} runs, {len(missing)} to make, {jobs} at once", highlight=False)
-    worst, spent, told = 0, 0.0, False
+    worst, spent, warned = 0, 0.0, False
     runner = Runner(jobs, allowed)
     for done, ended in enumerate(runner.make(missing), 1):
         spent += ended.seconds
         console.print(line_of(ended, done, len(missing), spent, jobs), highlight=False, markup=False, soft_wrap=True)
         worst = worst or (ended.code if ended.code >= 0 else 128 - ended.code)
-        if not told and ended.run.cell is not study.first and (metrics := ended.run.metrics):
-            told = True
+        if not warned and ended.run.cell is not study.first and (metrics := ended.run.metrics):
+            warned = True
             for line in unknown_keys(study.metrics.values(), metrics):
                 print(f"warning: {line}", file=sys.stderr, flush=True)
     if runner.stopping.is_set():
@@ -230,12 +230,14 @@ def make_runs(study: Study, runs: Sequence["StudyRun"], jobs: int, allowed: list
     return worst
 
 
-def unknown_keys(asked: Iterable[Metric], metrics: Mapping[str, float], who: str = "the first run") -> list[str]:
+def unknown_keys(
+    study_metrics: Iterable[Metric], metrics: Mapping[str, float], who: str = "the first run"
+) -> list[str]:
     """A line for each key of a study's metrics that is not among what was measured; it may be of a head that other
     runs have. who: measured it."""
     lines = []
     has = f"{who} has" if who.startswith("no ") else f"{who} has no"
-    for metric in asked:
+    for metric in study_metrics:
         for key in (*metric.mean, *metric.minus, *metric.otherwise):
             if key not in metrics:
                 near = nearest(key, metrics, 0.8)
@@ -245,11 +247,11 @@ def unknown_keys(asked: Iterable[Metric], metrics: Mapping[str, float], who: str
 
 def line_of(ended: "Ended", done: int, count: int, spent: float, jobs: int) -> str:
     """`[3/40] all-s1: 11.2 min; about 4.1 h left`, or how it failed."""
-    told = f"[{done}/{count}] {ended.run.name}: {ended.seconds / 60:.1f} min"
+    line = f"[{done}/{count}] {ended.run.name}: {ended.seconds / 60:.1f} min"
     if ended.why:
-        return f"{told}, {ended.why}"
-    left = spent / done * (count - done) / jobs
-    return f"{told}; about {left / 3600:.1f} h left" if left >= 3600 else f"{told}; about {left / 60:.0f} min left"
+        return f"{line}, {ended.why}"
+    rest = spent / done * (count - done) / jobs
+    return f"{line}; about {rest / 3600:.1f} h left" if rest >= 3600 else f"{line}; about {rest / 60:.0f} min left"
 
 
 def _again(values: Sequence[object], option: str) -> list[str]:

@@ -44,14 +44,14 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     folder = options.out or Path("checkpoints") / f"suite-{name}-{moment()}"
     # What is wrong with the files is told before a large model is read.
     check_ways(suite, ways, options.limit)
-    found = suite.read(options.path, options.images)
+    item_rows = suite.read(options.path, options.images)
     options.source = options.source or default_model("asked")
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
-    report = run_suite(suite, model, found, ways, options.limit, options.seed)
+    report = run_suite(suite, model, item_rows, ways, options.limit, options.seed)
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     write_result(folder, name, suite, plain, report, model)
     console = Console()
-    console.print(f"{name}: {suite.told}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{name}: {suite.question}", highlight=False, markup=False, soft_wrap=True)
     console.print(table_of_suite(report))
     for line in [*lines_of_suite(report), *(f"trap: {trap}" for trap in suite.traps)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

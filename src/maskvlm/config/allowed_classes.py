@@ -106,21 +106,21 @@ def may_name(path: str, typed: set[str], allowed: set[str]) -> bool:
     if path in typed and root not in sys.stdlib_module_names:
         return True
     # only our own packages are imported to look: importing a stranger's runs its code
-    found = _find(path, root in OWN)
-    if found is _Missing:
+    target = _find(path, root in OWN)
+    if target is _Missing:
         return root in OWN  # the parser says what is missing; nothing of it can be imported
     # functions are called with the file's arguments: none is allowed
-    if not inspect.isclass(found):
+    if not inspect.isclass(target):
         return False
     # base classes by their names, so that torch and Lightning need not be imported here
-    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in found.__mro__}
-    if f"{found.__module__}.{found.__qualname__}" in KINDS:
+    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in target.__mro__}
+    if f"{target.__module__}.{target.__qualname__}" in KINDS:
         return True
     # by where the class was made, not by the path it was found under: modules of ours also hold imported ones
-    if found.__module__.partition(".")[0] in OWN or found.__qualname__ in typed:
+    if target.__module__.partition(".")[0] in OWN or target.__qualname__ in typed:
         return bool(kinds & KINDS)
     # the same class may be named by another path: it is compared itself
-    return any(found is _find(name, False) for name in LISTED | typed | allowed)
+    return any(target is _find(name, False) for name in LISTED | typed | allowed)
 
 
 class _Missing:

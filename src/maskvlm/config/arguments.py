@@ -15,6 +15,6 @@ class OptionParser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             options = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
             known = [name for name in self._option_string_actions if name.startswith("--") and name != "--help"]
-            near = next((found for option in options if (found := nearest(option, known, 0.6))), None)
+            near = next((match for option in options if (match := nearest(option, known, 0.6))), None)
             message += f" (did you mean {near}?)" if near else ""
         raise UserError(self.prog, message, f"See {self.prog} --help")

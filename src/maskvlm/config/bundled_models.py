@@ -22,14 +22,14 @@ def bundled_folder(name: str) -> Path | None:
     return FOLDER / name if name in bundled_models() else None
 
 
-def default_model(told: str) -> str:
+def default_model(purpose: str) -> str:
     """The name of the model that is taken where no checkpoint is named; a line on stderr says so.
 
     Args:
-        told: what it does here: "asked", "fine-tuned".
+        purpose: what it does here: "asked", "fine-tuned".
     """
     ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
     if set(ranks) == {"0"}:  # one of several processes tells
-        line = f"no from=: {DEFAULT} is {told}, the model that comes along; it knows drawn scenes alone"
+        line = f"no from=: {DEFAULT} is {purpose}, the model that comes along; it knows drawn scenes alone"
         print(line, file=sys.stderr, flush=True)
     return DEFAULT

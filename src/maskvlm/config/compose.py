@@ -80,18 +80,18 @@ class CommandWords(NamedTuple):
 
     Attributes:
         places: words without a name, such as a task.
-        given: value by name.
+        values: value by name.
         options: everything from the first word that begins with a dash, without `--from X` and `--from=X`, which are
             `from=X`.
     """
 
     places: list[str]
-    given: dict[str, str]
+    values: dict[str, str]
     options: list[str]
 
     def get(self, name: str, default: str = "") -> str:
         """The value of a word; `default` where it is left out."""
-        return self.given.get(name, default)
+        return self.values.get(name, default)
 
 
 def read_words(command: str, arguments: Sequence[str], names: Sequence[str], places: int = 0) -> CommandWords:
@@ -123,10 +123,10 @@ def read_words(command: str, arguments: Sequence[str], names: Sequence[str], pla
         elif not equals or name not in names:
             known = " ".join(f"{each}=" for each in names)
             raise UserError(f"{command}: {word}", "no such word", f"There are: {known}; options begin with --")
-        elif name in words.given:
+        elif name in words.values:
             raise UserError(f"{command}: {word}", f"{name} is given twice", "Keep one of them")
         else:
-            words.given[name] = value
+            words.values[name] = value
     return words
 
 
@@ -193,11 +193,11 @@ def no_data(name: str) -> UserError:
         return UserError(where, what, "Prepare it: the same `maskvlm data` without --look")
     kind = next((kind for kind, ends in TABLES.items() if name.lower().endswith(ends)), None)
     own = ", ".join(prepared()) or "none"
-    told = f"There are: {', '.join(choices('data'))}; prepared in {data_root()}: {own}"
+    todo = f"There are: {', '.join(choices('data'))}; prepared in {data_root()}: {own}"
     if kind:
         return UserError(where, "no such data set", f"Prepare it first: maskvlm data {kind} raw={name} name=NAME")
     near = nearest(name, [*choices("data"), *prepared()], 0.6)
-    return UserError(where, "no such data set" + (f" (did you mean {near}?)" if near else ""), told)
+    return UserError(where, "no such data set" + (f" (did you mean {near}?)" if near else ""), todo)
 
 
 def encoder_options(folder: str) -> list[str]:
@@ -230,7 +230,7 @@ def pretraining(words: CommandWords) -> list[str]:
     where = chosen("where", words.get("where", "auto"))
     architecture, start = chosen("model", model), words.get("from")
     # A model need not have a recipe of its own, and another one can be named in its place.
-    named = words.given.get("recipe")
+    named = words.values.get("recipe")
     recipe = there("pretrain") + ([chosen("recipe", named)] if named is not None else there(f"pretrain-{model}"))
     if start:
         refuse_encoders(words)
@@ -272,9 +272,9 @@ def sets_of(task: str) -> list[str]:
     return sorted("scenes" if path.stem == "conf" else path.stem for path in task_folder(task).glob("*.yaml"))
 
 
-def with_model(words: CommandWords, told: str) -> CommandWords:
-    """The words with the bundled model as from=, where they name no checkpoint; `told` as of `default_model`."""
-    return words if words.get("from") else words._replace(given=words.given | {"from": default_model(told)})
+def with_model(words: CommandWords, purpose: str) -> CommandWords:
+    """The words with the bundled model as from=, where they name no checkpoint; `purpose` as of `default_model`."""
+    return words if words.get("from") else words._replace(values=words.values | {"from": default_model(purpose)})
 
 
 def task_folder(task: str) -> Path:
@@ -309,7 +309,7 @@ def task_folder(task: str) -> Path:
 
 def run_options(words: CommandWords, kind: str) -> list[str]:
     """The run's folder under checkpoints/: by its name, or by what is done, on what, and when."""
-    name = words.given.get("run")
+    name = words.values.get("run")
     # names alone, of `--run=x` as well
     options = {word.partition("=")[0] for word in words.options}
     if name is not None and options & {"--run", "--folder"}:
@@ -397,7 +397,7 @@ def submit_command(words: CommandWords) -> Composed:
 
 def pretrain_or_finetune(words: CommandWords) -> Composed:
     """Compose `finetune` where a task is given, else `pretrain`."""
-    recipe = words.given.get("recipe")
+    recipe = words.values.get("recipe")
     if words.places and recipe is not None:
         raise UserError(f"recipe={recipe}", "is one of pre-training; a task has its own", "Leave it out")
     return finetune_command(words) if words.places else pretrain_command(words)
@@ -417,7 +417,7 @@ def bench_command(words: CommandWords) -> Composed:
 def doctor_command(words: CommandWords) -> Composed:
     """`doctor model=base data=coco where=gpu8`: the words of `pretrain`."""
     # Without a name there is no folder to look at but checkpoints/.
-    run = run_options(words, "doctor") if "run" in words.given else []
+    run = run_options(words, "doctor") if "run" in words.values else []
     return ["doctor", *run, *pretraining(words), *words.options]
 
 
@@ -436,52 +436,52 @@ def embed_command(words: CommandWords) -> Composed:
     """`embed data=coco from=checkpoints/first/best.ckpt split=train`: the vectors of a split."""
     words = with_model(words, "asked")
     part, data = split(words, ("train", *SPLITS, "all")), words.get("data", "scenes")
-    given = {option.partition("=")[0] for option in words.options}
-    if "--split" in given:
+    option_names = {option.partition("=")[0] for option in words.options}
+    if "--split" in option_names:
         raise UserError("embed: --split", "is a word of this command", "Write split=train, val, test or all")
-    out = [] if "--out" in given else ["--out", f"checkpoints/vectors-{data}-{part}"]
+    out = [] if "--out" in option_names else ["--out", f"checkpoints/vectors-{data}-{part}"]
     return ["embed", "--from", words.get("from"), "--split", part, *out, *data_alone(words), *words.options]
 
 
 def publish_command(words: CommandWords) -> Composed:
     """`publish from=checkpoints/first/best.ckpt to=owner/name`."""
-    named = [word for name in ("from", "to") if name in words.given for word in (f"--{name}", words.get(name))]
+    named = [word for name in ("from", "to") if name in words.values for word in (f"--{name}", words.get(name))]
     return ["publish", *named, *words.options]
 
 
 def data_alone(words: CommandWords) -> list[str]:
     """The stack of pre-training for a command that takes its data: the checkpoint is an option of the command's own."""
-    return pretraining(words._replace(given={name: each for name, each in words.given.items() if name != "from"}))
+    return pretraining(words._replace(values={name: each for name, each in words.values.items() if name != "from"}))
 
 
 def data_command(words: CommandWords) -> Composed:
     """`data flickr8k raw=/where/it/was/downloaded name=mine`."""
     # the second place may be named: raw=
-    found = [*words.places, *([words.given["raw"]] if "raw" in words.given else [])]
-    if len(found) != 2:
+    places = [*words.places, *([words.values["raw"]] if "raw" in words.values else [])]
+    if len(places) != 2:
         # a folder here may have the name of a set
         if (
             words.places
-            and len(found) == 1
-            and (os.path.isfile(found[0]) or ("/" in found[0] and os.path.isdir(found[0])))
+            and len(places) == 1
+            and (os.path.isfile(places[0]) or ("/" in places[0] and os.path.isdir(places[0])))
         ):
-            end = Path(found[0]).suffix.lower()
+            end = Path(places[0]).suffix.lower()
             table = next((kind for kind, ends in TABLES.items() if end in ends), "SET")
-            kind = "folder" if Path(found[0]).is_dir() else table
+            kind = "folder" if Path(places[0]).is_dir() else table
             raise UserError(
-                "data", f"{found[0]} is no set, but a place", f"maskvlm data {kind} raw={found[0]} name=NAME"
+                "data", f"{places[0]} is no set, but a place", f"maskvlm data {kind} raw={places[0]} name=NAME"
             )
-        if words.places and len(found) == 1:
-            place = f"FILE.{found[0]}" if found[0] in TABLES else "FOLDER"
-            raise UserError("data", "raw= is missing", f"maskvlm data {found[0]} raw={place}")
-        what = "no set is named" if not words.places else f"{len(found) - 1} folders or files are named"
+        if words.places and len(places) == 1:
+            place = f"FILE.{places[0]}" if places[0] in TABLES else "FOLDER"
+            raise UserError("data", "raw= is missing", f"maskvlm data {places[0]} raw={place}")
+        what = "no set is named" if not words.places else f"{len(places) - 1} folders or files are named"
         todo = (
             "Give a set (`maskvlm data --help` lists them) and where it lies as distributed: data flickr8k raw=FOLDER"
         )
         raise UserError("data", what, todo)
-    name = set_name(words, found[0].rpartition(".")[2].lower())  # a reader of somebody else's is named by its class
+    name = set_name(words, places[0].rpartition(".")[2].lower())  # a reader of somebody else's is named by its class
     out = [] if "--out" in words.options else ["--out", str(data_root() / name)]
-    return ["data", *found, *out, *words.options]
+    return ["data", *places, *out, *words.options]
 
 
 def data_check_command(words: CommandWords) -> Composed:
@@ -507,7 +507,7 @@ def set_name(words: CommandWords, otherwise: str) -> str:
 
 def split(words: CommandWords, among: Sequence[str] = SPLITS) -> str:
     """The split that a command measures, or makes searchable."""
-    found = words.get("split", "val")
-    if found not in among:
-        raise UserError(f"split={found}", "no such split", f"There are: {', '.join(among)}")
-    return found
+    part = words.get("split", "val")
+    if part not in among:
+        raise UserError(f"split={part}", "no such split", f"There are: {', '.join(among)}")
+    return part

@@ -141,22 +141,22 @@ def config_files(arguments: list[str]) -> list[str]:
 
 def given_places(arguments: list[str]) -> list[KeyPlace]:
     """Every key that files and options give, the one that wins last."""
-    found: list[KeyPlace] = []
+    places: list[KeyPlace] = []
     for name in config_files(arguments):
         root = read_config_file(name)
         if root is not None:
-            found += _keys(root, name, "")
-    for place in found:
+            places += _keys(root, name, "")
+    for place in places:
         # only files are held to this: what the user types is his own word
         if place.key.rpartition(".")[2] in OUTPUTS and "://" in place.value:
             what, todo = f"{cut(place.value)} is an address", "Name a folder here, or type the option"
             raise UserError(f"{place.where}: {place.key}", what, todo, ExitCode.REFUSED)
-    return found + options(arguments)
+    return places + options(arguments)
 
 
 def options(arguments: list[str]) -> list[KeyPlace]:
     """Every `--key value` and `--key=value` of the command line."""
-    found = []
+    places = []
     for index, word in enumerate(arguments):
         if word.startswith("--") and word != "--config":
             # both forms: `--key=value` and `--key value`
@@ -164,8 +164,8 @@ def options(arguments: list[str]) -> list[KeyPlace]:
             following = arguments[index + 1] if index + 1 < len(arguments) else ""
             # `--trainer.callbacks+` appends to a list: the same key
             key = _flat(option[2:].rstrip("+"))
-            found.append(KeyPlace(option, OTHER_NAMES.get(key, key), value if equals else following))
-    return found
+            places.append(KeyPlace(option, OTHER_NAMES.get(key, key), value if equals else following))
+    return places
 
 
 def _keys(node: yaml.Node, name: str, parent: str) -> Iterator[KeyPlace]:
@@ -186,10 +186,10 @@ def _flat(key: str) -> str:
     return ".".join(part for part in key.split(".") if part != "init_args")
 
 
-def find_place(key: str, found: list[KeyPlace], value: str | None = None) -> KeyPlace | None:
+def find_place(key: str, places: list[KeyPlace], value: str | None = None) -> KeyPlace | None:
     """The last place that gives `key` (or a longer key that ends with it), preferably with that value."""
     key = _flat(key)
-    fits = [place for place in found if place.key == key or place.key.endswith("." + key)]
+    fits = [place for place in places if place.key == key or place.key.endswith("." + key)]
     # of several places that give the key, the one whose value the message names
     exact = [place for place in fits if value is not None and place.value == value]
     candidates = exact or fits
@@ -226,16 +226,16 @@ def fill_environment(value: Any, where: str, nested: int = 0) -> Any:
         if name is None or end < 0 or nested > MOST_NESTED:
             what = f"{cut(value)} asks for more than an environment variable"
             raise UserError(where, what, "Write ${oc.env:NAME} or ${oc.env:NAME,default}", ExitCode.REFUSED)
-        found = os.environ.get(name[1])
-        if found is None and value[start + name.end() - 1] == ",":
+        content = os.environ.get(name[1])
+        if content is None and value[start + name.end() - 1] == ",":
             # the default is between the comma and the closing brace
-            found = fill_environment(value[start + name.end() : end], where, nested + 1)
-        if found is None:
+            content = fill_environment(value[start + name.end() : end], where, nested + 1)
+        if content is None:
             todo = "Set it, or give a default: ${oc.env:NAME,default}"
             raise UserError(where, f"Environment variable '{cut(name[1])}' not found", todo)
-        if not found.isprintable() or "${" in found:
-            raise UserError(where, f"the environment variable {name[1]} holds {cut(found)}", "Set it to a plain text")
-        done, value = done + value[:start] + found, value[end + 1 :]
+        if not content.isprintable() or "${" in content:
+            raise UserError(where, f"the environment variable {name[1]} holds {cut(content)}", "Set it to a plain text")
+        done, value = done + value[:start] + content, value[end + 1 :]
         start = value.find("${")
     return done + value
 

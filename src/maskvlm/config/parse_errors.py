@@ -21,8 +21,8 @@ def explain_message(message: str, known: Iterable[str], siblings: Iterable[str],
         siblings: where the complaint is about a class's argument, the names of those it has.
         arguments: the command line, without the subcommand.
     """
-    found = given_places(arguments)
-    context = MessageContext(set(known), set(siblings), found)
+    places = given_places(arguments)
+    context = MessageContext(set(known), set(siblings), places)
     message = short_message(message)
     # the first pattern that fits, see the order there
     for pattern, answer in _ANSWERS:
@@ -39,9 +39,9 @@ def short_message(message: str) -> str:
         # what is wrong stands at the beginning or at the end
         lines = [*lines[: MOST_LINES // 2], "...", *lines[-MOST_LINES // 2 :]]
     # One member of a union takes the class and says what is wrong in it; that the others do not take it tells nothing.
-    taken = set(re.findall(r"Problem with given class_path '([\w.]+)'", message))
+    class_paths = set(re.findall(r"Problem with given class_path '([\w.]+)'", message))
     other = re.compile(r"\s*- Import path ([\w.]+) does not correspond")
-    lines = [line for line in lines if not ((match := other.match(line)) and match[1] in taken)]
+    lines = [line for line in lines if not ((match := other.match(line)) and match[1] in class_paths)]
     return "\n".join(line if len(line) <= MOST_WIDE else line[:MOST_WIDE] + "..." for line in lines)
 
 
@@ -50,7 +50,7 @@ class MessageContext(NamedTuple):
 
     known: set[str]
     siblings: set[str]
-    found: list[KeyPlace]
+    places: list[KeyPlace]
 
 
 def _stray(match: re.Match[str], _: MessageContext) -> UserError:
@@ -68,14 +68,14 @@ that goes on must find the schedule that it began with."""
 
 def _unknown(match: re.Match[str], context: MessageContext) -> UserError:
     key = match["key"].lstrip("-").partition("=")[0]
-    place = find_place(key, context.found) or KeyPlace("configuration", key, "")
+    place = find_place(key, context.places) or KeyPlace("configuration", key, "")
     if todo := ELSEWHERE.get(key.partition(".")[0]):
         return UserError(_where(place), "no key of this command", todo)
     # neighbours of the key: the arguments of its class, else all keys of the command
     parent = place.key.rpartition(".")[0]
     here = {f"{parent}.{name}" for name in context.siblings} or context.known
-    given = {other.key for other in context.found if other.key != place.key}
-    near = _nearest(place.key, here, here | context.known | given)
+    given_keys = {other.key for other in context.places if other.key != place.key}
+    near = _nearest(place.key, here, here | context.known | given_keys)
     if near:
         return UserError(_where(place), f"unknown key (did you mean {near}?)", "Correct its spelling")
     there = {name for name in here if name.startswith(f"{parent}.")} or here
@@ -97,20 +97,20 @@ def _nearest(key: str, here: set[str], anywhere: set[str]) -> str | None:
 
 
 def _some(names: set[str]) -> str:
-    shown = sorted(name for name in names if not name.endswith(".help"))
-    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more (maskvlm config)" if len(shown) > 12 else "")
+    keys = sorted(name for name in names if not name.endswith(".help"))
+    return ", ".join(keys[:12]) + (f" and {len(keys) - 12} more (maskvlm config)" if len(keys) > 12 else "")
 
 
 def _denied(match: re.Match[str], context: MessageContext) -> UserError:
     path = match["path"]
-    place = next((place for place in reversed(context.found) if place.value == path), None)
+    place = next((place for place in reversed(context.places) if place.value == path), None)
     what = f"class {cut(path)} is none that a file may name"
     todo = f"Add --allow-import {cut(path)} if you trust it"
     return UserError(_where(place) if place else "configuration", what, todo, ExitCode.REFUSED)
 
 
 def _no_class(match: re.Match[str], context: MessageContext) -> UserError:
-    place = next((place for place in reversed(context.found) if place.value == match["path"]), None)
+    place = next((place for place in reversed(context.places) if place.value == match["path"]), None)
     what = f"class {cut(match['path'])} cannot be used ({cut(match['why'], 200)})"
     todo = "Check the spelling, and that Python finds its package: here, installed, or on PYTHONPATH"
     return UserError(_where(place) if place else "configuration", what, todo)
@@ -118,10 +118,10 @@ def _no_class(match: re.Match[str], context: MessageContext) -> UserError:
 
 def _wrong_value(match: re.Match[str], context: MessageContext) -> UserError:
     text = match["text"]
-    given = re.search(r"(?:Got value|Given value): (.*)", text)
-    value = given[1].strip() if given else None
+    value_match = re.search(r"(?:Got value|Given value): (.*)", text)
+    value = value_match[1].strip() if value_match else None
     # the value tells which of several places is meant
-    place = find_place(match["key"], context.found, value) or KeyPlace("configuration", match["key"], value or "")
+    place = find_place(match["key"], context.places, value) or KeyPlace("configuration", match["key"], value or "")
     if value and len(value) > MOST_WIDE // 2:
         value = place.value or value  # the whole of it
     if lacking := _undefined(value or place.value):

@@ -80,9 +80,9 @@ class CommandParser(LightningArgumentParser):
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
         """The configuration as YAML, also for --print_config."""
         # the configuration itself stays as parsed
-        shown = cfg.clone()
-        keep_nulls(shown)
-        return super().dump(shown, *args, **kwargs)
+        clone = cfg.clone()
+        keep_nulls(clone)
+        return super().dump(clone, *args, **kwargs)
 
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         """Instantiate as the base class does, and keep the errors that classes raise about their own arguments. For an
@@ -94,9 +94,9 @@ class CommandParser(LightningArgumentParser):
         """
         refused: list[UserError] = []
 
-        def build(kind: type, *given: Any, **named: Any) -> Any:
+        def build(kind: type, *positional: Any, **named: Any) -> Any:
             try:
-                return kind(*given, **named)
+                return kind(*positional, **named)
             except UserError as error:
                 refused.append(error)
                 raise
@@ -184,7 +184,7 @@ def load_text(text: str, path: str | None = None) -> Any:
     return value
 
 
-def check_given(arguments: list[str], allowed: Iterable[str] = ()) -> None:
+def set_up_parsing(arguments: list[str], allowed: Iterable[str] = ()) -> None:
     """What holds for every command: which classes may be named, and a calm console."""
     # NotPlain alone tells the parser to take the text as it is; other errors pass through it
     set_loader("maskvlm", load_text, (NotPlain,))
@@ -224,15 +224,15 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     ]
     CommandParser.nulls = nulls_of(words[1:])
     try:
-        found = parser.parse_args(words)
-        keep_nulls(found[found.subcommand])
+        config = parser.parse_args(words)
+        keep_nulls(config[config.subcommand])
         # after parsing: texts have become numbers only now
-        check_written_numbers(found[found.subcommand])
-        check_seed(found[found.subcommand].seed_everything)
+        check_written_numbers(config[config.subcommand])
+        check_seed(config[config.subcommand].seed_everything)
     # an integer that no float holds
     except OverflowError:
         raise UserError("configuration", "a number is out of range", "Give one that fits 64 bits") from None
-    return found
+    return config
 
 
 def nulls_of(words: list[str]) -> list[str]:
@@ -264,7 +264,7 @@ def _current_word(word: str) -> str:
     return f"--{current_key(option[2:])}{equals}{current(value)}"
 
 
-def old_names_given(arguments: list[str]) -> Iterator[str]:
+def old_name_lines(arguments: list[str]) -> Iterator[str]:
     """A line for each option that is given by the name of an earlier version."""
     for place in given_places(arguments[1:]):
         if (new := current_key(place.key)) != place.key:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from maskvlm.utils.errors import ExitCode, UserError
 
-SHOWN = 60  # characters of a wrong value
+MOST_VALUE = 60  # characters of a wrong value
 MOST_TEXT = 1000  # characters of a text, unless told otherwise
 
 
@@ -93,8 +93,8 @@ class OneOf:
     values: tuple[Any, ...]
 
     def says(self) -> str:
-        shown = ", ".join(str(value) for value in self.values[:8])
-        return f"one of {shown}, ..." if len(self.values) > 8 else f"one of {shown}" if self.values[1:] else shown
+        listing = ", ".join(str(value) for value in self.values[:8])
+        return f"one of {listing}, ..." if len(self.values) > 8 else f"one of {listing}" if self.values[1:] else listing
 
     def fits(self, value: Any) -> bool:
         # the type, too: 1 == True == 1.0
@@ -159,11 +159,11 @@ class Tree:
 
     def fits(self, value: Any) -> bool:
         # a walk without recursion, in bounded steps
-        left, todo = self.most, [(value, self.depth)]
+        remaining, todo = self.most, [(value, self.depth)]
         while todo:
             one, depth = todo.pop()
-            left -= 1
-            if left < 0 or depth < 0:
+            remaining -= 1
+            if remaining < 0 or depth < 0:
                 return False
             if type(one) is dict:
                 if not all(Text().fits(name) for name in one):
@@ -216,14 +216,15 @@ class Record:
             UserError: it is no mapping, a key is missing or unknown, a value is of another kind; names the key.
         """
         if type(value) is not dict:
-            raise UserError(where, f"expected a mapping, found {shown(value)}", todo, self.code)
+            raise UserError(where, f"expected a mapping, found {describe_value(value)}", todo, self.code)
         for name, part in value.items():
             kind = self.needed.get(name) or self.also.get(name)
             if kind is None:
                 known = ", ".join([*self.needed, *self.also][:12])
-                raise UserError(where, f"the key {shown(name)} is not known here (known: {known})", todo, self.code)
+                what = f"the key {describe_value(name)} is not known here (known: {known})"
+                raise UserError(where, what, todo, self.code)
             if not kind.fits(part):
-                what = f"expected {kind.says()}, found {shown(part)}"
+                what = f"expected {kind.says()}, found {describe_value(part)}"
                 raise UserError(f"{where}: {name}", what, todo, self.code)
         missing = [name for name in self.needed if name not in value]
         if missing:
@@ -231,11 +232,11 @@ class Record:
         return value
 
 
-def shown(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A value of anybody's for a message: short, one line, nothing a terminal obeys, however large it is."""
     if isinstance(value, str):
         # cut first: `repr` of a large value would be built whole
-        text = repr(value[:SHOWN])
+        text = repr(value[:MOST_VALUE])
     elif value is None or isinstance(value, bool | float):
         text = repr(value)
     elif isinstance(value, int):
@@ -244,4 +245,4 @@ def shown(value: Any) -> str:
     else:
         size = f" of {len(value):,}" if isinstance(value, dict | list | tuple) else ""
         return f"a {type(value).__name__}{size}"
-    return text if len(text) <= SHOWN + 10 else text[:SHOWN] + "..."
+    return text if len(text) <= MOST_VALUE + 10 else text[:MOST_VALUE] + "..."

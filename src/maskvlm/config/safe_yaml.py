@@ -126,8 +126,8 @@ def at_line(where: str, mark: yaml.Mark | None) -> str:
 def cut(text: str, most: int = MOST_SHOWN) -> str:
     """A value for a message: one line, its beginning if it is long, no character that moves a terminal's cursor."""
     # twice the length first: a value may be a megabyte
-    shown = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 2 * most]).split())
-    return shown if len(shown) <= most and len(text) <= 2 * most else f"{shown[:most]}... ({len(text)} characters)"
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 2 * most]).split())
+    return line if len(line) <= most and len(text) <= 2 * most else f"{line[:most]}... ({len(text)} characters)"
 
 
 class Unfolded(NamedTuple):
@@ -143,10 +143,10 @@ def _unfold(node: yaml.Node, where: str, known: dict[int, Unfolded | None]) -> U
     _check_tag(node, where)
     # an alias is the very node that it names
     if id(node) in known:
-        found = known[id(node)]
-        if found is None:
+        known_size = known[id(node)]
+        if known_size is None:
             raise UserError(place, "an alias to the value it is in", "Write the value out", ExitCode.REFUSED)
-        return found
+        return known_size
     # until its parts are visited: meeting it again means that it holds itself
     known[id(node)] = None
     parts: list[yaml.Node] = []
@@ -177,8 +177,8 @@ def _check_keys(node: yaml.MappingNode, where: str) -> None:
         name = _scalar(key, where) if isinstance(key, yaml.ScalarNode) else None
         # `type`: true as a key is an int for isinstance
         if not isinstance(name, str) and type(name) is not int:
-            shown = cut(key.value) if isinstance(key, yaml.ScalarNode) else f"that is a {key.id}"
-            raise NotPlain(at_line(where, key.start_mark), f"the key {shown} is no text", "Quote it")
+            description = cut(key.value) if isinstance(key, yaml.ScalarNode) else f"that is a {key.id}"
+            raise NotPlain(at_line(where, key.start_mark), f"the key {description} is no text", "Quote it")
         if name in names:
             raise NotPlain(
                 at_line(where, node.start_mark), f"the key {cut(str(name))} is given twice", "Keep one of them"
@@ -200,8 +200,8 @@ def _scalar(node: yaml.ScalarNode, where: str) -> Any:
             raise NotPlain(place, f"the text {cut(text)} holds a control character", "Write plain text")
         return text
     # what the text would be without a tag; !!float 1 is fine
-    found = SHAPES.resolve(yaml.ScalarNode, text, (True, False))
-    if found != node.tag and (found, node.tag) != (TAG + "int", TAG + "float"):
+    implied_tag = SHAPES.resolve(yaml.ScalarNode, text, (True, False))
+    if implied_tag != node.tag and (implied_tag, node.tag) != (TAG + "int", TAG + "float"):
         what = f"{cut(text)} is not what its tag {node.tag.removeprefix(TAG)} says"
         raise NotPlain(place, what, "Leave the tag out")
     try:

@@ -79,7 +79,7 @@ def find_leaks(id_NP: Ids, hash_N: Ids | None, held: list[HeldOut]) -> dict[str,
     """
     # rows that no split and no way has found yet
     free_N = np.ones(len(id_NP), bool)
-    found = {}
+    leaks = {}
     for way in WAYS:
         for split in held:
             if way == "same id":
@@ -87,10 +87,10 @@ def find_leaks(id_NP: Ids, hash_N: Ids | None, held: list[HeldOut]) -> dict[str,
                 hit_N = np.isin(id_NP, split.id_M).any(1)
             else:
                 hit_N = np.zeros(len(free_N), bool) if hash_N is None else near(hash_N, split.hash_M)
-            found[f"{split.name}, {way}"] = np.flatnonzero(free_N & hit_N)
+            leaks[f"{split.name}, {way}"] = np.flatnonzero(free_N & hit_N)
             # a row is told once, by the first split and way that find it
             free_N &= ~hit_N
-    return {name: row_N for name, row_N in found.items() if len(row_N)}
+    return {name: row_N for name, row_N in leaks.items() if len(row_N)}
 
 
 def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
@@ -113,27 +113,27 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
     if id_NP is None:
         what = "this data set does not tell its images' ids without opening them"
         raise UserError("data.held_out", what, "Prepare the data (maskvlm data), or leave data.held_out empty")
-    found = find_leaks(id_NP, hash_N, [held_out(*named) for named in split_names(places).items()])
-    count, names = sum(map(len, found.values())), ", ".join(places)
+    leaked_rows = find_leaks(id_NP, hash_N, [held_out(*named) for named in split_names(places).items()])
+    count, names = sum(map(len, leaked_rows.values())), ", ".join(places)
     by = "by id and look" if hash_N is not None else "by id alone, as this data set has no hashes"
     # told also then: that the search took place is worth knowing
-    if not found:
+    if not leaked_rows:
         _tell(f"no training image is held out ({by}: {names})")
         return pairs
-    counts = "; ".join(f"{name}: {len(row_N)}" for name, row_N in found.items())
-    told = f"{count} of {len(pairs)} training rows show held-out images ({by}): {counts}"
+    counts = "; ".join(f"{name}: {len(row_N)}" for name, row_N in leaked_rows.items())
+    message = f"{count} of {len(pairs)} training rows show held-out images ({by}): {counts}"
     # three rows by name, so that somebody can look at them
     if leaks == "refuse":
-        first = ", ".join(_id(pairs[int(row)]) for row in np.concatenate([*found.values()])[:3])
+        first = ", ".join(_id(pairs[int(row)]) for row in np.concatenate([*leaked_rows.values()])[:3])
         todo = "Set data.contamination to drop, which leaves them out, or take another data set"
-        raise UserError("data.held_out", f"{told}; first {first}", todo, ExitCode.BAD_DATA)
+        raise UserError("data.held_out", f"{message}; first {first}", todo, ExitCode.BAD_DATA)
     if count == len(pairs):
-        raise UserError("data.held_out", f"{told}; nothing is left", "Train on another data set", ExitCode.BAD_DATA)
-    _tell(f"{told}; left out")
+        raise UserError("data.held_out", f"{message}; nothing is left", "Train on another data set", ExitCode.BAD_DATA)
+    _tell(f"{message}; left out")
     kept_N = np.ones(len(pairs), bool)
-    # row numbers of all splits and ways, (found rows,)
-    kept_N[np.concatenate([*found.values()])] = False
-    listed = {f"in {name}": [pairs[int(row)]["origin"] for row in row_N] for name, row_N in found.items()}
+    # row numbers of all splits and ways, (leaked rows,)
+    kept_N[np.concatenate([*leaked_rows.values()])] = False
+    listed = {f"in {name}": [pairs[int(row)]["origin"] for row in row_N] for name, row_N in leaked_rows.items()}
     # the held-out splits go into the fingerprint: other ones leave out other rows
     return Chosen(pairs, np.flatnonzero(kept_N), f"without {sorted(places)}", listed)
 

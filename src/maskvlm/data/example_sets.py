@@ -67,7 +67,9 @@ class TrainExamples(Dataset[ExampleSample]):
             try:
                 if not text:
                     raise BadImage(example["origin"], "empty text", "there is no word in it")
-                images = [self.transform(image, text) for image in opened_images(example)]
+                # An answer, too, may be untrue of a mirrored image: "left" to "Which way does he look?".
+                words = " ".join([text, *example["answers"]])
+                images = [self.transform(image, words) for image in opened_images(example)]
             except BadImage as bad:
                 blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
                 # one bad image makes a hole of the whole example: a text about the rest may be untrue

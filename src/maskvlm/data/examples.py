@@ -124,7 +124,7 @@ class ExampleBatch(NamedTuple):
     problems: tuple[tuple[str, str], ...] = ()
 
 
-def asked(image_BPCHW: Tensor, text: CaptionTokens) -> ExampleBatch:
+def question_batch(image_BPCHW: Tensor, text: CaptionTokens) -> ExampleBatch:
     """Questions of somebody who wants answers: no targets, ids of nothing."""
     rows, images = image_BPCHW.shape[:2]
     number_B = torch.arange(rows, device=image_BPCHW.device)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -135,15 +135,15 @@ def get_label(record: Any, key: str, classes: tuple[str, ...], where: str, layou
     """One of the classes, in any case; also true and false where they are classes."""
     value = get(record, key, object, where, layout)
     # true and false of JSON are "true" and "false" by this
-    given = str(value).strip().lower() if isinstance(value, str | bool | int | float) else type(value).__name__
+    label = str(value).strip().lower() if isinstance(value, str | bool | int | float) else type(value).__name__
     for name in classes:
-        if given == name.lower() and isinstance(value, str | bool):
+        if label == name.lower() and isinstance(value, str | bool):
             return name
     named = ", ".join(classes)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        what = f"'{key}' is {given[:80]}, a number; the classes are named {named}"
+        what = f"'{key}' is {label[:80]}, a number; the classes are named {named}"
     else:
-        what = f"'{key}' is {given[:80]!r}, the classes are {named}"
+        what = f"'{key}' is {label[:80]!r}, the classes are {named}"
     raise UserError(where, what, "Correct the label or remove the row", ExitCode.BAD_DATA)
 
 
@@ -183,6 +183,15 @@ class ImagesByKey:
     def image(self, number: int) -> str | bytes:
         """An image as examples carry it: its path, or encoded where images are not files."""
         return self.path(number)
+
+    def identity(self, numbers: Iterable[int]) -> str:
+        """Another text where one of these images is another file, told by name and size: what was computed from them
+        and kept does not hold for it."""
+        digest = hashlib.sha256()
+        for number in numbers:
+            path = self.path(number)
+            digest.update(f"{os.path.basename(path)} {os.stat(path).st_size}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()[:16]
 
 
 def image_folder(images: str | Path | None, root: Path, key: str = "data.source.images") -> Path:
@@ -270,11 +279,11 @@ def images_by_number(names: list[str], part: str) -> dict[str, str]:
     image. Of several files with one number the one with most of the part's words in its path is taken.
     """
     # (digits at the end of the name, name) of all files that have some.
-    found = [(end[0], name) for name in names if (end := re.search(r"\d+$", PurePosixPath(name).stem))]
-    padded = [each for each in found if len(each[0]) == DIGITS]
+    numbered_names = [(end[0], name) for name in names if (end := re.search(r"\d+$", PurePosixPath(name).stem))]
+    padded = [each for each in numbered_names if len(each[0]) == DIGITS]
     words = set(part.split("_"))
     # The best fit first: setdefault then keeps it.
-    best = sorted(padded or found, key=lambda each: (-len(words & set(re.split(r"[\W_]+", each[1]))), each[1]))
+    best = sorted(padded or numbered_names, key=lambda each: (-len(words & set(re.split(r"[\W_]+", each[1]))), each[1]))
     chosen: dict[str, str] = {}
     for number, name in best:
         chosen.setdefault(f"{family_of(part)} {int(number)}", name)

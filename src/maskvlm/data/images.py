@@ -84,7 +84,7 @@ class BadImage(UserError):
         """Pickled with its own arguments."""
         return type(self), (self.where, self.reason, self.detail, self.todo)
 
-    def asked(self) -> "BadImage":
+    def without_row(self) -> "BadImage":
         """The same of an image that somebody asks about by itself: it has no row."""
         if self.reason.startswith((_NOT_ALLOWED, "not an image", "a folder")):
             return BadImage(self.where, self.reason, self.detail, f"Give an image ({ALLOWED})")
@@ -114,8 +114,8 @@ def safe_open(source: bytes | str | Path | Image.Image, name: str, least: int | 
     with _strict_pillow():
         try:
             if isinstance(source, Image.Image):
-                return _decode(source, name, least, given=True)
-            return _decode(_open(source, name), name, least, given=False)
+                return _decode(source, name, least, from_caller=True)
+            return _decode(_open(source, name), name, least, from_caller=False)
         except BadImage:
             raise
         except (Image.DecompressionBombError, MemoryError) as error:
@@ -234,7 +234,7 @@ def _reason(error: Exception) -> str:
     return "crc" if "checksum" in text or "crc" in text else "corrupt"
 
 
-def _decode(image: Image.Image, name: str, least: int | None, given: bool) -> Image.Image:
+def _decode(image: Image.Image, name: str, least: int | None, from_caller: bool) -> Image.Image:
     """Check the size in the header, decode, turn upright, make RGB; an image that was given stays as it is."""
     # the header alone has been read; no pixel is decoded yet
     _check_size(*image.size, name)
@@ -245,7 +245,7 @@ def _decode(image: Image.Image, name: str, least: int | None, given: bool) -> Im
     image.load()
     if image.size != size:
         raise BadImage(name, "corrupt", f"{image.size} pixels instead of {size} in the header")
-    plain = image.mode == "RGB" and not given and not image.has_transparency_data
+    plain = image.mode == "RGB" and not from_caller and not image.has_transparency_data
     rgb = image._new(image.im) if plain else _to_rgb(image, name)  # without the reader that opened it
     # the orientation is read from the EXIF bytes in `info`
     rgb.info = dict(image.info)

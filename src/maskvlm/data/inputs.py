@@ -31,59 +31,59 @@ MASK = "[MASK]"
 """How people write a masked word, whatever the tokenizer calls it."""
 
 
-def as_list(given: Any) -> tuple[list[Any], bool]:
+def as_list(value: Any) -> tuple[list[Any], bool]:
     """A list of what was given, and whether it was a single one; arrays and tensors of four dimensions are lists."""
-    if isinstance(given, list | tuple) or (isinstance(given, Tensor | np.ndarray) and given.ndim == 4):
-        return [read_once(each) for each in given], False
-    return [read_once(given)], True
+    if isinstance(value, list | tuple) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 4):
+        return [read_once(each) for each in value], False
+    return [read_once(value)], True
 
 
-def read_once(given: Any) -> Any:
+def read_once(value: Any) -> Any:
     """The content of an open file, which is empty when it is read again; anything else as it is."""
-    return given.read() if isinstance(given, IOBase) and not isinstance(given, TextIOBase) else given
+    return value.read() if isinstance(value, IOBase) and not isinstance(value, TextIOBase) else value
 
 
-def is_image(given: object) -> bool:
+def is_image(value: object) -> bool:
     """Whether this is an image rather than a text: of strings those that name a file."""
     # Not Path.is_file, which raises where a text is longer than a name may be.
-    return not isinstance(given, str) or os.path.isfile(given)
+    return not isinstance(value, str) or os.path.isfile(value)
 
 
-def open_image(given: ImageInput, name: str = "image") -> Image.Image:
+def open_image(image: ImageInput, name: str = "image") -> Image.Image:
     """Upright 8-bit RGB.
 
     Raises:
         BadImage: it cannot be read, is no image, or too large.
         UserError: an array or tensor of another shape or range.
     """
-    if isinstance(given, Tensor | np.ndarray):
-        return Image.fromarray(_eight_bits(given, name))
+    if isinstance(image, Tensor | np.ndarray):
+        return Image.fromarray(_eight_bits(image, name))
     # a path names itself in errors
-    if isinstance(given, str | Path):
-        given, name = str(given), str(given)
-    if isinstance(given, bytearray | memoryview):
-        given = bytes(given)
-    if isinstance(given, TextIOBase):
+    if isinstance(image, str | Path):
+        image, name = str(image), str(image)
+    if isinstance(image, bytearray | memoryview):
+        image = bytes(image)
+    if isinstance(image, TextIOBase):
         raise UserError(name, "a file that is open as text", "Open it with 'rb'")
-    given = read_once(given)
+    image = read_once(image)
     # everything else has become one of these by now
-    if not isinstance(given, str | bytes | Image.Image):
+    if not isinstance(image, str | bytes | Image.Image):
         todo = "Give a path, encoded bytes, a Pillow image, an array or a tensor"
-        raise UserError(name, f"{type(given).__name__} is no image", todo)
+        raise UserError(name, f"{type(image).__name__} is no image", todo)
     try:
-        return safe_open(given, name)
+        return safe_open(image, name)
     except BadImage as bad:
-        raise bad.asked() from bad
+        raise bad.without_row() from bad
 
 
-def _eight_bits(given: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
-    is_tensor = isinstance(given, Tensor)
+def _eight_bits(image: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    is_tensor = isinstance(image, Tensor)
     # `float`: numpy has no bfloat16
-    array = given.detach().float().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
-    integers = not given.is_floating_point() if isinstance(given, Tensor) else array.dtype.kind in "iub"
+    array = image.detach().float().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    integers = not image.is_floating_point() if isinstance(image, Tensor) else array.dtype.kind in "iub"
     if array.dtype.kind not in "uifb":
         raise UserError(name, f"array of {array.dtype}", "Give 8-bit integers from 0 to 255, or floats from 0 to 1")
-    if given.dtype in (bool, torch.bool):
+    if image.dtype in (bool, torch.bool):
         array, integers = array * np.float32(1), False  # true is white, as in Pillow
     shape, wanted = list(array.shape), "[3, H, W]" if is_tensor else "[H, W, 3]"
     if array.ndim == 2:
@@ -105,24 +105,24 @@ def _eight_bits(given: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[A
     return np.rint(array.astype(np.float32) * (1 if integers else 255)).astype(np.uint8)
 
 
-def check_absent(given: Iterable[object]) -> None:
+def check_absent(values: Iterable[object]) -> None:
     """Raises UserError where a string looks like the file of an image that is not there (66)."""
-    for each in given:
+    for each in values:
         if isinstance(each, str) and Path(each).suffix.lower() in SUFFIXES and not is_image(each):
             raise UserError(each, "no such file", "Check the path", ExitCode.MISSING_INPUT)
 
 
-def check_whole(method: str, name: str, given: object, least: int) -> None:
+def check_whole(method: str, name: str, value: object, least: int) -> None:
     """Raises UserError unless it is a whole number, at least so much."""
-    if not isinstance(given, int | np.integer) or isinstance(given, bool) or given < least:
-        raise UserError(method, f"{name} is {given!r}"[:80], f"Give a whole number, {least} or more")
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise UserError(method, f"{name} is {value!r}"[:80], f"Give a whole number, {least} or more")
 
 
-def check_text(given: object) -> str:
+def check_text(value: object) -> str:
     """A text with a word in it. Raises UserError."""
-    if not isinstance(given, str):
-        raise UserError("text", f"{type(given).__name__} is no text", "Give a string, or a list of strings")
-    text = clean_caption(given)[0]
+    if not isinstance(value, str):
+        raise UserError("text", f"{type(value).__name__} is no text", "Give a string, or a list of strings")
+    text = clean_caption(value)[0]
     if not text:
         raise UserError("text", "it holds no word", "Write one")
     return text

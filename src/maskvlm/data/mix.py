@@ -55,10 +55,10 @@ class MixedPairs:
 
     def __getitem__(self, index: int, /) -> Row:
         part, row = self.place(index)
-        found = self.parts[part][row]
+        record = self.parts[part][row]
         # the row is a fresh dictionary of its part, so it may be changed
-        found["origin"] = f"{self.names[part]}: {found['origin']}"
-        return found
+        record["origin"] = f"{self.names[part]}: {record['origin']}"
+        return record
 
     def place(self, index: int) -> tuple[int, int]:
         """Number of the part, and the row in it. Raises IndexError outside 0 to the length - 1."""
@@ -80,8 +80,8 @@ class MixedPairs:
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of all rows, such as image_id or phash, in their order."""
         # as often as a row is shown, so the column has the mix's length
-        taken = [pairs.column(name).take(rows) for pairs, rows in zip(self.parts, self.rows, strict=True)]
-        return pa.chunked_array([chunk for column in taken for chunk in column.chunks], taken[0].type)
+        columns = [pairs.column(name).take(rows) for pairs, rows in zip(self.parts, self.rows, strict=True)]
+        return pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
 
     def row_ids(self) -> Ids:
         """63-bit hash of each row's image's id, (N, 1)."""

@@ -51,7 +51,8 @@ class PairData(L.LightningDataModule):
         accumulate: passes that share a global batch; the same number as trainer.accumulate_grad_batches.
         augment, crop_scale, randaugment, colour, flip, caption_aware: see `train_transform`.
         captions: captions shown with each image of a training batch.
-        max_bad_fraction: the run stops when more than this share of the samples could not be read.
+        max_bad_fraction: the run stops when more than this share of the samples could not be read. In a stream a shard
+            that cannot be read, or its rest, counts as one sample: how many it holds is not known.
         fraction: train on this part of the training images, chosen by `seed`; a smaller part is inside a larger one.
         held_out: splits of prepared sets (`data/coco/test`) whose images must not be trained on (`contamination.py`).
         contamination: what happens where some are: `refuse`, or `drop` them.
@@ -117,9 +118,10 @@ class PairData(L.LightningDataModule):
         # samples that could not be read or had to be mended: how many, and which, by reason
         self.problems: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
-        self.seen = 0
+        self.samples = 0
         self.start = 0  # batches (passes, where several share a step) that a run which goes on has consumed
         self.splits: dict[str, Any] = {}
+        self.share_looked_at = 1.0  # of the images of the split that was measured last
 
     # ------------------------------------------------------------------ set-up
 
@@ -137,18 +139,18 @@ class PairData(L.LightningDataModule):
         needed = ["test" if stage == "test" else "val"]
         # without a tokenizer, evaluation needs the training captions, too: one is trained on them
         needed += ["train"] if stage == "fit" or self.tokenizer is None else []
-        absent, found = Absent(), {}
+        absent, splits = Absent(), {}
         for name in needed:
             # the files that are missing of all splits are told in one error
             with absent.noted():
-                found[name] = self.source.split(name)
+                splits[name] = self.source.split(name)
         absent.check()
-        if "train" in found:
+        if "train" in splits:
             # leaks go first: the fraction is of the images that may be trained on
-            pairs = without_leaks(found["train"], self.held_out, self.contamination)
-            found["train"] = fraction_of(pairs, self.fraction, self.seed)
+            pairs = without_leaks(splits["train"], self.held_out, self.contamination)
+            splits["train"] = fraction_of(pairs, self.fraction, self.seed)
         # the splits of another stage stay
-        self.splits |= found
+        self.splits |= splits
         if self.tokenizer is None:
             # Deterministic, so every process arrives at the same tokenizer without a word between them.
             texts = some_texts if isinstance(self.source, ExampleSource) else some_captions
@@ -256,7 +258,7 @@ class PairData(L.LightningDataModule):
             raise UserError("data.workers", what, todo)
         self.start, rows = state_dict["batches"], state_dict["rows"]
         if rank() == 0:  # the counts are of all processes
-            self.seen, self.problems, self.examples = rows["samples"], Counter(rows["problems"]), rows["examples"]
+            self.samples, self.problems, self.examples = rows["samples"], Counter(rows["problems"]), rows["examples"]
 
     # ------------------------------------------------------------------ loaders
 
@@ -284,16 +286,21 @@ class PairData(L.LightningDataModule):
         return self._loader(data, share // world_size(), batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._evaluation(self.splits["val"])
+        return self._evaluation(self.splits["val"], getattr(self.trainer, "limit_val_batches", 1.0))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._evaluation(self.splits["test"])
+        return self._evaluation(self.splits["test"], getattr(self.trainer, "limit_test_batches", 1.0))
 
-    def _evaluation(self, pairs: Any) -> DataLoader[Any]:
+    def _evaluation(self, pairs: Any, limit: int | float) -> DataLoader[Any]:
         """Each process takes its own batches: no image is padded in or counted twice, and a batch (whose masks
         and wrong partners depend on what is in it) is the same for any number of processes that the batches of
-        `eval_batch_size` suffice for."""
-        size, whole = size_for_all(len(pairs), self.eval_batch_size, world_size()), range(len(pairs))
+        `eval_batch_size` suffice for. limit: batches of `eval_batch_size` that are measured, of all processes together
+        (Lightning counts those of each: more images would be measured by more processes, and recall would fall)."""
+        count = len(pairs)
+        if isinstance(limit, int) and limit:
+            count = min(count, max(limit * self.eval_batch_size, world_size()))
+        self.share_looked_at = count / max(1, len(pairs))
+        size, whole = size_for_all(count, self.eval_batch_size, world_size()), range(count)
         batches = [list(whole[first : first + size]) for first in whole[::size]]
         # dealt out in turn, whole batches
         mine = batches[rank() :: world_size()]
@@ -316,7 +323,10 @@ class PairData(L.LightningDataModule):
             collate = CollateExamples(captioner, self.source)
         # a byte for each of 3 colours
         if workers := self._readers():
-            check_shared(3 * self.spec.image_size**2 * size, workers, getattr(self.trainer, "num_devices", 1))
+            # Examples of a source have as many images each.
+            images = len(data.examples[0]["images"]) if isinstance(data, TrainExamples | EvalExamples) else 1
+            batch_bytes = 3 * self.spec.image_size**2 * size * images
+            check_shared(batch_bytes, workers, getattr(self.trainer, "num_devices", 1))
         return noted_loader(kind, data, collate, workers, pin_memory=self._on_gpu(), **kwargs)
 
     def _on_gpu(self) -> bool:
@@ -359,7 +369,7 @@ class PairData(L.LightningDataModule):
         if not getattr(self.trainer, "training", True):
             return batch
         # only training counts: evaluation raises for a sample that it cannot read
-        self.seen += len(batch.valid_B)
+        self.samples += len(batch.valid_B)
         for reason, message in batch.problems:
             self.problems[reason] += 1
             listed = self.examples.setdefault(reason, [])
@@ -369,10 +379,10 @@ class PairData(L.LightningDataModule):
         unread = sum(n for reason, n in self.problems.items() if not reason.startswith("caption "))
         # of fewer samples a share says little: one bad row at the start would end the run. But where none of the first
         # ones could be read, a short run would end as finished and have learned nothing
-        many = self.seen >= 1000 and unread > self.max_bad_fraction * self.seen
-        none = self.seen >= 16 and unread >= self.seen and self.max_bad_fraction < 1
+        many = self.samples >= 1000 and unread > self.max_bad_fraction * self.samples
+        none = self.samples >= 16 and unread >= self.samples and self.max_bad_fraction < 1
         if batch.problems and (many or none):
-            what = f"{unread} of {self.seen} samples could not be read, first: {batch.problems[0][1]}"
+            what = f"{unread} of {self.samples} samples could not be read, first: {batch.problems[0][1]}"
             todo = "mend the data or raise data.max_bad_fraction"
             raise UserError("training data", what, todo, ExitCode.BAD_DATA)
         return batch
@@ -385,7 +395,7 @@ class PairData(L.LightningDataModule):
         # collective: every process must come here, and gather in the same order
         for part in gather_objects(self.problems):
             counts.update(part)  # type: ignore[call-overload]
-        samples = sum(gather_objects(self.seen))  # type: ignore[arg-type]
+        samples = sum(gather_objects(self.samples))  # type: ignore[arg-type]
         examples: dict[str, list[str]] = {}
         for shard in gather_objects(self.examples):
             for reason, messages in shard.items():  # type: ignore[attr-defined]

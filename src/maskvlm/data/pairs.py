@@ -75,8 +75,8 @@ class TrainPairs(Dataset[Sample]):
         # Each epoch goes on where the last one ended in the list of captions.
         # The row is added so that images begin at different places of it.
         first = pick.epoch * self.captions + pick.row
-        shown = [clean_caption(there[(first + n) % len(there)] if there else "") for n in range(self.captions)]
-        captions, note = [text for text, _ in shown], next((note for _, note in shown if note), None)
+        entries = [clean_caption(there[(first + n) % len(there)] if there else "") for n in range(self.captions)]
+        captions, note = [text for text, _ in entries], next((note for _, note in entries if note), None)
         if not all(captions):
             return self.hole(pick.row, ("empty caption", f"{row['origin']}: the caption is empty"))
         try:

@@ -68,7 +68,7 @@ def near(hash_N: Ids, hash_M: Ids, bits: int = NEAR) -> NDArray[np.bool_]:
         bits: up to 11.
     """
     # images of one colour all have 0: near each other without being copies
-    found_N, hash_M = np.zeros(len(hash_N), bool), np.unique(hash_M[hash_M != 0])
+    near_N, hash_M = np.zeros(len(hash_N), bool), np.unique(hash_M[hash_M != 0])
     # bits in which the nearest part may differ at most
     reach = bits // BANDS
     # all differences of so many bits in 16: 137 for a reach of 2
@@ -90,8 +90,8 @@ def near(hash_N: Ids, hash_M: Ids, bits: int = NEAR) -> NDArray[np.bool_]:
                 row = order_N[begin + np.arange(len(begin))]
                 # the whole hash decides
                 far = np.bitwise_count(hash_N[row] ^ np.repeat(other, counts))
-                found_N[row[far <= bits]] = True
-    return found_N & (hash_N != 0)
+                near_N[row[far <= bits]] = True
+    return near_N & (hash_N != 0)
 
 
 def _part(hashes: Ids, band: int) -> NDArray[np.uint16]:

@@ -169,19 +169,19 @@ class Walk:
         """Each folder with the names of its files. Raises UserError (74) where one cannot be listed."""
         self.left_out.clear()
         # folders by device and inode: the same under whatever name
-        seen: set[tuple[int, int]] = set()
+        seen_folders: set[tuple[int, int]] = set()
         for place, folders, files in os.walk(self.root, onerror=_cannot_list, followlinks=True):
             status = os.stat(place)
-            if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+            if (status.st_dev, status.st_ino) in seen_folders:  # a link that leads back
                 folders.clear()
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            seen_folders.add((status.st_dev, status.st_ino))
             # in place: `os.walk` goes on into what is left in this list
-            folders[:] = self._kept(place, folders)
-            yield place, self._kept(place, files)
+            folders[:] = self._select(place, folders)
+            yield place, self._select(place, files)
 
-    def _kept(self, place: str, names: list[str]) -> list[str]:
-        kept = []
+    def _select(self, place: str, names: list[str]) -> list[str]:
+        selection = []
         for name in sorted(name for name in names if not name.startswith(".")):
             path = os.path.join(place, name)
             # Python gives bytes of a name that are no UTF-8 as lone surrogates
@@ -189,8 +189,8 @@ class Walk:
             if reason:
                 self.left_out.setdefault(reason, []).append(os.path.relpath(path, self.root))
             else:
-                kept.append(name)
-        return kept
+                selection.append(name)
+        return selection
 
 
 def _cannot_list(error: OSError) -> None:

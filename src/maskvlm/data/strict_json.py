@@ -63,10 +63,10 @@ def json_kind(value: Any) -> str:
 
 def each_key_once(pairs: list[tuple[str, Any]]) -> Any:
     """The object of these keys and values."""
-    found = dict(pairs)
+    record = dict(pairs)
     # the same length: no key came twice
-    if len(found) == len(pairs):
-        return found
+    if len(record) == len(pairs):
+        return record
     twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
     return BadJson(f"key {twice[:80]!r} stands there twice")
 

@@ -58,8 +58,8 @@ def photo_of_id(image_id: str) -> str:
     their files: "mine images/1000268201_693b08cb0e.jpg" is the photo that Flickr30k calls 1000268201.jpg. A number
     alone proves nothing, as most sets count their images.
     """
-    found = _FLICKR.fullmatch(image_id) if "_" in image_id else None
-    return f"flickr {found[1]}" if found else image_id
+    match = _FLICKR.fullmatch(image_id) if "_" in image_id else None
+    return f"flickr {match[1]}" if match else image_id
 
 
 def hash_of_photo(image_id: str) -> int:

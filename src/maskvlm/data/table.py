@@ -70,9 +70,9 @@ def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[
     # the name holds a digest of all inputs: what is there under it is never stale
     if not folder.is_dir():
         # the files are parsed once for all runs
-        made = make()
+        content = make()
         try:
-            _write(made, columns, folder)
+            _write(content, columns, folder)
         except OSError as error:
             what = f"the cache cannot be written ({error.strerror or error})"
             raise UserError(parent, what, "Set `cache` to another folder", ExitCode.CANNOT_CREATE) from error
@@ -85,7 +85,7 @@ def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[
         raise UserError(folder, what, "Delete this folder; it is made again", ExitCode.IO_ERROR) from error
 
 
-def _write(made: ParsedColumns, columns: Columns, folder: Path) -> None:
+def _write(content: ParsedColumns, columns: Columns, folder: Path) -> None:
     """Complete or not at all: other processes may read or write the same table at this moment."""
     import datasets
 
@@ -98,9 +98,9 @@ def _write(made: ParsedColumns, columns: Columns, folder: Path) -> None:
     # beside its place: a rename is one step only within a file system
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as work, _no_bars():
         # `features` gives the order of the columns
-        new, values = Path(work) / folder.name, {name: made.columns[name] for name in features}
+        new, values = Path(work) / folder.name, {name: content.columns[name] for name in features}
         datasets.Dataset.from_dict(values, features).save_to_disk(new / "table")
-        (new / "notes.json").write_text(json.dumps(made.notes))
+        (new / "notes.json").write_text(json.dumps(content.notes))
         try:
             new.rename(folder)
         except OSError:
@@ -112,12 +112,12 @@ def _write(made: ParsedColumns, columns: Columns, folder: Path) -> None:
 def _no_bars() -> Iterator[None]:
     import datasets
 
-    shown = not datasets.are_progress_bars_disabled()
+    bars_enabled = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if bars_enabled:
             datasets.enable_progress_bars()
 
 
@@ -195,7 +195,7 @@ class TableRows:
         """Count a row that was left out or mended."""
         self.notes.setdefault(reason, []).append(place)
 
-    def made(self) -> ParsedColumns:
+    def finish(self) -> ParsedColumns:
         """The finished table. Raises UserError where no row was added."""
         if not self.values["id"]:
             raise UserError(self.origin.file, "no example in this file", "Take the complete file", ExitCode.BAD_DATA)
@@ -239,6 +239,11 @@ class TableExamples:
             group=row["group"],
             origin=self._origin.short(row["place"]),
         )
+
+    @property
+    def image_identity(self) -> str:
+        """Another text where its images are other files; looks at each of them."""
+        return self._images.identity(np.unique(self._number_NP))
 
     def image_ids(self) -> Iterator[str]:
         """Ids of all its images, each once, without opening them."""

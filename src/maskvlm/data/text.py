@@ -108,7 +108,7 @@ class Captioner:
         token, or it is spelt, most of its pieces being single characters."""
         text = clean_caption(text)[0]
         encoding = self._backend.encode(text)
-        found = []
+        words = []
         for word in sorted({word for word in encoding.word_ids if word is not None}):
             start, end = encoding.word_to_tokens(word)  # type: ignore[misc]
             # "##" of WordPiece, and the signs of a space before a word of the two other kinds
@@ -117,8 +117,8 @@ class Captioner:
             written = text[slice(*encoding.word_to_chars(word))].strip()  # type: ignore[misc]
             # a sign that is not known is no word
             if (spelt or self.unknown in encoding.ids[start:end]) and any(map(str.isalnum, written)):
-                found.append(written)
-        return found
+                words.append(written)
+        return words
 
     def inner(self, text: str) -> list[int]:
         """Ids of a piece of a text, without start and end token; a space before its first word counts."""

@@ -14,7 +14,7 @@ from maskvlm.data.text import Captioner
 from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError
 
-SHOWN, LONGEST = 5, 40  # of the unknown words the most frequent are told, so many letters of each
+MOST_WORDS, LONGEST = 5, 40  # of the unknown words the most frequent are told, so many letters of each
 SPELT = 0.2
 """The share of words known by their letters alone from which on a user is told."""
 MOST_ROWS = 300
@@ -53,8 +53,8 @@ def by_source(split: Any) -> Iterator[tuple[str, list[str]]]:
         if hasattr(pairs, "captions"):  # without opening the image
             yield name, [str(getattr(caption, "text", caption)) for caption in pairs.captions(row)]
         else:
-            found = pairs[row]
-            yield name, [found["text"]] if "text" in found else list(found["captions"])
+            record = pairs[row]
+            yield name, [record["text"]] if "text" in record else list(record["captions"])
 
 
 def spelt_shares(split: Any, captioner: Captioner, unknown: Mapping[str, tuple[float, int]]) -> dict[str, float]:
@@ -96,23 +96,23 @@ def check_unknown(split: Any, captioner: Captioner, most: float, texts_of: str =
     Raises:
         UserError: a source has more.
     """
-    found = unknown_shares(split, captioner)
-    some = [(name, share) for name, (share, _) in found.items() if share > 0]
+    shares = unknown_shares(split, captioner)
+    some = [(name, share) for name, (share, _) in shares.items() if share > 0]
     if rank() == 0 and some:
-        told = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.1f} %" for name, share in some)
+        figures = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.1f} %" for name, share in some)
         often = Counter(
             word for _, texts in by_source(split) for text in texts for word in captioner.unknown_words(text)
         )
         # without those that are spelt, which are told below
         lost = (word for word, _ in often.most_common() if captioner.unknown in captioner([word]).token_CT)
-        words = ", ".join(f"{word[:LONGEST]}..." if len(word) > LONGEST else word for word in islice(lost, SHOWN))
+        words = ", ".join(f"{word[:LONGEST]}..." if len(word) > LONGEST else word for word in islice(lost, MOST_WORDS))
         stay = "; they stay unknown, as the tokenizer is the model's"
-        print(f"unknown words in the {texts_of} texts: {told}{f' ({words})' if words else ''}{stay}", flush=True)
-    spelt = [(name, share) for name, share in spelt_shares(split, captioner, found).items() if share > SPELT]
+        print(f"unknown words in the {texts_of} texts: {figures}{f' ({words})' if words else ''}{stay}", flush=True)
+    spelt = [(name, share) for name, share in spelt_shares(split, captioner, shares).items() if share > SPELT]
     if rank() == 0 and spelt:
-        told = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.0f} %" for name, share in spelt)
-        print(f"words of the {texts_of} texts that the tokenizer only spells, letter by letter: {told}", flush=True)
-    for name, (share, count) in found.items():
+        figures = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.0f} %" for name, share in spelt)
+        print(f"words of the {texts_of} texts that the tokenizer only spells, letter by letter: {figures}", flush=True)
+    for name, (share, count) in shares.items():
         if share > most:
             what = f"the tokenizer does not know {100 * share:.0f} % of {count:,} words of the {texts_of} texts"
             todo = "Take a tokenizer of their language (model.backbone.text.name), or raise data.max_unknown"

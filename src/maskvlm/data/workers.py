@@ -40,17 +40,17 @@ IDLE, READS, ENDS = 0, 1, 2
 
 
 class At(NamedTuple):
-    """What a worker says of itself. since: of the system's monotonic clock; told: the row's origin, or why it ends."""
+    """What a worker says of itself. since: of the system's monotonic clock; text: the row's origin, or why it ends."""
 
     pid: int
     state: int
     sample: int
     since: float
-    told: str
+    text: str
 
     def __str__(self) -> str:
         number = f"sample {self.sample}" if self.sample >= 0 else "a sample"
-        return f"{number} ({self.told})" if self.told else number
+        return f"{number} ({self.text})" if self.text else number
 
 
 class Board:
@@ -63,7 +63,7 @@ class Board:
     def write(self, worker: int, at: At) -> None:
         """A worker says where it is; a longer text is cut."""
         # the null byte ends the text: an older, longer one may lie behind it
-        row = HEAD.pack(*at[:4]) + at.told.encode(errors="replace")[: BYTES - HEAD.size - 1] + b"\0"
+        row = HEAD.pack(*at[:4]) + at.text.encode(errors="replace")[: BYTES - HEAD.size - 1] + b"\0"
         self.shared_WN[worker].numpy()[: len(row)] = np.frombuffer(row, np.uint8)
 
     def read(self) -> list[At]:
@@ -81,8 +81,8 @@ class Notes:
         self.worker = 0
         self.now = At(0, IDLE, -1, 0.0, "")
 
-    def __call__(self, state: int, sample: int, told: str = "") -> None:
-        self.now = At(os.getpid(), state, sample, time.monotonic(), told)
+    def __call__(self, state: int, sample: int, text: str = "") -> None:
+        self.now = At(os.getpid(), state, sample, time.monotonic(), text)
         if self.board is not None:
             self.board.write(self.worker, self.now)
 
@@ -178,7 +178,7 @@ class Collated:
         with naming():
             batch = self.collate(samples)
         # the sample stays in the note: what happens next happened after it
-        NOTE(IDLE, NOTE.now.sample, NOTE.now.told)
+        NOTE(IDLE, NOTE.now.sample, NOTE.now.text)
         return batch
 
 
@@ -280,7 +280,7 @@ def cause_of(killed_by: str | None, fallen: list[At]) -> tuple[str, str]:
     where = ", ".join(map(str, fallen)) or "an unknown sample"
     # the worker said itself why it ends (`cannot_hand_over`)
     if ended := next((at for at in fallen if at.state == ENDS), None):
-        return f"{ended.told} (after sample {ended.sample})", LARGER if ended.told == FULL else ALONE
+        return f"{ended.text} (after sample {ended.sample})", LARGER if ended.text == FULL else ALONE
     if killed_by == "Killed":
         what = f"was killed at {where}: by somebody, or by the system as memory ran out"
         return what, f"{FEWER}, or give the job more memory"

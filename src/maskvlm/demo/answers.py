@@ -18,7 +18,7 @@ from maskvlm.utils.errors import UserError
 
 Mask = list[list[bool]]
 BOARD = 384  # pixels, about: the side of an image with its patches
-MAX_SHOWN = 400  # pixels of a side; a board has a little more or less than BOARD
+MAX_IMAGE_SIDE = 400  # pixels of a side; a board has a little more or less than BOARD
 DRAWN_COLOURS = 4096  # that a drawn scene has at most
 COVER, LINE, FRAME = (64, 72, 88), (148, 163, 184), (245, 158, 11)
 LENGTHS = (5, 8, 12)
@@ -34,25 +34,25 @@ class SplitText(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-def taken_apart(text: str) -> SplitText:
+def split_words(text: str) -> SplitText:
     """Words with what belongs to them, such as an apostrophe; [MASK] is one."""
-    found = list(_WORD.finditer(text))
-    return SplitText(text, [each.group() for each in found], [each.span() for each in found])
+    word_matches = list(_WORD.finditer(text))
+    return SplitText(text, [each.group() for each in word_matches], [each.span() for each in word_matches])
 
 
 def covered(text: str, chosen: Iterable[int]) -> tuple[str, list[str]]:
     """The text with [MASK] in the place of chosen words, and what stood in every covered place, "" where [MASK] did."""
-    parts, told = taken_apart(text), []
+    parts, truths = split_words(text), []
     which = set(chosen)
-    made, end = "", 0
+    covered_text, end = "", 0
     for number, (word, (start, stop)) in enumerate(zip(parts.words, parts.spans, strict=True)):
         masked = number in which or word == MASK
         # What stands between the words is kept as it is.
-        made += text[end:start] + (MASK if masked else word)
+        covered_text += text[end:start] + (MASK if masked else word)
         end = stop
         if masked:
-            told.append("" if word == MASK else word)
-    return made + text[end:], told
+            truths.append("" if word == MASK else word)
+    return covered_text + text[end:], truths
 
 
 def unknown(model: PretrainedMaskVLM, texts: Sequence[str]) -> str:
@@ -63,15 +63,15 @@ def unknown(model: PretrainedMaskVLM, texts: Sequence[str]) -> str:
 
 def words_filled(model: PretrainedMaskVLM, image: ImageInput | None, text: str, chosen: Sequence[int]) -> str:
     """Guesses for each covered word, with the image and without it."""
-    masked, told = covered(text, chosen)
-    if not told:
+    masked, truths = covered(text, chosen)
+    if not truths:
         return note(f"Click a word to cover it, or write {MASK} in the text.")
     without_image: Any = model.fill_mask(None, masked)
     # Without an image both would be the same.
     with_image: Any = model.fill_mask(image, masked) if image is not None else None
     # Escaped first; [MASK] holds no character that escaping changes.
     parts = [f'<p class="sentence">{escape(masked).replace(MASK, "<b>▮▮▮</b>")}</p>']
-    for number, truth in enumerate(told):
+    for number, truth in enumerate(truths):
         head = f"Word {number + 1}" + (f", covered: <b>{escape(truth)}</b>" if truth else "")
         sides = [] if with_image is None else [guesses("with the image", with_image[number], truth)]
         sides.append(guesses("without it", without_image[number], truth))
@@ -79,57 +79,58 @@ def words_filled(model: PretrainedMaskVLM, image: ImageInput | None, text: str, 
     return "".join(parts)
 
 
-def guesses(title: str, found: Sequence[Guess], truth: str) -> str:
+def guesses(title: str, words: Sequence[Guess], truth: str) -> str:
     """Half of a word's answer: the likeliest words with their shares."""
     # Whatever the case: some tokenizers keep it, others do not.
-    rows = [(each.word, each.probability, each.word.lower() == truth.lower()) for each in found]
+    rows = [(each.word, each.probability, each.word.lower() == truth.lower()) for each in words]
     return f'<div class="side"><h3>{escape(title)}</h3>{bars(rows)}</div>'
 
 
 def bars(rows: Iterable[tuple[str, float, bool]]) -> str:
     """A table: a text, its share as a bar and in percent; the true one is marked."""
-    made = []
+    lines = []
     for word, share, right in rows:
         percent = 100 * min(1.0, max(0.0, share))
         mark = ' class="right"' if right else ""
-        made.append(
+        lines.append(
             f'<tr{mark}><th scope="row">{escape(word)}{" ✓" if right else ""}</th>'
             f'<td class="bar"><i style="width:{percent:.1f}%"></i></td><td class="number">{percent:.1f} %</td></tr>'
         )
-    return f'<table class="bars">{"".join(made)}</table>'
+    return f'<table class="bars">{"".join(lines)}</table>'
 
 
 def data_address(image: Image.Image) -> str:
     """An image as an address that holds it: PNG where few colours are drawn, else JPEG."""
-    shown, file = image.convert("RGB"), io.BytesIO()
-    shown.thumbnail((MAX_SHOWN, MAX_SHOWN))
-    kind, media = ("PNG", "png") if shown.getcolors(DRAWN_COLOURS) else ("JPEG", "jpeg")
-    shown.save(file, kind, quality=90)
+    rgb, file = image.convert("RGB"), io.BytesIO()
+    rgb.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
+    kind, media = ("PNG", "png") if rgb.getcolors(DRAWN_COLOURS) else ("JPEG", "jpeg")
+    rgb.save(file, kind, quality=90)
     return f"data:image/{media};base64,{b64encode(file.getvalue()).decode()}"
 
 
-def picture(image: Image.Image, told: str) -> str:
-    """An image as HTML; told: its alternative text."""
-    return f'<img src="{data_address(image)}" alt="{escape(told)}">'
+def picture(image: Image.Image, description: str) -> str:
+    """An image as HTML; description: its alternative text."""
+    return f'<img src="{data_address(image)}" alt="{escape(description)}">'
 
 
 def choice_buttons(images: Iterable[tuple[Image.Image, str]]) -> str:
     """Images with what is said of each, as buttons."""
-    made = [
-        f'<button type="button" data-index="{number}" aria-label="Example {number + 1}: {escape(told)}">'
+    parts = [
+        f'<button type="button" data-index="{number}" aria-label="Example {number + 1}: {escape(label)}">'
         f"{picture(image, '')}</button>"
-        for number, (image, told) in enumerate(images)
+        for number, (image, label) in enumerate(images)
     ]
-    return f'<div class="choices">{"".join(made)}</div>'
+    return f'<div class="choices">{"".join(parts)}</div>'
 
 
-def hits(found: Iterable[Hit], title: str) -> str:
+def hits(ranking: Iterable[Hit], title: str) -> str:
     """Images that were found, the best first, each with its caption."""
-    made = [
-        f"<li><figure>{picture(hit.image, f'Number {number}')}<figcaption>{escape(hit.told)}</figcaption></figure></li>"
-        for number, hit in enumerate(found, 1)
+    figures = [
+        f"<li><figure>{picture(hit.image, f'Number {number}')}"
+        f"<figcaption>{escape(hit.label)}</figcaption></figure></li>"
+        for number, hit in enumerate(ranking, 1)
     ]
-    return f'<h2>{escape(title)}</h2><ol class="hits">{"".join(made)}</ol>'
+    return f'<h2>{escape(title)}</h2><ol class="hits">{"".join(figures)}</ol>'
 
 
 def sentence(line: str) -> str:
@@ -166,8 +167,8 @@ def captioned(model: PretrainedMaskVLM, image: ImageInput) -> str:
     if not text.strip():
         return note("The model finds no words for it.")
     likely: Any = model.match(image, text)
-    told = f"Belongs to the image: {100 * likely:.1f} %. The most certain word was written first."
-    return f'<p class="answer">{escape(text)}</p>{note(told)}'
+    line = f"Belongs to the image: {100 * likely:.1f} %. The most certain word was written first."
+    return f'<p class="answer">{escape(text)}</p>{note(line)}'
 
 
 def decided(answer: Any) -> str:
@@ -184,7 +185,7 @@ def decided(answer: Any) -> str:
 # ---------------------------------------------------------------------- patches
 
 
-def seen(model: PretrainedMaskVLM, image: Image.Image) -> Image.Image:
+def model_view(model: PretrainedMaskVLM, image: Image.Image) -> Image.Image:
     """The image as the model has it: a small square."""
     side = model.image_size
     return image.resize((side, side), Image.Resampling.BICUBIC)
@@ -209,23 +210,23 @@ def boxes(size: tuple[int, int], mask: Mask) -> Iterable[tuple[bool, tuple[int, 
 
 def board(model: PretrainedMaskVLM, image: Image.Image, mask: Mask) -> Image.Image:
     """What the model sees, with its patches; covered ones are dark."""
-    made = enlarge(model, seen(model, image))
-    draw = ImageDraw.Draw(made)
-    for masked, box in boxes(made.size, mask):
+    view = enlarge(model, model_view(model, image))
+    draw = ImageDraw.Draw(view)
+    for masked, box in boxes(view.size, mask):
         draw.rectangle(box, fill=COVER if masked else None, outline=LINE)
         if masked:
             left, top, right, bottom = box
             draw.line((left + 3, top + 3, right - 3, bottom - 3), fill=LINE, width=2)
             draw.line((left + 3, bottom - 3, right - 3, top + 3), fill=LINE, width=2)
-    return made
+    return view
 
 
 def painted(model: PretrainedMaskVLM, image: Image.Image, mask: Mask, texts: Sequence[str]) -> list[Image.Image]:
     """The covered patches filled in from each of the texts, framed."""
     # All texts in one batch, with the same image and mask.
-    found: Any = model.reconstruct([image] * len(texts), [mask] * len(texts), list(texts))
-    made = []
-    for each in found:
+    paintings: Any = model.reconstruct([image] * len(texts), [mask] * len(texts), list(texts))
+    framed = []
+    for each in paintings:
         # Enlarged afterwards, so that the visitor sees the model's own pixels.
         large = enlarge(model, each)
         draw = ImageDraw.Draw(large)
@@ -233,25 +234,25 @@ def painted(model: PretrainedMaskVLM, image: Image.Image, mask: Mask, texts: Seq
             if masked:
                 # Thin on small patches: the frame is not to hide what it is about.
                 draw.rectangle(box, outline=FRAME, width=min(3, max(1, (box[2] - box[0]) // 24)))
-        made.append(large)
-    return made
+        framed.append(large)
+    return framed
 
 
 def buttons(image: Image.Image, mask: Mask) -> str:
     """A board as HTML: each patch a button over its place. Only the first is reached by the Tab key, the others from
     there by the arrow keys (`page.js`)."""
     columns = len(mask[0])
-    made = [
+    parts = [
         f'<button type="button" data-index="{row * columns + column}" aria-pressed="{str(masked).lower()}" '
         f'tabindex="{-1 if row or column else 0}" aria-label="Row {row + 1}, column {column + 1}"></button>'
         for row, line in enumerate(mask)
         for column, masked in enumerate(line)
     ]
     count = sum(map(sum, mask))
-    told = f"The image in {len(mask)} × {columns} patches, {count} of them covered"
+    description = f"The image in {len(mask)} × {columns} patches, {count} of them covered"
     style = f"grid-template-columns: repeat({columns}, 1fr)"
     group = f'role="group" aria-label="Patches to cover" data-columns="{columns}" style="{style}"'
-    return f'<div class="board">{picture(image, told)}<div class="patches" {group}>{"".join(made)}</div></div>'
+    return f'<div class="board">{picture(image, description)}<div class="patches" {group}>{"".join(parts)}</div></div>'
 
 
 def turned(mask: Mask, number: Any) -> Mask:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from maskvlm.checkpoint.model_spec import read_small
-from maskvlm.checkpoint.warm_start import Seen
+from maskvlm.checkpoint.warm_start import LineageEntry
 from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.inference.model_card import DRAWN, UNKNOWN
 from maskvlm.utils.errors import UserError
@@ -29,14 +29,14 @@ class Trained(NamedTuple):
     """What the weights of a run have seen.
 
     Attributes:
-        told: for people: "flickr8k (6,000 images), after drawn scenes of the built-in world (20,000 images)".
+        description: for people: "flickr8k (6,000 images), after drawn scenes of the built-in world (20,000 images)".
         photographs: different ones, drawn scenes not counted; infinite where a set was streamed, which counts nothing.
         sha: of the data of the run itself. measured: images that it was evaluated on; 0 where it does not say.
         score: on these, -inf where it does not say. time: when the weights were written, in seconds.
         steps: of the optimiser, on the data of the run itself. whole: whether it has the heads of all tabs.
     """
 
-    told: str
+    description: str
     photographs: float
     sha: str
     measured: float
@@ -58,7 +58,7 @@ def is_drawn(source: str) -> bool:
 
 
 def trained_run(
-    path: str, history: Sequence[Seen], whole: bool = True, metrics: Mapping[str, Any] | None = None
+    path: str, history: Sequence[LineageEntry], whole: bool = True, metrics: Mapping[str, Any] | None = None
 ) -> Trained:
     """What a checkpoint of pre-training tells of itself, and the files beside it.
 
@@ -68,37 +68,37 @@ def trained_run(
         whole: whether it has the heads of all tabs.
         metrics: that a folder of the hub's format tells; None: those in the file beside a checkpoint.
     """
-    steps = [told_of(seen, name_beside(path, seen) if seen is history[-1] else None) for seen in history]
+    steps = [describe_data(entry, name_beside(path, entry) if entry is history[-1] else None) for entry in history]
     # What came before, the latest first.
     before = [step for step in reversed(steps[:-1]) if step != steps[-1]]
-    told = ", after ".join(dict.fromkeys([*steps[-1:], *before])) or "nothing that it tells of"
+    description = ", after ".join(dict.fromkeys([*steps[-1:], *before])) or "nothing that it tells of"
     measured, score = score_beside(path) if metrics is None else score_of(metrics)
     sha = history[-1].sha if history else ""
     time = Path(path).stat().st_mtime if Path(path).exists() else 0.0
     last = history[-1].steps if history else 0
-    return Trained(told, photographs(history), sha, measured, score, time, last, whole)
+    return Trained(description, photographs(history), sha, measured, score, time, last, whole)
 
 
-def photographs(history: Sequence[Seen]) -> float:
+def photographs(history: Sequence[LineageEntry]) -> float:
     """How many different images of these are no drawn scenes; those of sets without ids may be the same ones."""
-    photos = [seen for seen in history if not is_drawn(seen.source) and seen.source != UNKNOWN]
+    photos = [entry for entry in history if not is_drawn(entry.source) and entry.source != UNKNOWN]
     # One set of which nobody knows the size counts for more than any other.
-    if any(not seen.images for seen in photos):
+    if any(not entry.images for entry in photos):
         return math.inf
-    ids = [seen.ids for seen in photos if seen.ids is not None]
+    ids = [entry.ids for entry in photos if entry.ids is not None]
     different = len(torch.cat(ids).unique()) if ids else 0
     # Sets without ids may hold the same images: together they are at least as many as the largest.
-    return max([different, *(seen.images for seen in photos)])
+    return max([different, *(entry.images for entry in photos)])
 
 
-def told_of(seen: Seen, name: str | None) -> str:
+def describe_data(entry: LineageEntry, name: str | None) -> str:
     """One entry of a training history in words: the data and how many images."""
-    if seen.source == UNKNOWN:
+    if entry.source == UNKNOWN:
         return "data that it does not name"
-    if is_drawn(seen.source):
+    if is_drawn(entry.source):
         name = "drawn scenes of the built-in world"
-    count = f"{seen.images:,} images" if seen.images else "streamed"
-    return f"{name or seen.source.rpartition('.')[2].lower()[:LONGEST]} ({count})"
+    count = f"{entry.images:,} images" if entry.images else "streamed"
+    return f"{name or entry.source.rpartition('.')[2].lower()[:LONGEST]} ({count})"
 
 
 def run_order(runs: Sequence[Trained]) -> list[int]:
@@ -125,7 +125,7 @@ def run_order(runs: Sequence[Trained]) -> list[int]:
 # ---------------------------------------------------------------------- the files beside a checkpoint: strangers', too
 
 
-def name_beside(path: str, seen: Seen) -> str | None:
+def name_beside(path: str, entry: LineageEntry) -> str | None:
     """What the data are called: the set's folder, by the configuration of the run; None where it does not say."""
     file = Path(path).parent / "config-fit.yaml"
     if not path.endswith(".ckpt"):  # a folder of the hub's format, or a name: what lies beside is of something else
@@ -135,7 +135,7 @@ def name_beside(path: str, seen: Seen) -> str | None:
         source = read_yaml(read_small(file), str(file))["data"]["init_args"]["source"]
         settings = source.get("init_args") or {}
         # Of another run than the checkpoint's it is not believed.
-        if source["class_path"] != seen.source:
+        if source["class_path"] != entry.source:
             return None
         return name_of(settings)
     except (UserError, OSError, KeyError, TypeError, AttributeError):

@@ -98,24 +98,24 @@ class Opener:
         return self.known[key]
 
 
-def checked_text(given: object, name: str = "text") -> str:
+def checked_text(value: object, name: str = "text") -> str:
     """A text of bounded length with a word in it. Raises UserError."""
-    if not isinstance(given, str):
+    if not isinstance(value, str):
         raise UserError(name, "is no text", "Write one")
-    if len(given) > MAX_TEXT:
-        raise UserError(name, f"{len(given):,} characters", f"Write at most {MAX_TEXT:,}")
-    return check_text(given)
+    if len(value) > MAX_TEXT:
+        raise UserError(name, f"{len(value):,} characters", f"Write at most {MAX_TEXT:,}")
+    return check_text(value)
 
 
-def lines_of(given: object) -> list[str]:
+def lines_of(value: object) -> list[str]:
     """Texts, one a line. Raises UserError."""
-    if not isinstance(given, str):
+    if not isinstance(value, str):
         raise UserError("texts", "are no texts", "Write some")
     # Bounded as a whole first, before it is taken apart.
-    if len(given) > MAX_LINES * MAX_TEXT:
+    if len(value) > MAX_LINES * MAX_TEXT:
         todo = f"Write at most {MAX_LINES} lines of at most {MAX_TEXT:,}"
-        raise UserError("texts", f"{len(given):,} characters", todo)
-    lines = [line for line in given.splitlines() if line.strip()]
+        raise UserError("texts", f"{len(value):,} characters", todo)
+    lines = [line for line in value.splitlines() if line.strip()]
     if not 0 < len(lines) <= MAX_LINES:
         raise UserError("texts", f"{len(lines)} lines", f"Write 1 to {MAX_LINES}")
     return [checked_text(line) for line in lines]

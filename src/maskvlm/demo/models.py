@@ -40,7 +40,7 @@ class Run(NamedTuple):
         return name.upper() if len(name) < 5 else name
 
     @property
-    def shown(self) -> str:
+    def short_path(self) -> str:
         """The end of its path: the rest is nobody's business."""
         return "/".join(Path(self.path).parts[-2:])
 
@@ -48,8 +48,8 @@ class Run(NamedTuple):
     def choice(self) -> str:
         """Its line in the chooser: the run, its step, its score and what it was trained on."""
         if self.trained is None:
-            return self.shown
-        return f"{Path(self.path).parent.name or self.shown}: {self.trained.measures}, {self.trained.told}"
+            return self.short_path
+        return f"{Path(self.path).parent.name or self.short_path}: {self.trained.measures}, {self.trained.description}"
 
 
 class FoundModels(NamedTuple):
@@ -79,17 +79,17 @@ def find_models(folder: Path, sources: Iterable[str] = ()) -> FoundModels:
     named, problems = [run_of(source) for source in sources], list[str]()
     known = {Path(run.path).resolve() for run in named}
     there = [path for path in map(weights_in, folder.glob("*/")) if path is not None and path.resolve() not in known]
-    found = []
+    folder_runs = []
     # Oldest first, so that the newest of a task is the one that `last` keeps.
     for path in sorted(there, key=lambda path: path.stat().st_mtime):
         try:
-            found.append(run_of(str(path)))
+            folder_runs.append(run_of(str(path)))
         except UserError as error:
             # Damaged ones do not keep the page from starting: they are told on it.
             problems.append(str(error))
-    last = {run.task: run for run in [*found, *named]}
+    last = {run.task: run for run in [*folder_runs, *named]}
     last.pop(PRETRAINING, None)
-    trained = [(run, run.trained) for run in found if run.trained is not None]
+    trained = [(run, run.trained) for run in folder_runs if run.trained is not None]
     order = run_order([each for _, each in trained])
     runs = [run for run in reversed(named) if run.trained is not None] + [trained[place][0] for place in order]
     return FoundModels(runs, sorted(last.values(), key=lambda run: run.title), problems)
@@ -134,11 +134,11 @@ def task_on_card(source: str) -> str | None:
         file = Path(source).parent / "card.json"
         # A stranger's, as the files beside it are.
         check_inside(file)
-        told = json.loads(read_small(file))["task"]
+        class_path = json.loads(read_small(file))["task"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
         return None
-    known = isinstance(told, str) and len(told) < 300 and source.endswith(".ckpt")
-    return current(told) if known else None
+    known = isinstance(class_path, str) and len(class_path) < 300 and source.endswith(".ckpt")
+    return current(class_path) if known else None
 
 
 class Loaded(NamedTuple):
@@ -154,14 +154,14 @@ class Models:
     """What is found, loaded: the first run of pre-training at once, another when it is chosen, a task when it is asked.
 
     Args:
-        found: by `find_models`.
+        listing: by `find_models`.
         device: None for the CPU.
         allowed: packages beside this project's that tasks may come from.
     """
 
-    def __init__(self, found: FoundModels, device: str | None = None, allowed: Iterable[str] = ()) -> None:
-        self.found, self.device, self.allowed = found, device, list(allowed)
-        self.pretrained = self.load(found.pretrained) if found.pretrained else None
+    def __init__(self, listing: FoundModels, device: str | None = None, allowed: Iterable[str] = ()) -> None:
+        self.listing, self.device, self.allowed = listing, device, list(allowed)
+        self.pretrained = self.load(listing.pretrained) if listing.pretrained else None
         self.tasks: dict[str, Loaded] = {}
 
     def load(self, run: Run) -> PretrainedMaskVLM:
@@ -173,7 +173,7 @@ class Models:
         if self.pretrained is None:
             todo = "Run `maskvlm pretrain`, then `maskvlm demo` again"
             raise UserError("model", "no checkpoint of pre-training is here", todo, ExitCode.MISSING_INPUT)
-        return self.load(self.found.runs[number]) if number else self.pretrained
+        return self.load(self.listing.runs[number]) if number else self.pretrained
 
     def task(self, run: Run) -> Loaded:
         """Raises UserError: it cannot be loaded."""
@@ -210,8 +210,8 @@ class Matched(NamedTuple):
 
 def matched(_: Any, model: Model, examples: list[tuple[Any, ...]]) -> list[Matched]:
     """A `Method` of a model that has no other."""
-    found = model.match([example[0] for example in examples], [example[-1] for example in examples])  # type: ignore[attr-defined]
-    return [Matched("belongs to it" if each > 0.5 else "does not belong to it", each) for each in found]
+    probabilities = model.match([example[0] for example in examples], [example[-1] for example in examples])  # type: ignore[attr-defined]
+    return [Matched("belongs to it" if each > 0.5 else "does not belong to it", each) for each in probabilities]
 
 
 MATCH = Method(matched, 1, "caption", "whether a caption belongs to an image")

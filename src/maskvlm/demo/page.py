@@ -21,7 +21,7 @@ from maskvlm.utils.errors import UserError
 
 CSS, JS = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 SESSIONS = 200  # visitors whose covered patches are remembered; each keeps a copy of the page's settings in memory
-KEPT = 3  # runs that stay loaded, beside the first
+LOADED_RUNS = 3  # runs that stay loaded, beside the first
 INTRO = "<h1>MaskVLM</h1><p>Cover words: the image fills them in. Cover patches of the image: the words do.</p>"
 HIDE = "() => { document.querySelector('#tabs').classList.add('old'); return [BLANK]; }"
 SHOW = "() => { document.querySelector('#tabs').classList.remove('old'); }"
@@ -38,15 +38,15 @@ class ChosenRun:
     """
 
     def __init__(self, models: Models, number: int, index: Path | None, images: Path | None) -> None:
-        run = models.found.runs[number]
+        run = models.listing.runs[number]
         self.model: PretrainedMaskVLM = models.core(number)
         rows, columns = self.model.grid
         side = self.model.image_size
-        told = f"{run.shown}: images of {side} × {side} pixels in {rows} × {columns} patches"
+        description = f"{run.short_path}: images of {side} × {side} pixels in {rows} × {columns} patches"
         photos = run.trained is not None and run.trained.photographs > 0
         if run.trained is not None:
-            told += f", {run.trained.measures}, trained on {run.trained.told}"
-        self.about = answers.note(f"{told}.")
+            description += f", {run.trained.measures}, trained on {run.trained.description}"
+        self.about = answers.note(f"{description}.")
         self.samples: list[PageSample] = photo_samples(self.model.grid) if photos else samples(side, self.model.grid)
         self.title = "Examples" if photos else "Examples, none of them seen in training"
         self.line: str | None = None
@@ -60,8 +60,8 @@ class ChosenRun:
     @property
     def examples(self) -> str:
         """The samples as buttons."""
-        shown = answers.choice_buttons((sample.image, sample.text) for sample in self.samples)
-        return f'<h2 class="over">{self.title}</h2>{shown}'
+        buttons = answers.choice_buttons((sample.image, sample.text) for sample in self.samples)
+        return f'<h2 class="over">{self.title}</h2>{buttons}'
 
     def texts_of(self, sample: PageSample) -> str:
         """What an example is matched with: what is true, what is nearly true, and what is said of others."""
@@ -71,8 +71,8 @@ class ChosenRun:
     def strange(self, image: Image.Image | None, text: str) -> str:
         """A line where an image is unlike what the model has seen, and one of words that it does not know."""
         line = None if image is None else self.model.far([image])[0]
-        told = answers.note(answers.sentence(line)) if line else ""
-        return told + answers.unknown(self.model, [text])
+        far_note = answers.note(answers.sentence(line)) if line else ""
+        return far_note + answers.unknown(self.model, [text])
 
 
 class Desk:
@@ -81,7 +81,7 @@ class Desk:
     Attributes:
         run: which run is asked. image, text, status, strange, examples: components. sample: the example that is shown,
             -1 for one of a task's; None where the image is the visitor's own. mask, other: of the patches.
-        given: inputs of whatever is asked about image and text. taken: inputs of `changed`.
+        inputs: of whatever is asked about image and text. change_inputs: of `changed`.
         results: answers that follow image and text at once. stale: answers that are asked for, and go with the image.
         shared: all that another image changes.
     """
@@ -112,24 +112,27 @@ class Desk:
         self.results: list[Any] = []
 
     @property
-    def given(self) -> list[Any]:
+    def inputs(self) -> list[Any]:
         return [self.run, self.image, self.text]
 
     @property
-    def taken(self) -> list[Any]:
+    def change_inputs(self) -> list[Any]:
         return [self.run, self.sample, self.mask, self.other]
 
     def chosen(self, number: int) -> ChosenRun:
-        """A run of the chooser; loaded when it is first asked for, and given up when KEPT others were asked since."""
+        """A run of the chooser; loaded when it is first asked for, and given up when LOADED_RUNS others were asked
+        since."""
         if number not in self.loaded:
             self.loaded[number] = ChosenRun(self.models, number, self.index, self.images)
             others = [each for each in self.loaded if each]  # the first stays: every visitor starts with it
-            if len(others) > KEPT:
+            if len(others) > LOADED_RUNS:
                 del self.loaded[others[0]]
         self.loaded.move_to_end(number)
         return self.loaded[number]
 
-    def asked(self, function: Callable[..., dict[Any, Any]], clear: dict[Any, Any]) -> Callable[..., dict[Any, Any]]:
+    def safe_handler(
+        self, function: Callable[..., dict[Any, Any]], clear: dict[Any, Any]
+    ) -> Callable[..., dict[Any, Any]]:
         """A function of an event: computed by the worker, its mistakes one line under the image.
 
         Args:
@@ -142,7 +145,7 @@ class Desk:
                 return {self.status: "", **self.worker.run(function, *inputs)}
             except UserError as error:
                 # What a bad image advises is meant for data sets; here there is no row.
-                line = str(error.asked() if isinstance(error, BadImage) else error)
+                line = str(error.without_row() if isinstance(error, BadImage) else error)
                 return {**clear, self.status: answers.problem(" ".join(line.split())[:400])}
             except Exception as error:
                 # The traceback is for the terminal: a visitor sees the kind of error alone.
@@ -161,7 +164,7 @@ class Desk:
         clear: dict[Any, Any],
     ) -> Any:
         """Ask when something happens; `clear` is what shows beside an error."""
-        return self.listen(trigger, self.asked(function, clear), inputs, outputs)
+        return self.listen(trigger, self.safe_handler(function, clear), inputs, outputs)
 
     def listen(self, trigger: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> Any:
         """One question of all tabs at a time, in the order in which they were asked: they share the model."""
@@ -178,11 +181,11 @@ class Desk:
 
     def changed(self, number: int, image: Image.Image, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
         """All that follows where one of a task's examples comes to the desk."""
-        told = {self.image: image, self.sample: -1, **dict.fromkeys(self.stale, "")}
+        updates = {self.image: image, self.sample: -1, **dict.fromkeys(self.stale, "")}
         model = self.chosen(number).model
         words = self.worded.offered(text, [])
         return {
-            **told,
+            **updates,
             **words,
             self.text: text,
             self.strange: self.chosen(number).strange(image, text),
@@ -195,12 +198,12 @@ class Desk:
         chosen = self.chosen(number)
         sample = chosen.samples[place]
         covered = self.worded.telling(sample)
-        told = self.changed(number, sample.image, sample.text, sample.masked, sample.other)
+        updates = self.changed(number, sample.image, sample.text, sample.masked, sample.other)
         words = {
             **self.worded.offered(sample.text, covered),
             **self.worded.of(chosen.model, sample.image, sample.text, covered),
         }
-        return {**told, **words, self.sample: place, self.mask: sample.masked, self.other: sample.other}
+        return {**updates, **words, self.sample: place, self.mask: sample.masked, self.other: sample.other}
 
 
 def page(models: Models, worker: input_limits.Worker, index: Path | None, images: Path | None = None) -> gr.Blocks:
@@ -212,7 +215,7 @@ def page(models: Models, worker: input_limits.Worker, index: Path | None, images
         images: where its images lie, as the user says.
     """
     desk = Desk(models, worker, index, images)
-    found = models.found
+    listing = models.listing
     # delete_cache: once a minute Gradio removes files that are older than KEPT_SECONDS.
     with gr.Blocks(
         title="MaskVLM", analytics_enabled=False, delete_cache=(60, upload_store.KEPT_SECONDS), fill_width=True
@@ -221,17 +224,17 @@ def page(models: Models, worker: input_limits.Worker, index: Path | None, images
         # Not by `worker.run`: encoding the images of the search may take longer than an answer may.
         worker.pool.submit(desk.chosen, 0).result()
         chooser(desk)
-        told = "".join(answers.problem(f"Not used: {each}") for each in found.problems)
+        problems = "".join(answers.problem(f"Not used: {each}") for each in listing.problems)
         # In the order in which a telephone shows them, and the Tab key reaches them; `page.css` puts the last part
         # under the first on a wide screen.
         with gr.Column(elem_id="desk"):
             with gr.Column(elem_id="given"):
-                given(desk)
+                image_and_text(desk)
             with gr.Column(elem_id="asked"), gr.Tabs(elem_id="tabs"):
                 tasks = tabs(desk)
             with gr.Column(elem_id="more"):
                 more(desk)
-                gr.HTML(told, elem_id="problems", visible=bool(told))
+                gr.HTML(problems, elem_id="problems", visible=bool(problems))
         of_pretraining(desk)
         for each in tasks:
             each.wire()
@@ -247,7 +250,7 @@ def page(models: Models, worker: input_limits.Worker, index: Path | None, images
 def chooser(desk: Desk) -> None:
     """The runs, the best first, and what the chosen one is."""
     desk.run = gr.Dropdown(
-        [(run.choice, number) for number, run in enumerate(desk.models.found.runs)],
+        [(run.choice, number) for number, run in enumerate(desk.models.listing.runs)],
         value=0,
         label="Run, the best first",
         filterable=False,
@@ -256,7 +259,7 @@ def chooser(desk: Desk) -> None:
     desk.about = gr.HTML(desk.chosen(0).about, elem_id="about")
 
 
-def given(desk: Desk) -> None:
+def image_and_text(desk: Desk) -> None:
     """Image and text, and what is to be said of them."""
     first = desk.chosen(0).samples[0]
     desk.image = upload_image(
@@ -284,7 +287,7 @@ def given(desk: Desk) -> None:
 
 def tabs(desk: Desk) -> list[TaskTab]:
     """All tabs; returns those of tasks, whose events are still to be wired."""
-    found = desk.models.found
+    listing = desk.models.listing
     first = desk.chosen(0).samples[0]
     desk.worded, desk.painted = WordsTab(desk, first), Patches(desk, first)
     desk.mask, desk.other = desk.painted.mask, desk.painted.other
@@ -292,7 +295,7 @@ def tabs(desk: Desk) -> list[TaskTab]:
     desk.search = SearchTab(desk, desk.index is not None)
     desk.results = [*desk.worded.results, *desk.painted.results]
     core = [desk.text, desk.strange, desk.worded.chips, desk.worded.known, *desk.results]
-    tasks = [TaskTab(desk, run) for run in found.tasks]
+    tasks = [TaskTab(desk, run) for run in listing.tasks]
     if not tasks:
         with gr.Tab("Tasks"):
             gr.HTML(answers.note(no_task(desk.models)))
@@ -302,7 +305,7 @@ def tabs(desk: Desk) -> list[TaskTab]:
 
 def no_task(models: Models) -> str:
     """What the tab of fine-tuned tasks says where there is none."""
-    name = "/".join(Path(models.found.runs[0].path).parts[-3:])
+    name = "/".join(Path(models.listing.runs[0].path).parts[-3:])
     return f"No fine-tuned checkpoint is here. Run `maskvlm finetune vqa from={name}`, then `maskvlm demo` again."
 
 
@@ -320,9 +323,9 @@ def hide(trigger: Any, old: list[Any]) -> None:
 def of_pretraining(desk: Desk) -> None:
     """What happens where image, text or run change: all tabs are concerned, so one question answers for all."""
     worded, painted = desk.worded, desk.painted
-    inputs = [*desk.given, worded.chips, desk.mask, desk.other]
+    inputs = [*desk.inputs, worded.chips, desk.mask, desk.other]
     everything = [*desk.shared, desk.mask, desk.other, desk.compared, desk.about, desk.examples]
-    everything += [desk.search.told, desk.search.query]
+    everything += [desk.search.description, desk.search.query]
     old = [*desk.results, *desk.stale]
     nothing = dict.fromkeys(old, "")
 
@@ -335,15 +338,15 @@ def of_pretraining(desk: Desk) -> None:
             return {**dict.fromkeys(painted.results, ""), **words, desk.strange: line}
         return {**words, **painted.answer(number, path, text, mask, other), desk.strange: line}
 
-    def brought(*given: Any) -> dict[Any, Any]:
-        return {**nothing, **all_anew(*given), desk.sample: None}
+    def brought(*values: Any) -> dict[Any, Any]:
+        return {**nothing, **all_anew(*values), desk.sample: None}
 
     for trigger in (desk.image.upload, desk.image.clear):
         hide(trigger, old)
-        told = desk.on(trigger, brought, inputs, [*desk.shared], {**nothing, desk.strange: "", desk.sample: None})
-        told.then(None, js=SHOW)
+        event = desk.on(trigger, brought, inputs, [*desk.shared], {**nothing, desk.strange: "", desk.sample: None})
+        event.then(None, js=SHOW)
 
-    def retold(
+    def text_changed(
         number: int, path: str | None, text: str, _: list[int], mask: answers.Mask, other: str, known: str
     ) -> dict[Any, Any]:
         # The box was left without a change.
@@ -354,7 +357,7 @@ def of_pretraining(desk: Desk) -> None:
 
     followed = [worded.chips, worded.known, desk.strange, desk.sample, *desk.results]
     for trigger in (desk.text.blur, desk.text.submit):
-        desk.on(trigger, retold, [*inputs, worded.known], followed, dict.fromkeys(desk.results, ""))
+        desk.on(trigger, text_changed, [*inputs, worded.known], followed, dict.fromkeys(desk.results, ""))
 
     def exemplary(number: int, place: Any) -> dict[Any, Any]:
         chosen = desk.chosen(number)
@@ -366,7 +369,7 @@ def of_pretraining(desk: Desk) -> None:
     def pressed(number: int, event: gr.EventData) -> dict[Any, Any]:
         return safely(number, event.index)
 
-    safely = desk.asked(exemplary, nothing)
+    safely = desk.safe_handler(exemplary, nothing)
     desk.listen(desk.examples.click, pressed, [desk.run], everything)
 
     def rerun(
@@ -379,14 +382,14 @@ def of_pretraining(desk: Desk) -> None:
         sample: int | None,
     ) -> dict[Any, Any]:
         chosen = desk.chosen(number)
-        told: dict[Any, Any] = {desk.about: chosen.about, desk.examples: chosen.examples}
-        told |= {desk.search.told: desk.search.about(chosen), desk.search.query: chosen.searched.query}
+        updates: dict[Any, Any] = {desk.about: chosen.about, desk.examples: chosen.examples}
+        updates |= {desk.search.description: desk.search.about(chosen), desk.search.query: chosen.searched.query}
         if sample is not None and sample >= 0:
             # Runs of drawn scenes and of photographs have other examples.
-            return {**told, **exemplary(number, sample if sample < len(chosen.samples) else 0)}
+            return {**updates, **exemplary(number, sample if sample < len(chosen.samples) else 0)}
         mask = answers.fitted(mask, chosen.model.grid)
-        return {**nothing, **told, desk.mask: mask, **all_anew(number, path, text, covered, mask, other)}
+        return {**nothing, **updates, desk.mask: mask, **all_anew(number, path, text, covered, mask, other)}
 
     hide(desk.run.input, old)  # type: ignore[attr-defined]
-    asked = desk.on(desk.run.input, rerun, [*inputs, desk.sample], everything, nothing)  # type: ignore[attr-defined]
-    asked.then(None, js=SHOW)
+    event = desk.on(desk.run.input, rerun, [*inputs, desk.sample], everything, nothing)  # type: ignore[attr-defined]
+    event.then(None, js=SHOW)

@@ -75,8 +75,8 @@ class Guard:
         except (asyncio.CancelledError, ClientDisconnect):  # the server ends while a page is open, or somebody leaves
             return
         except Exception as error:  # the page has answered by now, with 500
-            told = f"{scope['method']} {scope['path'][:80]}: {type(error).__name__}: {error}"
-            print(" ".join(told.split())[:300], file=sys.stderr, flush=True)
+            line = f"{scope['method']} {scope['path'][:80]}: {type(error).__name__}: {error}"
+            print(" ".join(line.split())[:300], file=sys.stderr, flush=True)
 
     def check(self, scope: Scope) -> Head:
         """Returns the headers. Raises Refused by origin, method, path, query, stated size and kind."""
@@ -100,8 +100,8 @@ class Guard:
             receive = counted_body(receive, most_of(scope))
         # Gradio never sees an upload.
         if path == UPLOAD:
-            kept = await self.shelf.put(scope, receive)
-            return await reply(send, 200, b"application/json", json.dumps([kept]).encode())
+            stored = await self.shelf.put(scope, receive)
+            return await reply(send, 200, b"application/json", json.dumps([stored]).encode())
         if path == PROGRESS:  # it is done as soon as it is answered
             return await reply(send, 200, b"text/event-stream", b'data: {"msg":"done"}\n\n')
         if path == JOIN:
@@ -139,9 +139,9 @@ def check_url(scope: Scope, calls: Calls) -> None:
         if path not in GET and (BELOW.fullmatch(path) is None or ".." in path):
             raise Refused(404, "There is no such page.")
     # Blank values stay: what Gradio would see is judged.
-    asked = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    names = [name for name, _ in asked]
-    if len(set(names)) < len(names) or not allowed.issuperset(names) or not all(VALUE.fullmatch(v) for _, v in asked):
+    query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    names = [name for name, _ in query]
+    if len(set(names)) < len(names) or not allowed.issuperset(names) or not all(VALUE.fullmatch(v) for _, v in query):
         raise Refused(400, "That is more than this page is asked.")
 
 
@@ -153,8 +153,8 @@ def most_of(scope: Scope) -> int:
 def check_head_size(size: int, most: int) -> None:
     """Raises Refused."""
     if size > most:
-        told = f"{most // 2**20} MB" if most >= 2**20 else f"{most // 2**10} KB"
-        raise Refused(413, f"That is too large: at most {told} at once.")
+        limit = f"{most // 2**20} MB" if most >= 2**20 else f"{most // 2**10} KB"
+        raise Refused(413, f"That is too large: at most {limit} at once.")
 
 
 def check_open(count: int) -> None:
@@ -210,15 +210,15 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 def with_headers(send: Send, is_file: bool) -> Send:
     """What every answer says to a browser. A file that somebody uploaded is no page: whatever it is taken for, it runs
     nothing. No answer is another origin's to read."""
-    told = HEADERS | {"content-security-policy": "sandbox; default-src 'none'" if is_file else POLICY}
-    more = {name.encode(): value.encode() for name, value in told.items()}
+    headers = HEADERS | {"content-security-policy": "sandbox; default-src 'none'" if is_file else POLICY}
+    more = {name.encode(): value.encode() for name, value in headers.items()}
 
     async def send_with(message: Message) -> None:
         if message["type"] == "http.response.start":
-            kept = [(name.lower(), value) for name, value in message.get("headers", [])]
+            own_headers = [(name.lower(), value) for name, value in message.get("headers", [])]
             # Gradio lets other origins in by a rule of its own: its headers for that are dropped.
-            kept = [(n, v) for n, v in kept if n not in more and not n.startswith(b"access-control-")]
-            message["headers"] = [*kept, *more.items()]
+            own_headers = [(n, v) for n, v in own_headers if n not in more and not n.startswith(b"access-control-")]
+            message["headers"] = [*own_headers, *more.items()]
         await send(message)
 
     return send_with

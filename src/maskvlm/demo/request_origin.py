@@ -27,13 +27,13 @@ DEFAULT_PORT = {"http": ":80", "https": ":443"}
 
 def head_of(scope: Scope) -> Head:
     """The headers by name. Raises Refused: one that counts is there twice, where two readers may take each another."""
-    found: Head = {}
+    head: Head = {}
     for name, value in scope["headers"]:
-        if name in found and name in SINGLE:
+        if name in head and name in SINGLE:
             raise Refused(400, f"The header {name.decode('latin-1')} must not be repeated.")
         # A header that is allowed to come twice keeps its last value.
-        found[name] = value
-    return found
+        head[name] = value
+    return head
 
 
 def is_loopback(host: str) -> bool:
@@ -61,10 +61,10 @@ def check_host(head: Head, served: str) -> None:
     Raises:
         Refused: 400 or 421.
     """
-    found = _HOST.fullmatch(header_text(head, b"host").lower())
-    if found is None:
+    match = _HOST.fullmatch(header_text(head, b"host").lower())
+    if match is None:
         raise Refused(400, "The header host is missing or wrong.")
-    name = found[1] or found[2]
+    name = match[1] or match[2]
     # Names of this machine itself cannot be rebound by a stranger's DNS.
     if is_loopback(name):
         return
@@ -100,10 +100,10 @@ def check_origin(scope: Scope, head: Head) -> None:
 def origin_of(address: str) -> str:
     """Scheme, host and port of an address; "" of one that is none."""
     try:
-        found = urlsplit(address)
+        parts = urlsplit(address)
     except ValueError:
         return ""
-    return f"{found.scheme}://{found.netloc}"
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def is_entry(scope: Scope, head: Head) -> bool:
@@ -116,12 +116,12 @@ def is_entry(scope: Scope, head: Head) -> bool:
 
 def is_own(origin: str, host: str) -> bool:
     """Whether an origin's host and port are those that the browser was pointed at. "null" is nobody's."""
-    found = _ORIGIN.fullmatch(origin.lower())
-    if found is None:
+    match = _ORIGIN.fullmatch(origin.lower())
+    if match is None:
         return False
     # The default port may be left out on either side.
-    port = DEFAULT_PORT[found[1]]
-    return found[2].removesuffix(port) == host.lower().removesuffix(port)
+    port = DEFAULT_PORT[match[1]]
+    return match[2].removesuffix(port) == host.lower().removesuffix(port)
 
 
 def check_media_type(scope: Scope, head: Head, wanted: str) -> None:

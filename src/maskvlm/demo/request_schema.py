@@ -107,7 +107,9 @@ class Calls:
     def __init__(self, blocks: gr.Blocks, folder: Path) -> None:
         self.blocks, self.folder = blocks, folder.resolve()
         # What each function of the page takes, found at the start: a component without a rule stops it there.
-        self.taken = {number: [takes(each) for each in function.inputs] for number, function in blocks.fns.items()}
+        self.input_types = {
+            number: [takes(each) for each in function.inputs] for number, function in blocks.fns.items()
+        }
 
     def understood(self, body: bytes, host: str) -> bytes:
         """A question as Gradio gets it: of each image its path alone. Raises Refused: it is none of this page's."""
@@ -116,26 +118,26 @@ class Calls:
         except ValidationError as error:
             is_json = error.errors(include_input=False)[0]["type"] != "json_invalid"
             raise (no_question() if is_json else Refused(400, "That is no JSON.")) from None
-        taken = self.taken.get(call.fn_index)
-        if taken is None or len(taken) != len(call.data):
+        adapters = self.input_types.get(call.fn_index)
+        if adapters is None or len(adapters) != len(call.data):
             raise no_question()
         content = call.model_dump()
         # Built anew of what was understood: nothing else of the body reaches Gradio.
-        content["data"] = [self.value(adapter, each, host) for adapter, each in zip(taken, call.data, strict=True)]
+        content["data"] = [self.value(adapter, each, host) for adapter, each in zip(adapters, call.data, strict=True)]
         return json.dumps(content).encode()
 
-    def value(self, adapter: TypeAdapter[Any], given: Any, host: str) -> Any:
+    def value(self, adapter: TypeAdapter[Any], content: Any, host: str) -> Any:
         """One value of a question. Raises Refused: it is of another kind, or an image that is not of this page."""
-        given = check_shape(adapter, given)
-        if isinstance(given, OwnImage):
+        content = check_shape(adapter, content)
+        if isinstance(content, OwnImage):
             # Without `meta` Gradio takes it for no file.
-            return {"path": given.path}
-        if not isinstance(given, File):
-            return given
+            return {"path": content.path}
+        if not isinstance(content, File):
+            return content
         # A check of the shape alone does not say whose file it is.
-        check_upload(given, self.folder, host)
+        check_upload(content, self.folder, host)
         # The path alone goes on: what else was said of the file is dropped.
-        return {"path": given.path, "meta": {"_type": "gradio.FileData"}}
+        return {"path": content.path, "meta": {"_type": "gradio.FileData"}}
 
 
 def no_question() -> Refused:
@@ -148,18 +150,18 @@ def not_ours() -> Refused:
     return Refused(403, "An image must be uploaded: addresses and paths are not opened.")
 
 
-def check_shape(adapter: TypeAdapter[Any], given: Any) -> Any:
+def check_shape(adapter: TypeAdapter[Any], value: Any) -> Any:
     """Returns the value as its type. Raises Refused."""
     try:
-        return adapter.validate_python(given, strict=True)
+        return adapter.validate_python(value, strict=True)
     except (ValidationError, RecursionError):
         raise (not_ours() if adapter is IMAGE else no_question()) from None
 
 
-def check_upload(given: File, folder: Path, host: str) -> None:
+def check_upload(file: File, folder: Path, host: str) -> None:
     """Raises Refused: a path or an address of something else than an image of this page."""
-    address = given.url is None or is_address_of(given.url, given.path, host)
-    if not address or not is_of_page(given.path, folder):
+    address = file.url is None or is_address_of(file.url, file.path, host)
+    if not address or not is_of_page(file.path, folder):
         raise not_ours()
 
 

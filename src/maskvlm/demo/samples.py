@@ -23,7 +23,7 @@ CHOSEN = (2, 1, 7, 3, 6, 0, 4, 5)
 """Rows of the validation split: scenes with one thing and with several, with all shapes but one."""
 PHOTOS = Path(__file__).with_name("photos")
 SEARCHED = 200  # images of the test split
-SHOWN = 288  # pixels, at least, of a drawn scene on the page
+SCENE_PIXELS = 288  # pixels, at least, of a drawn scene on the page
 THUMB = 320
 
 
@@ -44,34 +44,34 @@ class Hit(NamedTuple):
     """An image that was found, what is said of it, and its cosine."""
 
     image: Image.Image
-    told: str
+    label: str
     similarity: float = 0.0
 
 
 def enlarged(image: Image.Image) -> Image.Image:
     """A small image in large pixels: scaled down for the model it is what it was."""
-    times = max(1, -(-SHOWN // image.width))  # rounded up
+    times = max(1, -(-SCENE_PIXELS // image.width))  # rounded up
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
 def otherwise(text: str) -> str:
     """The same caption with other colours and shapes."""
-    found = []
+    words = []
     for word in text.split():
         plain = word.strip(",.:")
         for known in (COLOURS, SHAPES):
             if plain in known:
                 # Half the list further on, so never the same word.
                 word = word.replace(plain, known[(known.index(plain) + len(known) // 2) % len(known)])
-        found.append(word)
-    return " ".join(found)
+        words.append(word)
+    return " ".join(words)
 
 
 def samples(size: int, grid: tuple[int, int]) -> list[PageSample]:
     """Scenes as a model of this resolution has learnt to see them."""
     pairs = ScenePairs("val", max(CHOSEN) + 1, max(size, SMALLEST), 0)
     rows, columns = grid
-    found = []
+    page_samples = []
     for index in CHOSEN:
         thing = pairs.scene(index).things[0]
         text = pairs[index]["captions"][0]
@@ -79,8 +79,8 @@ def samples(size: int, grid: tuple[int, int]) -> list[PageSample]:
         row, column = thing.row, thing.column
         # A scene has 3 x 3 places; the patches of one place are masked.
         masked = (down * 3 // rows == row) & (across * 3 // columns == column)
-        found.append(PageSample(enlarged(pairs[index]["image"]), text, otherwise(text), masked.tolist()))  # type: ignore[arg-type]
-    return found
+        page_samples.append(PageSample(enlarged(pairs[index]["image"]), text, otherwise(text), masked.tolist()))  # type: ignore[arg-type]
+    return page_samples
 
 
 def photo_rows() -> dict[str, Any]:
@@ -99,12 +99,12 @@ def photo_samples(grid: tuple[int, int]) -> list[PageSample]:
     rows, columns = grid
     # Middles of patches as shares of the image: (rows, 1) and (1, columns)
     down, across = (np.arange(rows)[:, None] + 0.5) / rows, (np.arange(columns)[None] + 0.5) / columns
-    found = []
+    page_samples = []
     for name, row in photo_rows().items():
         left, top, right, bottom = row["box"]
         masked = (left <= across) & (across <= right) & (top <= down) & (down <= bottom)
-        found.append(PageSample(photo(name), row["captions"][0], row["other"], masked.tolist()))
-    return found
+        page_samples.append(PageSample(photo(name), row["captions"][0], row["other"], masked.tolist()))
+    return page_samples
 
 
 class Searched:
@@ -133,11 +133,11 @@ class Searched:
             if identity(model) != self.index.about["weights"]:
                 what = f"was made with another checkpoint ({Path(str(self.index.about['checkpoint'])).name})"
                 raise UserError(folder.name, what, "Make it again: maskvlm index")
-            self.told = f"{self.index.about['count']:,} images of the index in {folder.name}"
+            self.description = f"{self.index.about['count']:,} images of the index in {folder.name}"
         elif photos:
             self.rows = [{"image": photo(name), "captions": row["captions"]} for name, row in photo_rows().items()]
             self.query = "a cat"
-            self.told = f"the {len(self.rows)} photographs that come with this page"
+            self.description = f"the {len(self.rows)} photographs that come with this page"
         else:
             pairs = ScenePairs("test", SEARCHED, max(model.image_size, SMALLEST), 0)
             self.rows = [dict(pairs[row]) for row in range(SEARCHED)]
@@ -145,7 +145,7 @@ class Searched:
                 things[0] for things in (pairs.scene(row).things for row in range(SEARCHED)) if len(things) == 1
             )
             self.query = f"a {thing.colour} {thing.shape}"
-            self.told = f"{SEARCHED} scenes of the built-in world that the model has not seen"
+            self.description = f"{SEARCHED} scenes of the built-in world that the model has not seen"
         if self.index is None:
             # Now, as it may take longer than an answer may. A run without contrast has no vectors: a search says so.
             with suppress(UserError):
@@ -168,7 +168,7 @@ class Searched:
         score_K = torch.tensor(likely).logit(1e-6) + contrast_counts(self.model) * cosine_K
         order = [(near[at], likely[at]) for at in score_K.argsort(descending=True, stable=True).tolist()[:k]]
         # The match takes the place of the cosine in front of the caption.
-        return [hit._replace(told=f"{100 * share:.0f} %  {hit.told.partition('  ')[2]}") for hit, share in order]
+        return [hit._replace(label=f"{100 * share:.0f} %  {hit.label.partition('  ')[2]}") for hit, share in order]
 
     def by_image(self, image: ImageInput, k: int = 8) -> list[Hit]:
         """The nearest images of another one."""
@@ -190,19 +190,19 @@ class Searched:
         (cosine_K,), (position_K,) = self.index.search(vector_E.cpu(), k)
         # -1 stands, last of all, where the index found fewer than k.
         rows = self.index.ids.take(position_K[position_K >= 0]).to_pylist()
-        found = [SearchResult(**row, similarity=value) for row, value in zip(rows, cosine_K.tolist(), strict=False)]
+        hits = [SearchResult(**row, similarity=value) for row, value in zip(rows, cosine_K.tolist(), strict=False)]
         return [
             Hit(
-                thumbnail(given, each.id),
+                thumbnail(image, each.id),
                 f"{each.similarity:.2f}  {each.captions[0] if each.captions else ''}",
                 each.similarity,
             )
-            for given, each in zip(self.index.open_images(found), found, strict=True)
+            for image, each in zip(self.index.open_images(hits), hits, strict=True)
         ]
 
 
-def thumbnail(given: ImageInput, name: str) -> Image.Image:
+def thumbnail(source: ImageInput, name: str) -> Image.Image:
     """An image of an index, small. Raises BadImage."""
-    image = open_image(given, name)
+    image = open_image(source, name)
     image.thumbnail((THUMB, THUMB))
     return image if image.width >= THUMB // 2 else enlarged(image)

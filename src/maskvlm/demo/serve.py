@@ -61,12 +61,12 @@ def listen(host: str, port: int) -> socket.socket:
     """Before seconds of imports. Raises UserError: the address or the port cannot be had."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        made = socket.socket(family)
+        listener = socket.socket(family)
         # Else the port is refused for a while after an earlier page has ended.
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((host, port))
-        made.listen(128)
-        return made
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+        return listener
     except (OSError, OverflowError) as error:
         todo = "Give another --port (0: any that is free) or --host"
         reason = getattr(error, "strerror", None) or error
@@ -76,9 +76,9 @@ def listen(host: str, port: int) -> socket.socket:
 @contextmanager
 def own_folder() -> Iterator[Path]:
     """A temporary folder for all that is uploaded and shown; every temporary file of this process lies in it."""
-    with tempfile.TemporaryDirectory(prefix="maskvlm-demo-", ignore_cleanup_errors=True) as made:
+    with tempfile.TemporaryDirectory(prefix="maskvlm-demo-", ignore_cleanup_errors=True) as temporary:
         # Resolved, since paths are compared letter for letter later.
-        before, name = tempfile.tempdir, str(Path(made).resolve())
+        before, name = tempfile.tempdir, str(Path(temporary).resolve())
         os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = name
         try:
             yield Path(name)
@@ -91,8 +91,8 @@ def run_page(options: Any, allowed: list[str], listener: socket.socket, folder: 
     """Load the models, make the page, serve it. Raises UserError."""
     app = guarded(options, allowed, folder)
     host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{port}  (Ctrl-C ends it)", flush=True)
+    url_host = f"[{host}]" if ":" in host else host
+    print(f"http://{url_host}:{port}  (Ctrl-C ends it)", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder goes whoever ends the page
     with suppress(KeyboardInterrupt), printable():
         server_of(app).run(sockets=[listener])
@@ -108,19 +108,19 @@ def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
     from maskvlm.demo.request_schema import Calls
     from maskvlm.demo.upload_store import Shelf
 
-    found = find_models(RUNS, options.sources)
-    if not found.runs:
+    listing = find_models(RUNS, options.sources)
+    if not listing.runs:
         default_model("asked")  # tells it
     if DEFAULT not in options.sources:
-        found = found._replace(runs=[*found.runs, run_of(DEFAULT)])
-    models = Models(found, options.device, allowed)
+        listing = listing._replace(runs=[*listing.runs, run_of(DEFAULT)])
+    models = Models(listing, options.device, allowed)
     index = options.index
     if index is None:
         # The newest of `maskvlm index`.
-        made = sorted(RUNS.glob("index*/index.json"), key=lambda file: file.stat().st_mtime)
-        index = made[-1].parent if made else None
+        indexes = sorted(RUNS.glob("index*/index.json"), key=lambda file: file.stat().st_mtime)
+        index = indexes[-1].parent if indexes else None
     blocks = page(models, Worker(), index, options.images)
-    print(", ".join(run.path for run in (*found.runs, *found.tasks)), flush=True)
+    print(", ".join(run.path for run in (*listing.runs, *listing.tasks)), flush=True)
     shelf = Shelf(folder, blocks.upload_file_set)
     return Guard(application(blocks), Calls(blocks, folder), shelf, options.host)
 

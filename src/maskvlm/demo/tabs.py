@@ -34,7 +34,7 @@ class WordsTab:
 
     def __init__(self, desk: "Desk", first: PageSample) -> None:
         self.desk = desk
-        parts, chosen = answers.taken_apart(first.text), self.telling(first)
+        parts, chosen = answers.split_words(first.text), self.telling(first)
         with gr.Tab("Words"):
             self.chips = gr.CheckboxGroup(
                 choices=[(word, number) for number, word in enumerate(parts.words)],
@@ -48,7 +48,7 @@ class WordsTab:
             # The text that the buttons were made of.
             self.known = gr.State(first.text)
         self.results = [self.result]
-        desk.on(self.chips.input, self.answer, [*desk.given, self.chips], self.results, {self.result: ""})
+        desk.on(self.chips.input, self.answer, [*desk.inputs, self.chips], self.results, {self.result: ""})
 
     def answer(self, number: int, path: str | None, text: str, covered: list[int]) -> dict[Any, Any]:
         """Raises UserError, but not for want of an image: words are guessed without one, too."""
@@ -63,14 +63,14 @@ class WordsTab:
 
     def offered(self, text: str, covered: list[int]) -> dict[Any, Any]:
         """The words of a new text."""
-        parts = answers.taken_apart(input_limits.checked_text(text))
+        parts = answers.split_words(input_limits.checked_text(text))
         choices = [(word, number) for number, word in enumerate(parts.words)]
         return {self.chips: gr.update(choices=choices, value=covered), self.known: text}
 
     def telling(self, sample: PageSample) -> list[int]:
         """The words that the wrong caption has otherwise: the image tells them."""
         # Both captions have as many words (`PageSample`), so they are compared place by place.
-        right, wrong = (answers.taken_apart(text).words for text in (sample.text, sample.other))
+        right, wrong = (answers.split_words(text).words for text in (sample.text, sample.other))
         return [number for number, pair in enumerate(zip(right, wrong, strict=True)) if pair[0] != pair[1]][:2]
 
 
@@ -80,7 +80,7 @@ class Patches:
     def __init__(self, desk: "Desk", first: PageSample) -> None:
         self.desk = desk
         model = desk.chosen(0).model
-        made = desk.worker.run(self.drawn, model, first.image, first.text, first.masked, first.other)
+        contents = desk.worker.run(self.drawn, model, first.image, first.text, first.masked, first.other)
         with gr.Tab("Patches", elem_id="patches"):
             self.mask = gr.State(first.masked)
             self.other = gr.Textbox(
@@ -88,16 +88,16 @@ class Patches:
             )
             titles = {"board": "Click patches to cover them", "left": "From your text", "right": "From the other"}
             with gr.Row(elem_classes="three"):
-                for (name, title), shown in zip(titles.items(), made, strict=True):
+                for (name, title), content in zip(titles.items(), contents, strict=True):
                     with gr.Column(min_width=120):
                         gr.HTML(f'<h2 class="over">{title}</h2>')
-                        part = gr.HTML(shown, elem_id=name, js_on_load=PRESSED if name == "board" else None)
+                        part = gr.HTML(content, elem_id=name, js_on_load=PRESSED if name == "board" else None)
                         setattr(self, name, part)
             with gr.Row():
                 lot = gr.Button("Cover six in ten at random", size="sm", elem_id="lot")
                 clear = gr.Button("Uncover all", size="sm", elem_id="uncover")
         self.results: list[Any] = [self.board, self.left, self.right]
-        inputs, outputs = [*desk.given, self.mask, self.other], [self.mask, desk.sample, *self.results]
+        inputs, outputs = [*desk.inputs, self.mask, self.other], [self.mask, desk.sample, *self.results]
         nothing = dict.fromkeys(self.results, "")
 
         def turned(number: int, path: str, text: str, mask: answers.Mask, other: str, place: Any) -> dict[Any, Any]:
@@ -110,7 +110,7 @@ class Patches:
         ) -> dict[Any, Any]:
             return safely(number, path, text, mask, other, event.index)
 
-        safely = desk.asked(turned, nothing)
+        safely = desk.safe_handler(turned, nothing)
         desk.listen(self.board.click, pressed, inputs, outputs)
 
         def by_lot(number: int, path: str, text: str, _: answers.Mask, other: str) -> dict[Any, Any]:
@@ -154,10 +154,12 @@ class Patches:
         if not any(map(any, mask)):
             return [board, "", ""]
         texts = (text, other)
-        made = answers.painted(model, image, mask, texts)
-        told = [answers.picture(each, f"The covered patches, from: {of}") for each, of in zip(made, texts, strict=True)]
-        told[1] += answers.unknown(model, [other])  # of the first text it stands under the image
-        return [board, *told]
+        paintings = answers.painted(model, image, mask, texts)
+        pictures = [
+            answers.picture(each, f"The covered patches, from: {of}") for each, of in zip(paintings, texts, strict=True)
+        ]
+        pictures[1] += answers.unknown(model, [other])  # of the first text it stands under the image
+        return [board, *pictures]
 
 
 def match_and_caption(desk: "Desk", first: PageSample) -> gr.Textbox:
@@ -172,9 +174,9 @@ def match_and_caption(desk: "Desk", first: PageSample) -> gr.Textbox:
         written = gr.HTML("", elem_id="caption")
 
     def matched(number: int, path: str | None, lines: str) -> dict[Any, Any]:
-        given = input_limits.lines_of(lines)
+        candidates = input_limits.lines_of(lines)
         model = desk.chosen(number).model
-        return {likely: answers.matches(model, desk.open(path), given) + answers.unknown(model, given)}
+        return {likely: answers.matches(model, desk.open(path), candidates) + answers.unknown(model, candidates)}
 
     def captioned(number: int, path: str | None) -> dict[Any, Any]:
         return {written: answers.captioned(desk.chosen(number).model, desk.open(path))}
@@ -192,37 +194,37 @@ class SearchTab:
         self.desk, self.indexed = desk, indexed
         with gr.Tab("Search"):
             first = desk.chosen(0)
-            self.told = gr.HTML(self.about(first), elem_id="searched")
+            self.description = gr.HTML(self.about(first), elem_id="searched")
             self.query = gr.Textbox(
                 first.searched.query, label="What to look for", max_length=input_limits.MAX_TEXT, elem_id="query"
             )
             with gr.Row():
                 by_text = gr.Button("Find by the text", variant="primary", elem_id="find")
                 by_image = gr.Button("Find by the image", elem_id="find-like")
-            self.found = gr.HTML("", elem_id="found")
+            self.hits = gr.HTML("", elem_id="found")
 
         def texted(number: int, text: str) -> dict[Any, Any]:
             chosen = desk.chosen(number)
-            found = chosen.searched.by_text(input_limits.checked_text(text))
-            told = answers.unknown(chosen.model, [text])
-            return {self.found: told + answers.hits(found, f"The best first, for: {text}")}
+            hits = chosen.searched.by_text(input_limits.checked_text(text))
+            unknown = answers.unknown(chosen.model, [text])
+            return {self.hits: unknown + answers.hits(hits, f"The best first, for: {text}")}
 
         def imaged(number: int, path: str | None) -> dict[Any, Any]:
-            found = desk.chosen(number).searched.by_image(desk.open(path))
-            return {self.found: answers.hits(found, "The best first, for the image")}
+            hits = desk.chosen(number).searched.by_image(desk.open(path))
+            return {self.hits: answers.hits(hits, "The best first, for the image")}
 
         for trigger in (by_text.click, self.query.submit):
-            desk.on(trigger, texted, [desk.run, self.query], [self.found], {self.found: ""})
-        desk.on(by_image.click, imaged, [desk.run, desk.image], [self.found], {self.found: ""})
-        desk.stale.append(self.found)
+            desk.on(trigger, texted, [desk.run, self.query], [self.hits], {self.hits: ""})
+        desk.on(by_image.click, imaged, [desk.run, desk.image], [self.hits], {self.hits: ""})
+        desk.stale.append(self.hits)
 
     def about(self, chosen: "ChosenRun") -> str:
         """What is searched, and what is wrong with an index."""
         searched = chosen.searched
-        told = f"In {searched.told}."
+        line = f"In {searched.description}."
         if not self.indexed:
-            told += " For your own: `maskvlm index --from CHECKPOINT -c ...`, then `maskvlm demo`."
-        return (answers.problem(chosen.line) if chosen.line else "") + answers.note(told)
+            line += " For your own: `maskvlm index --from CHECKPOINT -c ...`, then `maskvlm demo`."
+        return (answers.problem(chosen.line) if chosen.line else "") + answers.note(line)
 
 
 def upload_image(desk: "Desk", image: Any = None, **settings: Any) -> gr.Image:
@@ -233,18 +235,18 @@ def upload_image(desk: "Desk", image: Any = None, **settings: Any) -> gr.Image:
     object would be lost: Gradio would decode uploads itself.
     """
 
-    def opened(_: gr.Image, given: Any) -> str | None:
-        return None if given is None else given.path
+    def to_path(_: gr.Image, file: Any) -> str | None:
+        return None if file is None else file.path
 
-    def shown(_: gr.Image, given: Any) -> dict[str, str] | None:
-        return None if given is None else {"path": desk.open.keep(given), "url": answers.data_address(given)}
+    def to_browser(_: gr.Image, picture: Any) -> dict[str, str] | None:
+        return None if picture is None else {"path": desk.open.keep(picture), "url": answers.data_address(picture)}
 
-    methods = {"preprocess": opened, "postprocess": shown, "__module__": gr.Image.__module__}
+    methods = {"preprocess": to_path, "postprocess": to_browser, "__module__": gr.Image.__module__}
     # Not by `class`: Gradio would write an interface file beside this one.
     kind = ABCMeta.__new__(type(gr.Image), "Image", (gr.Image,), methods)
-    made: gr.Image = kind(type="filepath", format="png", sources=["upload", "clipboard"], buttons=[], **settings)
-    made.value = shown(made, image)
-    return made
+    component: gr.Image = kind(type="filepath", format="png", sources=["upload", "clipboard"], buttons=[], **settings)
+    component.value = to_browser(component, image)
+    return component
 
 
 def digest(image: Any) -> str:
@@ -260,7 +262,7 @@ class TaskTab:
         self.desk, self.run = desk, run
         name = run.title.lower()
         with gr.Tab(run.title, elem_id=f"tab-{name}") as self.tab:
-            self.told = gr.HTML(answers.note(f"{run.shown} is loaded when it is first asked ..."))
+            self.note = gr.HTML(answers.note(f"{run.short_path} is loaded when it is first asked ..."))
             self.places, self.more = [], list[Any]()
             with gr.Row():
                 for number in range(2, MOST_IMAGES + 1):
@@ -281,11 +283,11 @@ class TaskTab:
     def wire(self) -> None:
         """What happens; once every tab is there, since an example changes the image of all."""
         desk, answer = self.desk, self.answer
-        own = [self.told, *self.places, *self.more, self.text, self.another, answer, self.truth, self.started]
+        own = [self.note, *self.places, *self.more, self.text, self.another, answer, self.truth, self.started]
         outputs = list(dict.fromkeys([*own, *desk.shared]))
         nothing = dict.fromkeys([answer, *desk.results], "")
-        desk.on(self.tab.select, self.opening, [self.started, *desk.taken], outputs, nothing)
-        desk.on(self.another.click, self.exemplary, desk.taken, outputs, nothing)
+        desk.on(self.tab.select, self.opening, [self.started, *desk.change_inputs], outputs, nothing)
+        desk.on(self.another.click, self.exemplary, desk.change_inputs, outputs, nothing)
         for trigger in (self.ask.click, self.text.submit):
             inputs = [desk.image, *self.more, self.text, self.truth]
             desk.on(trigger, self.answered, inputs, [answer], {answer: ""})
@@ -293,15 +295,15 @@ class TaskTab:
         for each in (self.text.input, *(event for box in self.more for event in (box.upload, box.clear))):
             desk.listen(each, lambda: {self.truth: ("", ""), answer: ""}, [], [self.truth, answer])
 
-    def shown(self, loaded: Loaded) -> dict[Any, Any]:
+    def input_updates(self, loaded: Loaded) -> dict[Any, Any]:
         """What the task takes."""
         if loaded.method.images > MOST_IMAGES:
-            raise UserError(self.run.shown, f"takes {loaded.method.images} images", "Ask it in the shell")
+            raise UserError(self.run.short_path, f"takes {loaded.method.images} images", "Ask it in the shell")
         # The image on the left is the first; boxes beyond the task's number stay hidden.
         updates = {each: gr.update(visible=number < loaded.method.images) for number, each in enumerate(self.places, 1)}
-        label, line = loaded.method.text.capitalize(), f"{self.run.shown}: {loaded.method.told}."
+        label, line = loaded.method.text.capitalize(), f"{self.run.short_path}: {loaded.method.description}."
         box = gr.update(label=label, visible=bool(label))
-        return {self.told: answers.note(line), self.text: box, **updates, self.started: True}
+        return {self.note: answers.note(line), self.text: box, **updates, self.started: True}
 
     def drawn(self, loaded: Loaded, number: int, mask: Any, other: str) -> dict[Any, Any]:
         """An example of the task's data, its first image and its text on the desk."""
@@ -311,10 +313,10 @@ class TaskTab:
         # The first image goes to the desk, the others to boxes of this tab.
         first, *others = [enlarged(open_image(each, "example")) for each in example["images"]]
         filled = dict(zip(self.more, others, strict=False))
-        said = ", ".join(dict.fromkeys(example["answers"]))
+        truth = ", ".join(dict.fromkeys(example["answers"]))
         label = gr.update(value=example["text"], label=loaded.method.text.capitalize())
-        told = self.desk.changed(number, first, example["text"], mask, other)
-        return {**told, **filled, self.text: label, self.truth: (said, digest(first)), self.answer: ""}
+        updates = self.desk.changed(number, first, example["text"], mask, other)
+        return {**updates, **filled, self.text: label, self.truth: (truth, digest(first)), self.answer: ""}
 
     def opening(self, begun: bool, number: int, sample: int | None, mask: Any, other: str) -> dict[Any, Any]:
         """The first click on the tab loads the model; later ones change nothing."""
@@ -323,7 +325,7 @@ class TaskTab:
         loaded = self.desk.models.task(self.run)
         # Nobody's own image is taken away.
         drawn = {} if sample is None else self.drawn(loaded, number, mask, other)
-        return {**self.shown(loaded), **drawn}
+        return {**self.input_updates(loaded), **drawn}
 
     def exemplary(self, number: int, _: int | None, mask: Any, other: str) -> dict[Any, Any]:
         """Another example, whatever is on the desk."""
@@ -331,14 +333,14 @@ class TaskTab:
 
     def answered(self, path: str | None, *others: Any) -> dict[Any, Any]:
         """Raises UserError."""
-        *paths, words, said = others
+        *paths, words, truth = others
         loaded = self.desk.models.task(self.run)
         images = [self.desk.open(path)]
         # Boxes that are hidden may still hold images of an example before.
         images += [self.desk.open(each, f"image {n}") for n, each in enumerate(paths[: loaded.method.images - 1], 2)]
-        asked = [input_limits.checked_text(words, loaded.method.text)] if loaded.method.text else []
+        texts = [input_limits.checked_text(words, loaded.method.text)] if loaded.method.text else []
         with torch.no_grad():
-            (found,) = loaded.method.run(loaded.model.task, loaded.model, [(*images, *asked)])
-        own = said[0] and said[1] == digest(images[0])  # other tabs change the image, too
-        known = answers.note(f"The example's own answer: {said[0]}") if own else ""
-        return {self.answer: answers.decided(found) + known + answers.unknown(loaded.model, asked)}
+            (answer,) = loaded.method.run(loaded.model.task, loaded.model, [(*images, *texts)])
+        own = truth[0] and truth[1] == digest(images[0])  # other tabs change the image, too
+        known = answers.note(f"The example's own answer: {truth[0]}") if own else ""
+        return {self.answer: answers.decided(answer) + known + answers.unknown(loaded.model, texts)}

@@ -12,7 +12,7 @@ _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u20
 
 def escaped(text: str) -> str:
     """A text without what would move the cursor, colour, hide, reverse, or ring: each such character by its number."""
-    return _HIDDEN.sub(lambda found: ascii(found.group())[1:-1], text)  # ascii() without its quotes
+    return _HIDDEN.sub(lambda match: ascii(match.group())[1:-1], text)  # ascii() without its quotes
 
 
 class Plain:

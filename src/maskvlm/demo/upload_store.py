@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from maskvlm.demo.refusal import Receive, Refused, Scope
 
-MAX_KEPT = 256 * 2**20  # bytes of all uploads and results that wait for their removal
+MAX_BYTES = 256 * 2**20  # bytes of all uploads and results that wait for their removal
 MAX_FILES = 5000  # of these
 KEPT_SECONDS = 600  # until an upload or a result is removed
 AT_ONCE = 20  # uploads that arrive at the same time; others wait
@@ -71,22 +71,22 @@ class Shelf:
         file.seek(0)
         try:
             # A place of its own for each file: x forbids writing over one.
-            with (place / f"image.{ending}").open("xb") as made:
-                shutil.copyfileobj(file, made)
+            with (place / f"image.{ending}").open("xb") as target:
+                shutil.copyfileobj(file, target)
         except OSError:
             shutil.rmtree(place, ignore_errors=True)
             raise
-        return made.name
+        return target.name
 
     async def check_room(self) -> None:
         """Raises Refused: too much is kept at the moment. It is counted once a second at most."""
         if time.monotonic() - self.measured > 1:
             self.measured, (count, size) = time.monotonic(), self.added
-            found = await asyncio.to_thread(held, self.folder)
+            totals = await asyncio.to_thread(held, self.folder)
             # What was put there while it was counted may not have been seen: rather twice than not at all.
-            self.held = found[0] + self.added[0] - count, found[1] + self.added[1] - size
+            self.held = totals[0] + self.added[0] - count, totals[1] + self.added[1] - size
         count, size = self.held
-        if count > MAX_FILES or size > MAX_KEPT:
+        if count > MAX_FILES or size > MAX_BYTES:
             minutes = KEPT_SECONDS // 60
             raise Refused(503, f"Too many images are here at the moment. Try again in {minutes} minutes.")
 

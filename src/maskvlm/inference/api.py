@@ -59,7 +59,7 @@ class Part(NamedTuple):
     texts: list[str]
 
 
-class Asked(nn.Module):
+class ModelMethods(nn.Module):
     """The methods of a backbone with the heads of its task.
 
     A method takes one image or text and gives one answer, or takes lists and gives lists. Which methods there are
@@ -97,16 +97,16 @@ class Asked(nn.Module):
     def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
         """Unit vectors for contrast (ITC), [B, E] or of a single image [E], float32. Their product with those of
         `encode_text` is the cosine, -1 to 1."""
-        given, single = self._images(images)
-        vector_BE = embeddings.encode(self, given, True).vector_XE
+        image_list, single = self._images(images)
+        vector_BE = embeddings.encode(self, image_list, True).vector_XE
         return vector_BE[0] if single else vector_BE
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
         """Unit vectors for contrast (ITC), [C, E] or of a single text [E], float32. A text longer than the model reads
         is cut."""
-        given, single = self._texts(texts)
-        vector_CE = embeddings.encode(self, given, False).vector_XE
+        text_list, single = self._texts(texts)
+        vector_CE = embeddings.encode(self, text_list, False).vector_XE
         return vector_CE[0] if single else vector_CE
 
     @torch.no_grad()
@@ -118,14 +118,14 @@ class Asked(nn.Module):
         Raises:
             UserError: two lists of different lengths, or a checkpoint without this head.
         """
-        (shown, one_image), (words, one_text) = self._images(images), self._texts(texts)
-        pairs = embeddings.pair_up("match", len(shown), len(words))
+        (image_list, one_image), (text_list, one_text) = self._images(images), self._texts(texts)
+        pairs = embeddings.pair_up("match", len(image_list), len(text_list))
         # A missing head is told before anything is encoded.
         self.head("matching", "match")
         # Each image and text is encoded once, however many pairs it is in; the cross encoders run for each pair.
-        image, text = embeddings.image_features(self, shown), embeddings.text_features(self, words)
-        found = embeddings.match(self, [image[i] for i, _ in pairs], [text[t] for _, t in pairs]).tolist()
-        return found[0] if one_image and one_text else found
+        image, text = embeddings.image_features(self, image_list), embeddings.text_features(self, text_list)
+        probabilities = embeddings.match(self, [image[i] for i, _ in pairs], [text[t] for _, t in pairs]).tolist()
+        return probabilities[0] if one_image and one_text else probabilities
 
     @torch.no_grad()
     def rank(
@@ -164,8 +164,8 @@ class Asked(nn.Module):
             raise UserError("rank", what, "Give an image and texts, or a text and images")
         self.notice_texts(gallery if images else queries)
         queries, gallery = (self.notice_images(queries), gallery) if images else (queries, self.notice_images(gallery))
-        found = embeddings.rank_candidates(self, queries, gallery, min(k, len(gallery)), images)
-        return found[0] if single else found
+        rankings = embeddings.rank_candidates(self, queries, gallery, min(k, len(gallery)), images)
+        return rankings[0] if single else rankings
 
     # ------------------------------------------------------------------ words
 
@@ -185,8 +185,8 @@ class Asked(nn.Module):
         """
         check_whole("fill_mask", "top_k", top_k, 1)
         parts, single = self._parts("fill_mask", image, text)
-        found = [one for part in parts for one in infill.fill_mask(self, *part, top_k)]
-        return found[0] if single else found
+        guesses = [one for part in parts for one in infill.fill_mask(self, *part, top_k)]
+        return guesses[0] if single else guesses
 
     @torch.no_grad()
     def caption(self, image: ImageInput | Sequence[ImageInput], lengths: Sequence[int] = LENGTHS) -> str | list[str]:
@@ -202,10 +202,10 @@ class Asked(nn.Module):
         Raises:
             UserError: none of the lengths can be read.
         """
-        given, single = self._images(image)
+        image_list, single = self._images(image)
         own = self.task.methods.get("caption")
         if own is not None:
-            written = [str(answer[0]) for answer in own.run(self.task, self, [(each,) for each in given])]
+            written = [str(answer[0]) for answer in own.run(self.task, self, [(each,) for each in image_list])]
             return written[0] if single else written
         # The start and the end token take two places.
         longest = self.backbone.text.text_length - 2
@@ -215,9 +215,9 @@ class Asked(nn.Module):
         sizes = sorted({length for length in lengths if length <= longest})
         if not sizes:
             raise UserError("caption", f"no length from 1 to {longest} is given", "Give one that the model reads")
-        parts = numbered(given, self.batch_size)
-        found = [one for part in parts for one in infill.best_captions(self, *part, sizes)]
-        return found[0] if single else found
+        parts = numbered(image_list, self.batch_size)
+        captions = [one for part in parts for one in infill.best_captions(self, *part, sizes)]
+        return captions[0] if single else captions
 
     @torch.no_grad()
     def score(
@@ -231,8 +231,8 @@ class Asked(nn.Module):
             image: None for the text alone (an image of the mean colour).
         """
         parts, single = self._parts("score", image, text)
-        found = [float(one_T.sum()) for part in parts for one_T in infill.log_likelihood(self, *part)]
-        return found[0] if single else found
+        scores = [float(one_T.sum()) for part in parts for one_T in infill.log_likelihood(self, *part)]
+        return scores[0] if single else scores
 
     def explain(
         self, image: ImageInput | Sequence[ImageInput], text: str | Sequence[str], word: str | Sequence[str]
@@ -255,16 +255,16 @@ class Asked(nn.Module):
         size = max(len(rows), len(words)) if rows and words else 0
         rows, words = (each * (size if len(each) == 1 else 1) for each in (rows, words))
         # A pair at a time: each word needs a backward pass of its own.
-        found = [
+        explanations = [
             self._explained(open_image(each, f"image {number}"), text, one)
             for (each, number, text), one in zip(rows, words, strict=True)
         ]
-        return found[0] if single and one_word else found
+        return explanations[0] if single and one_word else explanations
 
     def _explained(self, image: Image.Image, text: str, word: str) -> Explained:
-        looked = saliency.explain_word(self, image, text, word)
+        maps = saliency.explain_word(self, image, text, word)
         # (N,) -> (rows, columns)
-        attention, gradcam = (map_N.float().cpu().numpy().reshape(self.grid) for map_N in looked)
+        attention, gradcam = (map_N.float().cpu().numpy().reshape(self.grid) for map_N in maps)
         return Explained(attention, gradcam, saliency.overlay(image, gradcam))
 
     # ------------------------------------------------------------------ images
@@ -304,23 +304,23 @@ class Asked(nn.Module):
         return self._paint(image, mask, text, steps)
 
     def _paint(self, image: Any, mask: Any, text: Any, steps: int | None) -> Image.Image | list[Image.Image]:
-        (given, one_image), (texts, one_text) = self._images(image), self._texts(text)
+        (image_list, one_image), (texts, one_text) = self._images(image), self._texts(text)
         masks, one_mask = ([mask], True) if _is_one_mask(mask) else (list(mask), False)
-        if not given or not texts:
+        if not image_list or not texts:
             return []
-        counts = len(given), len(masks), len(texts)
+        counts = len(image_list), len(masks), len(texts)
         total = max(counts)
         if not {*counts} <= {1, total}:
-            what = f"{len(given)} images, {len(masks)} masks and {len(texts)} texts"
+            what = f"{len(image_list)} images, {len(masks)} masks and {len(texts)} texts"
             raise UserError("reconstruct" if steps is None else "inpaint", what, "Give as many of each, or one")
         # (1, N) or (B, N) -> (B, N)
         mask_BN = torch.stack([self.mask(each) for each in masks]).expand(total, -1)
         words = [check_text(each) for each in texts] * (total // len(texts))
         size, single = self.batch_size, one_image and one_mask and one_text
-        shown = (self.pixels(*part) for part in numbered(given * (total // len(given)), size))
-        parts = zip(shown, mask_BN.split(size), embeddings.in_batches(words, size), strict=True)
-        found = [one for part in parts for one in self._painted(*part, steps)]
-        return found[0] if single else found
+        pixel_parts = (self.pixels(*part) for part in numbered(image_list * (total // len(image_list)), size))
+        parts = zip(pixel_parts, mask_BN.split(size), embeddings.in_batches(words, size), strict=True)
+        paintings = [one for part in parts for one in self._painted(*part, steps)]
+        return paintings[0] if single else paintings
 
     def _painted(
         self, image_BCHW: Tensor, mask_BN: Tensor, texts: Sequence[str], steps: int | None
@@ -361,14 +361,14 @@ class Asked(nn.Module):
 
     def _images(self, images: Any) -> tuple[list[Any], bool]:
         """A list of the images that were given to a method, and whether it was a single one."""
-        given, single = as_list(images)
-        return self.notice_images(given), single
+        image_list, single = as_list(images)
+        return self.notice_images(image_list), single
 
     def _texts(self, texts: Any) -> tuple[list[Any], bool]:
         """A list of the texts that were given to a method, and whether it was a single one."""
-        given, single = as_list(texts)
-        self.notice_texts(given)
-        return given, single
+        text_list, single = as_list(texts)
+        self.notice_texts(text_list)
+        return text_list, single
 
     def notice_texts(self, texts: list[Any]) -> None:
         """Is told of the texts of each call, before they are encoded; here it does nothing."""
@@ -382,8 +382,8 @@ class Asked(nn.Module):
         errors call images that have no name, 1 to B if left out."""
         transform, images = eval_transform(self.backbone.input_spec), as_list(images)[0]
         named = zip(images, numbers or range(1, len(images) + 1), strict=True)
-        made = [transform(open_image(each, f"image {number}")) for each, number in named]
-        return torch.stack(made).to(next(self.backbone.parameters()))
+        tensors = [transform(open_image(each, f"image {number}")) for each, number in named]
+        return torch.stack(tensors).to(next(self.backbone.parameters()))
 
     def tokens(self, texts: str | Sequence[str]) -> CaptionTokens:
         """Ids and masks of texts, [C, T] each, on the model's device."""
@@ -396,24 +396,24 @@ class Asked(nn.Module):
         todo = f"Give [{rows}, {columns}] of true (masked) and false"
         try:
             # The copy matters: torch refuses negative strides (a flipped mask) and warns of read-only arrays.
-            given = torch.from_numpy(np.array(np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)))
+            tensor = torch.from_numpy(np.array(np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)))
         except (ValueError, TypeError) as error:
             raise UserError("mask", f"{type(mask).__name__} is no mask", todo) from error
-        if given.is_floating_point() and bool(given.isnan().any()):
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
             raise UserError("mask", "holds what is no number", todo)
-        found = given.bool()
-        if tuple(found.shape) != (rows, columns):
-            what = f"a mask of shape {list(found.shape)}, the model has {rows} rows of {columns} patches"
+        mask_RC = tensor.bool()
+        if tuple(mask_RC.shape) != (rows, columns):
+            what = f"a mask of shape {list(mask_RC.shape)}, the model has {rows} rows of {columns} patches"
             raise UserError("mask", what, todo)
-        return found.flatten().to(next(self.backbone.parameters()).device)
+        return mask_RC.flatten().to(next(self.backbone.parameters()).device)
 
     def head(self, name: str, method: str) -> Any:
         """A head of the task. Raises UserError where the checkpoint has none of that name."""
-        found = getattr(self.task, name, None)
-        if found is None:
+        head = getattr(self.task, name, None)
+        if head is None:
             what = f"this checkpoint, of {type(self.task).__name__}, has no head for it ({name})"
             raise UserError(method, what, "Take the checkpoint of pre-training")
-        return found
+        return head
 
     def _parts(self, method: str, image: Any, text: Any) -> tuple[list[Part], bool]:
         """Images with their texts, at most `batch_size` at a time, and whether there was a single one of both."""
@@ -425,10 +425,10 @@ class Asked(nn.Module):
         return parts, one_image and one_text
 
 
-def _listed(given: Any) -> Any:
+def _listed(inputs: Any) -> Any:
     """A list of what can be gone through; what is a single image or text as it is."""
-    single = isinstance(given, str | bytes | bytearray | memoryview | IOBase | Tensor | np.ndarray)
-    return list(given) if isinstance(given, Iterable) and not single else given
+    single = isinstance(inputs, str | bytes | bytearray | memoryview | IOBase | Tensor | np.ndarray)
+    return list(inputs) if isinstance(inputs, Iterable) and not single else inputs
 
 
 def _is_one_mask(mask: Any) -> bool:

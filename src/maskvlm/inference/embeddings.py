@@ -24,10 +24,10 @@ class Ranked(NamedTuple):
 
 
 class EncodedSide(NamedTuple):
-    """Images or texts. given: as they came. images: which of both they are. vector_XE: unit vectors. features: of the
+    """Images or texts. inputs: as they came. images: which of both they are. vector_XE: unit vectors. features: of the
     encoder, [L, D] each, where all were encoded at once, else nothing."""
 
-    given: Sequence[Any]
+    inputs: Sequence[Any]
     images: bool
     vector_XE: Tensor
     features: list[Tensor]
@@ -37,7 +37,7 @@ def features_of(model: Model, side: EncodedSide, rows: Sequence[int]) -> list[Te
     """The encoder's features of some of them, [L, D] each."""
     if side.features:
         return [side.features[row] for row in rows]
-    chosen = [side.given[row] for row in rows]
+    chosen = [side.inputs[row] for row in rows]
     return image_features(model, chosen) if side.images else text_features(model, chosen)
 
 
@@ -70,21 +70,21 @@ def without_padding(text_CTD: Tensor, attention_CT: Tensor) -> list[Tensor]:
     return [text_TD[:length] for text_TD, length in zip(text_CTD, lengths, strict=True)]
 
 
-def encode(model: Model, given: Sequence[Any], images: bool) -> EncodedSide:
+def encode(model: Model, inputs: Sequence[Any], images: bool) -> EncodedSide:
     """Unit vectors of images or texts. Features are large (a photograph's take 1.8 MB in a base model): those of one
     batch are kept, of more none, so that memory does not grow with the list."""
     projection: Projection = model.head("projection", "encode_image" if images else "encode_text")
     # The empty first part makes torch.cat work where there is nothing to encode.
-    features, vectors, keep = list[Tensor](), [no_vectors(projection)], len(given) <= model.batch_size
+    features, vectors, keep = list[Tensor](), [no_vectors(projection)], len(inputs) <= model.batch_size
     if images:
-        for image_BLD in images_encoded(model, given):
+        for image_BLD in images_encoded(model, inputs):
             features += list(image_BLD) if keep else []
             vectors.append(projection.embed_image(image_BLD))
     else:
-        for text_CTD, attention_CT in texts_encoded(model, given):
+        for text_CTD, attention_CT in texts_encoded(model, inputs):
             features += without_padding(text_CTD, attention_CT) if keep else []
             vectors.append(projection.embed_text(text_CTD, attention_CT))
-    return EncodedSide(given, images, torch.cat(vectors), features)
+    return EncodedSide(inputs, images, torch.cat(vectors), features)
 
 
 def no_vectors(projection: Projection) -> Tensor:
@@ -108,7 +108,7 @@ def contrast_counts(model: Model) -> float:
 def log_odds(model: Model, image_features: Sequence[Tensor], text_features: Sequence[Tensor]) -> Tensor:
     """Log-odds of a match of each pair, [M], float32."""
     head: Matching = model.head("matching", "match")
-    found = []
+    odds = []
     for image, text in zip(
         in_batches(image_features, model.batch_size), in_batches(text_features, model.batch_size), strict=True
     ):
@@ -120,8 +120,8 @@ def log_odds(model: Model, image_features: Sequence[Tensor], text_features: Sequ
         fused = model.backbone.fuse(torch.stack(list(image)), text_MTD, attention_MT)
         logits_M2 = head(fused.product_MD).float()
         # The softmax of both logits is the sigmoid of their difference.
-        found.append(logits_M2[:, 1] - logits_M2[:, 0])
-    return torch.cat(found) if found else torch.zeros(0)
+        odds.append(logits_M2[:, 1] - logits_M2[:, 0])
+    return torch.cat(odds) if odds else torch.zeros(0)
 
 
 def pair_up(method: str, images: int, texts: int) -> list[tuple[int, int]]:
@@ -148,24 +148,24 @@ def rank_candidates(
     Args:
         images: whether the queries are images, and so the candidates texts; or the other way round.
     """
-    asked, gallery = encode(model, queries, images), encode(model, candidates, not images)
-    similarity_QG = asked.vector_XE @ gallery.vector_XE.T
+    query_side, gallery = encode(model, queries, images), encode(model, candidates, not images)
+    similarity_QG = query_side.vector_XE @ gallery.vector_XE.T
     # Stable: of equal cosines the earlier candidate comes first.
     order = similarity_QG.argsort(dim=1, descending=True, stable=True).tolist()
     # Only what is matched is needed whole.
     matched = sorted({row for order_G in order for row in order_G[:k]})
     whole = dict(zip(matched, features_of(model, gallery, matched), strict=True))
-    asking = features_of(model, asked, range(len(queries))) if k else []
+    asking = features_of(model, query_side, range(len(queries))) if k else []
     every = []
     for row, order_G in enumerate(order):
-        found, cosine, first = order_G[:k], similarity_QG[row].tolist(), []
-        if found:
+        nearest, cosine, first = order_G[:k], similarity_QG[row].tolist(), []
+        if nearest:
             # `log_odds` takes images first, whichever side asks.
-            sides = [asking[row]] * len(found), [whole[g] for g in found]
+            sides = [asking[row]] * len(nearest), [whole[g] for g in nearest]
             odds_K = log_odds(model, *(sides if images else sides[::-1])).cpu()
-            best = by_match(model, odds_K, similarity_QG[row, found].cpu())
+            best = by_match(model, odds_K, similarity_QG[row, nearest].cpu())
             # The probability that is told is of matching alone; only the order may count the cosine, too.
-            first = [Ranked(found[at], cosine[found[at]], float(odds_K[at].sigmoid())) for at in best]
+            first = [Ranked(nearest[at], cosine[nearest[at]], float(odds_K[at].sigmoid())) for at in best]
         every.append(first + [Ranked(g, cosine[g], None) for g in order_G[k:]])
     return every
 

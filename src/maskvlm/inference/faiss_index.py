@@ -105,7 +105,7 @@ def build_index(vector_NE: Array, query_QE: Array, name: str = "auto", least: fl
     as with vectors that do not cluster, PQ with exact re-scoring is made too, and the better one taken.
     """
     known, auto = kinds(*vector_NE.shape), ["ivf", "pq"] if len(vector_NE) > FLAT_UP_TO else ["flat"]
-    made: dict[float, tuple[Any, Facts]] = {}
+    indexes: dict[float, tuple[Any, Facts]] = {}
     for each in auto if name == "auto" else [name]:
         start, kind = time.perf_counter(), known[each]
         index = trained_index(kind, vector_NE)
@@ -114,10 +114,10 @@ def build_index(vector_NE: Array, query_QE: Array, name: str = "auto", least: fl
         about: Facts = {"kind": each, "factory": kind.factory, "knob": kind.knob, "value": value}
         about |= {"share_of_exact_10": round(recall, 4), "build_seconds": round(time.perf_counter() - start, 3)}
         # By recall: where no kind finds enough, the best one is taken.
-        made[recall] = index, about
+        indexes[recall] = index, about
         if recall >= least:
             break
-    index, about = made[max(made)]
+    index, about = indexes[max(indexes)]
     about["median_ms"] = round(float(np.median(milliseconds(index, query_QE[:200]))), 3)
     return index, about | {"queries": len(query_QE), "threads": faiss_module().omp_get_max_threads()}
 
@@ -130,7 +130,7 @@ def write_index(index: Any, path: Path) -> None:
             faiss_module().write_index(index, str(temporary))
     except (RuntimeError, OSError) as error:  # FAISS has its own, which ends with what the system said
         full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
-        told = "disk full" if full else getattr(error, "strerror", None) or first_line(error)
+        reason = "disk full" if full else getattr(error, "strerror", None) or first_line(error)
         todo = "Free some space, or choose another folder; whole files stay"
         code = ExitCode.IO_ERROR if full else ExitCode.CANNOT_CREATE
-        raise UserError(path, f"cannot be written ({told})", todo, code) from error
+        raise UserError(path, f"cannot be written ({reason})", todo, code) from error

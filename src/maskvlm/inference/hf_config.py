@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, ProcessorMixin, ViTImageProcessorPil
 
-from maskvlm.checkpoint.hf_folder import AGAIN, KNOWN, PROCESSOR, SEEN, check_links, check_sums
+from maskvlm.checkpoint.hf_folder import AGAIN, KNOWN, LINEAGE, PROCESSOR, check_links, check_sums
 from maskvlm.checkpoint.hub_client import folder_of_hub
 from maskvlm.checkpoint.model_spec import ModelSpec
 from maskvlm.checkpoint.tokenizer_files import file_text, read_tokenizer
@@ -56,8 +56,10 @@ class MaskVLMImageProcessor(ViTImageProcessorPil):
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         """Prepare images as transformers does. Pillow images and files are made upright 8-bit RGB first, as photos are
         often stored on their side. Arrays are left to transformers."""
-        given, single = as_list(images)
-        opened = [open_image(each) if isinstance(each, str | Path | bytes | Image.Image) else each for each in given]
+        image_list, single = as_list(images)
+        opened = [
+            open_image(each) if isinstance(each, str | Path | bytes | Image.Image) else each for each in image_list
+        ]
         return super().preprocess(opened[0] if single else opened, *args, **kwargs)
 
 
@@ -103,11 +105,11 @@ class MaskVLMProcessor(ProcessorMixin):
         check_links(place)
         check_sums(place)
         file = place / PROCESSOR
-        told = load_json(file_text(file).encode(), file)
-        images = told.get("image_processor") if isinstance(told, dict) else None
+        content = load_json(file_text(file).encode(), file)
+        images = content.get("image_processor") if isinstance(content, dict) else None
         # Other settings, such as another way of resizing, are not taken over. What is no mapping the schema refuses.
         read = {key: images[key] for key in IMAGES.needed if key in images} if isinstance(images, dict) else images
-        kept = IMAGES.read(read, str(file), AGAIN)
+        settings = IMAGES.read(read, str(file), AGAIN)
         tokenizer: Any = read_tokenizer(place)
         if tokenizer is None:
             raise UserError(place, "holds no tokenizer.json", "Get the whole folder", ExitCode.MISSING_INPUT)
@@ -116,7 +118,7 @@ class MaskVLMProcessor(ProcessorMixin):
         # A tokenizer without a limit has 1e30 there, which does not fit.
         if Whole(1, 100_000).fits(length):
             tokenizer.model_max_length = length
-        return cls(MaskVLMImageProcessor(resample=BICUBIC, do_convert_rgb=True, **kept), tokenizer)
+        return cls(MaskVLMImageProcessor(resample=BICUBIC, do_convert_rgb=True, **settings), tokenizer)
 
 
 def processor_of(spec: InputSpec) -> MaskVLMProcessor:
@@ -138,7 +140,7 @@ def configuration(spec: ModelSpec, origin: Start, evaluation: Mapping[str, Any] 
         backbone=spec.backbone,
         task=spec.task,
         labels=None if origin.labels is None else list(origin.labels),
-        lineage=[seen.words() for seen in origin.history],
+        lineage=[entry.words() for entry in origin.history],
         evaluation=without_folders(dict(evaluation)) if isinstance(evaluation, Mapping) and evaluation else None,
         step=step,
     )
@@ -159,18 +161,18 @@ def evaluation_beside(path: Path) -> dict[str, Any] | None:
 
     They are for people: a damaged one is told, and the model loads.
     """
-    found = {}
+    evaluation = {}
     for name in ("card", "metrics"):
         file = path.parent / f"{name}.json"
         if file.is_file():
             try:
-                found[name] = _shown(file)
+                evaluation[name] = _read_mapping(file)
             except UserError as error:
                 warnings.warn(str(error), stacklevel=2)
-    return found or None
+    return evaluation or None
 
 
-def _shown(file: Path) -> dict[str, Any]:
+def _read_mapping(file: Path) -> dict[str, Any]:
     check_inside(file)
     content = load_json(file_text(file).encode(), file)
     if not isinstance(content, dict) or not Tree().fits(content):
@@ -182,11 +184,11 @@ def write_beside(folder: Path, origin: Start, spec: InputSpec) -> None:
     """Tokenizer, image processing, ids of the images seen, features of known ones."""
     processor_of(spec).save_pretrained(folder)
     # What another model saw and knew may lie there, and would be taken for this one's.
-    for name in (SEEN, KNOWN):
+    for name in (LINEAGE, KNOWN):
         (folder / name).unlink(missing_ok=True)
     # By place in the history: an entry without ids leaves its number out.
-    ids = {str(n): seen.ids for n, seen in enumerate(origin.history) if seen.ids is not None}
+    ids = {str(n): entry.ids for n, entry in enumerate(origin.history) if entry.ids is not None}
     if ids:
-        save_file(ids, folder / SEEN)
+        save_file(ids, folder / LINEAGE)
     if origin.known_images is not None:
         save_file({"features": origin.known_images.contiguous()}, folder / KNOWN)

@@ -47,10 +47,10 @@ def look(model: Model, images: Sequence[Any | None], numbers: Sequence[int]) -> 
     size, weight = model.backbone.image.image_size, next(model.backbone.parameters())
     # Zeros are the mean colour, as pixels are normalised.
     pixels_XCHW = weight.new_zeros(len(each), 3, size, size)
-    given = [number for number, image in enumerate(each.values()) if image is not None]
-    if given:
-        shown = [image for image in each.values() if image is not None]
-        pixels_XCHW[given] = model.pixels(shown, [named[id(image)] for image in shown])
+    rows = [number for number, image in enumerate(each.values()) if image is not None]
+    if rows:
+        pictures = [image for image in each.values() if image is not None]
+        pixels_XCHW[rows] = model.pixels(pictures, [named[id(image)] for image in pictures])
     return SeenImages(model.backbone.image(pixels_XCHW), [order[id(image)] for image in images])
 
 
@@ -96,20 +96,20 @@ def fill_mask(
     """The likeliest words for each [MASK] of each text, given its image; each masked place is filled by itself."""
     head = model.head("tokens", "fill_mask")
     rows = pair_rows(model, *look(model, images, numbers), [model.words.masked(text) for text in texts])
-    found = []
+    guesses = []
     for chosen_B, text_BTD in text_cross(model, rows):
         for token_T, text_TD in zip(rows.token_BT[chosen_B], text_BTD, strict=True):
             # Masked positions alone reach the head: (T, D) -> (K, D) -> (K, V).
             logits_KV = forbid(model, head(text_TD[token_T == model.backbone.text.mask_id]).float())
             top = logits_KV.softmax(-1).topk(min(top_k, logits_KV.shape[1]))
-            found.append(
+            guesses.append(
                 [
                     # What is forbidden has none.
                     [Guess(model.words.decode([token]), p) for token, p in zip(ids, ps, strict=True) if p > 0]
                     for ids, ps in zip(top.indices.tolist(), top.values.tolist(), strict=True)
                 ]
             )
-    return found
+    return guesses
 
 
 def forbid(model: Model, logits_KV: Tensor) -> Tensor:
@@ -125,15 +125,15 @@ class Written(NamedTuple):
     certainty: float
 
 
-def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> list[list[Written]]:
+def write_captions(model: Model, seen_images: SeenImages, lengths: Sequence[int]) -> list[list[Written]]:
     """One caption of each length for each image; lengths are in tokens, without start and end. All words are masked at
     first, and each round writes the most certain masked one (mask-predict's order; Ghazvininejad et al. 2019)."""
     head, mask = model.head("tokens", "caption"), model.backbone.text.mask_id
     start, end = model.words.ends
     # A row for each length of each image, all of them in one batch.
     blank = [torch.tensor([start, *[mask] * length, end]) for length in lengths]
-    which = [number for number in looked.which for _ in lengths]
-    rows = pair_rows(model, looked.image_XLD, which, blank * len(looked.which))
+    which = [number for number in seen_images.which for _ in lengths]
+    rows = pair_rows(model, seen_images.image_XLD, which, blank * len(seen_images.which))
     total_B = torch.zeros(len(rows.token_BT), device=rows.token_BT.device)
     # A round writes one token in every row that has a masked one left; short captions are done first.
     for _ in range(max(lengths)):
@@ -151,24 +151,24 @@ def write_captions(model: Model, looked: SeenImages, lengths: Sequence[int]) -> 
     ids = rows.token_BT.tolist()
     written = [
         Written(model.words.decode(row[1 : length + 1]), total / length)
-        for row, total, length in zip(ids, total_B.tolist(), [*lengths] * len(looked.which), strict=True)
+        for row, total, length in zip(ids, total_B.tolist(), [*lengths] * len(seen_images.which), strict=True)
     ]
     return [list(each) for each in embed.in_batches(written, len(lengths))]
 
 
 def best_captions(model: Model, images: Sequence[Any], numbers: Sequence[int], lengths: Sequence[int]) -> list[str]:
     """The best matching caption of each image, of one for each length; without a matching head the most certain one."""
-    looked = look(model, images, numbers)
+    seen_images = look(model, images, numbers)
     # Tokens can decode to an empty text.
-    written = [[one for one in each if one.text.strip()] for each in write_captions(model, looked, lengths)]
+    written = [[one for one in each if one.text.strip()] for each in write_captions(model, seen_images, lengths)]
     if not any(written):
         return [""] * len(written)
     if getattr(model.task, "matching", None) is None:
         return [max(each, key=lambda one: one.certainty).text if each else "" for each in written]
-    pairs = [(row, one.text) for row, each in zip(looked.which, written, strict=True) for one in each]
+    pairs = [(row, one.text) for row, each in zip(seen_images.which, written, strict=True) for one in each]
     texts = embed.text_features(model, [text for _, text in pairs])
     # One probability a pair, used up in the order of `pairs`.
-    likely = iter(embed.match(model, [looked.image_XLD[row] for row, _ in pairs], texts).tolist())
+    likely = iter(embed.match(model, [seen_images.image_XLD[row] for row, _ in pairs], texts).tolist())
     return [
         max(((next(likely), one.text) for one in each), default=(0, ""), key=lambda pair: pair[0])[1]
         for each in written
@@ -192,13 +192,13 @@ def log_likelihood(
     row_B = torch.arange(len(place_B), device=place_B.device)
     target_B = rows.token_BT[row_B, place_B]  # read before it is masked
     rows.token_BT[row_B, place_B] = mask
-    found = []
+    parts = []
     for chosen_B, text_BTD in text_cross(model, rows):
         # One position a row: (B, T, D) -> (B, D)
         hidden_BD = text_BTD[torch.arange(len(chosen_B), device=place_B.device), place_B[chosen_B]]
         log_p_BV = head(hidden_BD).float().log_softmax(-1)
-        found.append(log_p_BV.gather(1, target_B[chosen_B, None])[:, 0])
-    return list(torch.cat(found).split(inner))
+        parts.append(log_p_BV.gather(1, target_B[chosen_B, None])[:, 0])
+    return list(torch.cat(parts).split(inner))
 
 
 # ---------------------------------------------------------------------- images
@@ -242,33 +242,33 @@ def inpaint_images(
     Squared error gives no probability, so a patch counts as certain where three predictions agree, each made with a
     different quarter of the visible patches masked, too.
     """
-    painted_BCHW, left_BN = image_BCHW.float(), mask_BN.clone()
+    painted_BCHW, remaining_BN = image_BCHW.float(), mask_BN.clone()
     tokens = model.tokens(texts)
     text_BTD = model.backbone.text(tokens.token_CT, tokens.attention_CT)
     # Drawn on the CPU: the same masks on every device.
     generator = torch.Generator().manual_seed(0)
     size, total_B = model.backbone.image.patch_size, mask_BN.sum(1)
     for step in range(steps):
-        if not left_BN.any():
+        if not remaining_BN.any():
             break
         keep_B = (total_B * (steps - 1 - step)) // steps  # masked patches that remain after this round
-        given = painted_BCHW.to(image_BCHW.dtype)
-        values_BNP = patches(model, given, left_BN, text_BTD, tokens.attention_CT)
+        current_BCHW = painted_BCHW.to(image_BCHW.dtype)
+        values_BNP = patches(model, current_BCHW, remaining_BN, text_BTD, tokens.attention_CT)
         others = []
         for _ in range(3):
             # One for all images: an image's does not depend on those beside it.
             more_N = torch.rand(mask_BN.shape[1], generator=generator).to(mask_BN.device) < 0.25
-            others.append(patches(model, given, left_BN | more_N, text_BTD, tokens.attention_CT))
+            others.append(patches(model, current_BCHW, remaining_BN | more_N, text_BTD, tokens.attention_CT))
         # Variance of the predictions, (3, B, N, P) -> (B, N); -1 sorts visible patches behind all masked ones.
-        doubt_BN = torch.stack(others).var(0).mean(-1).masked_fill(~left_BN, -1.0)
+        doubt_BN = torch.stack(others).var(0).mean(-1).masked_fill(~remaining_BN, -1.0)
         # argsort of argsort is the place of each patch in that order.
         rank_BN = doubt_BN.argsort(dim=1, descending=True).argsort(dim=1)  # the most doubtful first
-        stay_BN = left_BN & (rank_BN < keep_B[:, None])
-        now_BN = left_BN & ~stay_BN
+        stay_BN = remaining_BN & (rank_BN < keep_B[:, None])
+        now_BN = remaining_BN & ~stay_BN
         # Mean and contrast are those of the given image, not of what is painted so far.
         if true_statistics:
             values_BNP = denormalise(values_BNP, patchify(image_BCHW.float(), size))
         every_BN = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN)
         painted_BCHW = paste(painted_BCHW, values_BNP, every_BN, now_BN.float(), size)
-        left_BN = stay_BN
+        remaining_BN = stay_BN
     return painted_BCHW

@@ -59,15 +59,15 @@ def run_facts(config: MaskVLMConfig) -> RunFacts:
     def mapping(value: Any) -> dict[str, Any]:
         return value if isinstance(value, dict) else {}
 
-    found = mapping(config.evaluation)
-    card = mapping(found.get("card"))
+    evaluation = mapping(config.evaluation)
+    card = mapping(evaluation.get("card"))
     versions = mapping(card.get("versions"))
     command = versions.get("command")
     right = isinstance(command, list) and all(isinstance(word, str) for word in command)
     versions = {**versions, "command": command if right else None, "packages": mapping(versions.get("packages"))}
-    given = mapping(found.get("metrics")).items()
+    items = mapping(evaluation.get("metrics")).items()
     # A whole number may be too large for a float.
-    numbers = {name: value for name, value in given if type(value) in (int, float) and abs(value) < 1e300}
+    numbers = {name: value for name, value in items if type(value) in (int, float) and abs(value) < 1e300}
     return RunFacts(card, versions, numbers)
 
 
@@ -113,7 +113,7 @@ def model_card(config: MaskVLMConfig, spec: InputSpec, name: str, sets: Mapping[
         "",
         "## Data seen",
         "",
-        *[_told(seen, sets) for seen in lineage],
+        *[_data_line(entry, sets) for entry in lineage],
         "",
         limits(lineage),
         *_pretrained(config),
@@ -134,12 +134,12 @@ def model_card(config: MaskVLMConfig, spec: InputSpec, name: str, sets: Mapping[
 
 def knows_drawn_alone(lineage: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the weights have seen scenes that this project draws, and nothing else."""
-    return bool(lineage) and all(DRAWN.fullmatch(str(seen["source"])) for seen in lineage)
+    return bool(lineage) and all(DRAWN.fullmatch(str(entry["source"])) for entry in lineage)
 
 
 def is_unknown(lineage: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a part of the history is not told, or all of it."""
-    return not lineage or any(seen["source"] == UNKNOWN for seen in lineage)
+    return not lineage or any(entry["source"] == UNKNOWN for entry in lineage)
 
 
 def limits(lineage: Sequence[Mapping[str, Any]]) -> str:
@@ -147,7 +147,7 @@ def limits(lineage: Sequence[Mapping[str, Any]]) -> str:
     if is_unknown(lineage):
         return "A part of what it was trained on is not told: what it knows, and what not, is unknown."
     # The same data trained on twice is counted once; different sets may share images.
-    images = {seen["sha"]: seen.get("pictures") or 0 for seen in lineage}
+    images = {entry["sha"]: entry.get("pictures") or 0 for entry in lineage}
     # A set that is streamed has no count.
     count = "" if 0 in images.values() else f"at most {sum(images.values()):,} different "
     if knows_drawn_alone(lineage):
@@ -167,16 +167,16 @@ def shape_of_pretrained(config: MaskVLMConfig) -> str:
 def _pretrained(config: MaskVLMConfig) -> list[str]:
     if not (name := shape_of_pretrained(config)):
         return []
-    told = f"Its image encoder has the shape of `{name}`; whether its encoders started from published weights, and so "
-    return [told + "know more and come with licences of their own, the checkpoint does not tell."]
+    sentence = f"Its image encoder has the shape of `{name}`; whether its encoders started from published weights, and "
+    return [sentence + "so know more and come with licences of their own, the checkpoint does not tell."]
 
 
-def _told(seen: Mapping[str, Any], sets: Mapping[str, KnownSet]) -> str:
-    images = f", {seen['pictures']:,} images" if seen.get("pictures") else ""
-    what = f"`{seen['source']}` (`{seen['task']}`{images}, {seen['steps']:,} steps, data hash `{seen['sha'][:16]}`)"
-    if DRAWN.fullmatch(str(seen["source"])):
+def _data_line(entry: Mapping[str, Any], sets: Mapping[str, KnownSet]) -> str:
+    images = f", {entry['pictures']:,} images" if entry.get("pictures") else ""
+    what = f"`{entry['source']}` (`{entry['task']}`{images}, {entry['steps']:,} steps, data hash `{entry['sha'][:16]}`)"
+    if DRAWN.fullmatch(str(entry["source"])):
         return f"- scenes that this project draws, with their texts: {what}"
-    if (known := sets.get(seen["sha"])) is None:
+    if (known := sets.get(entry["sha"])) is None:
         return f"- {what}"
     return f"- {known.title}: {what}; terms of the set: {known.licence}"
 
@@ -223,8 +223,8 @@ def _evaluation(config: MaskVLMConfig) -> list[str]:
         return ["None came with this checkpoint."]
     step = metrics.get("step")
     # A folder's config.json is sorted by key, a run's files are not: the card is the same of both.
-    told = {key: card[key] for key in ("data", "split", "sha", "examples", "pictures") if card.get(key)}
-    where = [f"- {key}: {json.dumps(value, sort_keys=True, ensure_ascii=False)}" for key, value in told.items()]
+    facts = {key: card[key] for key in ("data", "split", "sha", "examples", "pictures") if card.get(key)}
+    where = [f"- {key}: {json.dumps(value, sort_keys=True, ensure_ascii=False)}" for key, value in facts.items()]
     # metrics.json is of the run's last weights; those of best.ckpt may be of an earlier step.
     if step is not None and step != config.step:
         where.append(f"- measured at step {step:,} of the same run; these weights are of step {config.step:,}")

@@ -111,19 +111,19 @@ def parts_of(model: PretrainedMaskVLM) -> list[ExportPart]:
         raise UserError(model.origin.path, what, "Take one of pre-training or of retrieval", ExitCode.BAD_DATA)
     pixels: Shapes = {"pixel_values": ["batch", 3, image.image_size, image.image_size]}
     words: Shapes = {"input_ids": ["batch", "length"], "attention_mask": ["batch", "length"]}
-    seen: Shapes = {"image_features": ["batch", 1 + image.num_patches, backbone.width]}
-    read: Shapes = {"text_features": ["batch", "length", backbone.width]}
+    image_shapes: Shapes = {"image_features": ["batch", 1 + image.num_patches, backbone.width]}
+    text_shapes: Shapes = {"text_features": ["batch", "length", backbone.width]}
     # Copied before the unit vectors are added below: the scorer reads features alone.
-    pair = seen | read | {"attention_mask": words["attention_mask"]}
+    pair = image_shapes | text_shapes | {"attention_mask": words["attention_mask"]}
     fused: Shapes = {"fused": ["batch", 3 * backbone.width]}
     fused |= {} if matching is None else {"match": ["batch"]}
     if projection is not None:
-        seen |= {"image_embeds": ["batch", projection.image.out_features]}
-        read |= {"text_embeds": ["batch", projection.text.out_features]}
+        image_shapes |= {"image_embeds": ["batch", projection.image.out_features]}
+        text_shapes |= {"text_embeds": ["batch", projection.text.out_features]}
     return [
         # A new wrapper is in train mode, whatever the modules within it are in.
-        ExportPart("image_encoder", ImagePart(backbone, projection).eval(), pixels, seen),
-        ExportPart("text_encoder", TextPart(backbone, projection).eval(), words, read),
+        ExportPart("image_encoder", ImagePart(backbone, projection).eval(), pixels, image_shapes),
+        ExportPart("text_encoder", TextPart(backbone, projection).eval(), words, text_shapes),
         ExportPart("fusion_scorer", FusionPart(backbone, matching).eval(), pair, fused),
     ]
 
@@ -151,9 +151,9 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 def export_lines(folder: Path, report: Mapping[str, Any]) -> Iterator[str]:
     """What was written, for people."""
     for part in report["files"].values():
-        found = part["max_difference"]
+        largest = part["max_difference"]
         unknown = "not compared with torch, as onnxruntime is not installed (pip install onnxruntime)"
-        yield f"{folder / part['file']}: {unknown if found is None else f'at most {found:.1e} from torch'}"
+        yield f"{folder / part['file']}: {unknown if largest is None else f'at most {largest:.1e} from torch'}"
 
 
 def check_export(folder: Path, kind: Format, opset: int | None) -> None:
@@ -199,26 +199,26 @@ def export(
     try:
         with TemporaryDirectory(prefix=".export-", dir=near) as temporary:
             # A folder within, since the temporary one is removed at the end.
-            made = Path(temporary) / "made"
-            made.mkdir()
+            inner = Path(temporary) / "made"
+            inner.mkdir()
             report = {
                 "format": kind,
                 "opset": (opset or OPSET) if kind == "onnx" else None,
                 "precision": "float32",
-                "files": {part.name: write_part(part, inputs, longest, made, kind, opset or OPSET) for part in parts},
+                "files": {part.name: write_part(part, inputs, longest, inner, kind, opset or OPSET) for part in parts},
                 "longest_text": longest,
                 "task": type(model.task).__name__,
                 "step": model.config.step,
                 "versions": {name: next((d.version for d in distributions(name=name)), None) for name in PACKAGES},
             }
-            write_json(made / "export.json", report)
-            processor_of(model.backbone.input_spec).save_pretrained(made)
+            write_json(inner / "export.json", report)
+            processor_of(model.backbone.input_spec).save_pretrained(inner)
             folder.parent.mkdir(parents=True, exist_ok=True)
             # Takes the place of an empty folder, never of one that holds something.
-            os.replace(made, folder)
+            os.replace(inner, folder)
     except OSError as error:
-        told = f"cannot be written ({first_line(error)})"
-        other = UserError(folder, told, "Choose another folder", ExitCode.CANNOT_CREATE)
+        message = f"cannot be written ({first_line(error)})"
+        other = UserError(folder, message, "Choose another folder", ExitCode.CANNOT_CREATE)
         raise (cannot_write(error, folder, "whole files stay") or other) from error
     return report
 
@@ -230,16 +230,16 @@ def write_part(
     path, todo = folder / (part.name + SUFFIX[kind]), "Try another --format or --opset"
     try:
         save_program(part, [inputs[0][name] for name in part.inputs], longest, path, kind, opset)
-        found = difference(path, part, inputs)
+        largest = difference(path, part, inputs)
     # `export` tells a full disk from a model that cannot be traced.
     except OSError:
         raise
     except Exception as error:  # each library has its own, and there are encoders that they cannot follow
         raise UserError(path.name, f"fails ({first_line(error)})", todo, ExitCode.CANNOT_CREATE) from error
-    if found is not None and not found <= LIMIT:  # nor is NaN
-        what = f"differs from torch by {found:.1e}, more than {LIMIT:.0e}, and nothing is written"
+    if largest is not None and not largest <= LIMIT:  # nor is NaN
+        what = f"differs from torch by {largest:.1e}, more than {LIMIT:.0e}, and nothing is written"
         raise UserError(path.name, what, todo, ExitCode.CANNOT_CREATE)
-    return {"file": path.name, "inputs": part.inputs, "outputs": part.outputs, "max_difference": found}
+    return {"file": path.name, "inputs": part.inputs, "outputs": part.outputs, "max_difference": largest}
 
 
 @torch.no_grad()
@@ -291,11 +291,11 @@ def difference(path: Path, part: ExportPart, inputs: Sequence[Mapping[str, Tenso
     """Largest difference between a file and the part it was made of; None where there is nothing to run it."""
     if (run := runner(path, part)) is None:
         return None
-    found = []
+    gaps = []
     for each in inputs:
-        given = [each[name] for name in part.inputs]
-        found += [(ours - theirs).abs().max() for ours, theirs in zip(run(given), part.module(*given), strict=True)]
-    return float(torch.stack(found).max())
+        values = [each[name] for name in part.inputs]
+        gaps += [(ours - theirs).abs().max() for ours, theirs in zip(run(values), part.module(*values), strict=True)]
+    return float(torch.stack(gaps).max())
 
 
 def runner(path: Path, part: ExportPart) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
@@ -303,7 +303,7 @@ def runner(path: Path, part: ExportPart) -> Callable[[Sequence[Tensor]], Sequenc
     if path.suffix == SUFFIX["torch"]:
         # Written a moment ago by this process: a stranger's .pt2 file can run code as it is loaded.
         loaded: Any = torch.export.load(path).module()
-        return lambda given: loaded(*given)
+        return lambda values: loaded(*values)
     if find_spec("onnxruntime") is None:
         return None
     import onnxruntime
@@ -312,8 +312,8 @@ def runner(path: Path, part: ExportPart) -> Callable[[Sequence[Tensor]], Sequenc
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4  # its errors are raised, too
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def run(given: Sequence[Tensor]) -> list[Tensor]:
-        named = {name: value.numpy() for name, value in zip(part.inputs, given, strict=True)}
+    def run(values: Sequence[Tensor]) -> list[Tensor]:
+        named = {name: value.numpy() for name, value in zip(part.inputs, values, strict=True)}
         return [torch.from_numpy(value) for value in session.run(list(part.outputs), named)]
 
     return run

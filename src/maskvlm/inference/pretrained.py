@@ -35,7 +35,7 @@ from maskvlm.config.bundled_models import DEFAULT
 from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
 from maskvlm.data.inputs import MASK, ImageInput, as_list, open_image
-from maskvlm.inference.api import Asked
+from maskvlm.inference.api import ModelMethods
 from maskvlm.inference.hf_config import (
     MaskVLMConfig,
     MaskVLMImageProcessor,
@@ -56,8 +56,8 @@ from maskvlm.utils.errors import ExitCode, UserError
 log = logging.getLogger(__name__)
 WATCHED = 16  # images or texts of one call that are looked at, evenly spread over it
 KEYWORDS = ("device", "dtype", "allow_import", "revision", "token", "cache_dir", "local_files_only")
-TOLD: set[str] = set()  # models of which it was said what they know
-MOST_TOLD = 1_000  # warnings and unknown words that are remembered
+DESCRIBED_MODELS: set[str] = set()  # models of which it was said what they know
+MOST_WARNINGS = 1_000  # warnings and unknown words that are remembered
 MESSAGE = "Upload a MaskVLM model"
 TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
@@ -78,16 +78,16 @@ class MaskVLMOutput(ModelOutput):
     match: Tensor | None = None
 
 
-class PretrainedMaskVLM(Asked, PreTrainedModel):
+class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
     """A backbone with the heads of its task. `from maskvlm import MaskVLM` is this class.
 
-    Its methods are those of `Asked`, and what a fine-tuned task brings (`model.answer` with a VQA checkpoint). Of an
-    image that is unlike its training data it warns (`FarFromTraining`), where the checkpoint tells of these.
+    Its methods are those of `ModelMethods`, and what a fine-tuned task brings (`model.answer` with a VQA checkpoint).
+    Of an image that is unlike its training data it warns (`FarFromTraining`), where the checkpoint tells of these.
 
     Attributes:
         known: the range of the images that it knows; None where the checkpoint does not tell it.
-        told_far: the latest of these warnings, each once; at most 1,000.
-        told_words: words that it has been asked with and does not know; each was warned of once (`UnknownWords`).
+        far_warnings: the latest of these warnings, each once; at most 1,000.
+        warned_words: words that it has been asked with and does not know; each was warned of once (`UnknownWords`).
     """
 
     config_class = MaskVLMConfig
@@ -97,9 +97,9 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         super().__init__(config)
         self.backbone, self.task, self.origin = backbone, task, origin
         self.known = known_of(backbone, origin)
-        self.told_far: deque[str] = deque(maxlen=MOST_TOLD)
-        self.told_words: deque[str] = deque(maxlen=MOST_TOLD)
-        self.told_many = False  # that some of many images are far
+        self.far_warnings: deque[str] = deque(maxlen=MOST_WARNINGS)
+        self.warned_words: deque[str] = deque(maxlen=MOST_WARNINGS)
+        self.warned_of_many = False  # that some of many images are far
         # It sets what save_pretrained reads, and would draw weights by `_init_weights`, which does nothing here.
         self.post_init()
 
@@ -149,8 +149,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         config = configuration(portable(spec, backbone.text.config), origin, evaluation, content.get("global_step", 0))
         # The modules hold the tensors by now: what is kept of the origin is its history.
         model = cls(config, backbone, task, origin._replace(backbone={}, heads={})).eval()
-        if str(path) not in TOLD:
-            TOLD.add(str(path))
+        if str(path) not in DESCRIBED_MODELS:
+            DESCRIBED_MODELS.add(str(path))
             log.warning("%s: %s", cut(str(path), 300), model.knows)
         return model.to(device=device, dtype=dtype)
 
@@ -183,8 +183,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
         return limits(self.config.lineage or [])
 
     def notice_images(self, images: list[Any]) -> list[Any]:
-        """See `Asked.notice_images`. Of a few images it warns of those that are unlike the training data, by their
-        names where they have some: the encoder runs once more for that. Of many it looks at a few."""
+        """See `ModelMethods.notice_images`. Of a few images it warns of those that are unlike the training data, by
+        their names where they have some: the encoder runs once more for that. Of many it looks at a few."""
         if self.known is None:
             return images
         if len(images) > WATCHED:
@@ -199,33 +199,34 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
             if (line := far.get(id(image))) is None:
                 continue
             # A file's name may be anybody's.
-            told = f"{cut(str(image), 300)}: {line}" if isinstance(image, str | Path) else line
-            if told not in self.told_far:
-                self.told_far.append(told)
+            message = f"{cut(str(image), 300)}: {line}" if isinstance(image, str | Path) else line
+            if message not in self.far_warnings:
+                self.far_warnings.append(message)
             # Of several images without names the warning says which.
-            which = f"image {number}: " if told == line and len(images) > 1 else ""
-            warnings.warn(which + told, FarFromTraining, stacklevel=calls_within())
+            which = f"image {number}: " if message == line and len(images) > 1 else ""
+            warnings.warn(which + message, FarFromTraining, stacklevel=calls_within())
         return [opened.get(id(each)) for each in images]
 
     def _notice_some(self, images: list[Any]) -> None:
         """Warn, once for a model, where some of many images are unlike the training data."""
-        if self.told_many:
+        if self.warned_of_many:
             return
-        looked = [image for image in some_of(images) if image is not None]
+        sample = [image for image in some_of(images) if image is not None]
         with suppress(UserError):  # of an image that cannot be read; told, by its name, where it is encoded
-            far = sum(line is not None for line in self.far(looked))
-            told = f"{far} of {len(looked)} images that were looked at, of {len(images):,}, are unlike those that the"
-            told += " model was trained on; take the answers with care"
+            far = sum(line is not None for line in self.far(sample))
+            message = f"{far} of {len(sample)} images that were looked at, of {len(images):,}, are unlike those that"
+            message += " the model was trained on; take the answers with care"
             if far:
-                self.told_many = True
-                self.told_far.append(told)
-                warnings.warn(told, FarFromTraining, stacklevel=calls_within())
+                self.warned_of_many = True
+                self.far_warnings.append(message)
+                warnings.warn(message, FarFromTraining, stacklevel=calls_within())
 
     def notice_texts(self, texts: list[Any]) -> None:
-        """See `Asked.notice_texts`. Names the words that the tokenizer does not know, of many texts those of a few."""
-        new = [word for word in self.unknown_words(some_of(texts)) if word not in self.told_words]
+        """See `ModelMethods.notice_texts`. Names the words that the tokenizer does not know, of many texts those of a
+        few."""
+        new = [word for word in self.unknown_words(some_of(texts)) if word not in self.warned_words]
         if new:
-            self.told_words += new
+            self.warned_words += new
             warnings.warn(unknown_line(new), UnknownWords, stacklevel=calls_within())
 
     def unknown_words(self, texts: Sequence[Any]) -> list[str]:
@@ -238,10 +239,10 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
     def far(self, images: ImageInput | Sequence[ImageInput]) -> list[str | None]:
         """For each image a line that says how unlike the training data it is; None where it is not unlike, or where the
         model has no sample of its training data."""
-        given, found = as_list(images)[0], list[str | None]()
-        for part in numbered(given, self.batch_size):
-            found += self._far(self.pixels(*part))
-        return found
+        image_list, lines = as_list(images)[0], list[str | None]()
+        for part in numbered(image_list, self.batch_size):
+            lines += self._far(self.pixels(*part))
+        return lines
 
     @torch.no_grad()
     def _far(self, image_BCHW: Tensor) -> list[str | None]:
@@ -382,8 +383,8 @@ class PretrainedMaskVLM(Asked, PreTrainedModel):
                 raise
             if name not in task.methods:
                 brings = ", ".join(task.methods) or "no method of its own"
-                told = f"no attribute '{name}'; the checkpoint's task, {type(task).__name__}, brings {brings}"
-                raise AttributeError(told, name=name, obj=self) from None
+                message = f"no attribute '{name}'; the checkpoint's task, {type(task).__name__}, brings {brings}"
+                raise AttributeError(message, name=name, obj=self) from None
         return asking(self, name)
 
     def __dir__(self) -> list[str]:
@@ -399,10 +400,10 @@ def calls_within() -> int:
     return calls
 
 
-def some_of(given: list[Any]) -> list[Any]:
+def some_of(items: list[Any]) -> list[Any]:
     """All of a few, or WATCHED of many at even distances."""
-    count = min(len(given), WATCHED)
-    return [given[place * len(given) // count] for place in range(count)]
+    count = min(len(items), WATCHED)
+    return [items[place * len(items) // count] for place in range(count)]
 
 
 def unknown_line(words: Sequence[str]) -> str:
@@ -425,18 +426,18 @@ def asking(model: PretrainedMaskVLM, name: str) -> Callable[..., Any]:
     """A method of the task as Python shows one: with its name, its signature and its help."""
     method = model.task.methods[name]
 
-    def asked(*inputs: Any) -> Any:
+    def call(*inputs: Any) -> Any:
         return ask(model, name, *inputs)
 
     images = ["image"] if method.images == 1 else [f"image_{number}" for number in range(1, method.images + 1)]
     kind = inspect.Parameter.POSITIONAL_ONLY
     named = [*images, *([method.text] if method.text else [])]
     parameters = [inspect.Parameter(each.replace(" ", "_"), kind) for each in named]
-    asked.__name__ = asked.__qualname__ = name
-    told = "Each input is a single one or a list; a single one goes with every row of the others."
-    asked.__doc__ = f"{method.told[0].upper()}{method.told[1:]}.\n\n{told}"
-    asked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return asked
+    call.__name__ = call.__qualname__ = name
+    note = "Each input is a single one or a list; a single one goes with every row of the others."
+    call.__doc__ = f"{method.description[0].upper()}{method.description[1:]}.\n\n{note}"
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
 
 
 def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
@@ -444,7 +445,7 @@ def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
     method = model.task.methods[name]
     if len(inputs) != method.inputs:
         raise UserError(name, f"{len(inputs)} inputs", f"Give {method.form}")
-    lists = [as_list(given) for given in inputs]
+    lists = [as_list(value) for value in inputs]
     for place in range(method.images):
         rows, single = lists[place]
         lists[place] = model.notice_images(rows), single
@@ -480,12 +481,12 @@ def usable_device(device: str | torch.device | None) -> torch.device | None:
 
 def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A precision to compute in; None and "auto" are the checkpoint's own. Raises UserError."""
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found is None and dtype in (None, "auto"):
+    precision = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if precision is None and dtype in (None, "auto"):
         return None
-    if found not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if precision not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"dtype {dtype}", "is no precision to compute in", "Give float32, bfloat16 or float16")
-    return found
+    return precision
 
 
 def register() -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from maskvlm.checkpoint.integrity import first_line
-from maskvlm.checkpoint.model_spec import NOT_TOLD, TODO, ModelSpec, model_spec_of
+from maskvlm.checkpoint.model_spec import SPEC_TODO, TODO, ModelSpec, model_spec_of
 from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.checkpoint.weights import check_finite_weights, check_fit
 from maskvlm.config.compose import find_tasks
@@ -36,8 +36,8 @@ from maskvlm.config.plain_schema import (
     Text,
     Tree,
     Whole,
+    describe_value,
     maybe,
-    shown,
 )
 from maskvlm.model.encoders import ImageEncoder, TextEncoder
 from maskvlm.model.maskvlm import MaskVLM
@@ -53,7 +53,7 @@ PARTS: tuple[type, ...] = (PretrainingLoss, ImageMasking, TextMasking)
 """What a task's settings may hold beside plain values."""
 OUR_PARTS = (r"maskvlm\.objectives\.(masking|pretraining_losses)\.[A-Z]\w*",)
 SIMPLE: dict[Any, Kind] = {bool: Flag(), int: Whole(-(10**9), 10**9), float: Real(), str: Text(), type(None): NOTHING}
-Made = TypeVar("Made")
+Instance = TypeVar("Instance")
 
 
 def build_model(spec: ModelSpec, origin: Start, allowed: Iterable[str] = ()) -> tuple[MaskVLM, Task]:
@@ -70,14 +70,14 @@ def build_model(spec: ModelSpec, origin: Start, allowed: Iterable[str] = ()) -> 
     """
     if spec.task is None:
         what = "does not say which task it was trained for, and there is no config-fit.yaml beside it"
-        raise UserError(origin.path, what, NOT_TOLD, ExitCode.MISSING_INPUT)
+        raise UserError(origin.path, what, SPEC_TODO, ExitCode.MISSING_INPUT)
     kind = task_class(spec.task["class_path"], origin.path, allowed)
     args = read_arguments(kind, spec.task["init_args"], f"{origin.path}: task", allowed)
     if origin.labels is not None:
         args["labels"] = list(origin.labels)
     # Laid out without memory first: what does not fit is refused before anything large is allocated.
     check_model_size(spec, origin, lambda: kind(**args))
-    backbone, task = new_backbone(spec), _made(lambda: kind(**args), origin.path)
+    backbone, task = new_backbone(spec), _construct(lambda: kind(**args), origin.path)
     # Tokenizer and backbone first: `build` and `warm_start` of a task may read them.
     backbone.take_over(origin)
     task.build_once(backbone)
@@ -136,14 +136,14 @@ def check_model_size(spec: ModelSpec, origin: Start, new_task: Any = None) -> No
     """
     count = len(origin.backbone) + len(origin.heads)
     with torch.device("meta"), at_most(count, origin.path):
-        backbone = _made(lambda: new_backbone(spec), origin.path)
+        backbone = _construct(lambda: new_backbone(spec), origin.path)
         check_fit(backbone, origin.backbone, origin.path)
         if new_task is not None:
             # `build` must come before `warm_start`, as in `build_model`; tensors on meta have shapes and no values.
-            task = _made(new_task, origin.path)
-            _made(lambda: task.build(backbone), origin.path)
+            task = _construct(new_task, origin.path)
+            _construct(lambda: task.build(backbone), origin.path)
             shapes = {name: value.to("meta") for name, value in origin.heads.items()}  # torch warns of values
-            _made(lambda: task.warm_start(shapes), origin.path)  # a head may take its width from the checkpoint
+            _construct(lambda: task.warm_start(shapes), origin.path)  # a head may take its width from the checkpoint
             _check_heads(task, origin)
 
 
@@ -162,12 +162,12 @@ def _check_heads(task: Task, origin: Start) -> None:
 @contextmanager
 def at_most(tensors: int, path: str) -> Iterator[None]:
     """While a model is laid out: stop when it registers more parameters than there are tensors for it."""
-    left = 2 * tensors + 100  # what is made and thrown away again, such as pooling layers, counts too
+    budget = 2 * tensors + 100  # what is made and thrown away again, such as pooling layers, counts too
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
+        nonlocal budget
+        budget -= 1
+        if budget < 0:
             what = f"asks for a model of more than its {tensors:,} tensors"
             raise UserError(path, what, TODO, ExitCode.REFUSED)
 
@@ -186,7 +186,7 @@ def new_backbone(spec: ModelSpec) -> MaskVLM:
     return MaskVLM(ImageEncoder(**image), TextEncoder(**text), **args)
 
 
-def _made(make: typing.Callable[[], Made], path: str) -> Made:
+def _construct(make: typing.Callable[[], Instance], path: str) -> Instance:
     """What a constructor makes; whatever it thinks of its settings is said in one line."""
     try:
         return make()
@@ -210,7 +210,7 @@ def task_class(name: str, path: str, allowed: Iterable[str]) -> type[Task]:
     return class_of(name, path, Task, OURS, allowed)  # type: ignore[type-abstract]
 
 
-def class_of(name: str, path: str, base: type[Made], ours: Iterable[str], allowed: Iterable[str]) -> type[Made]:
+def class_of(name: str, path: str, base: type[Instance], ours: Iterable[str], allowed: Iterable[str]) -> type[Instance]:
     """A class that a stranger's file names.
 
     Args:
@@ -229,21 +229,22 @@ def class_of(name: str, path: str, base: type[Made], ours: Iterable[str], allowe
     is_trusted = any(name == each or name.startswith(f"{each}.") for each in trusted)
     kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", base.__name__).lower()  # PretrainingLoss -> pretraining loss
     if not (any(re.fullmatch(pattern, name) for pattern in ours) or is_trusted):
-        what = f"names {shown(name)}, which is no {kind} of this project"
+        what = f"names {describe_value(name)}, which is no {kind} of this project"
         todo = f"If you trust the package, allow it: --allow-import {package} (in Python: allow_import=['{package}'])"
         raise UserError(path, what, todo, ExitCode.REFUSED)
     if package == "tasks" and importlib.util.find_spec("tasks") is None:
         find_tasks()
     try:
         # Importing runs the module, so only names that passed the check above come so far.
-        found = getattr(importlib.import_module(module), last)
+        candidate = getattr(importlib.import_module(module), last)
     except (ImportError, AttributeError, ValueError) as error:
         todo = "Install the package that it comes from, or run the command where tasks/ is"
-        raise UserError(path, f"names {shown(name)}, which is not here", todo, ExitCode.MISSING_INPUT) from error
-    if not (isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found)):
-        what = f"names {shown(name)}, which is no {kind}"
+        what = f"names {describe_value(name)}, which is not here"
+        raise UserError(path, what, todo, ExitCode.MISSING_INPUT) from error
+    if not (isinstance(candidate, type) and issubclass(candidate, base) and not inspect.isabstract(candidate)):
+        what = f"names {describe_value(name)}, which is no {kind}"
         raise UserError(path, what, TODO, ExitCode.REFUSED)
-    return found
+    return candidate
 
 
 def read_arguments(kind: type, args: Mapping[str, Any], where: str, allowed: Iterable[str] = ()) -> dict[str, Any]:
@@ -262,7 +263,7 @@ def read_arguments(kind: type, args: Mapping[str, Any], where: str, allowed: Ite
     parts = {name: base for name in names if (base := kind_of_part(hints.get(name))) is not None}
     # Settings of any other type have no kind here, so that naming one is refused.
     kinds: dict[str, Kind] = {name: maybe(Tree()) for name in parts}
-    kinds |= {n: found for n in names if n not in parts and (found := kind_of_hint(hints.get(n))) is not None}
+    kinds |= {n: plain_kind for n in names if n not in parts and (plain_kind := kind_of_hint(hints.get(n))) is not None}
     for name in args:
         if name in hints and hints[name] is None:
             todo = f"Annotate it where {kind.__name__} is written, such as `{name}: float`"
@@ -270,18 +271,18 @@ def read_arguments(kind: type, args: Mapping[str, Any], where: str, allowed: Ite
     read = Record({}, kinds, ExitCode.REFUSED).read(dict(args), where, TODO)
     # Parts are made last, of mappings that have passed the schema.
     for name, base in parts.items():
-        told = read.get(name)
-        if isinstance(told, list):
-            read[name] = [make_part(each, base, f"{where}.{name}", allowed) for each in told]
-        elif told is not None:
-            read[name] = make_part(told, base, f"{where}.{name}", allowed)
+        content = read.get(name)
+        if isinstance(content, list):
+            read[name] = [make_part(each, base, f"{where}.{name}", allowed) for each in content]
+        elif content is not None:
+            read[name] = make_part(content, base, f"{where}.{name}", allowed)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
 
 
 def hints_of(kind: type) -> dict[str, Any]:
     """Arguments of a class with their types, None where one is not annotated. What it hands on as `**kwargs` are those
     of the class above it."""
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for each in kind.__mro__:
         if "__init__" not in vars(each) or each is object:
             continue
@@ -291,24 +292,24 @@ def hints_of(kind: type) -> dict[str, Any]:
         )
         kinds = {parameter.kind for parameter in parameters.values()}
         plain = [name for name, one in parameters.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
-        found = {name: hints.get(name) for name in plain if name != "self"} | found
+        arguments = {name: hints.get(name) for name in plain if name != "self"} | arguments
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             break
-    return found
+    return arguments
 
 
 def kind_of_part(hint: Any) -> type | None:
     """Which of `PARTS` an annotated type asks for: one of them, or none, or several."""
-    found = [base for arg in (hint, *typing.get_args(hint)) for base in PARTS if arg is base]
-    return found[0] if found else None
+    bases = [base for arg in (hint, *typing.get_args(hint)) for base in PARTS if arg is base]
+    return bases[0] if bases else None
 
 
-def make_part(value: Any, base: type[Made], where: str, allowed: Iterable[str]) -> Made:
+def make_part(value: Any, base: type[Instance], where: str, allowed: Iterable[str]) -> Instance:
     """A part of a task out of its class_path and init_args, see `class_of`."""
-    told = Record({"class_path": Text(200)}, {"init_args": maybe(Tree())}, ExitCode.REFUSED).read(value, where, TODO)
-    kind = class_of(told["class_path"], where, base, OUR_PARTS, allowed)
-    args = read_arguments(kind, told.get("init_args") or {}, where, allowed)
-    return _made(lambda: kind(**args), where)
+    record = Record({"class_path": Text(200)}, {"init_args": maybe(Tree())}, ExitCode.REFUSED).read(value, where, TODO)
+    kind = class_of(record["class_path"], where, base, OUR_PARTS, allowed)
+    args = read_arguments(kind, record.get("init_args") or {}, where, allowed)
+    return _construct(lambda: kind(**args), where)
 
 
 def kind_of_hint(hint: Any) -> Kind | None:
@@ -318,7 +319,7 @@ def kind_of_hint(hint: Any) -> Kind | None:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return OneOf(args)
-    parts = [found for arg in args if arg is not Ellipsis and (found := kind_of_hint(arg)) is not None]
+    parts = [kind for arg in args if arg is not Ellipsis and (kind := kind_of_hint(arg)) is not None]
     # One of the types of a union must be plain; all the types of a container must be.
     if origin in (typing.Union, types.UnionType):
         return AnyOf(tuple(parts)) if parts else None

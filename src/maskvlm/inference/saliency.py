@@ -35,7 +35,7 @@ class Traced(NamedTuple):
 def trace(encoder: CrossEncoder, x_BTD: Tensor, context_BLD: Tensor, attention_BT: Tensor) -> Traced:
     """A cross encoder's forward pass that keeps its cross-attention; the fused kernel does not tell it."""
     mask = attention_BT[:, None, None, :]
-    kept = []
+    shares = []
     for block in encoder.blocks:
         own: Attention = block.self_attention  # type: ignore[assignment]
         other: Attention = block.cross_attention  # type: ignore[assignment]
@@ -44,11 +44,11 @@ def trace(encoder: CrossEncoder, x_BTD: Tensor, context_BLD: Tensor, attention_B
         query, (key, value) = other._split(other.query(x_BTD)), other.keys_values(context_BLD)
         # (B, H, T, D / H) and (B, H, D / H, L) -> (B, H, T, L); no mask, as an image has no padding.
         share_BHTL = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
-        kept.append(share_BHTL)
+        shares.append(share_BHTL)
         mixed = other.out((share_BHTL @ value).transpose(1, 2).flatten(2))  # (B, H, T, D / H) -> (B, T, D)
         x_BTD = block.norms[1](x_BTD + mixed)  # type: ignore[index, operator]
         x_BTD = block.norms[2](x_BTD + block.feed_forward(x_BTD))  # type: ignore[index, operator]
-    return Traced(x_BTD, kept)
+    return Traced(x_BTD, shares)
 
 
 def word_places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from maskvlm.checkpoint.integrity import sha256_of
 from maskvlm.checkpoint.tokenizer_files import file_text
 from maskvlm.config.old_names import current
-from maskvlm.config.plain_schema import Entries, OneOf, Record, Text, Tree, Whole, maybe, shown
+from maskvlm.config.plain_schema import Entries, OneOf, Record, Text, Tree, Whole, describe_value, maybe
 from maskvlm.data.batch import Pairs, Source
 from maskvlm.data.files import load_json
 from maskvlm.data.inputs import ImageInput, as_list, check_whole, is_image
@@ -32,12 +32,12 @@ from maskvlm.inference.embeddings import by_match, encode, features_of, log_odds
 from maskvlm.inference.faiss_index import RECALL, Array, build_index, faiss_module, kinds, turn, write_index
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.rebuild import read_arguments
-from maskvlm.inference.vector_files import KEPT, Facts, facts_of, file_of, identity, write_file
+from maskvlm.inference.vector_files import IMAGE_COLUMNS, Facts, facts_of, file_of, identity, write_file
 from maskvlm.utils.errors import ExitCode, UserError
 
 ABOUT, VECTORS, IDS = "index.json", "index.faiss", "ids.parquet"
 WORLD = "maskvlm.data.scenes.source.Scenes"
-TOLD = Record({
+INDEX_SCHEMA = Record({
     "sha256": Entries(Text(64, "[0-9a-f]{64}")), "width": Whole(1, 10**6), "count": Whole(0), "weights": Text(64),
     "knob": OneOf((None, *(kind.knob for kind in kinds(1, 2).values() if kind.knob))), "value": maybe(Whole(0, 10**6)),
     "checkpoint": Text(), "data": Text(), "split": Text(100), "source": maybe(Tree()),
@@ -51,9 +51,10 @@ def index_folder(vectors: Path, out: Path, name: str = "auto", least: float = RE
     parts, width = range(facts["shards"]), facts["width"]
     if not parts:
         raise UserError(vectors, "holds no vectors: nothing was embedded", "Embed another split", ExitCode.BAD_DATA)
-    asked = parts[:: math.ceil(len(parts) / 8)] if facts.get("captions") else []  # some captions are enough to ask with
+    # Some captions are enough to ask with.
+    caption_parts = parts[:: math.ceil(len(parts) / 8)] if facts.get("captions") else []
     images = [read_vectors(file_of(vectors, part, len(parts)), width) for part in parts]
-    captions = [read_vectors(file_of(vectors, part, len(parts), "captions"), width)[1] for part in asked]
+    captions = [read_vectors(file_of(vectors, part, len(parts), "captions"), width)[1] for part in caption_parts]
     vector_NE = np.concatenate([vector_NE for _, vector_NE in images])
     if not len(vector_NE):
         raise UserError(vectors, "holds no image that could be read", "See its bad_samples.json", ExitCode.BAD_DATA)
@@ -62,7 +63,7 @@ def index_folder(vectors: Path, out: Path, name: str = "auto", least: float = RE
     chosen = np.random.default_rng(0).choice(len(query_NE), min(500, len(query_NE)), replace=False)
     index, about = build_index(vector_NE, query_NE[chosen], name, least)
     (out / ABOUT).unlink(missing_ok=True)  # of an older one: without it the folder is no index
-    write_file(out / IDS, pa.concat_tables([table.select(KEPT.names) for table, _ in images]))
+    write_file(out / IDS, pa.concat_tables([table.select(IMAGE_COLUMNS.names) for table, _ in images]))
     write_index(index, out / VECTORS)
     about |= {"asked": "pictures" if query_NE is vector_NE else "captions", "count": len(vector_NE)}
     about |= {name: facts.get(name) for name in ("width", "weights", "checkpoint", "data", "split", "source")}
@@ -121,15 +122,23 @@ class SearchIndex:
                 ExitCode.MISSING_INPUT,
             )
         file = place / ABOUT
-        told = load_json(file_text(file).encode(), file)
-        about: Facts = {key: told[key] for key in TOLD.needed if key in told} if isinstance(told, dict) else told
-        TOLD.read(about, str(file), "Make it again")
+        content = load_json(file_text(file).encode(), file)
+        about: Facts = (
+            {key: content[key] for key in INDEX_SCHEMA.needed if key in content}
+            if isinstance(content, dict)
+            else content
+        )
+        INDEX_SCHEMA.read(about, str(file), "Make it again")
         try:
             # Sums come first: FAISS reads its file in C++, and trusts it.
             if any(sha256_of(place / name) != about["sha256"].get(name) for name in (VECTORS, IDS)):
                 raise ValueError(f"a file is not the one that {ABOUT} knows")
             index, ids = faiss.read_index(str(place / VECTORS)), pq.read_table(place / IDS)
-            if ids.schema.remove_metadata() != KEPT or ids.num_rows != index.ntotal or index.d != about["width"]:
+            if (
+                ids.schema.remove_metadata() != IMAGE_COLUMNS
+                or ids.num_rows != index.ntotal
+                or index.d != about["width"]
+            ):
                 raise ValueError("its files do not belong together")
             turn(index, about["knob"], about["value"])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -145,10 +154,10 @@ class SearchIndex:
         if query_QE.shape[1] != self.index.d:
             what = f"vectors of width {query_QE.shape[1]}, the index has {self.index.d}"
             raise UserError("search", what, "Encode with the model that the index was made with")
-        found: tuple[Array, Array] = self.index.search(query_QE, min(k, self.index.ntotal))
-        return found
+        hits: tuple[Array, Array] = self.index.search(query_QE, min(k, self.index.ntotal))
+        return hits
 
-    def open_images(self, found: list[SearchResult]) -> list[ImageInput]:
+    def open_images(self, hits: list[SearchResult]) -> list[ImageInput]:
         """The images themselves: files or a prepared set in the folder that the user named, or what the built-in world
         draws. An index may be anybody's: what it says of files is held against that folder, and nothing else is opened.
 
@@ -157,46 +166,46 @@ class SearchIndex:
                 another one by now (65).
         """
         if self.images is None or (self.images / MANIFEST).is_file():
-            pairs = self.pairs(found)
-            if not all(type(each.row) is int and 0 <= each.row < len(pairs) for each in found):
+            pairs = self.pairs(hits)
+            if not all(type(each.row) is int and 0 <= each.row < len(pairs) for each in hits):
                 what = f"{IDS} names rows that the data set does not have"
                 raise UserError("search", what, "Index it again", ExitCode.BAD_DATA)
-            return [pairs[each.row]["image"] for each in found]
+            return [pairs[each.row]["image"] for each in hits]
         # Links are followed on both sides, so that none leads out unseen.
         root = os.path.realpath(self.images)
-        for each in found:
+        for each in hits:
             if each.path is None:
                 todo = f"Name the prepared set that the index was made of, the folder of its {MANIFEST}"
                 raise UserError("--images", "is a folder of files, and the index names rows of a set", todo)
             if not Path(os.path.realpath(each.path)).is_relative_to(root):
                 todo = "Name the folder that holds its images, or search without --rerank and --show"
-                raise UserError("--images", f"{shown(each.path)} is not in {root}", todo, ExitCode.REFUSED)
+                raise UserError("--images", f"{describe_value(each.path)} is not in {root}", todo, ExitCode.REFUSED)
             if not Path(each.path).is_file():
                 todo = "Bring it back, or search without --rerank and --show"
                 raise UserError(each.path, "the images are not on disk", todo, ExitCode.MISSING_INPUT)
-        return [Path(str(each.path)) for each in found]
+        return [Path(str(each.path)) for each in hits]
 
-    def pairs(self, found: list[SearchResult]) -> Pairs:
+    def pairs(self, hits: list[SearchResult]) -> Pairs:
         """The split of the data set that was indexed; raises as `open_images`."""
-        told = self.about["source"] or {}
-        name, args = current(str(told.get("class_path"))), told.get("init_args") or {}
+        settings = self.about["source"] or {}
+        name, args = current(str(settings.get("class_path"))), settings.get("init_args") or {}
         # Where the data lie says the user alone (`images`), never the index.
         plain = {key: value for key, value in args.items() if key != "root"} if isinstance(args, dict) else {}
         where = f"{ABOUT}: source"
-        made: Source
+        source: Source
         if self.images is not None:
             hold_out = plain.get("hold_out", 0)
-            made = Prepared(str(self.images), hold_out if Whole(0, 10**9).fits(hold_out) else 0)
+            source = Prepared(str(self.images), hold_out if Whole(0, 10**9).fits(hold_out) else 0)
         elif name == WORLD:
-            made = Scenes(**read_arguments(Scenes, plain, where))
+            source = Scenes(**read_arguments(Scenes, plain, where))
         else:
             root = args.get("root") if isinstance(args, dict) else None
-            kept = root or next((os.path.dirname(each.path) for each in found if each.path), "a place it does not name")
-            what = f"the images lie in {shown(kept)}, says {ABOUT}; what it names is not opened unasked"
+            place = root or next((os.path.dirname(each.path) for each in hits if each.path), "a place it does not name")
+            what = f"the images lie in {describe_value(place)}, says {ABOUT}; what it names is not opened unasked"
             todo = "If you trust that place, say so: --images FOLDER (a folder or a prepared set)"
             todo += "; or leave out --rerank and --show"
             raise UserError("search", what, todo, ExitCode.REFUSED)
-        pairs = made.split(self.about["split"])
+        pairs = source.split(self.about["split"])
         if pairs.fingerprint != self.about["data"]:
             raise UserError("search", "the data set is not the one of the index", "Index it again", ExitCode.BAD_DATA)
         return pairs
@@ -220,28 +229,28 @@ def search_index(
     (query, *more), single = as_list(query)
     if more or not single:
         raise UserError("search", "several queries", "Give one text or image; for more call it again")
-    seen = is_image(query)
-    vector_E = model.encode_image(query) if seen else model.encode_text(str(query))
+    by_image = is_image(query)
+    vector_E = model.encode_image(query) if by_image else model.encode_text(str(query))
     (similarity_K,), (position_K,) = index.search(vector_E.cpu(), k)
     rows = index.ids.take(position_K[position_K >= 0]).to_pylist()
     # FAISS puts -1 last: the first cosines are those of the rows that are left.
-    found = [SearchResult(**row, similarity=value) for row, value in zip(rows, similarity_K.tolist(), strict=False)]
+    hits = [SearchResult(**row, similarity=value) for row, value in zip(rows, similarity_K.tolist(), strict=False)]
     if not rerank:
-        return found
+        return hits
     # A match is of an image and a text: of an image that is asked about, with the captions of what was found.
-    asked = [query] if seen else index.open_images(found)
-    texts = [caption for each in found for caption in each.captions] if seen else [str(query)]
-    image, text = encode(model, asked, True), encode(model, texts, False)
-    pairs = pair_up("search", len(asked), len(texts))
-    image_features = features_of(model, image, range(len(asked)))
+    images = [query] if by_image else index.open_images(hits)
+    texts = [caption for each in hits for caption in each.captions] if by_image else [str(query)]
+    image, text = encode(model, images, True), encode(model, texts, False)
+    pairs = pair_up("search", len(images), len(texts))
+    image_features = features_of(model, image, range(len(images)))
     text_features = features_of(model, text, range(len(texts)))
     odds_M = log_odds(model, [image_features[i] for i, _ in pairs], [text_features[t] for _, t in pairs]).cpu()
     cosine_M = (image.vector_XE @ text.vector_XE.T).flatten().cpu()
     # Each pair's place among what was found: an image's captions share theirs, and the best one counts.
-    places = [place for place, each in enumerate(found) for _ in each.captions] if seen else list(range(len(found)))
+    places = [place for place, each in enumerate(hits) for _ in each.captions] if by_image else list(range(len(hits)))
     best: dict[int, float] = {}
     for at in by_match(model, odds_M, cosine_M):
         best.setdefault(places[at], float(odds_M[at].sigmoid()))
     # What has no caption cannot be matched, and comes last.
-    best |= {place: 0.0 for place in range(len(found)) if place not in best}
-    return [found[place]._replace(match=match) for place, match in best.items()]
+    best |= {place: 0.0 for place in range(len(hits)) if place not in best}
+    return [hits[place]._replace(match=match) for place, match in best.items()]

@@ -68,14 +68,14 @@ def identity(model: PretrainedMaskVLM) -> str:
 # ---------------------------------------------------------------------- embedding
 
 TEXTS = dict.fromkeys(("id", "origin", "path"), pa.string())
-KEPT = pa.schema({"row": pa.int64(), **TEXTS, "captions": pa.list_(pa.string())})
+IMAGE_COLUMNS = pa.schema({"row": pa.int64(), **TEXTS, "captions": pa.list_(pa.string())})
 """Columns of an image beside its vector: row in the split, id, origin, file (null without one), captions."""
 CAPTION = pa.schema({"row": pa.int64(), "id": pa.string(), "caption": pa.string()})
 """Columns of a caption beside its vector; row and id are its image's."""
 
 
 class RowsToEmbed(Dataset[dict[str, Any]]):
-    """What KEPT names of a row, and `image` as the model reads it; or else `bad`: (reason, message)."""
+    """What IMAGE_COLUMNS names of a row, and `image` as the model reads it; or else `bad`: (reason, message)."""
 
     def __init__(self, pairs: Pairs, model: PretrainedMaskVLM) -> None:
         self.pairs, self.transform = pairs, eval_transform(model.backbone.input_spec)
@@ -84,11 +84,11 @@ class RowsToEmbed(Dataset[dict[str, Any]]):
         row = self.pairs[index]
         captions = [text for text, _ in map(clean_caption, row["captions"]) if text]
         path = os.path.abspath(row["image"]) if isinstance(row["image"], str) else None
-        told = {"row": index, "id": row["image_id"], "origin": row["origin"], "path": path, "captions": captions}
+        record = {"row": index, "id": row["image_id"], "origin": row["origin"], "path": path, "captions": captions}
         try:
-            return told | {"image": self.transform(safe_open(row["image"], row["origin"]))}
+            return record | {"image": self.transform(safe_open(row["image"], row["origin"]))}
         except BadImage as error:
-            return told | {"bad": (error.reason, str(error))}
+            return record | {"bad": (error.reason, str(error))}
 
 
 @torch.no_grad()
@@ -96,14 +96,14 @@ def embed(
     model: PretrainedMaskVLM,
     pairs: Pairs,
     folder: Path,
-    told: Facts,
+    details: Facts,
     shard: int = SHARD,
     captions: bool = True,
     process: Process = (0, 1),
 ) -> str:
     """Write this process's missing shards of a split's vectors; returns one line on what is there now.
 
-    `told` goes into `vectors.json`: `split`, and what else shall be known later; `shard` is images a file.
+    `details` goes into `vectors.json`: `split`, and what else shall be known later; `shard` is images a file.
 
     Raises:
         UserError: the folder holds other vectors, or cannot be written (73, 74); the checkpoint has no contrast head.
@@ -111,7 +111,7 @@ def embed(
     projection = model.head("projection", "embed")
     width, count = projection.image.out_features, math.ceil(len(pairs) / shard)
     facts = {"weights": identity(model), "data": pairs.fingerprint, "pictures": len(pairs), "shard": shard}
-    claim_vectors(folder, {**facts, "width": width, "captions": captions, "shards": count, **told})
+    claim_vectors(folder, {**facts, "width": width, "captions": captions, "shards": count, **details})
     # What this process has to do: its own shards, without those that are there.
     mine = [part for part in range(count)[process[0] :: process[1]] if not file_of(folder, part, count).exists()]
     ranges = [range(part * shard, min((part + 1) * shard, len(pairs))) for part in mine]
@@ -139,7 +139,7 @@ def embed(
         if captions:  # first: a shard counts as done when its images are there
             write_file(file_of(folder, part, count, "captions"), captions_table(model, good))
         # What failed is kept in the shard itself, where whichever process ends last finds it.
-        table = table_of(good, KEPT, torch.cat(vectors))
+        table = table_of(good, IMAGE_COLUMNS, torch.cat(vectors))
         write_file(file_of(folder, part, count), table.replace_schema_metadata({"bad": json.dumps(bad)}))
     line.bar.close()
     return close(folder, pairs, count)
@@ -163,21 +163,21 @@ class EmbedProgress:
     """Images a second and time left: a bar on a terminal, elsewhere a line every half minute."""
 
     def __init__(self, total: int, process: Process) -> None:
-        self.total, self.done, self.started, self.told = total, 0, time.monotonic(), time.monotonic()
+        self.total, self.done, self.started, self.last_report = total, 0, time.monotonic(), time.monotonic()
         self.name = "embedding" + (f", process {process[0]} of {process[1]}" if process[1] > 1 else "")
         self.bar = StatusBar(self.name, total, Console(), process[0] == 0)
 
     def advance(self, images: int) -> None:
         """So many more images are done."""
         self.done, now = self.done + images, time.monotonic()
-        if now - self.told < (0.2 if self.bar.drawn else 30.0) and self.done < self.total:
+        if now - self.last_report < (0.2 if self.bar.drawn else 30.0) and self.done < self.total:
             return
-        self.told, speed = now, self.done / max(now - self.started, 1e-9)
-        left = duration((self.total - self.done) / speed)
-        told = f"{self.done}/{self.total}  {number(speed)} images/s  {left} left"
-        self.bar.show(self.done, told, now=True)
+        self.last_report, speed = now, self.done / max(now - self.started, 1e-9)
+        time_left = duration((self.total - self.done) / speed)
+        status = f"{self.done}/{self.total}  {number(speed)} images/s  {time_left} left"
+        self.bar.show(self.done, status, now=True)
         if not self.bar.drawn:
-            print(f"{self.name}  {told}", flush=True)
+            print(f"{self.name}  {status}", flush=True)
 
 
 def file_of(folder: Path, part: int, count: int, kind: str = "pictures") -> Path:
@@ -238,9 +238,9 @@ def close(folder: Path, pairs: Pairs, count: int) -> str:
         before, there = there, shards_there(folder, count)
         if there == before:
             break
-    told = [f"{reason}: {len(places)}" for reason, places in (*listed.items(), *left_out.items())]
+    reasons = [f"{reason}: {len(places)}" for reason, places in (*listed.items(), *left_out.items())]
     line = f"{folder}: {len(there)} of {count} shards, {len(pairs)} images in all"
-    line += f"; left out or mended ({', '.join(told)}): listed in {folder / BAD}" if told else ""
+    line += f"; left out or mended ({', '.join(reasons)}): listed in {folder / BAD}" if reasons else ""
     return line + ("; the others are other processes', or start the same again" if len(there) < count else "")
 
 
@@ -256,6 +256,6 @@ def write_file(path: Path, content: pa.Table | Facts) -> None:
                 # Vectors hardly repeat: a dictionary of them would save nothing.
                 pq.write_table(content, temporary, use_dictionary=False)
     except OSError as error:
-        told = f"cannot be written ({first_line(error)})"
-        other = UserError(path, told, "Choose another folder", ExitCode.CANNOT_CREATE)
+        message = f"cannot be written ({first_line(error)})"
+        other = UserError(path, message, "Choose another folder", ExitCode.CANNOT_CREATE)
         raise (cannot_write(error, path, "whole files stay") or other) from error

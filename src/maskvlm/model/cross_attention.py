@@ -250,7 +250,7 @@ class CrossEncoder(nn.Module):
         self, x_ULD: Tensor, context: Context, attention_UL: Tensor, num_full: int, row_B: Tensor
     ) -> CrossOutput:
         """`_forward` in groups of pairs whose querying texts have similar length (`text_lengths.py`)."""
-        seen_B = torch.arange(len(row_B), device=row_B.device) if context.index_B is None else context.index_B
+        context_row_B = torch.arange(len(row_B), device=row_B.device) if context.index_B is None else context.index_B
         groups: list[Tensor] = []
         full: list[Tensor] = []
         first: list[Tensor] = []
@@ -258,9 +258,9 @@ class CrossEncoder(nn.Module):
             # Pairs of which all positions are read stand in front, in every group.
             pair_G = pair_G[(pair_G >= num_full).argsort(stable=True)]
             row_H, of_G = row_B[pair_G].unique(return_inverse=True)
-            seen = context._replace(index_B=seen_B[pair_G])
+            group_context = context._replace(index_B=context_row_B[pair_G])
             asking, mask = x_ULD[row_H, :longest], attention_UL[row_H, :longest]
-            out = self._forward(asking, seen, mask, int((pair_G < num_full).sum()), of_G, None)
+            out = self._forward(asking, group_context, mask, int((pair_G < num_full).sum()), of_G, None)
             groups.append(pair_G)
             # Zeros at padding, whose features mean nothing.
             full.append(nn.functional.pad(out.full_RLD, (0, 0, 0, x_ULD.shape[1] - longest)))
@@ -293,11 +293,11 @@ class CrossEncoder(nn.Module):
         self_mask, context_mask = key_mask(attention_BL), context.mask(slice(None))
         # All blocks but the last: every position of every pair.
         for block, key_value in zip(blocks[:-1], context.blocks[:-1], strict=True):
-            seen = (key_value.rows(context.index_B), context_mask, ALL, place_LD)
+            context_args = (key_value.rows(context.index_B), context_mask, ALL, place_LD)
             if shared and block is blocks[0]:
-                x_BLD = self.run_part(block.attend_other, x_BLD, *seen)
+                x_BLD = self.run_part(block.attend_other, x_BLD, *context_args)
             else:
-                x_BLD = self.run_part(block, x_BLD, self_mask, *seen)
+                x_BLD = self.run_part(block, x_BLD, self_mask, *context_args)
         # The last block in two parts: what is read of the first `num_full` pairs, the first position of the others.
         last = context.blocks[-1].rows(context.index_B)
         parts: list[Tensor] = []

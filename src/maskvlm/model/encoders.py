@@ -285,11 +285,11 @@ class ImageEncoder(Encoder):
     def _forward_subset(self, image_BCHW: Tensor, row_B: Tensor | None, subset_BV: Tensor) -> Tensor:
         """Features of whole images, [B, 1 + V, own D]: frozen blocks see all patches, the others `subset_BV`."""
         # A cached row holds the frozen blocks' output for all patches: each step can pick others from it.
-        kept = self._cache_for(row_B)
+        cache = self._cache_for(row_B)
         hidden_BLD = (
             self.frozen_blocks.forward_frozen(image_BCHW)
-            if kept is None or row_B is None
-            else kept.get(row_B, lambda at_M: self.frozen_blocks.forward_frozen(image_BCHW[at_M]))
+            if cache is None or row_B is None
+            else cache.get(row_B, lambda at_M: self.frozen_blocks.forward_frozen(image_BCHW[at_M]))
         )
         return self._drop_extra_prefix(self.frozen_blocks.forward_trained(self._with_prefix(hidden_BLD, subset_BV)))
 
@@ -319,9 +319,9 @@ class ImageEncoder(Encoder):
         return hidden_BLD if first == 1 else torch.cat([hidden_BLD[:, :1], hidden_BLD[:, first:]], 1)
 
     def _features(self, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor | None) -> Tensor:
-        kept = self._cache_for(row_W)
-        if kept is not None and row_W is not None:
-            hidden_BLD = self._features_cached(kept, image_BCHW, mask_BN, row_W)
+        cache = self._cache_for(row_W)
+        if cache is not None and row_W is not None:
+            hidden_BLD = self._features_cached(cache, image_BCHW, mask_BN, row_W)
         else:
             # timm's own forward: it fits every ViT, and checkpoints activations where that is set.
             with self._masked(mask_BN):
@@ -332,10 +332,12 @@ class ImageEncoder(Encoder):
         # In evaluation the rows are those of another split.
         return self.frozen_blocks.cache if self.training and row_W is not None else None
 
-    def _features_cached(self, kept: FeatureCache, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor) -> Tensor:
+    def _features_cached(
+        self, cache: FeatureCache, image_BCHW: Tensor, mask_BN: Tensor | None, row_W: Tensor
+    ) -> Tensor:
         """`_features`, with the frozen blocks' output for the first W images read from disk."""
         whole = len(row_W)
-        lower = [kept.get(row_W, lambda at_M: self.frozen_blocks.forward_frozen(image_BCHW[:whole][at_M]))]
+        lower = [cache.get(row_W, lambda at_M: self.frozen_blocks.forward_frozen(image_BCHW[:whole][at_M]))]
         if whole < len(image_BCHW):
             # Masked images differ in each step: computed anew, and in float32 as the cached ones are.
             with self._masked(None if mask_BN is None else mask_BN[whole:]):

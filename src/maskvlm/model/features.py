@@ -106,7 +106,7 @@ class FrozenBlocks:
         Raises:
             UserError: as `FeatureCache`.
         """
-        if self.folder is None or self.cache is not None:
+        if self.folder is None:
             return
         digest = hashlib.sha256(follows.encode())
         # Other frozen weights give another file name, so features never meet the wrong weights.
@@ -115,7 +115,9 @@ class FrozenBlocks:
                 digest.update(value.cpu().contiguous().numpy().tobytes())
         length = self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
         name = f"{digest.hexdigest()[:24]}-{self.blocks}{'-norm' if self.all_frozen else ''}"
-        self.cache = FeatureCache(self.folder, name, rows, (length, self.vit.embed_dim))
+        # A second training in one process may be on other data: row i is another image there.
+        if self.cache is None or self.cache.name != name:
+            self.cache = FeatureCache(self.folder, name, rows, (length, self.vit.embed_dim))
 
 
 def run_blocks(vit: Any, first: int, hidden_BLD: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -149,7 +151,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | Path, name: str, rows: int, shape: tuple[int, int]) -> None:
-        folder = Path(folder).expanduser()
+        self.name, folder = name, Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.mark = folder / f"{name}.float32", folder / f"{name}.there"
         sizes = {self.file: 4 * rows * shape[0] * shape[1], self.mark: rows}
@@ -161,9 +163,9 @@ class FeatureCache:
             raise UserError(folder, what, todo, ExitCode.IO_ERROR)
         for path, size in sizes.items():
             # Appending never empties the file: another process may have made it.
-            with path.open("ab") as made:
-                if made.tell() == 0:
-                    made.truncate(size)  # a file with a hole: it takes room on the disk as rows are written
+            with path.open("ab") as file:
+                if file.tell() == 0:
+                    file.truncate(size)  # a file with a hole: it takes room on the disk as rows are written
             if path.stat().st_size != size:
                 what = f"has {path.stat().st_size:,} bytes, expected {size:,}"
                 raise UserError(path, what, "Remove it: it is made anew", ExitCode.BAD_DATA)
@@ -181,14 +183,17 @@ class FeatureCache:
         """
         row_B = rows_B.cpu().numpy()
         # A copy, since the index is an array. Row -1 reads the last row here and is computed below.
-        found_BLD = torch.from_numpy(self.features_RLD[row_B])
-        missing_M = np.flatnonzero((self.written_R[row_B] == 0) | (row_B < 0))
+        features_BLD = torch.from_numpy(self.features_RLD[row_B])
+        # A position of zeros alone was never written: after a power cut, or on another machine that shares the folder,
+        # a mark may be seen before its row.
+        empty_B = ~features_BLD.any(-1).all(-1).numpy()
+        missing_M = np.flatnonzero((self.written_R[row_B] == 0) | (row_B < 0) | empty_B)
         if len(missing_M):
             fresh_MLD = compute(torch.from_numpy(missing_M).to(rows_B.device)).float().cpu()
-            found_BLD[missing_M] = fresh_MLD
+            features_BLD[missing_M] = fresh_MLD
             # Row -1 has no place in the file.
             known = row_B[missing_M] >= 0
             # The row before its mark: a process that finds the mark reads a row that is written.
             self.features_RLD[row_B[missing_M][known]] = fresh_MLD.numpy()[known]
             self.written_R[row_B[missing_M][known]] = 1
-        return found_BLD.to(rows_B.device)
+        return features_BLD.to(rows_B.device)

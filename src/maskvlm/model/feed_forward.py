@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from maskvlm.utils.on_cpu import on_cpu
 
 
-def not_kept(compute: Callable[[Tensor], Tensor], x: Tensor, random: bool = False) -> Tensor:
+def recompute_in_backward(compute: Callable[[Tensor], Tensor], x: Tensor, random: bool = False) -> Tensor:
     """Result of `compute` for x. On a GPU no intermediate tensor is kept: the backward pass computes them again, up to
     the last one that it needs, so that a matrix product at the end is not made twice.
 
@@ -58,14 +58,14 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         first, gelu, last = self
-        return not_kept(lambda hidden: last(gelu(hidden)), first(x_BLD))
+        return recompute_in_backward(lambda hidden: last(gelu(hidden)), first(x_BLD))
 
 
 class LeanMlp(Mlp):
     """timm's `Mlp`, which keeps as little for the backward pass as `FeedForward`."""
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.drop2(not_kept(self._after_first, self.fc1(x_BLD), random=self.drop1.p > 0))
+        return self.drop2(recompute_in_backward(self._after_first, self.fc1(x_BLD), random=self.drop1.p > 0))
 
     def _after_first(self, hidden: Tensor) -> Tensor:
         return self.fc2(self.norm(self.drop1(self.act(hidden))))

@@ -51,9 +51,9 @@ class Projection(nn.Module):
             shape: of its image projection's weight, [E, D], or [E, 2D] where contrast reads the means, too.
             width: D, of both encoders.
         """
-        found = cls(width, width, shape[0], temperature, mean=shape[1] == 2 * width)
-        init_xavier(found)
-        return found
+        projection = cls(width, width, shape[0], temperature, mean=shape[1] == 2 * width)
+        init_xavier(projection)
+        return projection
 
     @property
     def logit_scale(self) -> Tensor:

@@ -83,6 +83,7 @@ class MaskVLM(nn.Module):
             todo = f"give a divisor of {width}"
             raise UserError("model.backbone.cross_heads", f"{cross_heads} do not divide width {width}", todo)
         self.image, self.text = image, text
+        self._frozen_for_task: list[nn.Parameter] = []
         self.width, self.cross_heads = width, cross_heads
         self.dropout, self.checkpointing = dropout, checkpointing
         # Only patches have places on a grid: texts know theirs from the text encoder.
@@ -127,6 +128,21 @@ class MaskVLM(nn.Module):
             self.text.vocab_size,
             self.text.tokenizer,
         )
+
+    def freeze_for_task(self, *parts: nn.Module | nn.Parameter) -> None:
+        """Freeze what no loss of a task reaches: it gets no gradient, and DDP would wait for it for ever. The next task
+        that is built on this backbone finds it as it was before."""
+        for part in parts:
+            for parameter in (part,) if isinstance(part, nn.Parameter) else part.parameters():
+                if parameter.requires_grad:
+                    parameter.requires_grad_(False)
+                    self._frozen_for_task.append(parameter)
+
+    def unfreeze_for_task(self) -> None:
+        """Undo what `freeze_for_task` did; what was frozen by an option, or by hand, stays so."""
+        for parameter in self._frozen_for_task:
+            parameter.requires_grad_(True)
+        self._frozen_for_task = []
 
     def new_cross(self, layers: int, grid: tuple[int, int] | None = None) -> CrossEncoder:
         """Cross-attention blocks that fit this backbone and share its settings; for heads that need some, too."""

@@ -97,10 +97,10 @@ class TextDecoder(nn.Module):
         x_ASD, steps = self.embed(backbone, token_AS), token_AS.shape[1]
         # True where a position may look. Padding stands behind a text's tokens, so no token sees it.
         causal_11SS = torch.ones(steps, steps, dtype=torch.bool, device=token_AS.device).tril()[None, None]
-        seen = context._replace(index_B=owner_A)
-        mask = seen.mask(slice(None))
+        text_context = context._replace(index_B=owner_A)
+        mask = text_context.mask(slice(None))
         # Block by block: CrossEncoder.forward takes padding masks, no causal one.
-        for block, key_value in zip(self.decoder.blocks, seen.blocks, strict=True):
+        for block, key_value in zip(self.decoder.blocks, text_context.blocks, strict=True):
             x_ASD = self.decoder.run_part(block, x_ASD, causal_11SS, key_value.rows(owner_A), mask)
         return self.tokens(x_ASD)
 
@@ -164,7 +164,7 @@ class TextDecoder(nn.Module):
         # The beams of a row follow each other. Their keys and values are copied once: beams change places within a row.
         owner_X = torch.arange(rows, device=device).repeat_interleave(beams)
         attention_XS = None if context.attention_US is None else context.attention_US[owner_X]
-        seen = Context([key_value.rows(owner_X) for key_value in context.blocks], attention_XS, None)
+        beam_context = Context([key_value.rows(owner_X) for key_value in context.blocks], attention_XS, None)
         token_XS = torch.full((rows * beams, 1), start, device=device)
         # Log probability of each beginning, -inf of an empty place. All begin alike, so the first alone counts.
         total_BK = torch.full((rows, beams), float("-inf"), device=device)
@@ -172,11 +172,11 @@ class TextDecoder(nn.Module):
         best_B = torch.full((rows,), float("-inf"), device=device)
         best_BS = torch.full((rows, longest), end, device=device)
         best_BS[:, 0] = start
-        left_B = torch.full((rows,), beams, device=device)  # texts that have not ended
+        open_B = torch.full((rows,), beams, device=device)  # texts that have not ended
         place_K, first_B1 = torch.arange(beams, device=device), torch.arange(rows, device=device)[:, None] * beams
         past: list[KeyValue] | None = None
         for place in range(longest - 1):
-            logits_XV, past = self.follow(backbone, seen, token_XS[:, -1], place, past)
+            logits_XV, past = self.follow(backbone, beam_context, token_XS[:, -1], place, past)
             log_p_XV = logits_XV.float().index_fill(1, torch.tensor([*forbidden], device=device).long(), float("-inf"))
             log_p_XV = log_p_XV.log_softmax(1)
             words = log_p_XV.shape[1]
@@ -186,7 +186,7 @@ class TextDecoder(nn.Module):
             # The likeliest continuations of a row's beginnings: (B, K, V) -> (B, K * V) -> (B, K)
             sum_BX = (total_BK[..., None] + log_p_XV.view(rows, beams, words)).flatten(1)
             value_BK, at_BK = sum_BX.topk(beams)
-            value_BK = value_BK.masked_fill(place_K >= left_B[:, None], float("-inf"))
+            value_BK = value_BK.masked_fill(place_K >= open_B[:, None], float("-inf"))
             from_X, word_BK = (first_B1 + at_BK // words).flatten(), at_BK % words
             token_XS = torch.cat([token_XS[from_X], word_BK.view(-1, 1)], 1)
             ended_BK = (word_BK == end) & value_BK.isfinite()
@@ -197,7 +197,7 @@ class TextDecoder(nn.Module):
             # What was the best one is shorter, and padded with end tokens.
             best_BS[better_B, : place + 2] = token_XS[(first_B1[:, 0] + which_B)[better_B]]
             best_B = torch.where(better_B, newest_B, best_B)
-            left_B = left_B - ended_BK.sum(1)
+            open_B = open_B - ended_BK.sum(1)
             total_BK = value_BK.masked_fill(ended_BK, float("-inf"))
             if not bool(total_BK.isfinite().any()):
                 break

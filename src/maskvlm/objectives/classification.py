@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskvlm.data.examples import ExampleBatch, ExampleSource, asked
+from maskvlm.data.examples import ExampleBatch, ExampleSource, question_batch
 from maskvlm.model.heads import Classifier, Matching, Projection, masked_mean
 from maskvlm.model.init import init_normal, init_xavier
 from maskvlm.model.maskvlm import Fused, MaskVLM
@@ -24,7 +24,7 @@ from maskvlm.utils.distributed import Draw, shared_count
 from maskvlm.utils.errors import UserError, check_least, check_shares
 
 EVAL_SEED = 20230502
-SHOWN = 5  # labels of a decision
+TOP_LABELS = 5  # labels of a decision
 SCORING = ("projection.", "matching.")  # heads of pre-training
 Reads = Literal["fused", "scores"]
 
@@ -116,7 +116,7 @@ class Classification(Task):
             init_normal(self.matching)
             self.matching.requires_grad_(False)
             self._project(Projection.shaped_as((256, width), width))
-        backbone.image.mask_token.requires_grad_(False)  # nothing is masked; DDP would wait for its gradient
+        backbone.freeze_for_task(backbone.image.mask_token)  # nothing is masked
 
     def _project(self, projection: Projection) -> None:
         self.projection = projection
@@ -182,6 +182,9 @@ class Classification(Task):
         scores_BP2 = torch.stack([cosine_BP * self.projection.logit_scale, (like_X - unlike_X).view_as(cosine_BP)], 2)
         return torch.cat([text_BTD[:, 0], mean_BD, scores_BP2.flatten(1)], 1)
 
+    def begin_evaluation(self) -> None:
+        self.scored = ScoredExamples()
+
     @torch.no_grad()
     def update(self, backbone: MaskVLM, batch: ExampleBatch) -> None:
         draw = Draw(EVAL_SEED, int(batch.index_B[0]), batch.image_BPCHW.device)
@@ -237,7 +240,7 @@ class Classification(Task):
 
 def top_labels(probability_BK: Tensor, labels: Sequence[str]) -> list[LabelPrediction]:
     """The decision of each row."""
-    top = probability_BK.topk(min(SHOWN, probability_BK.shape[1]))
+    top = probability_BK.topk(min(TOP_LABELS, probability_BK.shape[1]))
     rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     named = [{labels[k]: p for k, p in zip(ks, ps, strict=True)} for ks, ps in rows]
     return [LabelPrediction(*next(iter(each.items())), each) for each in named]
@@ -245,15 +248,15 @@ def top_labels(probability_BK: Tensor, labels: Sequence[str]) -> list[LabelPredi
 
 def predict_labels(task: Classification, model: Model, examples: list[tuple[Any, ...]]) -> list[LabelPrediction]:
     """A `Method`: what the task says of each example, its images followed by its text."""
-    found: list[LabelPrediction] = []
+    predictions: list[LabelPrediction] = []
     for part, numbers in numbered(examples, model.batch_size):
         # All images of an example have its number.
         image_BPCHW = torch.stack(
             [model.pixels(example[:-1], [n] * (len(example) - 1)) for n, example in zip(numbers, part, strict=True)]
         )
         text = model.tokens([example[-1] for example in part])
-        found += task.decisions(model.backbone, asked(image_BPCHW, text))
-    return found
+        predictions += task.decisions(model.backbone, question_batch(image_BPCHW, text))
+    return predictions
 
 
 def encode_and_fuse(

@@ -87,8 +87,8 @@ def same_pairs(image_id_B: Tensor, text_id_Bm: Tensor, image_id_G: Tensor, text_
     """Whether each of the G pairs shows the same image as a pair of the batch or has one of its m captions, so that
     they are no negatives of each other, [B, G]."""
     # (B, 1, m, 1) and (1, G, 1, m): any caption of the one with any of the other.
-    said_BG = (text_id_Bm[:, None, :, None] == text_id_Gm[None, :, None, :]).flatten(2).any(2)
-    return said_BG | (image_id_B[:, None] == image_id_G)
+    same_text_BG = (text_id_Bm[:, None, :, None] == text_id_Gm[None, :, None, :]).flatten(2).any(2)
+    return same_text_BG | (image_id_B[:, None] == image_id_G)
 
 
 def gather_contrast(batch: Batch, image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Contrast:
@@ -198,8 +198,8 @@ def matching_rows(
     image_BLD: Tensor,
     text_CTD: Tensor,
     attention_CT: Tensor,
-    found: tuple[Negatives, Negatives],
-    kept: QueuedPairs | None = None,
+    negatives: tuple[Negatives, Negatives],
+    queued_pairs: QueuedPairs | None = None,
 ) -> tuple[MatchingRows, tuple[Negatives, Negatives]]:
     """The rows that matching needs, and the negatives, of which one that could not be fetched has weight 0.
 
@@ -207,14 +207,14 @@ def matching_rows(
     (`distributed.RowExchange`).
 
     Args:
-        found: a hard caption for each image and a hard image for each caption, by their numbers in the global batch,
-            or, after it, in the queue.
-        kept: the queue's rows.
+        negatives: a hard caption for each image and a hard image for each caption, by their numbers in the global
+            batch, or, after it, in the queue.
+        queued_pairs: the queue's rows.
     """
-    texts, images = found
-    if world_size() == 1 and kept is None:
-        return MatchingRows(image_BLD, text_CTD, attention_CT, images.index_B, texts.index_B), found
-    queued = (None, None, None) if kept is None else kept[:3]
+    texts, images = negatives
+    if world_size() == 1 and queued_pairs is None:
+        return MatchingRows(image_BLD, text_CTD, attention_CT, images.index_B, texts.index_B), negatives
+    queued = (None, None, None) if queued_pairs is None else queued_pairs[:3]
     fetched_image, here_C = _fetch([image_BLD], [queued[0]], images.index_B)
     fetched_text, here_B = _fetch([text_CTD, attention_CT], [queued[1], queued[2]], texts.index_B)
     rows = MatchingRows(
@@ -257,11 +257,11 @@ def _fetch(own: list[Tensor], queued: list[Tensor | None], index_M: Tensor) -> t
         exchange = RowExchange(index_M, here)
         fetched, arrived_M = [exchange(part) for part in own], exchange.arrived_M
     beyond_M = index_M >= everywhere
-    for place, kept_QX in enumerate(queued):
-        if kept_QX is not None:
-            kept_MX = kept_QX.index_select(0, (index_M - everywhere).clamp(min=0)).to(fetched[place].dtype)
-            of_queue = beyond_M.view(-1, *[1] * (kept_MX.ndim - 1))
-            fetched[place] = torch.where(of_queue, kept_MX, fetched[place])
+    for place, queue_QX in enumerate(queued):
+        if queue_QX is not None:
+            queue_MX = queue_QX.index_select(0, (index_M - everywhere).clamp(min=0)).to(fetched[place].dtype)
+            of_queue = beyond_M.view(-1, *[1] * (queue_MX.ndim - 1))
+            fetched[place] = torch.where(of_queue, queue_MX, fetched[place])
     return fetched, arrived_M | beyond_M
 
 
@@ -270,7 +270,7 @@ def cross_pairs(
     masked_BLD: Tensor | None,
     own: RowPool,
     other: RowPool,
-    seen_BLD: Tensor | None,
+    attended_BLD: Tensor | None,
     rows: list[Tensor],
     sees: list[Tensor],
     pairs: int = 1,
@@ -281,7 +281,7 @@ def cross_pairs(
         masked_BLD: masked rows, the same number for each of the first `pairs` whole rows.
         own, other: whole rows of the two modalities.
         rows, sees: for each matching pair the row in `own` and in `other`.
-        seen_BLD: what the masked rows attend to, one row a pair; None: the whole rows of `other`.
+        attended_BLD: what the masked rows attend to, one row a pair; None: the whole rows of `other`.
         pairs: how many whole rows the masked rows belong to.
     """
     if masked_BLD is None and not rows:  # no loss reads this side
@@ -289,12 +289,12 @@ def cross_pairs(
     first = 0 if masked_BLD is None else len(masked_BLD)
     # The same number of masked rows for each of the `pairs` whole rows, adjacent.
     of_pair = torch.arange(pairs, device=own.rows_ULD.device).repeat_interleave(first // max(1, pairs))
-    # Masked rows look at the whole row of their pair, or at `seen_BLD`, which is then put behind the others.
+    # Masked rows look at the whole row of their pair, or at `attended_BLD`, which is then put behind the others.
     partners = of_pair
-    if first and seen_BLD is not None:
+    if first and attended_BLD is not None:
         mask = None if other.attention_UL is None else torch.cat([other.attention_UL, other.attention_UL[:pairs]])
         partners = partners + len(other.rows_ULD)
-        other = RowPool(torch.cat([other.rows_ULD, seen_BLD]), mask)
+        other = RowPool(torch.cat([other.rows_ULD, attended_BLD]), mask)
     context = encoder.context(other.rows_ULD, other.attention_UL, torch.cat([partners, *sees]))
     # The masked rows stand in front of the whole ones, of which one may be picked by several pairs.
     asking = own if masked_BLD is None else own.masked_first(masked_BLD, of_pair, bool(rows))
@@ -350,19 +350,23 @@ def cross_all(
     masked_image = encoded.masked_image_BLD if reconstructs[0] else None
     masked_text = encoded.masked_text_BTD if reconstructs[1] else None
     masked = 0 if masked_image is None else len(masked_image)
-    seen_text, seen_image = (encoded.first_masked_BTD, encoded.masked_image_BLD) if mask_both else (None, None)
+    attended_text, attended_image = (encoded.first_masked_BTD, encoded.masked_image_BLD) if mask_both else (None, None)
     if not matching_trains:
         # Detach what matching reads; MLM and MIM must still train the encoders, so their masked rows attend to the
         # others.
         image, text = image.detach(), text.detach()
         if not mask_both:
             # Of an encoder that stands still the rows that matching reads do as well: no row is projected twice.
-            seen_text = encoded.text_BTD[:masked] if encoded.text_BTD.requires_grad else None
-            seen_image = encoded.image_BLD[:pairs] if encoded.image_BLD.requires_grad else None
+            attended_text = encoded.text_BTD[:masked] if encoded.text_BTD.requires_grad else None
+            attended_image = encoded.image_BLD[:pairs] if encoded.image_BLD.requires_grad else None
     # The two run in parallel: each reads the other encoder's output, not the other cross encoder's.
     image_side, text_side = RowPool(image, None), RowPool(text, attention)
-    image_out = cross_pairs(backbone.cross_image, masked_image, image_side, text_side, seen_text, images, texts, masked)
-    text_out = cross_pairs(backbone.cross_text, masked_text, text_side, image_side, seen_image, texts, images, pairs)
+    image_out = cross_pairs(
+        backbone.cross_image, masked_image, image_side, text_side, attended_text, images, texts, masked
+    )
+    text_out = cross_pairs(
+        backbone.cross_text, masked_text, text_side, image_side, attended_image, texts, images, pairs
+    )
     # Class tokens of the masked rows stand first and are of no use to matching.
     fused = Fused(image_out.cls_BD[len(image_out.full_RLD) :], text_out.cls_BD[len(text_out.full_RLD) :])
     return Crossed(image_out.full_RLD, text_out.full_RLD, fused)

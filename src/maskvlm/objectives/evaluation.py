@@ -36,8 +36,10 @@ class PretrainingMetrics:
 
     The wrong partner is the next row's in the batch; a batch of one image has none. "None" is an image of
     the mean colour (zeros after normalisation) or a caption without words. Masks depend on the batch's place
-    in the data set and on its size (`eval_batch_size`) alone, so that every checkpoint is asked the same, by any number
-    of processes, as long as there is a batch of that size for each (`data.sampler.size_for_all`).
+    in the data set and on its size (`eval_batch_size`), on what is masked and how, and on the kind of device alone, so
+    that every checkpoint of an objective is asked the same, by any number of processes, as long as there is a batch of
+    that size for each (`data.sampler.size_for_all`). Objectives of which one masks images and the other does not are
+    asked about other words.
 
     Args:
         rerank_k: candidates a query that matching looks at again.
@@ -56,8 +58,8 @@ class PretrainingMetrics:
     def reset(self) -> None:
         """Forget all batches."""
         self.sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        self.kept: list[EncodedBatch] = []
-        self.features: list[Tensor] = []
+        self.batches: list[EncodedBatch] = []
+        self.features: list[tuple[int, Tensor]] = []  # with the place of their first image
         self.masked_words: list[Tensor] = []
 
     @torch.no_grad()
@@ -67,23 +69,23 @@ class PretrainingMetrics:
         masks = task.mask(backbone, batch, draw.local)
         image_BLD = backbone.image(batch.image_BCHW)
         text_CTD = backbone.text(batch.token_CT, batch.attention_CT)
-        self.features.append(mean_patch(image_BLD).cpu())
+        self.features.append((int(batch.index_B[0]), mean_patch(image_BLD).cpu()))
         if task.weights["mlm"]:
             self.update_mlm(task, backbone, batch, masks, image_BLD)
         if task.weights["mim"]:
             self.update_mim(task, backbone, batch, masks, text_CTD)
         self.update_others(task, EvaluatedBatch(backbone, batch, masks, image_BLD, text_CTD))
         if task.weights["itc"]:
-            self.kept.append(offload(task.projection, batch, image_BLD, text_CTD, matched=bool(task.weights["itm"])))
+            self.batches.append(offload(task.projection, batch, image_BLD, text_CTD, matched=bool(task.weights["itm"])))
 
-    def update_others(self, task: "MaskedPretraining", seen: EvaluatedBatch) -> None:
+    def update_others(self, task: "MaskedPretraining", evaluated: EvaluatedBatch) -> None:
         """What losses say of themselves, see `PretrainingLoss.measure`.
 
         Raises:
             UserError: values and weights of other shapes (2).
         """
         for loss in task.losses:
-            for key, (value, weight) in loss.measure(task, seen).items() if loss.weight else ():
+            for key, (value, weight) in loss.measure(task, evaluated).items() if loss.weight else ():
                 # Of other shapes the two would be spread over each other.
                 if value.shape != weight.shape:
                     what = f"{key} has values {list(value.shape)} and weights {list(weight.shape)}"
@@ -105,10 +107,10 @@ class PretrainingMetrics:
         weight_CK = masks.token.weight_CK
         self.masked_words.append(target_CK[weight_CK > 0])
         partners = {"": owner, "_wrong_image": (owner + 1) % rows, "_no_image": torch.full_like(owner, rows)}
-        for name, seen_C in partners.items():
+        for name, image_row_C in partners.items():
             if rows == 1 and name == "_wrong_image":
                 continue
-            crossed = backbone.cross_text(masked_CTD, Context(context.blocks, None, seen_C), batch.attention_CT)
+            crossed = backbone.cross_text(masked_CTD, Context(context.blocks, None, image_row_C), batch.attention_CT)
             logits_CKV = task.tokens(gather_positions(crossed.full_RLD, masks.token.index_CK)).float()
             # (C, K, V) -> (C, V, K): cross_entropy wants classes on the second axis.
             nats_CK = F.cross_entropy(logits_CKV.transpose(1, 2), target_CK, reduction="none")
@@ -174,6 +176,7 @@ class PretrainingMetrics:
         Chance levels end in `_chance`: a random order, word frequencies, the mean colour of a batch's masked patches.
         `score` chooses the best checkpoint: the mean of the two R@1 and, where words are learned, of the accuracy of
         masked words. R@1 of a few images alone moves by points from chance, and not at all while contrast is frozen.
+        Without contrast, it is minus the losses; where none of the four is learned, how far the run is.
         """
         metrics = {}
         shards: list[Any] = gather_objects(dict(self.sums))  # a process may have had no batch at all
@@ -183,7 +186,7 @@ class PretrainingMetrics:
             metrics[name] = total / weight if weight else math.nan
         metrics |= gains(metrics)
         metrics |= self.word_chance()
-        gallery = gather_gallery(self.kept)
+        gallery = gather_gallery(self.batches)
         if gallery is not None:
             metrics |= self.retrieval(task, backbone, gallery)
             if math.isfinite(metrics.get("mlm/accuracy", math.nan)):  # no word may have been masked
@@ -191,9 +194,12 @@ class PretrainingMetrics:
                 metrics["score"] = (2 * metrics["score"] + metrics["mlm/accuracy"]) / 3
         elif losses := [metrics[name] for name in ("mlm/nats", "mim/l1") if name in metrics]:
             metrics["score"] = -sum(losses)  # no contrast to retrieve with; higher is better
+        elif task.run_progress < 1:
+            metrics["score"] = task.run_progress  # nothing to choose by: the latest checkpoint counts as the best
         everywhere: list[Any] = gather_objects(self.features)
-        if features := [part for one in everywhere for part in one]:
-            self.known_images = sample_of(torch.cat(features))
+        # In the order of the split, whoever encoded what: the sample is the same for any number of processes.
+        if features := sorted((part for one in everywhere for part in one), key=lambda part: part[0]):
+            self.known_images = sample_of(torch.cat([part for _, part in features]))
         self.reset()
         return metrics
 
@@ -218,14 +224,14 @@ class PretrainingMetrics:
 def gains(metrics: Mapping[str, float]) -> dict[str, float]:
     """What the right partner is worth against a wrong one: in points and nats for words, in percent of the error
     for pixels."""
-    found = {}
+    values = {}
     if "mlm/accuracy_wrong_image" in metrics:
-        found["mlm/accuracy_gain"] = metrics["mlm/accuracy"] - metrics["mlm/accuracy_wrong_image"]
-        found["mlm/nats_gain"] = metrics["mlm/nats_wrong_image"] - metrics["mlm/nats"]
+        values["mlm/accuracy_gain"] = metrics["mlm/accuracy"] - metrics["mlm/accuracy_wrong_image"]
+        values["mlm/nats_gain"] = metrics["mlm/nats_wrong_image"] - metrics["mlm/nats"]
     for key in ("mim/mse", "mim/l1", "mim/object_mse", "mim/object_l1"):
         if wrong := metrics.get(f"{key}_wrong_text"):  # nothing to gain where even a wrong caption makes no error
-            found[f"{key}_gain"] = 100 * (1 - metrics[key] / wrong)
-    return found
+            values[f"{key}_gain"] = 100 * (1 - metrics[key] / wrong)
+    return values
 
 
 def one_text(batch: Batch) -> Tensor:

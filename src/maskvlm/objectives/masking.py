@@ -153,15 +153,17 @@ def mask_tokens(
     masked_CU = (rank_CU < count_each(units_C1, ratio.share_C1)) & exists_CU
     # (C, U) -> (C, T): units back to tokens; the column of the specials is never masked.
     mask_CT = torch.cat([masked_CU, torch.zeros_like(masked_CU[:, :1])], 1).gather(1, unit_CT)
-    shown_CT = torch.full_like(token_CT, mask_id)
+    replacement_CT = torch.full_like(token_CT, mask_id)
     if keep_and_swap:
         # Of the masked tokens 80 % show [MASK], 10 % a random token and 10 % themselves.
         choice_CT, other_CT = uniform(rows, 2, text_length)[:, :, :length].unbind(1)
-        shown_CT = torch.where(choice_CT < 0.9, shown_CT, token_CT)
-        shown_CT = torch.where((choice_CT >= 0.8) & (choice_CT < 0.9), (other_CT * vocab_size).long(), shown_CT)
+        replacement_CT = torch.where(choice_CT < 0.9, replacement_CT, token_CT)
+        replacement_CT = torch.where(
+            (choice_CT >= 0.8) & (choice_CT < 0.9), (other_CT * vocab_size).long(), replacement_CT
+        )
     # A word of many pieces can exceed the share of tokens: with whole words any number may be masked.
     most = length if whole_word else count_masked(length, ratio.most)
-    return TokenMask(torch.where(mask_CT, shown_CT, token_CT), mask_CT, *positions(mask_CT, most))
+    return TokenMask(torch.where(mask_CT, replacement_CT, token_CT), mask_CT, *positions(mask_CT, most))
 
 
 def positions(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -377,22 +379,22 @@ class ChosenPhrases(RandomTokens):
         self.phrases, self.share, self.weight = list(phrases), share, weight
 
     def __call__(self, texts: Texts, vocabulary: Vocabulary, uniform: Uniform) -> TokenMask:
-        found = super().__call__(texts, vocabulary, uniform)
+        base = super().__call__(texts, vocabulary, uniform)
         if not texts.training:
-            return found
+            return base
         forms = [ids for phrase in self.phrases for ids in self.forms(phrase, vocabulary.encode)]
         at_CT = self.phrases_in(texts, forms)
         # As many tokens as there are places to read, room for the longest phrase at least. Of a text with more phrases
         # than fit the last one may be masked in part.
-        room = min(max(found.index_CK.shape[1], *map(len, forms)), at_CT.shape[1])
+        room = min(max(base.index_CK.shape[1], *map(len, forms)), at_CT.shape[1])
         at_CT &= at_CT.cumsum(1) <= room
         chosen_C1 = at_CT.any(1, keepdim=True) & (uniform(len(at_CT))[:, None] < self.share)
         if texts.masks_per_text > 1:
             chosen_C1 &= (torch.arange(len(at_CT), device=at_CT.device) % texts.masks_per_text == 0)[:, None]
-        mask_CT = torch.where(chosen_C1, at_CT, found.mask_CT)
-        shown_CT = torch.where(chosen_C1, texts.token_CT.masked_fill(at_CT, vocabulary.mask_id), found.token_CT)
+        mask_CT = torch.where(chosen_C1, at_CT, base.mask_CT)
+        token_CT = torch.where(chosen_C1, texts.token_CT.masked_fill(at_CT, vocabulary.mask_id), base.token_CT)
         index_CK, weight_CK = positions(mask_CT, room)
-        return TokenMask(shown_CT, mask_CT, index_CK, torch.where(chosen_C1, self.weight * weight_CK, weight_CK))
+        return TokenMask(token_CT, mask_CT, index_CK, torch.where(chosen_C1, self.weight * weight_CK, weight_CK))
 
     def forms(self, phrase: str, encode: Callable[[str], list[int]]) -> set[tuple[int, ...]]:
         """Token ids of a phrase. Byte-level BPE (RoBERTa) has other ones for a word behind a space than for one at the

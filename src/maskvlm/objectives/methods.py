@@ -12,13 +12,13 @@ class Method(NamedTuple):
             answer is a NamedTuple whose first entry is what a person wants to read, and whose second is a probability.
         images: how many an example has.
         text: what the text is called, such as `question`; "" where an example has none.
-        told: one line of help.
+        description: one line of help.
     """
 
     run: Callable[[Any, Any, list[tuple[Any, ...]]], list[Any]]
     images: int
     text: str
-    told: str
+    description: str
 
     @property
     def form(self) -> str:

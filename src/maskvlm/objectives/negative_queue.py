@@ -71,8 +71,10 @@ class NegativeQueue:
         rows = len(state["valid_Q"]) if state["valid_Q"].dim() else 0
         for name, size, kind in zip(QueuedPairs._fields, sizes, kinds, strict=True):
             value = state[name]
-            given = "float" if value.is_floating_point() else {torch.bool: "bool", torch.int64: "int"}.get(value.dtype)
-            if value.shape != (rows, *size) or given != kind or not 0 < rows <= self.size:
+            actual_kind = (
+                "float" if value.is_floating_point() else {torch.bool: "bool", torch.int64: "int"}.get(value.dtype)
+            )
+            if value.shape != (rows, *size) or actual_kind != kind or not 0 < rows <= self.size:
                 want = f"{[f'1 to {self.size}', *size]} of {kind}".replace("'", "")
                 raise ValueError(f"{name} is {list(value.shape)} of {value.dtype}, expected {want}")
         self.pairs = invalidate_nonfinite(QueuedPairs(**{name: value.clone() for name, value in state.items()}))
@@ -81,15 +83,15 @@ class NegativeQueue:
         """Contrast with the queue's vectors behind those of all processes."""
         if self.pairs is None:
             return contrast
-        kept = self.pairs = QueuedPairs(
+        pairs = self.pairs = QueuedPairs(
             *(part.to(contrast.scale.device) for part in self.pairs)
         )  # a checkpoint's: the CPU
-        same_BQ = same_pairs(batch.image_id_B, contrast.text_id_Bm, kept.image_id_Q, kept.text_id_Qm)
+        same_BQ = same_pairs(batch.image_id_B, contrast.text_id_Bm, pairs.image_id_Q, pairs.text_id_Qm)
         # Columns of the queue stand behind those of the batch, so own_B stays right.
         return contrast._replace(
-            image_GE=torch.cat([contrast.image_GE, kept.image_QE]),
-            text_GE=torch.cat([contrast.text_GE, kept.text_QE]),
-            excluded_BG=torch.cat([contrast.excluded_BG, same_BQ | ~kept.valid_Q], 1),
+            image_GE=torch.cat([contrast.image_GE, pairs.image_QE]),
+            text_GE=torch.cat([contrast.text_GE, pairs.text_QE]),
+            excluded_BG=torch.cat([contrast.excluded_BG, same_BQ | ~pairs.valid_Q], 1),
         )
 
 

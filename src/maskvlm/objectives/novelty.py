@@ -73,8 +73,8 @@ def fit_range(sample_ND: Tensor, share: float = FAR) -> KnownRange | None:
     part_N = torch.arange(len(sample_ND)) % PARTS
     # An image is nearer to a mean and a covariance that it is itself a part of.
     parts = [distance_to(sample_ND[part_N == part], _fit(sample_ND[part_N != part])) for part in range(PARTS)]
-    unseen_N = torch.cat(parts)
-    return _fit(sample_ND)._replace(most=float(unseen_N.quantile(1 - share)))
+    distance_N = torch.cat(parts)
+    return _fit(sample_ND)._replace(most=float(distance_N.quantile(1 - share)))
 
 
 def _fit(sample_ND: Tensor) -> KnownRange:

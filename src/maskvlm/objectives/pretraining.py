@@ -65,8 +65,8 @@ from maskvlm.utils.errors import UserError, check_least, check_shares
 
 def check_plug_ins(losses: object, image_masking: object, text_masking: object) -> None:
     """Raise UserError for further losses or maskings that are no objects of their classes."""
-    given = [("image_masking", image_masking, ImageMasking), ("text_masking", text_masking, TextMasking)]
-    wrong = [(name, kind) for name, value, kind in given if value is not None and not isinstance(value, kind)]
+    maskings = [("image_masking", image_masking, ImageMasking), ("text_masking", text_masking, TextMasking)]
+    wrong = [(name, kind) for name, value, kind in maskings if value is not None and not isinstance(value, kind)]
     listed = isinstance(losses, Sequence) and all(isinstance(loss, PretrainingLoss) for loss in losses)
     wrong += [] if listed else [("losses", PretrainingLoss)]
     for name, kind in wrong:
@@ -263,6 +263,7 @@ class MaskedPretraining(Task):
         self.masked_before = False  # a masking that masks nothing is looked for in the first training step alone
         self.texts_per_image = 1  # of an image in training, for the chance levels
         self.measure = PretrainingMetrics(rerank_k, rerank_contrast)
+        self.tokens_loaded = False  # whether the token head is a checkpoint's
 
     def _order(self, paper: Sequence[PretrainingLoss], more: Sequence[PretrainingLoss]) -> list[PretrainingLoss]:
         """The losses of weight above 0, the paper's first: their heads then get the same random initial values with
@@ -289,7 +290,7 @@ class MaskedPretraining(Task):
             backbone.image.check_plain("model.task.contrast_patches", "Set it to 1")
         width, length = backbone.width, backbone.text.text_length
         # L, T, D, E: what a checkpoint's queue must fit.
-        self.kept_sizes = (1 + math.prod(backbone.image.grid), length, width, self.contrastive.width)
+        self.queue_sizes = (1 + math.prod(backbone.image.grid), length, width, self.contrastive.width)
         self.image_masking.check(backbone.image.patch_size)
         paper, more = self.losses[: self.of_paper], self.losses[self.of_paper :]
         self._add_heads(paper, backbone)
@@ -313,7 +314,7 @@ class MaskedPretraining(Task):
                 self.add_module(name, head)
 
     def _freeze_unused(self, backbone: MaskVLM) -> None:
-        """Freeze the parts that no wanted loss reaches: they get no gradient, and DDP would wait for it forever."""
+        """Freeze the parts that no wanted loss reaches."""
         needs, pairs = self.needs, Need.PAIRS in self.needs
         masked = Need.MASKED_IMAGE in needs or (self.mask_both and Need.MASKED_TEXT in needs)
         reached: list[tuple[nn.Parameter | nn.Module, bool]] = [
@@ -323,9 +324,7 @@ class MaskedPretraining(Task):
             (backbone.image, needs != {Need.TEXT}),
             (backbone.text, needs != {Need.IMAGE}),
         ]
-        for part, is_reached in reached:
-            if not is_reached:
-                part.requires_grad_(False)
+        backbone.freeze_for_task(*(part for part, is_reached in reached if not is_reached))
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """As `Task.warm_start`; positions of the pixel decoder are resized to another image size.
@@ -342,7 +341,9 @@ class MaskedPretraining(Task):
             what = f"{len(own)}, but contrast of the checkpoint has vectors of width {len(theirs)}"
             raise UserError("model.task.contrast_dim", what, f"Set it to {len(theirs)}")
         # As the backbone's: the pixel decoder may know places, and the image may have another size.
-        return super().warm_start(resize_positions(heads, self))
+        loaded = super().warm_start(resize_positions(heads, self))
+        self.tokens_loaded = any(name.startswith("tokens.") for name in loaded)
+        return loaded
 
     def compute_in_chunks(self, size: int) -> None:
         """As `Task.compute_in_chunks`. Raises UserError for a further loss that does not say that it adds up."""
@@ -353,7 +354,8 @@ class MaskedPretraining(Task):
         self.pairs_at_once = size
 
     def use_token_counts(self, count: Callable[[], Tensor]) -> None:
-        if self.weights["mlm"] and self.masked_tokens.from_words:
+        # A head that a checkpoint brings has learned its bias.
+        if self.weights["mlm"] and self.masked_tokens.from_words and not self.tokens_loaded:
             self.tokens.init_bias_from_counts(count())
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
@@ -434,9 +436,9 @@ class MaskedPretraining(Task):
         negatives = self.negatives(contrast if queue is None else queue.append_to(contrast, batch), pairs)
         matched = None
         if negatives is not None:
-            kept = None if queue is None else queue.pairs
+            queued_pairs = None if queue is None else queue.pairs
             features = (encoded.image_BLD, encoded.text_BTD, batch.attention_CT)
-            matched, negatives = matching_rows(*features, negatives, kept)
+            matched, negatives = matching_rows(*features, negatives, queued_pairs)
             matched = with_exchanged(matched, encoded, batch.attention_CT)
             if exchanged is not None:
                 negatives = (count_exchanged(negatives[0], exchanged), negatives[1])
@@ -659,7 +661,10 @@ class MaskedPretraining(Task):
 
     def load_resume_state(self, state: Mapping[str, Tensor]) -> None:
         if self.queue is not None:
-            self.queue.restore(state, *self.kept_sizes)
+            self.queue.restore(state, *self.queue_sizes)
+
+    def begin_evaluation(self) -> None:
+        self.measure.reset()
 
     def update(self, backbone: MaskVLM, batch: Batch) -> None:
         self.measure.update(self, backbone, batch)

@@ -405,9 +405,9 @@ class MaskedPixels(PretrainingLoss):
         assert patch is not None
         # The decoder reads the text encoder's output (C).
         masked = step.encoded.first_masked_BTD if step.mask_both else None
-        seen_BTD = step.encoded.text_BTD if masked is None else masked
+        text_BTD = step.encoded.text_BTD if masked is None else masked
         attention_BT = step.batch.attention_CT[:first]
-        predicted_BKP = heads.pixels(step.crossed.image_BLD, seen_BTD[:first], attention_BT, patch.index_BK)
+        predicted_BKP = heads.pixels(step.crossed.image_BLD, text_BTD[:first], attention_BT, patch.index_BK)
         target_BKP = self.target(step.batch.image_BCHW[:first], patch.index_BK)
         count = step.counts[self.name]
         return formulas.masked_pixel(predicted_BKP, target_BKP, patch.weight_BK, count, self.kind)
@@ -454,7 +454,7 @@ class WordsPresent(PretrainingLoss):
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__(weight)
         self.count_V: Tensor | None = None
-        self.seen: float | Tensor = 0.0
+        self.image_count: float | Tensor = 0.0
         self.level: Tensor | None = None
 
     def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
@@ -484,8 +484,8 @@ class WordsPresent(PretrainingLoss):
             self.count_V = torch.zeros_like(words_BV[0])
         self.count_V.mul_(FADE).add_((words_BV * valid_B[:, None]).sum(0))
         # The same decay for both, so that the share is a mean over the same steps.
-        self.seen = FADE * self.seen + valid_B.sum()
-        share_V = (self.count_V / self.seen.clamp(min=1)).clamp(1e-6, 1 - 1e-6)
+        self.image_count = FADE * self.image_count + valid_B.sum()
+        share_V = (self.count_V / self.image_count.clamp(min=1)).clamp(1e-6, 1 - 1e-6)
         # Sum of w log p + (1 - w) log(1 - p) over words = w logit(p) + log(1 - p).
         absent = torch.log1p(-share_V).sum()
         # `loss_functions.words_present` of a model that knows how frequent each word is, and nothing of the image.

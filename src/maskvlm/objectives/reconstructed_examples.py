@@ -126,7 +126,7 @@ def guess_words(
 ) -> GuessedWords:
     """Masked words from the rest of the caption and the whole image, or a blank one."""
     masked_BTD = backbone.text(token.token_CT, batch.attention_CT)
-    found = []
+    answers = []
     # The images, then one blank image for all texts.
     for image_BCHW in (batch.image_BCHW, torch.zeros_like(batch.image_BCHW[:1])):
         context = backbone.cross_text.context(backbone.image(image_BCHW))
@@ -136,8 +136,8 @@ def guess_words(
         crossed_BTD = backbone.cross_text(masked_BTD, context, batch.attention_CT).full_RLD
         logits_BKV = task.tokens(gather_positions(crossed_BTD, token.index_CK)).float()
         top = logits_BKV.softmax(-1).topk(min(guesses, logits_BKV.shape[-1]))
-        found.append(Guesses(top.indices, top.values))
-    return GuessedWords(token.index_CK, token.weight_CK > 0, *found)
+        answers.append(Guesses(top.indices, top.values))
+    return GuessedWords(token.index_CK, token.weight_CK > 0, *answers)
 
 
 def paste(image_BCHW: Tensor, patch_BKP: Tensor, index_BK: Tensor, weight_BK: Tensor, size: int) -> Tensor:

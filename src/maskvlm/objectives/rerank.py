@@ -22,6 +22,7 @@ from maskvlm.model.heads import Matching, Projection
 from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives.retrieval_metrics import Scores, best_items, candidates, contrast_scores
 from maskvlm.utils.distributed import gather_objects
+from maskvlm.utils.errors import UserError
 
 CHUNK = 256  # pairs in one pass of the cross encoders: 0.45 GB a float32 activation [m, L, D] of ViT-B at 384 px
 Item = TypeVar("Item")
@@ -100,21 +101,28 @@ def _host(x: Tensor, precision: torch.dtype | None = None) -> Tensor:
 def in_rounds(own: Iterable[Item], count: int) -> Iterator[Item]:
     """The `count` items of each process, in rounds of one item of each: NCCL takes objects through the device's
     memory, and no process runs ahead of the others by more than an item."""
-    left = iter(own)
+    own_items = iter(own)
     # All processes take part in every round, also with nothing left to give: a gather waits for all.
     counts: list[Any] = gather_objects(count)
     for _ in range(max(counts)):
-        items: list[Any] = gather_objects(next(left, None))
+        items: list[Any] = gather_objects(next(own_items, None))
         yield from (item for item in items if item is not None)
 
 
-def gather_gallery(kept: list[EncodedBatch]) -> Gallery | None:
-    """One gallery out of the batches of all processes, in the order of the split; None where nothing was kept."""
+def gather_gallery(batches: list[EncodedBatch]) -> Gallery | None:
+    """One gallery out of the batches of all processes, in the order of the split; None where nothing was kept.
+
+    Raises:
+        UserError: an image was taken in twice, of which one copy would have no captions (2).
+    """
     # In the order of the split, whoever encoded what.
-    parts = sorted(in_rounds((part.public for part in kept), len(kept)), key=lambda part: int(part.index_B[0]))
+    parts = sorted(in_rounds((part.public for part in batches), len(batches)), key=lambda part: int(part.index_B[0]))
     if not parts:
         return None
     index_B = torch.cat([part.index_B for part in parts])
+    if len(index_B.unique()) < len(index_B):
+        what = "images were taken in twice since the last `compute`"
+        raise UserError("evaluation", what, "Call task.begin_evaluation() before an evaluation's first batch")
     # Place in the split -> row of the gallery.
     row = torch.full((int(index_B.max()) + 1,), -1)
     row[index_B] = torch.arange(len(index_B))
@@ -126,7 +134,7 @@ def gather_gallery(kept: list[EncodedBatch]) -> Gallery | None:
         pad_sequence([attention_T for part in parts for attention_T in part.attention_CT], batch_first=True),
         row[torch.cat([part.owner_C for part in parts])],
         [text for part in parts for text in part.texts],
-        {int(row[part.public.index_B[0]]): part.image_BLD for part in kept},
+        {int(row[part.public.index_B[0]]): part.image_BLD for part in batches},
     )
 
 
@@ -187,7 +195,7 @@ def match_tile(
     weight = next(backbone.parameters())
     image_PLD = gallery.tiles[first].to(weight)
     # Images' keys and values, once for all captions.
-    seen = backbone.cross_text.context(image_PLD)
+    image_context = backbone.cross_text.context(image_PLD)
     # Transposed, so that the pairs of a caption follow each other.
     text_M, image_M = wanted_PC.T.nonzero(as_tuple=True)
     log_odds: list[Tensor] = []
@@ -203,7 +211,7 @@ def match_tile(
         used_X, of_m = image_m.unique(return_inverse=True)
         used_X, of_m, at_m = used_X.to(weight.device), of_m.to(weight.device), at_m.to(weight.device)
         context = backbone.cross_image.context(text_UTD, attention_UT, at_m)
-        there = Context(seen.blocks, None, used_X[of_m])
+        there = Context(image_context.blocks, None, used_X[of_m])
         fused = Fused(
             backbone.cross_image(image_PLD[used_X], context, num_full=0, row_B=of_m).cls_BD,
             backbone.cross_text(text_UTD, there, attention_UT, num_full=0, row_B=at_m).cls_BD,

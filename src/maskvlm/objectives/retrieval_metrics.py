@@ -42,10 +42,10 @@ class BestItems(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """rank_Q: how many irrelevant items come before the best relevant one. found_Q: the item in the first place."""
+    """rank_Q: how many irrelevant items come before the best relevant one. top_Q: the item in the first place."""
 
     rank_Q: Tensor
-    found_Q: Tensor
+    top_Q: Tensor
 
 
 class Rankings(NamedTuple):
@@ -159,7 +159,7 @@ def _rankings(
         for k in ks:
             # k = 0 is contrast alone.
             parts[k].append(block.reranked(top_qK[:, :k], match_qK[:, :k]) if k else by_contrast)
-    return {k: Ranking(*(torch.cat(column) for column in zip(*found, strict=True))) for k, found in parts.items()}
+    return {k: Ranking(*(torch.cat(column) for column in zip(*blocks, strict=True))) for k, blocks in parts.items()}
 
 
 def relevant_items(query_Q: Tensor, item_G: Tensor) -> Tensor:
@@ -263,9 +263,9 @@ def recall(score_QG: Tensor, relevant_QG: Tensor, ks: Sequence[int] = KS) -> dic
     return recall_of(ranking(score_QG, relevant_QG), ks)
 
 
-def recall_of(found: Ranking, ks: Sequence[int] = KS) -> dict[int, float]:
+def recall_of(order: Ranking, ks: Sequence[int] = KS) -> dict[int, float]:
     """Recall@k in percent of an order that is known."""
-    return {k: 100 * (found.rank_Q < k).double().mean().item() for k in ks}
+    return {k: 100 * (order.rank_Q < k).double().mean().item() for k in ks}
 
 
 def recall_chance(relevant_Q: Tensor, total: int, ks: Sequence[int] = KS) -> dict[int, float]:
@@ -284,18 +284,18 @@ def named(levels: dict[int, float], name: str, end: str = "") -> dict[str, float
     return {f"retrieval/{name}_r{k}{end}": value for k, value in levels.items()}
 
 
-def retrieval_metrics(scores: Scores, found: dict[int, Rankings], k: int) -> dict[str, float]:
+def retrieval_metrics(scores: Scores, rankings_at: dict[int, Rankings], k: int) -> dict[str, float]:
     """Recall@1/5/10 both ways over all captions: by contrast alone (`itc_`) and, where pairs were matched, re-ranked
     at k; with the levels of chance, the sizes, and `score`, the mean of the two R@1.
 
     Args:
-        found: from `rankings`, at 0 and, where pairs were matched, at k.
+        rankings_at: from `rankings`, at 0 and, where pairs were matched, at k.
     """
     images, captions = scores.contrast_BC.shape
     metrics: dict[str, float] = {"retrieval/pictures": images, "retrieval/captions": captions}
     # Without matching there are only the names `itc_`, and `score` is theirs.
     best = "itc_" if scores.match_BC is None else ""
-    for name, ranked in {"itc_": found[0], best: found[0 if best else k]}.items():
+    for name, ranked in {"itc_": rankings_at[0], best: rankings_at[0 if best else k]}.items():
         metrics |= named(recall_of(ranked.text), f"{name}tr") | named(recall_of(ranked.image), f"{name}ir")
     own_B = torch.bincount(scores.owner_C, minlength=images)
     metrics |= named(recall_chance(own_B, captions), "tr", "_chance")

@@ -101,6 +101,7 @@ class Task(nn.Module, ABC):
         """
         if self.built:
             return False
+        backbone.unfreeze_for_task()
         self.build(backbone)
         self.built = True
         return True
@@ -109,6 +110,10 @@ class Task(nn.Module, ABC):
     def forward(self, backbone: "MaskVLM", batch: Any) -> dict[str, Tensor]:
         """Named loss terms of one training batch, scalars, each a mean over the global batch; LitModel logs them as
         they are and sums them by `weights`."""
+
+    def begin_evaluation(self) -> None:
+        """Forget what an evaluation that was broken off has taken in; LitModel calls it before each evaluation."""
+        return
 
     @abstractmethod
     def update(self, backbone: "MaskVLM", batch: Any) -> None:

@@ -67,8 +67,8 @@ class Report(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self.evaluations += 1
             # Pre-training has a claim, a downstream task a score.
-            if told := claim_line(metrics) or score_line(metrics):
-                say(f"step {trainer.global_step}: {told}")
+            if line := claim_line(metrics) or score_line(metrics):
+                say(f"step {trainer.global_step}: {line}")
             if not self.every or self.evaluations % self.every:
                 return
         else:

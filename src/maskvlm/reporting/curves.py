@@ -108,16 +108,16 @@ def draw_curves(rows: Rows, levels: Mapping[str, float], title: str = "") -> Fig
     losses.sort(key=lambda key: [*TITLES, key.removeprefix("train/")].index(key.removeprefix("train/")))
     held_out = [(RECALL, "recall@1, %"), (WORDS, "masked words right, %")]
     held_out.append((PIXELS, "squared error of masked pixels"))
-    shown = [part for part in held_out if any(line.key in keys for line in part[0])]
+    groups = [part for part in held_out if any(line.key in keys for line in part[0])]
     others = sorted({key.split("/")[0] for key in keys if "/" in key and not key.startswith(KNOWN)})
     # A group without decay has the rate of its twin, where it has one.
     rates = [key for key in sorted(keys) if key.startswith("lr") and key.removesuffix(NO_DECAY) not in keys - {key}]
     speed = "train/pairs_per_second" in keys
-    count = len(losses) + len(shown) + len(others) + bool(rates) + speed
+    count = len(losses) + len(groups) + len(others) + bool(rates) + speed
     figure, panels = grid(count, title)
     for key in losses:
         draw_loss(next(panels), rows, key.removeprefix("train/"), levels)
-    for lines, name in shown:
+    for lines, name in groups:
         draw_lines(next(panels), rows, lines, name)
     for group in others:
         draw_lines(next(panels), rows, task_curves(group, rows), group)
@@ -147,8 +147,8 @@ def task_curves(group: str, rows: Rows) -> tuple[Curve, ...]:
     for key, colour in zip(names, COLOURS, strict=False):
         lines.append(Curve(key, key.split("/", 1)[1], colour))
         # The dashed lines stand in the legend once: an underscore keeps a label out of it.
-        told = "_level" if any(line.style == "--" for line in lines) else "chance level"
-        lines += [Curve(f"{key}{end}", told, colour, "--") for end in LEVELS if f"{key}{end}" in keys]
+        label = "_level" if any(line.style == "--" for line in lines) else "chance level"
+        lines += [Curve(f"{key}{end}", label, colour, "--") for end in LEVELS if f"{key}{end}" in keys]
     return tuple(lines)
 
 
@@ -229,9 +229,9 @@ def draw_lines(axes: Axes, rows: Rows, lines: Sequence[Curve], title: str) -> No
     if retrieval:
         axes.set_ylim(bottom=0)
     low, top = axes.get_ylim()
-    told = sum(not line.label.startswith("_") for line in lines)
-    axes.set_ylim(low, top + 0.12 * told / 2 * (top - low))  # room for the legend
-    if told:
+    entries = sum(not line.label.startswith("_") for line in lines)
+    axes.set_ylim(low, top + 0.12 * entries / 2 * (top - low))  # room for the legend
+    if entries:
         axes.legend(fontsize=7, frameon=False, loc="upper left", ncols=2)
 
 

@@ -36,9 +36,9 @@ class RunningMeans:
             value = torch.as_tensor(value).detach().float()
             finite = value.isfinite()
             # A value that is not finite has no weight, and what was before keeps its own: it does not outlast its step.
-            for kept, new in ((self.sums, value.nan_to_num()), (self.weights, torch.ones_like(value))):
-                before = kept[name].to(value.device)
-                kept[name] = torch.where(finite, self.decay * before + new, before)
+            for totals, new in ((self.sums, value.nan_to_num()), (self.weights, torch.ones_like(value))):
+                before = totals[name].to(value.device)
+                totals[name] = torch.where(finite, self.decay * before + new, before)
 
     def read(self) -> dict[str, float]:
         """The means so far, copied to the host in one go; not a number where no value was finite."""

@@ -126,19 +126,19 @@ def sweep_table(metrics: Mapping[str, float]) -> Table | None:
     """R@1 in percent both ways for every number of candidates that matching has ranked again."""
     table = _table("R@1 in %, candidates re-ranked", ["captions", "images"])
     for name in metrics:
-        if found := SWEPT.fullmatch(name):
-            row = [f"{metrics.get(f'retrieval/{found[1]}_{side}_r1', math.nan):.1f}" for side in ("tr", "ir")]
+        if match := SWEPT.fullmatch(name):
+            row = [f"{metrics.get(f'retrieval/{match[1]}_{side}_r1', math.nan):.1f}" for side in ("tr", "ir")]
             # Each number of candidates is in two names: a row at the first of them.
-            if found[2] == "tr":
-                table.add_row(found[1].removeprefix("k").removeprefix("_"), *row)
+            if match[2] == "tr":
+                table.add_row(match[1].removeprefix("k").removeprefix("_"), *row)
     return table if table.rows else None
 
 
 def tasks_of(metrics: Mapping[str, float]) -> list[str]:
     """Prefixes of the downstream tasks that give an accuracy, or say how many examples were measured."""
     own = [name for name in metrics if name.count("/") == 1 and name.endswith(("/accuracy", "/examples"))]
-    found = dict.fromkeys(name.partition("/")[0] for name in own)
-    return [name for name in found if name != "mlm"]
+    tasks = dict.fromkeys(name.partition("/")[0] for name in own)
+    return [name for name in tasks if name != "mlm"]
 
 
 def percentages(task: str, metrics: Mapping[str, float]) -> list[str]:
@@ -171,10 +171,10 @@ def confusion_table(task: str, metrics: Mapping[str, float]) -> Table | None:
     start = f"{task}/confusion/"
     # The labels by the diagonal, where each is taken for itself: a label may hold `_as_`.
     right = (re.fullmatch(rf"{re.escape(start)}(.+)_as_\1", name) for name in metrics)
-    labels = [found[1] for found in right if found]
+    labels = [match[1] for match in right if match]
     table = _table("truth, and what was said", labels)
     for truth in labels:
-        counts = (metrics.get(f"{start}{truth}_as_{said}", math.nan) for said in labels)
+        counts = (metrics.get(f"{start}{truth}_as_{answer}", math.nan) for answer in labels)
         table.add_row(Text(truth), *(f"{count:.0f}" for count in counts))
     return table if table.rows else None
 

@@ -10,11 +10,11 @@ from maskvlm.reporting.page import BLACK, GREEN, GREY, RED, Page, Segment
 
 COLUMNS = 3
 IMAGE, TEXT, MARGIN, LINE, GAP = 1.25, 2.6, 0.2, 0.15, 0.12  # inches
-ASKED, SAID = 4, 2  # lines at most: of a question, of the truth and of the prediction each
+QUESTION_LINES, ANSWER_LINES = 4, 2  # lines at most: of a question, of the truth and of the prediction each
 SIZE = 8  # points of the font
 
 
-class Shown(NamedTuple):
+class ExampleCell(NamedTuple):
     """A prediction with its images: encoded bytes, paths or Pillow images; and what each image is, or nothing."""
 
     prediction: Prediction
@@ -22,49 +22,52 @@ class Shown(NamedTuple):
     labels: Sequence[str] = ()
 
 
-def example_page(shown: Sequence[Shown], path: Path) -> Path:
+def example_page(cells: Sequence[ExampleCell], path: Path) -> Path:
     """Write a PNG; rows are filled from left to right.
 
     Returns:
         `path`.
     """
-    return draw_page(shown).save(path)
+    return draw_page(cells).save(path)
 
 
-def draw_page(shown: Sequence[Shown]) -> Page:
+def draw_page(cells: Sequence[ExampleCell]) -> Page:
     """Cells of one size, as wide as the example with most images needs."""
-    most = max(len(one.images) for one in shown)
+    most = max(len(cell.images) for cell in cells)
     columns = COLUMNS if most == 1 else 2
     # Rounded up.
-    rows = -(-len(shown) // columns)
+    rows = -(-len(cells) // columns)
     cell_width, cell_height = most * (IMAGE + GAP) + TEXT, IMAGE + 2 * GAP
     size = (columns * cell_width + 2 * MARGIN, rows * cell_height + 2 * MARGIN + 2 * LINE)
     page = Page(*size, SIZE)
     # Of a test split the truth may not be published.
-    known = [one.prediction["right"] for one in shown if one.prediction["right"] is not None]
+    known = [cell.prediction["right"] for cell in cells if cell.prediction["right"] is not None]
     right = f"; {sum(known):.3g} of these {len(known)} right" if known else ""
     title = f"Some predictions, at even distances through the split{right}"
     page.line(MARGIN, MARGIN, [Segment(title, bold=True)])
-    for number, one in enumerate(shown):
+    for number, cell in enumerate(cells):
         row, column = divmod(number, columns)
-        draw_cell(page, MARGIN + column * cell_width, MARGIN + 2 * LINE + row * cell_height, one, most)
+        draw_cell(page, MARGIN + column * cell_width, MARGIN + 2 * LINE + row * cell_height, cell, most)
     return page
 
 
-def draw_cell(page: Page, left: float, top: float, shown: Shown, most: int) -> None:
+def draw_cell(page: Page, left: float, top: float, cell: ExampleCell, most: int) -> None:
     """The images side by side, what they are below, the words to their right."""
-    prediction = shown.prediction
+    prediction = cell.prediction
     # `right` may be a share (VQA): from one half on it counts as right.
     colour = GREY if prediction["right"] is None else GREEN if prediction["right"] >= 0.5 else RED
-    for place, image in enumerate(shown.images):
+    for place, image in enumerate(cell.images):
         page.image(left + place * (IMAGE + GAP), top, IMAGE, safe_open(image, prediction["id"]), colour)
-    for place, label in enumerate(shown.labels):
+    for place, label in enumerate(cell.labels):
         page.line(left + place * (IMAGE + GAP), top + IMAGE + GAP / 3, [Segment(label, GREY)])
     # What was asked, the truth where it is known, what was said.
-    parts = [(prediction["text"] or " ", ASKED, BLACK), (f"predicted: {prediction['prediction']}", SAID, colour)]
+    parts = [
+        (prediction["text"] or " ", QUESTION_LINES, BLACK),
+        (f"predicted: {prediction['prediction']}", ANSWER_LINES, colour),
+    ]
     parts += [(f"{name} {value:.1f}", 1, GREY) for name, value in prediction.get("measured", {}).items()]
     if prediction["truth"]:
-        parts.insert(1, (f"truth:     {prediction['truth']}", SAID, GREY))
+        parts.insert(1, (f"truth:     {prediction['truth']}", ANSWER_LINES, GREY))
     lines = [(line, shade) for words, most_lines, shade in parts for line in page.wrap(words, TEXT - GAP, most_lines)]
     for number, (line, shade) in enumerate(lines):
         words = Segment(line, shade, bold=shade in (GREEN, RED))

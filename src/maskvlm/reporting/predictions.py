@@ -16,7 +16,7 @@ from maskvlm.config.bundled_models import bundled_folder
 from maskvlm.data.text import tokenizer_hash
 from maskvlm.objectives.task import Prediction
 from maskvlm.reporting.callbacks import say, try_drawing
-from maskvlm.reporting.prediction_page import Shown, example_page
+from maskvlm.reporting.prediction_page import ExampleCell, example_page
 from maskvlm.training.run_record import (
     SaveConfig,
     file_suffix,
@@ -65,8 +65,8 @@ class Predictions(Callback):
         lines = (json.dumps(json_ready(one), ensure_ascii=False) for one in predictions)
         write_text(folder / f"predictions{end}.jsonl", "".join(f"{line}\n" for line in lines))
         say(f"wrote {folder / f'predictions{end}.jsonl'}")
-        shown = [shown_with(data.splits[split], one) for one in spread(predictions, self.count)]
-        try_drawing(trainer, folder / f"examples{end}.png", lambda path: example_page(shown, path))
+        cells = [example_cell(data.splits[split], one) for one in spread(predictions, self.count)]
+        try_drawing(trainer, folder / f"examples{end}.png", lambda path: example_page(cells, path))
         for name, text in task.files().items():  # type: ignore[union-attr, operator]
             write_text(folder / f"{Path(name).stem}{end}{Path(name).suffix}", text)
             say(f"wrote {folder / f'{Path(name).stem}{end}{Path(name).suffix}'}")
@@ -88,21 +88,21 @@ def with_ids(predictions: list[Prediction], rows: Any) -> list[Prediction]:
     ids = {place: rows[place]["image_id"] for place in places}
     names = {f"image {place}": f"image {place}, {id}" for place, id in ids.items()}
 
-    def told(one: Prediction) -> Prediction:
-        text, truth, said = (names.get(words, words) for words in (one["text"], one["truth"], one["prediction"]))
-        return {**one, "text": text, "truth": truth, "prediction": said, "images": [ids[at] for at in one["index"]]}
+    def with_names(one: Prediction) -> Prediction:
+        text, truth, answer = (names.get(words, words) for words in (one["text"], one["truth"], one["prediction"]))
+        return {**one, "text": text, "truth": truth, "prediction": answer, "images": [ids[at] for at in one["index"]]}
 
-    return [told(one) for one in predictions]
+    return [with_names(one) for one in predictions]
 
 
-def shown_with(rows: Any, prediction: Prediction) -> Shown:
+def example_cell(rows: Any, prediction: Prediction) -> ExampleCell:
     """A prediction with its images, as the source returns them, and a label for each where there are two: "left" and
     "right" for an example, "found" and "truth" for pairs (retrieval)."""
-    found = [rows[place] for place in prediction["index"]]
-    images = [image for row in found for image in (row["images"] if "images" in row else [row["image"]])]
+    items = [rows[place] for place in prediction["index"]]
+    images = [image for row in items for image in (row["images"] if "images" in row else [row["image"]])]
     # An example of NLVR has two images; of retrieval these are two rows.
-    several = ("left", "right") if found and "images" in found[0] else ("found", "truth")
-    return Shown(prediction, images, several if len(images) == 2 else ())
+    several = ("left", "right") if items and "images" in items[0] else ("found", "truth")
+    return ExampleCell(prediction, images, several if len(images) == 2 else ())
 
 
 def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str,
     # None where the source cannot tell its images without opening them.
     ids = data.hashed_image_ids(split)
     history = pl_module.history
-    seen = None if ids is None else overlap(ids, history)
+    seen_count = None if ids is None else overlap(ids, history)
     return {
         "task": f"{type(task).__module__}.{type(task).__qualname__}",
         "data": {
@@ -127,7 +127,7 @@ def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str,
         },
         "checkpoint": checkpoint_of(trainer, pl_module),
         "lineage": [step.words() for step in history],
-        "images of the split seen in training": "unknown" if seen is None else seen,
+        "images of the split seen in training": "unknown" if seen_count is None else seen_count,
         "resolution": backbone.image.image_size,
         "text length": backbone.text.text_length,
         "tokenizer": tokenizer_hash(backbone.text.tokenizer),
@@ -145,8 +145,8 @@ def source_settings(trainer: L.Trainer) -> dict[str, Any] | None:
     if saved is None:
         return None
     # By way of JSON, so that paths and the like become text.
-    given = saved.config.data.init_args.source.get("init_args")
-    settings: dict[str, Any] = json.loads(json.dumps(given.as_dict() if given else {}, default=str))
+    init_args = saved.config.data.init_args.source.get("init_args")
+    settings: dict[str, Any] = json.loads(json.dumps(init_args.as_dict() if init_args else {}, default=str))
     return settings
 
 
@@ -156,7 +156,10 @@ def share_measured(trainer: L.Trainer, split: str) -> float:
     loaders = trainer.test_dataloaders if split == "test" else trainer.val_dataloaders
     # Batches of this process, in all and as limited.
     total = len(loaders) if loaders is not None else 0
-    return round(float(sum(counts)) / total, 4) if total else 1.0
+    share = float(sum(counts)) / total if total else 1.0
+    # A limit in batches has cut the loader itself.
+    data = getattr(trainer, "datamodule", None)
+    return round(share * getattr(data, "share_looked_at", 1.0), 4)
 
 
 def checkpoint_of(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:

@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 LEGEND = "each loss stands beside its chance level: loss/chance; data wait: share of the time spent waiting for images"
 
 
-def status_line(readings: Readings, speed: StepSpeed | None, left: float | None, width: int | None = None) -> str:
+def status_line(
+    readings: Readings, speed: StepSpeed | None, seconds_left: float | None, width: int | None = None
+) -> str:
     """`itc 2.31/4.16  itm 0.520/0.637  78 pairs/s  data wait 4 %  3:20 left`.
 
     Args:
@@ -46,7 +48,7 @@ def status_line(readings: Readings, speed: StepSpeed | None, left: float | None,
     bare = [f"{name} {number(loss)}" for name, loss in readings.losses.items()]
     speeds = [] if speed is None else [f"{number(speed.pairs_per_second)} pairs/s"]
     wait = [] if speed is None else [f"data wait {100 * speed.data_wait:.0f} %"]
-    end = [] if left is None else [f"{duration(left)} left"]
+    end = [] if seconds_left is None else [f"{duration(seconds_left)} left"]
     lines = ["  ".join([*losses, *speeds, *wait, *end])]
     shorter = ([*bare, *speeds, *wait, *end], [*bare, *speeds, *end], [*bare, *end], bare)
     lines += [" ".join(way) for way in shorter]
@@ -69,7 +71,7 @@ class TrainingProgress(ProgressBar):
         self.console = Console()
         self.enabled = True
         self.bar: StatusBar | None = None
-        self.losses, self.clock, self.left = LossMeter(), ThroughputMeter(), TimeLeft()
+        self.losses, self.clock, self.time_left = LossMeter(), ThroughputMeter(), TimeLeft()
         self.step, self.total, self.status, self.printed = 0, math.inf, "", -math.inf
         self.alone = False  # evaluating outside a training run
 
@@ -85,7 +87,7 @@ class TrainingProgress(ProgressBar):
     # ------------------------------------------------------------------ training
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.losses, self.clock, self.left = LossMeter(), ThroughputMeter(), TimeLeft()
+        self.losses, self.clock, self.time_left = LossMeter(), ThroughputMeter(), TimeLeft()
         # The loaders are made by now, which asking for it would do.
         self.total = float(trainer.estimated_stepping_batches)
         self.step, self.status, self.printed = trainer.global_step, "", -math.inf
@@ -110,18 +112,20 @@ class TrainingProgress(ProgressBar):
         due = stepped and (self.step % reading_interval(trainer) == 0 or self.step == self.total)
         readings = self.losses.read(trainer, pl_module, batch) if due else None  # waits for the device, so
         self.clock.batch_ends(len(batch.valid_B) * trainer.world_size)  # the clock stops after it
-        left = self.left.seconds(self.step, self.total, getattr(pl_module, "terms", None))
+        seconds_left = self.time_left.seconds(self.step, self.total, getattr(pl_module, "terms", None))
         if readings is not None:
-            self._tell(pl_module, readings, self.clock.read(), left)
+            self._tell(pl_module, readings, self.clock.read(), seconds_left)
         self._show(self._step_of, self.step, self.status)
 
-    def _tell(self, pl_module: L.LightningModule, readings: Readings, speed: StepSpeed, left: float | None) -> None:
+    def _tell(
+        self, pl_module: L.LightningModule, readings: Readings, speed: StepSpeed, seconds_left: float | None
+    ) -> None:
         logged = {f"level/{name}": level for name, level in readings.levels.items()}
         logged |= {"train/pairs_per_second": speed.pairs_per_second, "train/data_wait": speed.data_wait}
         # Only the first process comes here: nobody else logs, or waits.
         pl_module.log_dict(logged, batch_size=1, rank_zero_only=True)
         room = None if self.bar is None else self.bar.room(self._step_of)
-        self.status = status_line(readings, speed, left, room)
+        self.status = status_line(readings, speed, seconds_left, room)
         if self._plain and (time.monotonic() - self.printed >= self.seconds or self.step == self.total):
             self.printed = time.monotonic()
             self._say(f"{self._step_of}  {self.status}")
@@ -225,7 +229,7 @@ class StuckLoss(Callback):
         self.losses = LossMeter()
         self.since: dict[str, int] = {}
         self.lowest: dict[str, float] = {}  # of each; by a further fall its time begins anew
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
         self.step = -1
 
     def on_train_batch_end(
@@ -235,8 +239,8 @@ class StuckLoss(Callback):
             return
         self.losses.take(trainer)
         for name, there in getattr(pl_module, "has_gradient", {}).items():
-            if not there and name not in self.told:
-                self.told.add(name)
+            if not there and name not in self.warned:
+                self.warned.add(name)
                 log.warning("%s", no_gradient_line(name))
         step = trainer.global_step
         # Not at every pass of an accumulated step.
@@ -264,8 +268,8 @@ class StuckLoss(Callback):
             if level <= 0 or loss < self.share * level or loss < self.share * lowest:
                 self.since.pop(name, None)
                 self.lowest[name] = loss
-            elif step - self.since.setdefault(name, step) >= patience and name not in self.told:
-                self.told.add(name)
+            elif step - self.since.setdefault(name, step) >= patience and name not in self.warned:
+                self.warned.add(name)
                 hint = hints.get(name, PretrainingLoss.stuck_hint)
                 log.warning("%s", stuck_line(name, loss, level, self.since[name], step, hint))
 

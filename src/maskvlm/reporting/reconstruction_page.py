@@ -101,8 +101,8 @@ def image_columns(result: Reconstruction) -> list[tuple[str, Tensor, Tensor | No
 
 def error_text(error: Tensor, errors: Tensor) -> Segment:
     """The error below an image, green where it is the smallest of its row."""
-    shown = {f"{value:.3f}" for value in errors.tolist()}
-    best = len(shown) > 1 and bool((error <= errors).all())
+    texts = {f"{value:.3f}" for value in errors.tolist()}
+    best = len(texts) > 1 and bool((error <= errors).all())
     return Segment(f"error {error:.3f}", GREEN if best else GREY, bold=best)
 
 
@@ -186,11 +186,11 @@ def group_words(pieces: list[Segment]) -> list[Line]:
 
 def cut_line(line: Line, width: int) -> Line:
     """The first `width` characters."""
-    kept, room = [], width
+    pieces, room = [], width
     for piece in line:
-        kept.append(piece._replace(text=piece.text[:room]))
-        room -= len(kept[-1].text)
-    return [piece for piece in kept if piece.text]
+        pieces.append(piece._replace(text=piece.text[:room]))
+        room -= len(pieces[-1].text)
+    return [piece for piece in pieces if piece.text]
 
 
 def guess_line(result: Reconstruction, row: int, place: int, tokenizer: Any) -> Line:

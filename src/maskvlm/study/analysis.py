@@ -54,16 +54,17 @@ def frame_of(study: Study, runs: Sequence[StudyRun], earlier: Mapping[str, Outco
     """
     rows = []
     for run in runs:
-        found = outcome_of(run) or (earlier or {}).get(run.name)
-        if found is None:
+        outcome = outcome_of(run) or (earlier or {}).get(run.name)
+        if outcome is None:
             continue
-        told = (
-            run.name, run.cell.name, run.cell.arm, run.cell.fraction, run.seed, found.hours, run.sha256, found.sha256,
+        values = (
+            run.name, run.cell.name, run.cell.arm, run.cell.fraction, run.seed, outcome.hours, run.sha256,
+            outcome.sha256,
         )  # fmt: skip
-        facts = dict(zip(FACTS, told, strict=True))
+        facts = dict(zip(FACTS, values, strict=True))
         # Prefixed: a study may call a metric by the name of a key, or of a fact.
-        own = {OF_STUDY + name: metric.of(found.metrics) for name, metric in study.metrics.items()}
-        rows.append(facts | own | dict(found.metrics))
+        own = {OF_STUDY + name: metric.of(outcome.metrics) for name, metric in study.metrics.items()}
+        rows.append(facts | own | dict(outcome.metrics))
     return pd.DataFrame(rows)
 
 
@@ -78,30 +79,30 @@ def outcome_of(run: StudyRun) -> Outcome | None:
 
 def interval(values: Sequence[float]) -> Interval:
     """Mean and confidence interval of independent values, such as one for each seed."""
-    given = np.asarray(values, float)
-    mean = float(given.mean()) if len(given) else float("nan")
-    if len(given) < 2:
-        return Interval(mean, float("nan"), float("nan"), len(given))
-    error = stats.sem(given)
+    sample = np.asarray(values, float)
+    mean = float(sample.mean()) if len(sample) else float("nan")
+    if len(sample) < 2:
+        return Interval(mean, float("nan"), float("nan"), len(sample))
+    error = stats.sem(sample)
     # Scipy's interval of no spread is not a number; and what only rounding makes differ has no spread.
-    if error <= 1e-9 * np.abs(given).max():
-        return Interval(mean, mean, mean, len(given))
-    low, high = stats.t.interval(CONFIDENCE, len(given) - 1, loc=mean, scale=error)
-    return Interval(mean, float(low), float(high), len(given))
+    if error <= 1e-9 * np.abs(sample).max():
+        return Interval(mean, mean, mean, len(sample))
+    low, high = stats.t.interval(CONFIDENCE, len(sample) - 1, loc=mean, scale=error)
+    return Interval(mean, float(low), float(high), len(sample))
 
 
 def values_of(frame: pd.DataFrame, cell: str, metric: Metric) -> "pd.Series[float]":
     """Value of a metric in the runs of a cell: seed -> value."""
     if frame.empty:
         return pd.Series(dtype=float)
-    found = frame[frame["cell"] == cell].set_index("seed")[OF_STUDY + metric.name]
-    return found.dropna().astype(float)
+    column = frame[frame["cell"] == cell].set_index("seed")[OF_STUDY + metric.name]
+    return column.dropna().astype(float)
 
 
 def has_lost_runs(frame: pd.DataFrame, comparison: Comparison, metric: Metric) -> bool:
     """Whether a finished run of either cell lacks a metric that its other runs have, as one that diverged does."""
-    found = [frame[frame["cell"] == cell][OF_STUDY + metric.name] for cell in comparison] if len(frame) else []
-    return any(0 < values.count() < len(values) for values in found)
+    columns = [frame[frame["cell"] == cell][OF_STUDY + metric.name] for cell in comparison] if len(frame) else []
+    return any(0 < values.count() < len(values) for values in columns)
 
 
 def lead(frame: pd.DataFrame, comparison: Comparison, metric: Metric) -> "pd.Series[float]":
@@ -118,12 +119,12 @@ def answer(frame: pd.DataFrame, question: Claim) -> Answer:
         ahead = lead(frame, comparison, question.metric)
         if question.more_than is not None:
             ahead = (ahead - lead(frame, question.more_than, question.metric)).dropna()
-        found = interval(ahead.tolist())
+        estimate = interval(ahead.tolist())
         # Without the run that diverged an arm would look better than it is, or what it is held against worse.
         pairs = [comparison, *([question.more_than] if question.more_than is not None else [])]
         lost = any(has_lost_runs(frame, pair, question.metric) for pair in pairs)
         compared.append(
-            Compared(comparison, found, tuple(ahead), "undecided" if lost else verdict_by(found, question.by))
+            Compared(comparison, estimate, tuple(ahead), "undecided" if lost else verdict_by(estimate, question.by))
         )
     verdicts = {each.verdict for each in compared}
     # all have to hold; one that does not decides

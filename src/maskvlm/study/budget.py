@@ -27,13 +27,13 @@ def budget_in_steps(study: Study, cell: Cell, folder: Path) -> int | None:
     if not cell.flops_of:
         return None
     other = spent_by(study.cells, cell)
-    asked = dict(other.options).get(STEPS) if other is not None else None
-    if other is None or asked is None:
+    steps = dict(other.options).get(STEPS) if other is not None else None
+    if other is None or steps is None:
         todo = f"Give it {STEPS}, and a place in the grid without flops_of"
         raise UserError(f"flops_of: {cell.flops_of}", "does not say how many steps it makes", todo)
-    if not asked.isdigit():
-        raise UserError(f"flops_of: {cell.flops_of}", f"{STEPS} is {asked}", "Give a whole number")
-    return max(1, round(int(asked) * flops_of(other, folder) / flops_of(cell, folder)))
+    if not steps.isdigit():
+        raise UserError(f"flops_of: {cell.flops_of}", f"{STEPS} is {steps}", "Give a whole number")
+    return max(1, round(int(steps) * flops_of(other, folder) / flops_of(cell, folder)))
 
 
 def spent_by(cells: Sequence[Cell], cell: Cell) -> Cell | None:
@@ -43,12 +43,12 @@ def spent_by(cells: Sequence[Cell], cell: Cell) -> Cell | None:
     Raises:
         UserError: there are several, which make other numbers of steps.
     """
-    found = [one for one in cells if one.arm == cell.flops_of and not one.flops_of]
-    found = [one for one in found if one.fraction == cell.fraction] or found
-    if len({dict(one.options).get(STEPS) for one in found}) > 1:
-        what = f"has cells with other numbers of steps: {', '.join(one.name for one in found)}"
+    candidates = [one for one in cells if one.arm == cell.flops_of and not one.flops_of]
+    candidates = [one for one in candidates if one.fraction == cell.fraction] or candidates
+    if len({dict(one.options).get(STEPS) for one in candidates}) > 1:
+        what = f"has cells with other numbers of steps: {', '.join(one.name for one in candidates)}"
         raise UserError(f"flops_of: {cell.flops_of}", what, f"Give it one {STEPS} for that many pairs")
-    return found[0] if found else None
+    return candidates[0] if candidates else None
 
 
 def flops_of(cell: Cell, folder: Path) -> int:
@@ -75,6 +75,6 @@ def _counted(words: Sequence[str]) -> int:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError("study", f"maskvlm bench {' '.join(words)}: {last.removeprefix('error: ')}"[:500], "Mend that")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    flops: int = found["flops"]
+    report = json.loads(done.stdout.strip().splitlines()[-1])
+    flops: int = report["flops"]
     return flops

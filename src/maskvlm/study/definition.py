@@ -335,7 +335,7 @@ def _cells(
     content: Mapping[str, Any], arms: Mapping[str, Any], runs: Mapping[str, tuple[str, ...]], file: str
 ) -> Iterator[Cell]:
     """Cells of all blocks of `grid`; without a grid, every arm once."""
-    seen: dict[str, Cell] = {}
+    cells: dict[str, Cell] = {}
     for number, each in enumerate(content.get("grid", [{"arms": list(arms)}]), 1):
         where = f"{file}: grid {number}"
         block = BLOCK.read(each, where, TODO)
@@ -353,9 +353,9 @@ def _cells(
                 tuple((key, as_text(value)) for key, value in options.items()),
                 _seeds(block.get("seeds", content.get("seeds", 1))), runs[arm],
             )  # fmt: skip
-            if cell.name in seen:
+            if cell.name in cells:
                 raise UserError(where, f"{cell.name} is there twice", "Keep one of them")
-            seen[cell.name] = cell
+            cells[cell.name] = cell
             yield cell
 
 

@@ -47,7 +47,7 @@ def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
     if path.stat().st_size > MOST:
         raise UserError(path, f"is larger than {MOST // 10**6} MB", todo, ExitCode.BAD_DATA)
     wanted, others = {run.name: run.sha256 for run in runs}, list[str]()
-    found: dict[str, Outcome] = {}
+    outcomes: dict[str, Outcome] = {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
@@ -61,15 +61,15 @@ def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
                     raise UserError(f"{path}:{table.line_num}", what, todo, ExitCode.BAD_DATA)
                 # A table of an earlier version has no hash: its runs cannot be told from others.
                 if wanted.get(row["run"], "none") == row.get(RUN_SHA256):
-                    found[row["run"]] = _outcome(row, f"{path}:{table.line_num}", todo)
+                    outcomes[row["run"]] = _outcome(row, f"{path}:{table.line_num}", todo)
                 else:
                     others.append(row["run"])
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(path, f"is no table of runs ({error})", todo, ExitCode.BAD_DATA) from None
     if others:
-        what = f"{len(others)} of {len(others) + len(found)} rows are of other commands, of another study's file"
+        what = f"{len(others)} of {len(others) + len(outcomes)} rows are of other commands, of another study's file"
         print(f"note: {path}: {what} or version: they are left out ({cut(', '.join(others))})", file=sys.stderr)
-    return found
+    return outcomes
 
 
 def _outcome(row: Mapping[str, str], where: str, todo: str) -> Outcome:

@@ -93,15 +93,15 @@ def text_of(
         lines += ["## Claims", "", "| | claim | against | ahead by | verdict |", "|---|---|---|---|---|"]
         for number, each in enumerate(answers, 1):
             # What it is held against stands beside each: a claim can fail in one comparison and be open in another.
-            told = [(_than(study, one), _ahead(one.ahead, each.question.metric), one.verdict) for one in each.compared]
-            columns = ("<br>".join(column) for column in zip(*told, strict=True))
+            rows = [(_than(study, one), _ahead(one.ahead, each.question.metric), one.verdict) for one in each.compared]
+            columns = ("<br>".join(column) for column in zip(*rows, strict=True))
             lines.append(f"| {number} | {_cell(each.question.claim)} | {' | '.join(columns)} |")
         lines.append("")
     if open_claims:
         lines += ["Not measured yet:", "", *(f"- {each.question.claim}" for each in open_claims), ""]
     lines += ["## Cells", "", *cell_table(study, frame), ""]
     for number, each in enumerate(answers, 1):
-        lines += [f"## {number}. {each.question.claim}", "", *_answered(study, each), ""]
+        lines += [f"## {number}. {each.question.claim}", "", *_answer_lines(study, each), ""]
         lines += [f"![{_cell(each.question.claim)}]({plot_name(number)})", ""]
     return "\n".join(lines)
 
@@ -118,24 +118,24 @@ def cell_table(study: Study, frame: pd.DataFrame) -> list[str]:
         if not len(rows):
             continue
         hours = f"{rows['hours'].mean():.2f}" if len(rows) and rows["hours"].notna().any() else ""
-        found = [interval(values_of(frame, cell.name, metric).tolist()) for metric in metrics]
-        told = [
+        intervals = [interval(values_of(frame, cell.name, metric).tolist()) for metric in metrics]
+        means = [
             # Of which runs have the metric, where not all have it.
             _mean(each, metric) + (f" ({each.values})" if 0 < each.values < len(rows) else "")
-            for each, metric in zip(found, metrics, strict=True)
+            for each, metric in zip(intervals, metrics, strict=True)
         ]
-        lines.append(f"| {_cell(study.label(cell))} | {len(rows)} | {hours} | {' | '.join(told)} |")
+        lines.append(f"| {_cell(study.label(cell))} | {len(rows)} | {hours} | {' | '.join(means)} |")
     return lines
 
 
-def _answered(study: Study, each: Answer) -> list[str]:
+def _answer_lines(study: Study, each: Answer) -> list[str]:
     question = each.question
     unit = question.metric.unit
-    asked = f"`{question.metric.name}` in {unit}" + (", less is better" if question.metric.lower else "")
+    measure = f"`{question.metric.name}` in {unit}" + (", less is better" if question.metric.lower else "")
     least = f", by more than {question.by:g} {unit}" if question.by else ""
     whole = "As a whole: " if len(each.compared) > 1 else ""
     lines = [
-        f"{whole}**{each.verdict}**. Judged by {asked}{least}{f' ({question.source})' if question.source else ''}."
+        f"{whole}**{each.verdict}**. Judged by {measure}{least}{f' ({question.source})' if question.source else ''}."
     ]
     if question.more_than is not None:
         better, than = (study.label(study.cell(name)) for name in question.more_than)
@@ -154,22 +154,22 @@ def _than(study: Study, one: Compared) -> str:
     return _cell(study.label(study.cell(one.comparison.than)))
 
 
-def _ahead(found: Interval, metric: Metric) -> str:
-    if found.values == 0:
+def _ahead(estimate: Interval, metric: Metric) -> str:
+    if estimate.values == 0:
         return "not measured"
-    if math.isnan(found.low):
-        return f"{found.mean:+.3g} {metric.unit} (one seed)"
-    if found.low == found.high:
-        return f"{found.mean:+.3g} {metric.unit} ({found.values} seeds, all the same, so no interval)"
-    return f"{found.mean:+.3g} {metric.unit} ({found.low:+.3g} to {found.high:+.3g}, {found.values} seeds)"
+    if math.isnan(estimate.low):
+        return f"{estimate.mean:+.3g} {metric.unit} (one seed)"
+    if estimate.low == estimate.high:
+        return f"{estimate.mean:+.3g} {metric.unit} ({estimate.values} seeds, all the same, so no interval)"
+    return f"{estimate.mean:+.3g} {metric.unit} ({estimate.low:+.3g} to {estimate.high:+.3g}, {estimate.values} seeds)"
 
 
-def _mean(found: Interval, metric: Metric) -> str:
-    if found.values == 0:
+def _mean(estimate: Interval, metric: Metric) -> str:
+    if estimate.values == 0:
         return ""
     digits = 1 if metric.unit == "points" else 3
-    half = "" if math.isnan(found.low) else f" ± {(found.high - found.low) / 2:.{digits}f}"
-    return f"{found.mean:.{digits}f}{half}"
+    half = "" if math.isnan(estimate.low) else f" ± {(estimate.high - estimate.low) / 2:.{digits}f}"
+    return f"{estimate.mean:.{digits}f}{half}"
 
 
 def _cell(text: str) -> str:
@@ -225,7 +225,7 @@ def draw_differences(axes: Axes, study: Study, each: Answer) -> None:
     axes.grid(axis="x", alpha=0.3)
 
 
-def _bar(axes: Axes, found: Interval, place: int, colour: str) -> None:
-    if not math.isnan(found.low):
-        axes.plot([found.low, found.high], [place, place], color=colour, linewidth=2)
-    axes.plot([found.mean], [place], "D", color=colour, markersize=6)
+def _bar(axes: Axes, estimate: Interval, place: int, colour: str) -> None:
+    if not math.isnan(estimate.low):
+        axes.plot([estimate.low, estimate.high], [place, place], color=colour, linewidth=2)
+    axes.plot([estimate.mean], [place], "D", color=colour, markersize=6)

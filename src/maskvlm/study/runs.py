@@ -72,14 +72,14 @@ class StudyRun(NamedTuple):
     @property
     def metrics(self) -> dict[str, float] | None:
         """What it measured at its end; None where it has not come to it, or the file cannot be read."""
-        found = read_json(self.folder / METRICS) if finished(self.folder) is not None else {}
-        return found or None
+        content = read_json(self.folder / METRICS) if finished(self.folder) is not None else {}
+        return content or None
 
     @property
     def seconds(self) -> float | None:
         """Time that its processes took, in all; None where it was not made by a study."""
-        told = read_json(self.folder / ABOUT).get("seconds")
-        return float(told) if isinstance(told, int | float) else None
+        seconds = read_json(self.folder / ABOUT).get("seconds")
+        return float(seconds) if isinstance(seconds, int | float) else None
 
     @property
     def about(self) -> dict[str, object]:
@@ -93,10 +93,10 @@ class StudyRun(NamedTuple):
         operations stay out: other versions count them slightly differently."""
         words = [word for word in self.cell.written or self.cell.run if not word.startswith("where=")]
         start = self.start.sha256 if self.start is not None else ""
-        told: list[object] = [self.cell.name, self.seed, words, start, sorted(self.cell.options)]
+        facts: list[object] = [self.cell.name, self.seed, words, start, sorted(self.cell.options)]
         if self.spent is not None:
-            told += [list(self.spent.written or self.spent.run), self.spent.fraction, sorted(self.spent.options)]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+            facts += [list(self.spent.written or self.spent.run), self.spent.fraction, sorted(self.spent.options)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def note(self, seconds: float) -> None:
         """Write down what it is, and how long its processes took so far."""
@@ -139,10 +139,10 @@ def _run(
     options |= {STEPS: str(steps)} if steps is not None else {}
     # One word each: a value that looks like an option stays a value.
     words = [f"--{key}={value}" for key, value in options.items()]
-    begin, given = (f"from={start.last_weights}",) if start is not None else (), cell.run
+    begin, run_words = (f"from={start.last_weights}",) if start is not None else (), cell.run
     if start is not None:  # which has the encoders
-        given = tuple(word for word in given if not word.startswith("encoders="))
-    command = (sys.executable, "-m", "maskvlm", *given, *begin, "--folder", str(folder), *words)
+        run_words = tuple(word for word in run_words if not word.startswith("encoders="))
+    command = (sys.executable, "-m", "maskvlm", *run_words, *begin, "--folder", str(folder), *words)
     return StudyRun(cell, seed, folder, command, start, spent)
 
 
@@ -168,7 +168,7 @@ class Ended(NamedTuple):
 
     run: StudyRun
     code: int
-    said: str
+    last_line: str
     seconds: float
 
     @property
@@ -178,7 +178,7 @@ class Ended(NamedTuple):
             return f"ended by {signal.Signals(-self.code).name}"
         if self.code == ExitCode.REQUEUE:
             return "stopped and saved"
-        return f"exit status {self.code}: {self.said}" if self.code else ""
+        return f"exit status {self.code}: {self.last_line}" if self.code else ""
 
 
 class Runner:
@@ -259,8 +259,8 @@ def on_signals(stop: Callable[[], None]) -> Iterator[None]:
 
 def of_study(allowed: Sequence[str], process: int) -> dict[str, str]:
     """Environment variables of a run: what it may import, and the process whose end is its own (0: of none)."""
-    given = [name for name in os.environ.get(ALLOWED, "").split(",") if name]
-    return {ALLOWED: ",".join(dict.fromkeys([*given, *allowed])), STUDY: str(process)}
+    names = [name for name in os.environ.get(ALLOWED, "").split(",") if name]
+    return {ALLOWED: ",".join(dict.fromkeys([*names, *allowed])), STUDY: str(process)}
 
 
 def last_line(log: Path, most: int = 4096) -> str:

@@ -51,14 +51,14 @@ SHUFFLES: dict[str, Callable[[list[str], random.Random], list[str]]] = {
 
 def other_orders(words: list[str], rng: random.Random) -> dict[str, str]:
     """Shuffle -> the words in another order; one that gives no order that is new is not there."""
-    found: dict[str, str] = {}
+    orders: dict[str, str] = {}
     for name, shuffle in SHUFFLES.items():
         for _ in range(TRIES):
             text = " ".join(shuffle(words, rng))
-            if text != " ".join(words) and text not in found.values():
-                found[name] = text
+            if text != " ".join(words) and text not in orders.values():
+                orders[name] = text
                 break
-    return found
+    return orders
 
 
 class AroOrder(Suite):
@@ -72,7 +72,7 @@ class AroOrder(Suite):
         seed: of the shuffles.
     """
 
-    told = "which order of an image's caption is the true one"
+    question = "which order of an image's caption is the true one"
     licence = "generated here; captions and images have the terms of their set (ARO's code: MIT)"
     traps = (
         "The true order is better English than the others: a text model finds it without any image (score_no_image "
@@ -88,8 +88,8 @@ class AroOrder(Suite):
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--set", default="flickr8k", help=f"how the captions are kept (flickr8k): {' '.join(SETS)}")
         parser.add_argument("--split", default="val", help="whose captions (val)")
-        told = "of your own data the name that it was prepared under, to tell which images a model has seen"
-        parser.add_argument("--name", help=told)
+        hint = "of your own data the name that it was prepared under, to tell which images a model has seen"
+        parser.add_argument("--name", help=hint)
 
     def __init__(self, set: str = "flickr8k", split: str = "val", seed: int = 0, name: str | None = None) -> None:
         self.set, self.split, self.seed, self.name = set, split, seed, name
@@ -127,10 +127,12 @@ class AroOrder(Suite):
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
         images = [item.image_ids[0] for item in items]
         chance = sum(100 / len(item.texts) for item in items) / max(1, len(items))
-        found = [percent_right("the true order is the best", [first_is_best(each) for each in scores], chance, images)]
+        figures = [
+            percent_right("the true order is the best", [first_is_best(each) for each in scores], chance, images)
+        ]
         for name in SHUFFLES:
             # The place of this shuffle's text behind the true one, where the caption has it.
             rows = [(row, 1 + item.truth.index(name)) for row, item in enumerate(items) if name in item.truth]
             right = [scores[row][0] > scores[row][place] for row, place in rows]
-            found.append(percent_right(f"better than {name} shuffled", right, 50.0, [images[row] for row, _ in rows]))
-        return found
+            figures.append(percent_right(f"better than {name} shuffled", right, 50.0, [images[row] for row, _ in rows]))
+        return figures

@@ -31,15 +31,15 @@ def read_coco_texts(rows: ItemRows) -> CocoTexts:
         UserError: it is not there, or of another form.
     """
     file, content = rows.json_file(*CAPTIONS)
-    found = CocoTexts({}, {}, {})
+    texts = CocoTexts({}, {}, {})
     for place, record in enumerate(get(content, "images", list, str(file), LAYOUT)):
         where = f"{file} images[{place}]"
         with rows.row():
-            found.name[get(record, "id", int, where, LAYOUT)] = get_name(record, "file_name", where, LAYOUT)
+            texts.name[get(record, "id", int, where, LAYOUT)] = get_name(record, "file_name", where, LAYOUT)
     for place, record in enumerate(get(content, "annotations", list, str(file), LAYOUT)):
         where = f"{file} annotations[{place}]"
         with rows.row():
             number = get(record, "id", int, where, LAYOUT)
-            found.image[number] = get(record, "image_id", int, where, LAYOUT)
-            found.text[number] = plain_text(get(record, "caption", str, where, LAYOUT), "caption", where)
-    return found
+            texts.image[number] = get(record, "image_id", int, where, LAYOUT)
+            texts.text[number] = plain_text(get(record, "caption", str, where, LAYOUT), "caption", where)
+    return texts

@@ -34,7 +34,7 @@ class Cxc(Suite):
         seed: of the samples.
     """
 
-    told = "whether the model's similarities order pairs of texts and images as people do"
+    question = "whether the model's similarities order pairs of texts and images as people do"
     licence = "see its page; captions of COCO CC BY 4.0, photos under the licences of their Flickr owners"
     ways = ("contrast", "match")
     traps = (
@@ -82,21 +82,21 @@ class Cxc(Suite):
             rated = -1.0
         if not 0 <= rated <= 5:
             raise UserError(where, f"agg_score {fields[2][:20]!r} is none of 0 to 5", TODO, ExitCode.BAD_DATA)
-        said, shown, ids = [], [], []
+        captions, images, ids = [], [], []
         for column, field in zip(KINDS[kind], fields, strict=False):
             if column.startswith("caption"):
-                said.append(_caption(texts, field, column, where))
+                captions.append(_caption(texts, field, column, where))
             else:
-                shown.append(rows.image(field, where))
+                images.append(rows.image(field, where))
                 ids.append(coco_id(field))
-        rows.items.append(SuiteItem((*shown,), (*said,), (rated, fields[0]), kind, where, (*ids,)))
+        rows.items.append(SuiteItem((*images,), (*captions,), (rated, fields[0]), kind, where, (*ids,)))
 
     def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[list[float]]:
         """Scores of the items: by contrast the cosine of any two inputs; by match only those of a text and an image."""
         if way == "match":
             mixed = [item for item in items if item.kind == "sits"]
-            found = iter(pair_scores(model, mixed, way))
-            return [next(found) if item.kind == "sits" else [] for item in items]
+            matches = iter(pair_scores(model, mixed, way))
+            return [next(matches) if item.kind == "sits" else [] for item in items]
         images = list(dict.fromkeys(image for item in items for image in item.images))
         texts = list(dict.fromkeys(text for item in items for text in item.texts))
         image_BE, text_CE = model.encode_image(images).cpu(), model.encode_text(texts).cpu()
@@ -109,21 +109,21 @@ class Cxc(Suite):
         return scores
 
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
-        found = []
+        figures = []
         for kind in KINDS:
             rows = [row for row, item in enumerate(items) if item.kind == kind]
             if len(rows) < 4:  # a correlation of half of them
                 continue
-            said = [float(scores[row][0]) for row in rows]
+            model_scores = [float(scores[row][0]) for row in rows]
             rated = [items[row].truth[0] for row in rows]
             queries = [items[row].truth[1] for row in rows]
-            samples = sorted(sampled_spearman(said, rated, queries, self.seed))
+            samples = sorted(sampled_spearman(model_scores, rated, queries, self.seed))
             low, high = samples[int(0.025 * len(samples))], samples[int(0.975 * len(samples)) - 1]
             mean = statistics.fmean(samples)
             name = f"{kind.upper()}, Spearman x 100"
-            found.append(SuiteMetric(name, 100 * mean, 0.0, len(rows), (100 * low, 100 * high)))
-            found.append(SuiteMetric(f"{name}, all pairs", 100 * spearman_rho(said, rated), 0.0, len(rows)))
-        return found
+            figures.append(SuiteMetric(name, 100 * mean, 0.0, len(rows), (100 * low, 100 * high)))
+            figures.append(SuiteMetric(f"{name}, all pairs", 100 * spearman_rho(model_scores, rated), 0.0, len(rows)))
+        return figures
 
 
 def sampled_spearman(
@@ -133,14 +133,14 @@ def sampled_spearman(
     rows_of: dict[str, list[int]] = {}
     for row, query in enumerate(queries):
         rows_of.setdefault(query, []).append(row)
-    rng, names, found = random.Random(seed), sorted(rows_of), []
+    rng, names, correlations = random.Random(seed), sorted(rows_of), []
     if len(names) < 2:  # one query has no order to compare
         return [0.0] * samples
     for _ in range(samples):
         rows = [rng.choice(rows_of[name]) for name in rng.sample(names, max(2, len(names) // 2))]
-        found.append(spearman_rho([scores[row] for row in rows], [rated[row] for row in rows]))
+        correlations.append(spearman_rho([scores[row] for row in rows], [rated[row] for row in rows]))
     # Of scores that are all the same there is no correlation: nothing is known of the order, as by chance.
-    return [0.0 if value != value else value for value in found]
+    return [0.0 if value != value else value for value in correlations]
 
 
 def _caption(texts: CocoTexts, field: str, column: str, where: str) -> str:

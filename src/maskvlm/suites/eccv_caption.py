@@ -27,7 +27,7 @@ Relevant = Mapping[int, Sequence[int]]
 class EccvCaption(Suite):
     """The 5,000 images and 25,000 captions of Karpathy's test split of COCO."""
 
-    told = "which captions fit which images of COCO's test split, counting matches that COCO does not know"
+    question = "which captions fit which images of COCO's test split, counting matches that COCO does not know"
     licence = "ECCV Caption: MIT; captions of COCO CC BY 4.0, photos under the licences of their Flickr owners"
     ways = ("contrast",)
     whole = True
@@ -56,9 +56,9 @@ class EccvCaption(Suite):
             with rows.row():
                 if image not in texts.name:
                     raise BadImage(where, "missing", "the file does not name it")
-                shown = rows.image(texts.name[image], where)
-                said = tuple(texts.text[number] for number in numbers)
-                rows.items.append(SuiteItem((shown,), said, (image, numbers), "", where, (f"coco {image}",)))
+                image_path = rows.image(texts.name[image], where)
+                captions = tuple(texts.text[number] for number in numbers)
+                rows.items.append(SuiteItem((image_path,), captions, (image, numbers), "", where, (f"coco {image}",)))
         return rows
 
     def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[Tensor]:
@@ -102,8 +102,8 @@ def retrieval_figures(official: Any, contrast_BC: Tensor, images: list[int], cap
             name: {k: getattr(official, f"{name}_recalls")(ranked, "all", K=k) for k in KS}
             for name in ("cxc", "coco_5k")
         }
-    found = []
-    for side, (_, gallery, _, told) in sides.items():
+    figures = []
+    for side, (_, gallery, _, direction) in sides.items():
         relevant, total = [len(set(each)) for each in official.eccv_gts[side].values()], len(gallery)
         chance = {
             "map_at_r": sum(map_at_r_chance(count, total) for count in relevant) / len(relevant),
@@ -113,14 +113,14 @@ def retrieval_figures(official: Any, contrast_BC: Tensor, images: list[int], cap
         names = {"map_at_r": "mAP@R", "rprecision": "R-precision", "r1": "R@1"}
         for key, level in chance.items():
             value = 100 * float(eccv[f"eccv_{key}"][side])
-            found.append(SuiteMetric(f"ECCV {names[key]}, {told}", value, 100 * level, len(relevant)))
+            figures.append(SuiteMetric(f"ECCV {names[key]}, {direction}", value, 100 * level, len(relevant)))
         for name, truth in (("cxc", official.cxc_gts), ("coco_5k", official.coco_gts)):
             counts = [len(set(each)) for each in truth[side].values()]
             for k in KS:
                 level = 100 * sum(hit_chance(count, total, k) for count in counts) / len(counts)
-                label = f"{'CxC' if name == 'cxc' else 'COCO'} R@{k}, {told}"
-                found.append(SuiteMetric(label, 100 * float(recalls[name][k][side]), level, len(counts)))
-    return found
+                label = f"{'CxC' if name == 'cxc' else 'COCO'} R@{k}, {direction}"
+                figures.append(SuiteMetric(label, 100 * float(recalls[name][k][side]), level, len(counts)))
+    return figures
 
 
 def ranked_ids(score_QG: Tensor, gallery: Sequence[int], depth: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ EXPERTS, CROWD, TOKENS = "ExpertAnnotations.txt", "CrowdFlowerAnnotations.txt", 
 class Flickr8kJudgements(Suite):
     """Both files of judgements, or the one that is there, beside the captions that they name."""
 
-    told = "whether the model's scores order captions of an image as people do"
+    question = "whether the model's scores order captions of an image as people do"
     licence = "non-commercial research and education only; photos under Flickr's terms of use"
     ways = ("match", "contrast", "score", "score_per_word", "score_no_image")
     traps = (
@@ -62,7 +62,7 @@ class Flickr8kJudgements(Suite):
         return rows
 
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
-        found = []
+        figures = []
         for kind, variant in (("experts", "c"), ("crowd", "b")):
             pairs = [
                 (each[0], judged)
@@ -72,16 +72,16 @@ class Flickr8kJudgements(Suite):
             ]
             if len(pairs) > 1:
                 tau = kendall_tau([score for score, _ in pairs], [judged for _, judged in pairs], variant)
-                found.append(SuiteMetric(f"{kind}, Kendall's tau-{variant} x 100", 100 * tau, 0.0, len(pairs)))
-        return found
+                figures.append(SuiteMetric(f"{kind}, Kendall's tau-{variant} x 100", 100 * tau, 0.0, len(pairs)))
+        return figures
 
 
 def _fields(line: str, count: int, where: str) -> list[str]:
-    found = line.split("\t")
-    if len(found) != count:
-        what = f"{len(found)} fields between tabs instead of {count}"
+    fields = line.split("\t")
+    if len(fields) != count:
+        what = f"{len(fields)} fields between tabs instead of {count}"
         raise UserError(where, what, "Take the file as published", ExitCode.BAD_DATA)
-    return found
+    return fields
 
 
 def _judged(numbers: list[str], where: str) -> list[float]:

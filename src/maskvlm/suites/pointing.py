@@ -41,7 +41,7 @@ class Pointing(Suite):
         split: a list of photos beside the folders: `test` for test.txt; `all` for every photo.
     """
 
-    told = "whether the map of a masked phrase peaks within a box of what it names"
+    question = "whether the map of a masked phrase peaks within a box of what it names"
     licence = "see its page; photos under Flickr's terms of use, non-commercial research and education only"
     ways = ("explain",)
     traps = (
@@ -82,8 +82,8 @@ class Pointing(Suite):
         boxes = read_boxes(annotations, rows.path)
         for number, line in enumerate(text.splitlines(), 1):
             where = f"{sentences}:{number}"
-            for found in PHRASE.finditer(line):
-                chain, kind, phrase = found.groups()
+            for match in PHRASE.finditer(line):
+                chain, kind, phrase = match.groups()
                 if chain in boxes:
                     with rows.row():
                         caption = plain_text(PHRASE.sub(r"\3", line), "the caption", where)
@@ -98,30 +98,30 @@ class Pointing(Suite):
     def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[list[float]]:
         """Where the maps of attention and of Grad-CAM peak: x, y, x, y, as shares of the image; [] where the phrase is
         beyond what the model reads of the text; -1, -1 of a map without a peak."""
-        found: list[list[float]] = []
+        peaks: list[list[float]] = []
         for item in items:
             try:
-                seen: Any = model.explain(open_image(item.images[0]), item.texts[0], item.truth.phrase)
+                explanation: Any = model.explain(open_image(item.images[0]), item.texts[0], item.truth.phrase)
             except UserError as error:
                 if error.where != "word":
                     raise
-                found.append([])
+                peaks.append([])
                 continue
-            found.append([*peak(seen.attention), *peak(seen.gradcam)])
-        return found
+            peaks.append([*peak(explanation.attention), *peak(explanation.gradcam)])
+        return peaks
 
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
         images = [item.images[0] for item in items]
         chance = 100 * sum(covered_share(item.truth.boxes) for item in items) / max(1, len(items))
-        found = []
+        figures = []
         for name, first in (("attention", 0), ("Grad-CAM", 2)):
             right = [
                 inside(each[first : first + 2], item.truth.boxes) for each, item in zip(scores, items, strict=True)
             ]
-            found.append(percent_right(f"{name} peaks within a box", right, chance, images))
+            figures.append(percent_right(f"{name} peaks within a box", right, chance, images))
         middle = [inside((0.5, 0.5), item.truth.boxes) for item in items]
-        found.append(percent_right("the middle of the image", middle, chance, images))
-        return found
+        figures.append(percent_right("the middle of the image", middle, chance, images))
+        return figures
 
 
 def peak(map_RC: Any) -> tuple[float, float]:
@@ -172,7 +172,7 @@ def read_boxes(file: Path, root: Path) -> dict[str, tuple[Box, ...]]:
     width, height = _number(tree, "size/width", file), _number(tree, "size/height", file)
     if not width or not height:
         raise UserError(file, f"an image of {width} x {height} pixels", TODO, ExitCode.BAD_DATA)
-    found: dict[str, tuple[Box, ...]] = {}
+    boxes: dict[str, tuple[Box, ...]] = {}
     for thing in tree.findall("object"):
         if thing.find("bndbox") is None:
             continue
@@ -183,8 +183,8 @@ def read_boxes(file: Path, root: Path) -> dict[str, tuple[Box, ...]]:
         # Pixels are counted from 1, as in PASCAL VOC; a box of one pixel has a width.
         box = (max(0, left - 1) / width, max(0, top - 1) / height, right / width, bottom / height)
         for name in thing.findall("name"):
-            found[name.text or ""] = (*found.get(name.text or "", ()), box)
-    return found
+            boxes[name.text or ""] = (*boxes.get(name.text or "", ()), box)
+    return boxes
 
 
 def _number(element: ElementTree.Element, place: str, file: Path) -> int:
@@ -195,9 +195,9 @@ def _number(element: ElementTree.Element, place: str, file: Path) -> int:
 
 
 def _folder(path: Path, name: str) -> Path:
-    found = next((path / each for each in (name, name.lower()) if (path / each).is_dir()), None)
-    if found is None:
+    folder = next((path / each for each in (name, name.lower()) if (path / each).is_dir()), None)
+    if folder is None:
         what = f"there is no folder {name}"
         raise UserError(path, what, "Name the folder of Flickr30k Entities", ExitCode.MISSING_INPUT)
-    check_below(found, path)
-    return found
+    check_below(folder, path)
+    return folder

@@ -29,15 +29,15 @@ def suite_class(name: str) -> type[Suite]:
         raise UserError(f"suite {name[:80]}", "no such suite", todo)
     module_name, _, kind = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module_name), kind)
+        candidate = getattr(importlib.import_module(module_name), kind)
     except (ImportError, AttributeError, ValueError) as error:
         todo = "Install the package that it is in, or correct the name"
         raise UserError(f"suite {name[:80]}", f"cannot be imported ({error})", todo, ExitCode.MISSING_INPUT) from error
-    if not _is_suite(found):
+    if not _is_suite(candidate):
         raise UserError(f"suite {name[:80]}", "is no suite", "Name a class of maskvlm.suites.suite.Suite")
-    kept: type[Suite] = found
-    return kept
+    suite: type[Suite] = candidate
+    return suite
 
 
-def _is_suite(found: object) -> bool:
-    return isinstance(found, type) and issubclass(found, Suite) and found is not Suite
+def _is_suite(candidate: object) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, Suite) and candidate is not Suite

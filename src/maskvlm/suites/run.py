@@ -26,7 +26,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 RESULT, SCORES = "result.json", "scores.jsonl"
 MAX_SCORES = 5_000_000  # of a way that are written, some 100 MB: not every image with every caption of a gallery
 MOST_WORDS = 10  # unknown ones that are named
-SHOWN = 20  # figures of a way that are printed; a thousand classes have a thousand more
+MOST_FIGURES = 20  # figures of a way that are printed; a thousand classes have a thousand more
 
 
 class SuiteReport(NamedTuple):
@@ -61,7 +61,7 @@ def check_ways(suite: Suite, ways: Sequence[str], limit: int | None) -> None:
 def run_suite(
     suite: Suite,
     model: PretrainedMaskVLM,
-    found: ItemRows,
+    rows: ItemRows,
     ways: Sequence[str] = (),
     limit: int | None = None,
     seed: int = 0,
@@ -69,7 +69,7 @@ def run_suite(
     """Ask a model, and measure.
 
     Args:
-        found: what `suite.read` gave; images that cannot be read are counted and listed there, too.
+        rows: what `suite.read` gave; images that cannot be read are counted and listed there, too.
         ways: of the suite's; none for its first.
         limit: only so many images, drawn by `seed`, with all their items.
 
@@ -77,33 +77,33 @@ def run_suite(
         UserError: no item is left, the suite has no such way, or needs all its items; the checkpoint lacks a head.
     """
     check_ways(suite, ways, limit)
-    ways, path = tuple(ways) or suite.ways[:1], found.path
-    total = len(found.items)
-    items = with_images(subset(found.items, limit, seed), found)
-    if suite.whole and found.skipped:
-        first = next(iter(found.skipped.values()))[0]
-        what = f"{sum(map(len, found.skipped.values()))} rows cannot be used, the first: {first}"
+    ways, path = tuple(ways) or suite.ways[:1], rows.path
+    total = len(rows.items)
+    items = with_images(subset(rows.items, limit, seed), rows)
+    if suite.whole and rows.skipped:
+        first = next(iter(rows.skipped.values()))[0]
+        what = f"{sum(map(len, rows.skipped.values()))} rows cannot be used, the first: {first}"
         raise UserError(path, what, "Mend them: this suite needs all its items", ExitCode.BAD_DATA)
     if not items:  # rows of images that are all bad, or of no images
-        first = next(iter(found.skipped.values()), ["; ".join(found.notes) or "the files are empty"])[0]
+        first = next(iter(rows.skipped.values()), ["; ".join(rows.notes) or "the files are empty"])[0]
         raise UserError(path, f"no item can be used: {first}", "Check --path and --images", ExitCode.BAD_DATA)
     with warnings.catch_warnings():
         # The images are strange by intention, and the line would be about one of thousands; of words there is a note.
         for kind in (FarFromTraining, UnknownWords):
             warnings.simplefilter("ignore", kind)
         scores = {way: suite.ask(model, items, way) for way in ways}
-    if model.told_words:
-        more = f" and {len(model.told_words) - MOST_WORDS} more" if len(model.told_words) > MOST_WORDS else ""
-        named = ", ".join(islice(model.told_words, MOST_WORDS))
-        found.notes.append(f"words that the model's tokenizer does not know, of some of the texts: {named}{more}")
+    if model.warned_words:
+        more = f" and {len(model.warned_words) - MOST_WORDS} more" if len(model.warned_words) > MOST_WORDS else ""
+        named = ", ".join(islice(model.warned_words, MOST_WORDS))
+        rows.notes.append(f"words that the model's tokenizer does not know, of some of the texts: {named}{more}")
     metrics = {}
     for way in ways:
-        asked = [row for row, each in enumerate(scores[way]) if len(each)]
-        if left := len(items) - len(asked):
-            found.notes.append(f"by {way}: {left} of {len(items)} items cannot be asked, and are left out")
-        metrics[way] = suite.metrics([items[row] for row in asked], [scores[way][row] for row in asked], way)
-    seen = trained_on(model, items) if found.ids_known else None
-    return SuiteReport(metrics, scores, items, total, found.skipped, found.files, found.notes, seen)
+        places = [row for row, each in enumerate(scores[way]) if len(each)]
+        if missing := len(items) - len(places):
+            rows.notes.append(f"by {way}: {missing} of {len(items)} items cannot be asked, and are left out")
+        metrics[way] = suite.metrics([items[row] for row in places], [scores[way][row] for row in places], way)
+    seen_count = trained_on(model, items) if rows.ids_known else None
+    return SuiteReport(metrics, scores, items, total, rows.skipped, rows.files, rows.notes, seen_count)
 
 
 def subset(items: list[SuiteItem], limit: int | None, seed: int) -> list[SuiteItem]:
@@ -111,17 +111,17 @@ def subset(items: list[SuiteItem], limit: int | None, seed: int) -> list[SuiteIt
     groups = list(dict.fromkeys(item.images for item in items if item.images))
     if limit is None or limit >= len({image for group in groups for image in group}):
         return items
-    kept: set[str | bytes] = set()
+    images: set[str | bytes] = set()
     if all(len(group) == 1 for group in groups):
-        kept.update(image for (image,) in random.Random(seed).sample(groups, limit))
+        images.update(image for (image,) in random.Random(seed).sample(groups, limit))
     else:  # of items with several images whole ones, as long as there is room
         for group in random.Random(seed).sample(groups, len(groups)):
-            if len(kept.union(group)) <= limit:
-                kept.update(group)
-    return [item for item in items if kept.issuperset(item.images)]
+            if len(images.union(group)) <= limit:
+                images.update(group)
+    return [item for item in items if images.issuperset(item.images)]
 
 
-def with_images(items: list[SuiteItem], found: ItemRows) -> list[SuiteItem]:
+def with_images(items: list[SuiteItem], rows: ItemRows) -> list[SuiteItem]:
     """The items whose images can be read; the others are counted and listed. That is known before the model works for
     hours, at the price of decoding twice."""
     bad: dict[str | bytes, BadImage] = {}
@@ -130,24 +130,24 @@ def with_images(items: list[SuiteItem], found: ItemRows) -> list[SuiteItem]:
             open_image(image, origin)
         except BadImage as error:
             bad[image] = error
-    kept = []
+    readable = []
     for item in items:
         wrong = next((bad[image] for image in item.images if image in bad), None)
         if wrong is None:
-            kept.append(item)
+            readable.append(item)
         else:
-            found.skip(wrong.reason, f"{item.origin}: {wrong.what}")
-    return kept
+            rows.skip(wrong.reason, f"{item.origin}: {wrong.what}")
+    return readable
 
 
 def trained_on(model: PretrainedMaskVLM, items: Sequence[SuiteItem]) -> int | None:
     """How many images of the items are in the data that the weights have seen, by their ids."""
     history = model.origin.history
     wanted = {hash_of_photo(image_id) for item in items for image_id in item.image_ids}
-    if not history or not wanted or any(seen.ids is None for seen in history):
+    if not history or not wanted or any(entry.ids is None for entry in history):
         return None
-    seen = torch.cat([seen.ids for seen in history if seen.ids is not None])
-    return int(torch.isin(torch.tensor(sorted(wanted)), seen).sum())
+    seen_ids = torch.cat([entry.ids for entry in history if entry.ids is not None])
+    return int(torch.isin(torch.tensor(sorted(wanted)), seen_ids).sum())
 
 
 def table_of_suite(report: SuiteReport) -> Table:
@@ -158,14 +158,14 @@ def table_of_suite(report: SuiteReport) -> Table:
     for name in ("value", "95 %", "chance", "items"):
         table.add_column(name, justify="right", no_wrap=True)
     for way, metrics in report.metrics.items():
-        for place, one in enumerate(metrics[:SHOWN]):
+        for place, one in enumerate(metrics[:MOST_FIGURES]):
             between = "" if one.interval is None else f"{one.interval[0]:.1f} to {one.interval[1]:.1f}"
             chance = "" if one.chance is None else f"{one.chance:.1f}"
             # Kinds are names out of a stranger's file: no styles, and nothing that a terminal obeys.
-            told = Text("".join(letter if letter.isprintable() else "\ufffd" for letter in one.name))
-            table.add_row("" if place else way, told, f"{one.value:.1f}", between, chance, f"{one.items:,}")
-        if len(metrics) > SHOWN:
-            table.add_row("", f"... and {len(metrics) - SHOWN} more in {RESULT}")
+            label = Text("".join(letter if letter.isprintable() else "\ufffd" for letter in one.name))
+            table.add_row("" if place else way, label, f"{one.value:.1f}", between, chance, f"{one.items:,}")
+        if len(metrics) > MOST_FIGURES:
+            table.add_row("", f"... and {len(metrics) - MOST_FIGURES} more in {RESULT}")
         table.add_section()
     return table
 
@@ -190,7 +190,7 @@ def write_result(
     of which anybody can compute other figures. options: plain values, as given."""
     result = {
         "suite": name,
-        "told": suite.told,
+        "told": suite.question,
         "licence": suite.licence,
         "traps": list(suite.traps),
         "options": options,
@@ -202,8 +202,8 @@ def write_result(
         "notes": report.notes,
         "skipped": report.skipped,
         "metrics": {
-            way: {each.name: {key: value for key, value in each._asdict().items() if key != "name"} for each in found}
-            for way, found in report.metrics.items()
+            way: {each.name: {key: value for key, value in each._asdict().items() if key != "name"} for each in figures}
+            for way, figures in report.metrics.items()
         },
     }
     write_json(folder / RESULT, result)
@@ -215,6 +215,6 @@ def write_result(
     for row, item in enumerate(report.items):
         facts = {"origin": item.origin, "kind": item.kind, "truth": item.truth}
         lines.append(
-            json_ready(facts | {way: [float(each) for each in found[row]] for way, found in report.scores.items()})
+            json_ready(facts | {way: [float(each) for each in scores[row]] for way, scores in report.scores.items()})
         )
     write_text(folder / SCORES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

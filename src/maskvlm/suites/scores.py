@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def _contrast(model: "PretrainedMaskVLM", image: Image.Image, texts: list[str]) -> list[float]:
-    found: list[float] = (model.encode_text(texts) @ model.encode_image(image)).tolist()
-    return found
+    cosines: list[float] = (model.encode_text(texts) @ model.encode_image(image)).tolist()
+    return cosines
 
 
 def _match(model: "PretrainedMaskVLM", image: Image.Image, texts: list[str]) -> Any:
@@ -63,7 +63,7 @@ def pair_scores(model: "PretrainedMaskVLM", items: Sequence["SuiteItem"], way: s
     rows_of: dict[str | bytes, list[int]] = {}
     for row, item in enumerate(items):
         rows_of.setdefault(item.images[0], []).append(row)
-    found: list[list[float]] = [[] for _ in items]
+    item_scores: list[list[float]] = [[] for _ in items]
     bar = StatusBar(way, len(rows_of), Console(stderr=True))
     for done, (image, rows) in enumerate(rows_of.items()):
         bar.show(done, f"{done:,} of {len(rows_of):,} images")
@@ -71,6 +71,6 @@ def pair_scores(model: "PretrainedMaskVLM", items: Sequence["SuiteItem"], way: s
         texts = list(dict.fromkeys(text for row in rows for text in items[row].texts))
         scores = dict(zip(texts, _SCORERS[way](model, open_image(image), texts), strict=True))
         for row in rows:
-            found[row] = [scores[text] for text in items[row].texts]
+            item_scores[row] = [scores[text] for text in items[row].texts]
     bar.close()
-    return found
+    return item_scores

@@ -18,7 +18,7 @@ LAYOUT = "SugarCrepe"
 class SugarCrepe(Suite):
     """Seven files, one for each way in which the false caption was made."""
 
-    told = "which of two captions that differ in an object, an attribute or a relation is true"
+    question = "which of two captions that differ in an object, an attribute or a relation is true"
     licence = "MIT; the images are of COCO val2017, under the licences of their Flickr owners"
     traps = (
         "The false captions were written by a language model and filtered so that two text models see no difference; "

@@ -70,14 +70,14 @@ class Suite(ABC):
     Its constructor's arguments are its options: `add_options` says them to the command line under the same names.
 
     Attributes:
-        told: what it asks, in a line.
+        question: what it asks, in a line.
         licence: of its files and images, as far as known.
         traps: what its figures do not say, one line each.
         ways: how the model can be asked (see `scores.WAYS`), the usual first.
         whole: every item is needed, since they are ranked among each other: no subset, and no item without its image.
     """
 
-    told: ClassVar[str]
+    question: ClassVar[str]
     licence: ClassVar[str]
     traps: ClassVar[tuple[str, ...]]
     ways: ClassVar[tuple[str, ...]] = WAYS
@@ -153,11 +153,11 @@ class ItemRows:
 
     def file(self, *names: str) -> Path:
         """The first of these files that is there. Raises UserError (66): none is; (77): it is a link that leads out."""
-        found = find_file(self.path, *names)
-        if found is None:
+        path = find_file(self.path, *names)
+        if path is None:
             raise no_files(self.path, *names)
-        self.files.append(found)
-        return found
+        self.files.append(path)
+        return path
 
     def json_file(self, *names: str) -> tuple[Path, Any]:
         """The first of these files that is there, and its content. Raises UserError as `file` and `load_json`."""
@@ -183,10 +183,10 @@ class ItemRows:
         return path
 
 
-def plain_text(given: object, key: str, where: str) -> str:
+def plain_text(value: object, key: str, where: str) -> str:
     """A text of a file, cleaned as captions are in training. Raises UserError where there is no word in it."""
-    text = clean_caption(given)[0] if isinstance(given, str) else ""
+    text = clean_caption(value)[0] if isinstance(value, str) else ""
     if not text:
-        what = f"'{key}' is no text" if not isinstance(given, str) else f"'{key}' holds no word"
+        what = f"'{key}' is no text" if not isinstance(value, str) else f"'{key}' holds no word"
         raise UserError(where, what, "Mend or remove the row", ExitCode.BAD_DATA)
     return text

@@ -26,7 +26,7 @@ class Vsr(Suite):
         split: kind and part of the split, `zeroshot/test` or `random/test`.
     """
 
-    told = "whether a sentence about how two things stand to each other is true of the image"
+    question = "whether a sentence about how two things stand to each other is true of the image"
     licence = "Apache-2.0; the images are of COCO train2017 and val2017, under the licences of their Flickr owners"
     ways = ("match", "contrast")
     traps = (
@@ -81,17 +81,17 @@ class Vsr(Suite):
         ]
         images = [item.images[0] for item in items]
         majority = 100 * max(map(len, sides)) / len(items)
-        found = [percent_right("accuracy", right, majority, images), area]
+        figures = [percent_right("accuracy", right, majority, images), area]
         called = [each[0] > 0.5 for each in scores]
-        found.append(SuiteMetric("called true", 100 * sum(called) / len(called), None, len(items)))
+        figures.append(SuiteMetric("called true", 100 * sum(called) / len(called), None, len(items)))
         for relation, count in Counter(item.kind for item in items).most_common():
             if count >= ENOUGH:
                 rows = [row for row, item in enumerate(items) if item.kind == relation]
                 true = sum(items[row].truth for row in rows)
                 chance = 100 * max(true, count - true) / count
                 name = f"accuracy, {relation}"
-                found.append(percent_right(name, [right[row] for row in rows], chance, [images[row] for row in rows]))
-        return found
+                figures.append(percent_right(name, [right[row] for row in rows], chance, [images[row] for row in rows]))
+        return figures
 
 
 def _place(where: str) -> tuple[Path, int]:

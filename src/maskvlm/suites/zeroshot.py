@@ -36,7 +36,7 @@ class Zeroshot(Suite):
         names: a JSON file of folder -> name of its class, where the folders' own are none (`n01440764`).
     """
 
-    told = "which of the classes an image shows, told by their names alone"
+    question = "which of the classes an image shows, told by their names alone"
     licence = "that of the images that you name"
     ways = ("contrast", "match")
     traps = (
@@ -110,18 +110,20 @@ class Zeroshot(Suite):
         # How many other classes are not below the true one: a tie, or what is no number, counts against the model.
         before = ((~(score_BK < score_BK.gather(1, truth_B1))).sum(1) - 1).tolist()
         groups = [item.images[0] for item in items]
-        found = [percent_right("top-1", [place < 1 for place in before], 100 / classes, groups)]
+        figures = [percent_right("top-1", [place < 1 for place in before], 100 / classes, groups)]
         if classes > 5:
-            found.append(percent_right("top-5", [place < 5 for place in before], 500 / classes, groups))
+            figures.append(percent_right("top-5", [place < 5 for place in before], 500 / classes, groups))
         of_class: dict[str, list[bool]] = {}
         for item, place in zip(items, before, strict=True):
             of_class.setdefault(item.kind, []).append(place < 1)
         shares = {name: 100 * sum(right) / len(right) for name, right in of_class.items()}
-        found.append(SuiteMetric("mean per class", sum(shares.values()) / len(shares), 100 / classes, len(items)))
+        figures.append(SuiteMetric("mean per class", sum(shares.values()) / len(shares), 100 / classes, len(items)))
         largest = max(of_class.values(), key=len)
-        found.append(SuiteMetric("always the largest class", 100 * len(largest) / len(items), None, len(items)))
-        found += [SuiteMetric(f"  {name}", share, None, len(of_class[name])) for name, share in sorted(shares.items())]
-        return found
+        figures.append(SuiteMetric("always the largest class", 100 * len(largest) / len(items), None, len(items)))
+        figures += [
+            SuiteMetric(f"  {name}", share, None, len(of_class[name])) for name, share in sorted(shares.items())
+        ]
+        return figures
 
 
 def _names(file: Path) -> dict[str, str]:

@@ -35,8 +35,8 @@ def failures(folder: Path) -> Failures:
     """The failures that the side file of a run tells; none where it is missing or damaged."""
     try:
         with (folder / NAME).open("rb") as file:
-            said = json.loads(file.read(SIZE))
-        before, times, step = said["failed_in"], said["times"], said["step"]
+            record = json.loads(file.read(SIZE))
+        before, times, step = record["failed_in"], record["times"], record["step"]
         if not all(value is None or type(value) is int for value in (before, times, step)):
             return Failures()
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -59,12 +59,12 @@ def check_attempts(folder: Path) -> Failures:
     Raises:
         UserError: it died too often in the same step (77).
     """
-    found = failures(folder)
-    if found.times >= MOST:
-        what = f"the run died {found.times} times in step {found.step}"
+    past = failures(folder)
+    if past.times >= MOST:
+        what = f"the run died {past.times} times in step {past.step}"
         todo = f"Look for the cause (crash.txt, the job's output), then delete {folder / NAME} to try again"
         raise UserError(folder, what, todo, ExitCode.REFUSED)
-    return found
+    return past
 
 
 class Attempt:

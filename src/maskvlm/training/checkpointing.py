@@ -314,7 +314,7 @@ def check_finite(trainer: L.Trainer, folder: Path) -> None:
     own = [own_part(value.detach()) for _, value in named]
     # Where weights are sharded each process sees its own part: 1 where all of all processes is finite. Whole weights
     # are the same in all, and after a run Lightning has moved them to the processor, where NCCL exchanges nothing.
-    of_all = shared_count if any(is_sharded(value) for _, value in named) else lambda found_N: found_N
+    of_all = shared_count if any(is_sharded(value) for _, value in named) else lambda flag_N: flag_N
     # A sum is finite only where every value is; it costs a seventh of looking at each (`isfinite`) on a CPU.
     sums_N = torch.stack([value.sum(dtype=torch.float32) for value in own])
     if bool((of_all(sums_N.isfinite().float()) == 1).all()):  # one look at the device, however many tensors

@@ -80,9 +80,9 @@ class Writer(ExperimentWriter):
 
     def forget(self, step: int, unmeasured: bool, ended: bool) -> None:
         """See `RunLog.forget`."""
-        kept = [row for row in self.rows if _keeps(row, step, unmeasured, ended)]
-        if len(kept) < len(self.rows):
-            self.rows = kept
+        rows = [row for row in self.rows if _keeps(row, step, unmeasured, ended)]
+        if len(rows) < len(self.rows):
+            self.rows = rows
             self._rewrite()
 
     def _rewrite(self) -> None:

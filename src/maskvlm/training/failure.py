@@ -63,20 +63,20 @@ def user_line(error: BaseException) -> ErrorLine | None:
     if lost := _worker_lost(error):
         return ErrorLine(_one_line(str(lost)), lost.code)
     cause: BaseException | None = error
-    seen = set[int]()
+    seen_ids = set[int]()
     # An error can be raised from itself, by any library.
-    while cause is not None and id(cause) not in seen:
+    while cause is not None and id(cause) not in seen_ids:
         if isinstance(cause, UserError):
             return ErrorLine(_one_line(str(cause)), cause.code)
-        seen.add(id(cause))
+        seen_ids.add(id(cause))
         cause = cause.__cause__
     name, text = type(error).__name__, _one_line(str(error))
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return ErrorLine(
             f"{_one_line(str(error.filename))[:60]}...: the name is too long. Give another.", ExitCode.USAGE
         )
-    if isinstance(error, OSError) and (told := cannot_write(error)):
-        return ErrorLine(_one_line(str(told)), told.code)
+    if isinstance(error, OSError) and (write_error := cannot_write(error)):
+        return ErrorLine(_one_line(str(write_error)), write_error.code)
     if missing := _missing_package(error):
         return missing
     # By name: neither Lightning nor torch is imported for a command that needs none.
@@ -102,12 +102,12 @@ def _from_worker(text: str) -> ErrorLine | None:
     for kind in (UserError, *_all_subclasses(UserError)):
         name = rf"{re.escape(kind.__module__)}\.{kind.__qualname__}"
         # A name of a stranger's in it may have several lines, and what moves the cursor.
-        found = re.split(rf"^{name}: ", text, flags=re.MULTILINE)
-        if len(found) > 1:
-            said, *status = re.split(r"^exit status (\d+)$", found[-1], flags=re.MULTILINE)
+        parts = re.split(rf"^{name}: ", text, flags=re.MULTILINE)
+        if len(parts) > 1:
+            message, *status = re.split(r"^exit status (\d+)$", parts[-1], flags=re.MULTILINE)
             if not status:  # other text may follow
-                return ErrorLine(_one_line(said.partition("\n")[0]), ExitCode.BAD_DATA)
-            return ErrorLine(_one_line(said), ExitCode(int(status[-2])))
+                return ErrorLine(_one_line(message.partition("\n")[0]), ExitCode.BAD_DATA)
+            return ErrorLine(_one_line(message), ExitCode(int(status[-2])))
     return None
 
 
@@ -165,12 +165,12 @@ def _of_others(error: BaseException) -> str:
     # This project, its tasks, Python and what is installed. The deepest frame outside of them counts.
     ours = Path(__file__).resolve().parents[1]
     mine = [ours, ours.parents[1] / "tasks", Path(sys.prefix), Path(sys.base_prefix)]
-    found = ""
+    place = ""
     for frame in traceback.extract_tb(error.__traceback__):
         file = Path(frame.filename).resolve()
         if file.is_file() and not any(file.is_relative_to(folder) for folder in mine):
-            found = f"{frame.filename}:{frame.lineno}"
-    return found
+            place = f"{frame.filename}:{frame.lineno}"
+    return place
 
 
 def process_rank() -> int:

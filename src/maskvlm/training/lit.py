@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from maskvlm.checkpoint.model_spec import backbone_yaml, spec_of_modules, task_yaml
 from maskvlm.checkpoint.provenance import Origin, Provenance
-from maskvlm.checkpoint.warm_start import Seen, training_history_of
+from maskvlm.checkpoint.warm_start import LineageEntry, training_history_of
 from maskvlm.data.batch import Batch, Source
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.module import PairData
@@ -59,9 +59,9 @@ def check_source(task: Task, data: PairData) -> None:
         UserError: pairs for a task of examples, or examples for one of pairs.
     """
     kinds = {Source: "pairs of images and captions", ExampleSource: "examples of a downstream task"}
-    read, given = task.source_kind, next((kind for kind in kinds if isinstance(data.source, kind)), None)
-    if read is not None and given is not None and given != read:
-        what = f"{type(data.source).__name__} gives {kinds[given]}, {type(task).__name__} reads {kinds[read]}"
+    read_kind, given_kind = task.source_kind, next((kind for kind in kinds if isinstance(data.source, kind)), None)
+    if read_kind is not None and given_kind is not None and given_kind != read_kind:
+        what = f"{type(data.source).__name__} gives {kinds[given_kind]}, {type(task).__name__} reads {kinds[read_kind]}"
         raise UserError("data.source", what, "Choose data of the task")
 
 
@@ -148,8 +148,8 @@ class LitModel(L.LightningModule):
         self.metrics: dict[str, float] = {}
         self.model_yaml: str | None = None
         self.task_yaml: str | None = None
-        self._seen: Seen | None = None
-        self._loaded: tuple[Seen, ...] | None = None
+        self._entry: LineageEntry | None = None
+        self._loaded: tuple[LineageEntry, ...] | None = None
         self.trained = False
         self.measured_step: int | None = None  # of the checkpoint that is measured; None: the weights of this run
         self.guard: StepJudge | None = None
@@ -158,6 +158,7 @@ class LitModel(L.LightningModule):
         self.has_gradient: dict[str, bool] = {}  # of each term, when it first came
         # The heads must exist before those of a checkpoint are taken over.
         new = task.build_once(backbone)
+        self.counts_words = new  # whether heads are still to be told how often each token comes
         if chunk is not None:
             task.compute_in_chunks(chunk)
         self.warm_started = self._warm_start() if new else set(task.state_dict())
@@ -212,9 +213,10 @@ class LitModel(L.LightningModule):
         if tokenizer is not None:
             self.backbone.text.set_tokenizer(tokenizer)
         if stage == "fit":
-            if self.backbone.origin is None:
-                # A warm start takes the checkpoint's token head; counts would overwrite its bias.
+            if self.counts_words:
+                # Once: a second training would overwrite what the first one made of it.
                 self.task.use_token_counts(self.data.token_counts)
+                self.counts_words = False
             if self.backbone.image.feature_cache is not None:
                 self._open_feature_cache()
 
@@ -256,13 +258,16 @@ class LitModel(L.LightningModule):
         rows = len(train) * getattr(self.task, "images_per_example", 1)  # an example of NLVR has two
         image = self.backbone.image
         # What features depend on beside the frozen weights, which the cache adds itself.
-        follows = (train.fingerprint, image.name, image.config, image.image_size, image.mean, image.std)
+        # The fingerprint of examples is of their texts, and names images: their files may be others by now.
+        photos = getattr(train, "image_identity", "")
+        follows = (train.fingerprint, photos, image.name, image.config, image.image_size, image.mean, image.std)
         image.frozen_blocks.open_cache(repr((*follows, str(self.trainer.precision))), rows)
 
     def on_validation_start(self) -> None:
         """Measuring needs every head; a training may begin without, and a checkpoint that was loaded brings all."""
         if not self.trained and self._loaded is None and self.backbone.origin is not None:
             self._check_heads(self.backbone.origin.path)
+        self.task.begin_evaluation()
         gather_weights(self)
 
     def on_validation_end(self) -> None:
@@ -362,8 +367,8 @@ class LitModel(L.LightningModule):
     @torch.compiler.set_stance("force_eager")
     def on_validation_epoch_end(self) -> None:
         with self.trainer.precision_plugin.val_step_context():  # Lightning opens it for steps alone
-            found = self.task.compute(self.backbone)
-        self.metrics = checked_metrics(self.task, found, self.trainer.state.fn == TrainerFn.FITTING)
+            metrics = self.task.compute(self.backbone)
+        self.metrics = checked_metrics(self.task, metrics, self.trainer.state.fn == TrainerFn.FITTING)
         # Every process has the numbers of all: nothing is left to average.
         self.log_dict(self.metrics, sync_dist=False)
 
@@ -395,7 +400,7 @@ class LitModel(L.LightningModule):
             checkpoint["task"] = self.task_yaml
         if getattr(self.task, "labels", None) is not None:
             checkpoint["labels"] = [str(label) for label in self.task.labels]  # type: ignore[union-attr]
-        checkpoint["lineage"] = [seen.plain() for seen in self.history]
+        checkpoint["lineage"] = [entry.plain() for entry in self.history]
         if self.known_images is not None:
             checkpoint["known_images"] = self.known_images
         if state := self.task.resume_state():
@@ -407,35 +412,35 @@ class LitModel(L.LightningModule):
         return getattr(getattr(self.task, "measure", None), "known_images", None)
 
     @property
-    def history_before(self) -> tuple[Seen, ...]:
+    def history_before(self) -> tuple[LineageEntry, ...]:
         """The data that the weights had seen before this run; where it trains nothing, what a checkpoint tells."""
         if self._loaded is not None:
             return self._loaded
         return self.backbone.origin.history if self.backbone.origin else ()
 
     @property
-    def history(self) -> tuple[Seen, ...]:
+    def history(self) -> tuple[LineageEntry, ...]:
         """The data that the weights have seen by now."""
         learned = self.trained and self.trainer.global_step > 0
-        return (*self.history_before, self._seen_here()) if learned else self.history_before
+        return (*self.history_before, self._own_entry()) if learned else self.history_before
 
-    def _seen_here(self) -> Seen:
+    def _own_entry(self) -> LineageEntry:
         """This run's training data; its ids are hashed once."""
-        if self._seen is None:
+        if self._entry is None:
             kind, source = type(self.task), type(self.data.source)
             ids = self.data.hashed_image_ids("train")
             images = len(self.data.splits["train"]) if ids is None else len(ids)
             task, data = class_path(kind), class_path(source)
             sha, held_out = self.data.splits["train"].fingerprint, self.data.left_out()
-            self._seen = Seen(task, data, sha, images, 0, ids, held_out)
-        return self._seen._replace(steps=self.trainer.global_step)
+            self._entry = LineageEntry(task, data, sha, images, 0, ids, held_out)
+        return self._entry._replace(steps=self.trainer.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What Lightning restores after this is held against the run before any of it is. Raises UserError (65)."""
         if self.trained and self.trainer.state.fn == TrainerFn.FITTING:
-            made = self.configure_optimizers()
-            optimizer: Any = made["optimizer"]
-            scheduler: Any = made["lr_scheduler"]["scheduler"]  # type: ignore[index]
+            optimizer_config = self.configure_optimizers()
+            optimizer: Any = optimizer_config["optimizer"]
+            scheduler: Any = optimizer_config["lr_scheduler"]["scheduler"]  # type: ignore[index]
             check_resumable(checkpoint, self.trainer, optimizer, scheduler)
             keep_settings(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], optimizer, scheduler)
             if "task_state" in checkpoint:
@@ -448,7 +453,7 @@ class LitModel(L.LightningModule):
         measure = getattr(self.task, "measure", None)
         if measure is not None and checkpoint.get("known_images") is not None:
             measure.known_images = checkpoint["known_images"]  # until the next evaluation
-        told = training_history_of(checkpoint)
-        if self.trained and told and told[-1][:3] == self._seen_here()[:3]:
-            told = told[:-1]  # a run that goes on states its own part anew
-        self._loaded = told
+        history = training_history_of(checkpoint)
+        if self.trained and history and history[-1][:3] == self._own_entry()[:3]:
+            history = history[:-1]  # a run that goes on states its own part anew
+        self._loaded = history

@@ -280,8 +280,8 @@ class MemoryEstimate(NamedTuple):
         return self.needed <= SHARE * self.card
 
     def __str__(self) -> str:
-        told = f"a step of {self.pairs:,} pairs needs about {self.needed / GIB:.1f} GiB (simulated), the card has"
-        return f"{told} {self.card / GIB:.1f}"
+        sentence = f"a step of {self.pairs:,} pairs needs about {self.needed / GIB:.1f} GiB (simulated), the card has"
+        return f"{sentence} {self.card / GIB:.1f}"
 
     @property
     def todo(self) -> str:
@@ -316,10 +316,10 @@ def estimate_memory(
     """
     more = simulation.gradient_bytes if several else 0
     needed = simulation.memory(pairs, chunk) + more
-    found = MemoryEstimate(pairs, needed, simulation.state_bytes + more, card)
-    if found.fits:
-        return found
+    estimate = MemoryEstimate(pairs, needed, simulation.state_bytes + more, card)
+    if estimate.fits:
+        return estimate
     try:
-        return found._replace(chunk=simulation.largest_chunk(pairs, SHARE * card - more))
+        return estimate._replace(chunk=simulation.largest_chunk(pairs, SHARE * card - more))
     except UserError:  # the task, or one of its losses, does not compute in chunks
-        return found
+        return estimate

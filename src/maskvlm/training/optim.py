@@ -84,10 +84,10 @@ def blocks_above(encoder: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
     names = [(f".{name}", parameter) for name, parameter in encoder.named_parameters() if "adapter." not in name]
     # Names come in the order in which the model was built: what stands before the first block lies below all of them.
     first = next((at for at, (name, _) in enumerate(names) if BLOCK.search(name)), len(names))
-    depth = 1 + max((int(found[1]) for name, _ in names if (found := BLOCK.search(name))), default=-1)
+    depth = 1 + max((int(match[1]) for name, _ in names if (match := BLOCK.search(name))), default=-1)
     for at, (name, parameter) in enumerate(names):
-        found = BLOCK.search(name)
-        yield parameter, depth - 1 - int(found[1]) if found else depth if at < first else 0
+        match = BLOCK.search(name)
+        yield parameter, depth - 1 - int(match[1]) if match else depth if at < first else 0
 
 
 def build_adamw(groups: list[dict[str, Any]], betas: tuple[float, float], fused: bool) -> AdamW:

@@ -83,12 +83,13 @@ class Peers:
         self.folder, self.token, self.rank, self.world = folder, token, rank, world
         self.silent, self.still = silent, still
         self.beats, self.place, self.at = 0, (0, 0), "starting"
-        self.seen: dict[
+        self.records: dict[
             int, tuple[PeerRecord, int, int]
         ] = {}  # rank -> its record, looks since it beat, and since it moved
         self.writes = True
         self.lock = threading.Lock()
-        self.leaving, self.left = threading.Event(), threading.Event()  # the main thread knows why it ends; it has said
+        self.leaving = threading.Event()  # the main thread knows why it ends
+        self.has_left = threading.Event()  # it has said
         self.verdict: LostProcess | None = None
         folder.joinpath(FOLDER).mkdir(parents=True, exist_ok=True)
 
@@ -105,7 +106,7 @@ class Peers:
     def write(self, code: int | None = None, because: int | None = None, why: str = "") -> None:
         """Renew this process's record; in place and at once, so that a reader sees it whole."""
         with self.lock:
-            if self.left.is_set() and code is None:
+            if self.has_left.is_set() and code is None:
                 return  # this process has ended, or is about to: its last record stays
             self.beats += 1
             mine = (self.token, self.rank, socket.gethostname(), machine_id(), os.getpid(), self.beats)
@@ -162,26 +163,26 @@ class Peers:
         """
         for rank in ranks:
             record = self.read(rank)
-            before = self.seen.get(rank)
+            before = self.records.get(rank)
             if record is None:
-                self.seen.pop(rank, None)
+                self.records.pop(rank, None)
             elif before is None:
-                self.seen[rank] = (record, 0, 0)
+                self.records[rank] = (record, 0, 0)
             else:
                 was, silent, still = before
                 counts = int(self.writes)
                 silent = 0 if record.beat != was.beat else silent + counts
-                self.seen[rank] = (record, silent, 0 if record.place != was.place else still + counts)
+                self.records[rank] = (record, silent, 0 if record.place != was.place else still + counts)
 
     def judge(self, silent: float, still: float, every: float = BEAT) -> LostProcess | None:
         """Who of those looked at is lost, if any. silent, still: see `Peers`; every: seconds between two looks."""
-        found = [
-            found
-            for rank, (record, quiet, _) in self.seen.items()
-            if (found := self._one(record, quiet * every, silent))
+        verdicts = [
+            verdict
+            for rank, (record, quiet, _) in self.records.items()
+            if (verdict := self._one(record, quiet * every, silent))
         ]
-        found.sort(key=lambda each: each[0])
-        return found[0][1] if found else self._behind(still, every)
+        verdicts.sort(key=lambda each: each[0])
+        return verdicts[0][1] if verdicts else self._behind(still, every)
 
     def _one(self, record: PeerRecord, quiet: float, silent: float) -> tuple[int, LostProcess] | None:
         """Verdict on one process, the surest first."""
@@ -207,10 +208,10 @@ class Peers:
     def _behind(self, still: float, every: float) -> LostProcess | None:
         """A process that lives, and does not come to where others wait for it."""
         # Told only by who sees all: the one that is waited for may be the one without a record.
-        if len(self.seen) < self.world:
+        if len(self.records) < self.world:
             return None
-        first = min(self.seen.values(), key=lambda each: each[0].place)
-        ahead = max(each[0].place for each in self.seen.values())
+        first = min(self.records.values(), key=lambda each: each[0].place)
+        ahead = max(each[0].place for each in self.records.values())
         if first[0].place == ahead or first[2] * every < still:
             return None
         what = f"stands still {first[0].at}, and others wait for it"
@@ -232,7 +233,7 @@ class Peers:
         # A connection breaks where a process is gone, and times out where one stands still.
         still = AFTER_A_BREAK if timed_out else math.inf
         # The watch has counted looks of another interval.
-        self.seen = {}
+        self.records = {}
         while True:
             self.look(self.everyone())
             if lost := self.judge(AFTER_A_BREAK, still, every):
@@ -288,11 +289,11 @@ def blamed(error: BaseException) -> LostProcess | None:
         return error if isinstance(error, LostProcess) else None
     # The watch must not end the process while its main thread finds out why.
     CURRENT[0].leaving.set()
-    said = f"{type(error).__name__} {error}"
+    message = f"{type(error).__name__} {error}"
     # A data worker that is late is no other process of the run.
-    if not isinstance(error, RuntimeError) or "DataLoader" in said or not BROKEN.search(said):
+    if not isinstance(error, RuntimeError) or "DataLoader" in message or not BROKEN.search(message):
         return None
-    CURRENT[0].verdict = CURRENT[0].blame(bool(re.search("timed out|timeout", said.lower())))
+    CURRENT[0].verdict = CURRENT[0].blame(bool(re.search("timed out|timeout", message.lower())))
     return CURRENT[0].verdict
 
 
@@ -303,7 +304,7 @@ def leave(code: int) -> None:
     peers = CURRENT.pop()
     peers.leaving.set()
     # From now on the watch writes nothing over the last record.
-    peers.left.set()
+    peers.has_left.set()
     if code in WELL:
         peers.remove()
         return

@@ -43,7 +43,7 @@ class Watcher(threading.Thread):
         self.ranks = own.everyone() if own.rank == 0 else range(1)
 
     def run(self) -> None:
-        while not self.own.left.wait(BEAT):
+        while not self.own.has_left.wait(BEAT):
             self.own.write()
             if self.own.leaving.is_set():
                 continue  # the main thread is about to say why; it lives as long as that takes
@@ -125,7 +125,7 @@ def watch(trainer: L.Trainer, folder: Path, silent: float | None) -> None:
             with new_store():
                 meet()
         except RuntimeError as error:
-            raise port_taken(error) or error from None
+            raise port_error(error) or error from None
         finally:
             meeting.set()
         # Once: a trainer that has trained may measure afterwards, and meets again.
@@ -183,7 +183,7 @@ def wait_for_others(folder: Path, met: threading.Event) -> None:
             os._exit(report(lost, folder))
 
 
-def port_taken(error: Exception) -> UserError | None:
+def port_error(error: Exception) -> UserError | None:
     """One line (69) where another program has the port at which the processes were to meet."""
     if "EADDRINUSE" not in str(error):
         return None

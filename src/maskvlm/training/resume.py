@@ -59,12 +59,12 @@ def newest_of(folder: Path, composed: str, warn: Callable[[str], Any]) -> str | 
         return None
     # Asked first: to verify a large checkpoint takes seconds.
     failed = check_attempts(folder)
-    found = newest_valid(folder, warn)
+    newest = newest_valid(folder, warn)
     # The newest checkpoint itself may be what every attempt dies of.
-    if failed.times >= BEFORE and found is not None and found.name == LAST and whole(folder / PREVIOUS):
-        found = folder / PREVIOUS
+    if failed.times >= BEFORE and newest is not None and newest.name == LAST and whole(folder / PREVIOUS):
+        newest = folder / PREVIOUS
         warn(f"{folder}: died {failed.times} times in step {failed.step}; going on from {PREVIOUS}, the one before")
-    return None if found is None else str(found)
+    return None if newest is None else str(newest)
 
 
 def may_go_on(folder: Path, composed: str) -> bool:
@@ -161,8 +161,8 @@ def _is_new(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
     if known or path is None or not same:
         return False
     module, _, kind = path.rpartition(".")
-    found = getattr(sys.modules.get(module), kind, None)  # what a command names is imported by now
-    parameter = inspect.signature(found).parameters.get(name) if inspect.isclass(found) else None
+    owner = getattr(sys.modules.get(module), kind, None)  # what a command names is imported by now
+    parameter = inspect.signature(owner).parameters.get(name) if inspect.isclass(owner) else None
     default = parameter.default if parameter is not None else inspect.Parameter.empty
     # YAML has no tuples.
     leaves = dict(_leaves(list(default) if isinstance(default, tuple) else default, name))

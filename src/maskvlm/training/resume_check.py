@@ -11,7 +11,7 @@ import lightning as L
 from torch import Tensor
 from torch.optim import Optimizer
 
-from maskvlm.config.plain_schema import shown
+from maskvlm.config.plain_schema import describe_value
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -50,36 +50,40 @@ def check_resumable(content: Mapping[str, Any], trainer: L.Trainer, optimizer: O
     check_optimizer(content.get("optimizer_states"), optimizer, where)
 
 
-def check_like(wanted: Any, found: Any, where: str) -> None:
-    """Raise UserError (65) unless `found` has every key of `wanted`, and each value the type that it has there."""
+def check_like(wanted: Any, actual: Any, where: str) -> None:
+    """Raise UserError (65) unless `actual` has every key of `wanted`, and each value the type that it has there."""
     if isinstance(wanted, dict):
-        if not isinstance(found, dict):
-            raise _unfit(where, "", f"expected a mapping, found {shown(found)}")
+        if not isinstance(actual, dict):
+            raise _unfit(where, "", f"expected a mapping, found {describe_value(actual)}")
         for key, part in wanted.items():
-            if key not in found and key in LATER:
+            if key not in actual and key in LATER:
                 continue
-            if key not in found:
+            if key not in actual:
                 raise _unfit(where, str(key), "is missing")
-            check_like(part, found[key], f"{where}.{key}")
+            check_like(part, actual[key], f"{where}.{key}")
     elif isinstance(wanted, list | tuple):
         # One that is empty now says nothing of its length.
-        if type(found) is not type(wanted) or (wanted and len(found) != len(wanted)):
+        if type(actual) is not type(wanted) or (wanted and len(actual) != len(wanted)):
             kind = "tuple" if isinstance(wanted, tuple) else "list"
-            raise _unfit(where, "", f"expected a {kind} of {len(wanted)}, found {shown(found)}")
+            raise _unfit(where, "", f"expected a {kind} of {len(wanted)}, found {describe_value(actual)}")
         for number, part in enumerate(wanted):
-            check_like(part, found[number], f"{where}[{number}]")
+            check_like(part, actual[number], f"{where}[{number}]")
     elif isinstance(wanted, bool | int | str):
         # `type`, as True is an int. A count is not negative, unless the run's own is.
-        if type(found) is not type(wanted) or (type(found) is int and found < min(0, int(wanted))):
-            raise _unfit(where, "", f"expected a value such as {shown(wanted)}, found {shown(found)}")
-    elif isinstance(wanted, float) and type(found) not in (int, float):
-        raise _unfit(where, "", f"expected a number, found {shown(found)}")
+        if type(actual) is not type(wanted) or (type(actual) is int and actual < min(0, int(wanted))):
+            raise _unfit(
+                where, "", f"expected a value such as {describe_value(wanted)}, found {describe_value(actual)}"
+            )
+    elif isinstance(wanted, float) and type(actual) not in (int, float):
+        raise _unfit(where, "", f"expected a number, found {describe_value(actual)}")
 
 
 def check_optimizer(states: Any, optimizer: Optimizer, where: str) -> None:
     """Raise UserError (65) unless the one state fits the optimiser's parameters, group by group and shape by shape."""
     if not isinstance(states, list) or len(states) != 1 or not isinstance(states[0], dict):
-        raise _unfit(f"{where}: optimizer_states", "", f"expected the state of one optimiser, found {shown(states)}")
+        raise _unfit(
+            f"{where}: optimizer_states", "", f"expected the state of one optimiser, found {describe_value(states)}"
+        )
     groups, state = states[0].get("param_groups"), states[0].get("state")
     own = optimizer.state_dict()["param_groups"]
     place = f"{where}: optimizer_states[0]"
@@ -104,7 +108,7 @@ def restore(task: Task, state: Any, where: str) -> None:
     """Give a task what it kept beside weights. Raises UserError where that is not its own (65)."""
     known = isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values())
     if not known:
-        raise _unfit(where, "task_state", f"expected tensors by name, found {shown(state)}")
+        raise _unfit(where, "task_state", f"expected tensors by name, found {describe_value(state)}")
     try:
         task.load_resume_state(state)
     except ValueError as error:
@@ -122,9 +126,9 @@ def _any_number(state: Any) -> Any:
 
 
 def _size(value: Any) -> str:
-    return f"one of {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+    return f"one of {list(value.shape)}" if isinstance(value, Tensor) else describe_value(value)
 
 
 def _unfit(where: str, key: str, what: str) -> UserError:
-    told = f"{key} {what}" if key else what
-    return UserError(where, f"holds no state of a run that can go on ({told})", TODO, ExitCode.BAD_DATA)
+    problem = f"{key} {what}" if key else what
+    return UserError(where, f"holds no state of a run that can go on ({problem})", TODO, ExitCode.BAD_DATA)

@@ -95,10 +95,10 @@ def write_text(path: Path, text: str) -> None:
         with whole_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        told = cannot_write(error, path)
-        if told is None:
+        user_error = cannot_write(error, path)
+        if user_error is None:
             raise
-        raise told from error
+        raise user_error from error
 
 
 def versions() -> dict[str, Any]:
@@ -120,9 +120,9 @@ def earlier(folder: Path) -> dict[str, Any]:
     before = read_json(folder / "versions.json")
     if "processes" not in before:  # a run that begins has only claimed the folder
         return {}
-    kept = {key: before[key] for key in ("command", "commit", "machine", "started", "processes") if key in before}
+    facts = {key: before[key] for key in ("command", "commit", "machine", "started", "processes") if key in before}
     parts = before.get("earlier")
-    return {"earlier": [*(parts if isinstance(parts, list) else []), kept]}
+    return {"earlier": [*(parts if isinstance(parts, list) else []), facts]}
 
 
 def machine() -> dict[str, Any]:
@@ -214,13 +214,13 @@ class RunRecord(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, pl_module)
-        self._left_out(trainer, "val")
+        self._report_left_out(trainer, "val")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, pl_module)
-        self._left_out(trainer, "test")
+        self._report_left_out(trainer, "test")
 
-    def _left_out(self, trainer: L.Trainer, split: str) -> None:
+    def _report_left_out(self, trainer: L.Trainer, split: str) -> None:
         """After an evaluation alone, of the split that was measured; a training has said it of all its splits."""
         rows = getattr(getattr(trainer, "datamodule", None), "splits", {}).get(split)
         trial = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -317,8 +317,8 @@ def write_bad_samples(trainer: L.Trainer) -> Path:
 def report_skipped(path: Path, of: str, counts: Mapping[str, int], listed: dict[str, Any]) -> None:
     """One line on the standard output, and which samples they are in `path`."""
     write_json(path, listed)
-    told = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
-    print(f"samples skipped or mended ({of}): {told}; listed in {path}", flush=True)
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
+    print(f"samples skipped or mended ({of}): {reasons}; listed in {path}", flush=True)
 
 
 def folder_of(trainer: L.Trainer) -> Path:

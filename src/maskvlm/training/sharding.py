@@ -171,16 +171,16 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state: dict[str, Any] = super(ModelParallelStrategy, self).optimizer_state(optimizer)
-        return {**state, "state": {number: self._on_first(kept) for number, kept in state["state"].items()}}
+        return {**state, "state": {number: self._on_first(moments) for number, moments in state["state"].items()}}
 
     def _on_first(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Whole tensors, in the memory of the first process's host; one by one, as a device may not hold all."""
-        found = {}
+        whole_tensors = {}
         for name, value in tensors.items():
             value = unsharded(value)
             if self.is_global_zero:
-                found[name] = value.cpu()
-        return found
+                whole_tensors[name] = value.cpu()
+        return whole_tensors
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         super(ModelParallelStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)

@@ -234,19 +234,19 @@ class StepGuard(Callback):
         trainer = self.trainer
         assert trainer is not None
         healthy = f", healthy up to {limit:.3g}" if reason == REASONS[SPIKE] else ""
-        told = f"{reason} ({loss:.3g}{healthy}{f'; {blamed}' if blamed else ''})"
+        description = f"{reason} ({loss:.3g}{healthy}{f'; {blamed}' if blamed else ''})"
         # A collective: all processes read this verdict at the same time.
         samples = [one for part in gather_objects(samples_of(trainer, verdict.rows)) for one in part]  # type: ignore[attr-defined]
         self.steps += 1
         listed = samples[: max(0, MOST_LISTED - self.listed)]
         self.listed += len(listed)
         if listed:
-            self.skipped.append({"step": verdict.step, "reason": told, "samples": listed})
+            self.skipped.append({"step": verdict.step, "reason": description, "samples": listed})
         # Now, not at the end of the run, which it may not reach.
         path = write_bad_samples(trainer)
         if trainer.is_global_zero:
-            told = f"step {verdict.step} skipped: {told}; {len(samples)} samples, listed in {path}"
-            print(f"warning: {told}", file=sys.stderr, flush=True)
+            message = f"step {verdict.step} skipped: {description}; {len(samples)} samples, listed in {path}"
+            print(f"warning: {message}", file=sys.stderr, flush=True)
         self._check_row(reason, verdict.step)
 
     def _check_row(self, reason: str, step: int) -> None:
@@ -285,7 +285,7 @@ def samples_of(trainer: L.Trainer, rows: list[tuple[Tensor, Tensor]]) -> list[di
     """Which samples these are: position in the training split, id of the image, origin. A streamed split has no rows
     by position: there the id is the hash that a batch holds, as 16 hex digits."""
     split = getattr(trainer.datamodule, "splits", {}).get("train")  # type: ignore[attr-defined]
-    found = []
+    samples = []
     for index_B, ids in rows:
         # [B] or [B, P] -> the first image of each. A hash is signed in a tensor and unsigned as hex digits.
         for index, hashed in zip(index_B.tolist(), ids.reshape(len(ids), -1)[:, 0].tolist(), strict=True):
@@ -293,5 +293,5 @@ def samples_of(trainer: L.Trainer, rows: list[tuple[Tensor, Tensor]]) -> list[di
             with suppress(Exception):  # the row itself may be what is wrong, or cannot be asked for
                 row = split[index] if split is not None else {}
             name = row.get("image_id") or ", ".join(row.get("image_ids", [])) or f"{hashed % 2**64:016x}"
-            found.append({"index": index, "image_id": str(name), "origin": str(row.get("origin", ""))})
-    return found
+            samples.append({"index": index, "image_id": str(name), "origin": str(row.get("origin", ""))})
+    return samples

@@ -61,14 +61,14 @@ class RowExchange:
         self.arrived_M = (slot_M >= 0) & (slot_M < self.slots)
         self.place_M = torch.where(self.arrived_M, peer_M * self.slots + slot_M, 0)
         # One slot more, for what does not arrive; slots that nothing takes ask for row 0.
-        asked = index_M.new_zeros(world * self.slots + 1)
-        asked = asked.scatter(0, torch.where(self.arrived_M, self.place_M, world * self.slots), index_M % own)
+        requests = index_M.new_zeros(world * self.slots + 1)
+        requests = requests.scatter(0, torch.where(self.arrived_M, self.place_M, world * self.slots), index_M % own)
         # What the others ask of this process, in rank order.
-        self.asked_of_us: Tensor = _Swap.apply(asked[:-1].contiguous())
+        self.peer_requests: Tensor = _Swap.apply(requests[:-1].contiguous())
 
     def __call__(self, rows_BLD: Tensor) -> Tensor:
         """The wanted rows of what every process holds in `rows_BLD`, [M, ...]; floats cross in autocast's type."""
-        sent = rows_BLD.index_select(0, self.asked_of_us)
+        sent = rows_BLD.index_select(0, self.peer_requests)
         kind, device = sent.dtype, sent.device.type
         if kind == torch.bool:
             sent = sent.to(torch.uint8)

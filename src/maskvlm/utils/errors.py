@@ -48,7 +48,7 @@ class Absent:
     second."""
 
     def __init__(self) -> None:
-        self.found: list[UserError] = []
+        self.errors: list[UserError] = []
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -58,15 +58,15 @@ class Absent:
         except UserError as error:
             if error.code != ExitCode.MISSING_INPUT:
                 raise
-            self.found.append(error)
+            self.errors.append(error)
 
     def check(self) -> None:
         """Raises UserError (66) where something was missing: the first in full, the others by name."""
-        if not self.found:
+        if not self.errors:
             return
-        first = self.found[0]
+        first = self.errors[0]
         # Each once, in the order of their finding.
-        others = dict.fromkeys(f"{error.where}: {error.what}" for error in self.found)
+        others = dict.fromkeys(f"{error.where}: {error.what}" for error in self.errors)
         del others[f"{first.where}: {first.what}"]
         # The line names nine more at most.
         more = f"; and {len(others) - 9} more" if len(others) > 9 else ""

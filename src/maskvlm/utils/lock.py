@@ -92,9 +92,9 @@ class RunLock:
         while locked is False and time.monotonic() < until and not _alive(holder_of(handle)):
             time.sleep(0.05)  # the holder has just been killed, or has not yet said who it is
             locked = flock(handle)
-        said = holder_of(handle)
+        holder = holder_of(handle)
         if locked is False:
-            raise taken(folder, said)
+            raise folder_in_use(folder, holder)
         try:
             if not os.path.samestat(os.fstat(handle), os.stat(folder / NAME)):
                 return False
@@ -103,12 +103,12 @@ class RunLock:
         # Second line: the statement. Of holders of this boot the kernel has judged, unless there are no locks;
         # all others are watched. A statement that was copied with its folder names the inode of another file.
         inode = os.fstat(handle).st_ino
-        if said is not None and said.inode == inode and (said.boot != boot() or locked is None):
-            if beats(folder / NAME, said):
-                raise taken(folder, said)
-            if read_holder(folder / NAME) != said:  # it has withdrawn meanwhile
+        if holder is not None and holder.inode == inode and (holder.boot != boot() or locked is None):
+            if beats(folder / NAME, holder):
+                raise folder_in_use(folder, holder)
+            if read_holder(folder / NAME) != holder:  # it has withdrawn meanwhile
                 return False
-            warn(f"{folder}: {who(said)} trained here and gave no sign of life for {WATCH:.0f} s: taken over")
+            warn(f"{folder}: {who(holder)} trained here and gave no sign of life for {WATCH:.0f} s: taken over")
         self.folder, self.handle, self.rival = folder, handle, None
         self.me = Holder(socket.gethostname()[:100], os.getpid(), boot(), inode)
         state(handle, self.me)
@@ -120,13 +120,13 @@ class RunLock:
     def _beat(self, end: threading.Event) -> None:
         while not end.wait(BEAT) and (me := self.me) is not None:
             try:
-                said = read_holder(self.folder / NAME)
+                holder = read_holder(self.folder / NAME)
                 # On a slow file system the lock may have been released meanwhile.
                 if end.is_set():
                     return
                 # All but the beat.
-                if said is not None and said[:4] != me[:4]:
-                    self.rival = said
+                if holder is not None and holder[:4] != me[:4]:
+                    self.rival = holder
                     return
                 self.me = me._replace(beat=me.beat + 1)
                 state(self.handle, self.me)
@@ -140,7 +140,7 @@ class RunLock:
             UserError: one did (73).
         """
         if self.rival is not None:
-            raise taken(self.folder, self.rival)
+            raise folder_in_use(self.folder, self.rival)
 
     def withdraw(self) -> None:
         """Let go of a folder in which nothing was begun, and remove the lock's file with it."""
@@ -194,8 +194,8 @@ def state(handle: int, holder: Holder) -> None:
 def holder_of(handle: int) -> Holder | None:
     """Who states to hold the lock; None where nobody does, or the file is damaged."""
     try:
-        said = json.loads(os.pread(handle, SIZE, 0))
-        holder = Holder(str(said["host"])[:100], int(said["pid"]), str(said["boot"]), said["inode"], said["beat"])
+        entry = json.loads(os.pread(handle, SIZE, 0))
+        holder = Holder(str(entry["host"])[:100], int(entry["pid"]), str(entry["boot"]), entry["inode"], entry["beat"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
     # `os.kill` takes 0 and negative numbers for groups of processes.
@@ -214,13 +214,13 @@ def read_holder(path: Path) -> Holder | None:
         os.close(handle)
 
 
-def beats(path: Path, said: Holder) -> bool:
+def beats(path: Path, holder: Holder) -> bool:
     """Whether the holder gives a sign of life while it is watched."""
     until = time.monotonic() + WATCH
     while time.monotonic() < until:
         time.sleep(BEAT / 5)
         now = read_holder(path)
-        if now != said:
+        if now != holder:
             return now is not None  # None: it has withdrawn its statement
     return False
 
@@ -252,7 +252,7 @@ def who(holder: Holder | None) -> str:
     return "another process" if holder is None else f"process {holder.pid} on {holder.host}"
 
 
-def taken(folder: Path, holder: Holder | None) -> UserError:
+def folder_in_use(folder: Path, holder: Holder | None) -> UserError:
     """The refusal."""
     named = "" if holder is None else f" ({who(holder)})"
     todo = "Wait for it, or choose another folder (--folder, or run=)"

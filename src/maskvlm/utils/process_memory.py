@@ -15,7 +15,7 @@ GLIBC_KEPT_BYTES = 32 * 2**20
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[bool]:
+def keep_freed_memory() -> Iterator[bool]:
     """Keep what is freed for the next tensor, instead of giving it back to the system; on leaving, give it back.
 
     The C library gives each large block back when it is freed. The next one of the same size is then new to the
@@ -32,11 +32,11 @@ def freed_memory_kept() -> Iterator[bool]:
     if mallopt is None:
         yield False
         return
-    told = mallopt(MMAP_THRESHOLD, KEPT_BYTES) or mallopt(MMAP_THRESHOLD, GLIBC_KEPT_BYTES)
+    applied = mallopt(MMAP_THRESHOLD, KEPT_BYTES) or mallopt(MMAP_THRESHOLD, GLIBC_KEPT_BYTES)
     # The free end of the heap is never cut off.
-    told = mallopt(TRIM_THRESHOLD, NO_LIMIT) and told
+    applied = mallopt(TRIM_THRESHOLD, NO_LIMIT) and applied
     try:
-        yield bool(told)
+        yield bool(applied)
     finally:
         mallopt(MMAP_THRESHOLD, GLIBC_KEPT_BYTES)
         mallopt(TRIM_THRESHOLD, 2 * GLIBC_KEPT_BYTES)

@@ -21,14 +21,14 @@ class StatusBar:
         name: what is done.
         total: what `done` reaches in the end; None where unknown.
         console: where it is drawn.
-        shown: False draws nothing on a terminal either.
+        visible: False draws nothing on a terminal either.
 
     Attributes:
         drawn: whether there is anything to see.
     """
 
-    def __init__(self, name: str, total: float | None, console: Console, shown: bool = True) -> None:
-        self.drawn = shown and console.is_terminal
+    def __init__(self, name: str, total: float | None, console: Console, visible: bool = True) -> None:
+        self.drawn = visible and console.is_terminal
         self._bar = [BarColumn(BAR)] if console.width >= NARROW else []
         self._progress = Progress(
             # Names may hold square brackets, which rich would take for styles.

@@ -17,19 +17,19 @@ REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, 
 BROKEN = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
 
 
-def cannot_write(error: OSError, where: object = None, kept: str = "") -> UserError | None:
+def cannot_write(error: OSError, where: object = None, note: str = "") -> UserError | None:
     """What to say of an output that could not be written.
 
     Args:
         error: of the system.
         where: the file; by default the one that the error names.
-        kept: what was saved from harm, as the end of the line.
+        note: what was saved from harm, as the end of the line.
 
     Returns:
         The error for the user (73: refused, 74: full or broken); None where the number is none of these.
     """
     named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "disk"
-    place, end = str(where or named), f"; {kept}" if kept else ""
+    place, end = str(where or named), f"; {note}" if note else ""
     if error.errno in FULL:
         return UserError(
             place, f"no space left: disk full ({error.strerror})", f"Free some space{end}", ExitCode.IO_ERROR
@@ -60,10 +60,10 @@ def writing(folder: object = None) -> Iterator[None]:
         yield
     except OSError as error:
         # A failed `open` names its file, a failed `write` none.
-        told = cannot_write(error, None if error.filename else folder)
-        if told is None:
+        user_error = cannot_write(error, None if error.filename else folder)
+        if user_error is None:
             raise
-        raise told from error
+        raise user_error from error
     finally:
         threading.excepthook = before
 

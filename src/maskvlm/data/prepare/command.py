@@ -31,37 +31,39 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     parser.add_argument("--columns", action="append", default=[], metavar="ROLE=COLUMN,...", help=", ".join(ROLES))
     parser.add_argument("--rows", type=int, default=ROWS, help="of a shard (%(default)s)")
     parser.add_argument("--look", action="store_true", help=f"only draw {LOOK}, prepare nothing")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     # 8: the smallest side of an image that is used
-    bounds = [("--side", given.side, 8, 10_000), ("--quality", given.quality, 1, 100)]
-    bounds += [("--workers", given.workers, 1, 1024), ("--rows", given.rows, 1, 1_000_000)]
+    bounds = [("--side", options.side, 8, 10_000), ("--quality", options.quality, 1, 100)]
+    bounds += [("--workers", options.workers, 1, 1024), ("--rows", options.rows, 1, 1_000_000)]
     for option, value, low, high in bounds:
         if not low <= value <= high:
             raise UserError(option, f"{value} is not from {low} to {high}", "Give another number")
-    root = Path(given.out or Path(os.environ.get("DATA_ROOT") or "data") / given.set).expanduser()
+    root = Path(options.out or Path(os.environ.get("DATA_ROOT") or "data") / options.set).expanduser()
     # all names are checked before anything is read or written
     check_set_path(root)
-    check_raw(given.raw)
-    place = check_places(given.set, given.raw, root)
-    columns = named_columns(given.columns)
+    check_raw(options.raw)
+    place = check_places(options.set, options.raw, root)
+    columns = named_columns(options.columns)
     # the folder's name becomes the set's, which stands in messages and ids
     if clean_caption(root.resolve().name)[0] != root.resolve().name:
         raise UserError("--out", f"{root.resolve().name!r} is no plain name", "Give it another", ExitCode.CANNOT_CREATE)
-    settings = Settings(root.resolve().name, given.side, given.quality)
-    plan = Plan(given.set, place, settings, columns, given.rows)
+    settings = Settings(root.resolve().name, options.side, options.quality)
+    plan = Plan(options.set, place, settings, columns, options.rows)
     # a name that is neither must come to `open_raw`, which says so
-    known = given.set in SETS or "." in given.set
-    if known and not given.look and complete(root, plan) is not None:  # the raw files may be gone by now
+    known = options.set in SETS or "." in options.set
+    if known and not options.look and complete(root, plan) is not None:  # the raw files may be gone by now
         print(f"{root}: is prepared already ({read_manifest(root)['coverage']}); nothing to do")
-        tell_newer(Path(given.raw), root)
+        tell_newer(Path(options.raw), root)
         return ExitCode.DONE
-    raw = open_raw(given.set, given.raw, columns or None, settings.name)
-    if given.look:
-        lines = look_at_raw(raw, settings, root / LOOK)
-        print("\n".join([*lines, str(root / LOOK)]))
+    raw = open_raw(options.set, options.raw, columns or None, settings.name)
+    if options.look:
+        # The sheet of a prepared set is one of its files, which the manifest has the sum of.
+        sheet = root.with_name(f"{root.name}-{LOOK}") if (root / MANIFEST).is_file() else root / LOOK
+        lines = look_at_raw(raw, settings, sheet)
+        print("\n".join([*lines, str(sheet)]))
         return ExitCode.DONE
     try:
-        manifest = prepare(raw, plan, root, given.workers)
+        manifest = prepare(raw, plan, root, options.workers)
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on where {root} stands", file=sys.stderr)
         # 128 + SIGINT, as shells have it
@@ -79,9 +81,9 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         example = first_example(next(iter(manifest["left_out"].values())))
         print(f"left out: {rows} ({reasons}), listed in {root / SKIPPED}; for example {example}")
     # data=NAME would mean the file of that name, not this set
-    if settings.name != given.set and settings.name in choices("data"):
-        told = f"data={settings.name} still means the set of conf/data/{settings.name}.yaml"
-        print(f"note: {told}, not this one: prepare it under another name to train on it")
+    if settings.name != options.set and settings.name in choices("data"):
+        message = f"data={settings.name} still means the set of conf/data/{settings.name}.yaml"
+        print(f"note: {message}, not this one: prepare it under another name to train on it")
     print(f"look at {root / LOOK}")
     return ExitCode.DONE
 
@@ -92,10 +94,10 @@ def verify_set(arguments: list[str], allow_import: list[str]) -> int:
     parser.add_argument("root", metavar="ROOT", help="its folder")
     parser.add_argument("--all", action="store_true", help="decode every image, not a sample")
     parser.add_argument("--workers", type=int, default=cores(), help="processes (all cores: %(default)s)")
-    given = parser.parse_args(arguments)
-    if given.workers < 1:
-        raise UserError("--workers", f"{given.workers} is below 1", "Give another number")
-    faults = check_set(Path(given.root).expanduser(), given.all, given.workers)
+    options = parser.parse_args(arguments)
+    if options.workers < 1:
+        raise UserError("--workers", f"{options.workers} is below 1", "Give another number")
+    faults = check_set(Path(options.root).expanduser(), options.all, options.workers)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     return ExitCode.BAD_DATA if faults else ExitCode.DONE
@@ -135,10 +137,10 @@ def check_places(name: str, raw: str, root: Path) -> str:
     return str(source)
 
 
-def named_columns(given: list[str]) -> dict[str, str]:
+def named_columns(options: list[str]) -> dict[str, str]:
     """`image=path,caption=text` -> role -> column."""
     columns = {}
-    for part in (each for words in given for each in words.split(",")):
+    for part in (each for words in options for each in words.split(",")):
         role, equals, column = part.partition("=")
         if role.strip() not in ROLES or not equals or not column.strip():
             raise UserError("--columns", f"'{part}' is not ROLE=COLUMN", f"Roles are: {', '.join(ROLES)}")

@@ -1,5 +1,7 @@
 """The images that the examples of a task may name: files of a folder, or those of a prepared set."""
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +25,17 @@ class PreparedImages(ImagesByKey):
         super().__init__(root, name_of)
         # (keys,): the key's number -> row of the set
         self._row_N = np.array([row_of[name] for name in name_of.values()], np.int64)
-        self._shards = all_shards(root)
+        self._shards, self._root = all_shards(root), root
 
     def image(self, number: int) -> bytes:
         """An image, encoded."""
         return bytes(self._shards.value("image", int(self._row_N[number])))
+
+    def identity(self, numbers: Iterable[int]) -> str:
+        """Of all images of the set, by the sums of its shards."""
+        splits = read_manifest(self._root)["splits"]
+        sums = [shard["sha256"] for name in sorted(splits) for shard in splits[name]["shards"]]
+        return hashlib.sha256(" ".join(sums).encode()).hexdigest()[:16]
 
 
 def all_shards(root: Path) -> PreparedShards:

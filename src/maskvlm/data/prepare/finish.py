@@ -62,10 +62,10 @@ def finish_set(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], second
             # one at a time, so that memory holds one note
             notes = (read_note(note_file(root, split, number)) for number in range(counts[split]))
             summary = Summary()
-            for made in notes:
+            for note in notes:
                 # in the order of the rows: the split's hash depends on it
-                summary.add(made)
-                for entries, reasons, out in ((made.left_out, left_out, True), (made.mended, mended, False)):
+                summary.add(note)
+                for entries, reasons, out in ((note.left_out, left_out, True), (note.mended, mended, False)):
                     for entry in entries:
                         reasons.add(entry)
                         # skipped.jsonl has each row, the manifest counts and a few
@@ -119,12 +119,12 @@ class Summary:
         self.shards: list[dict[str, Any]] = []
         self.totals: Counter[str] = Counter()
 
-    def add(self, made: ShardNote) -> None:
+    def add(self, note: ShardNote) -> None:
         """One more shard, in the order of the rows."""
-        self.sha256.update(made.digests.encode())
-        self.totals.update(pictures=made.rows, captions=made.captions, kept=made.kept, bytes=made.bytes)
-        if made.file:
-            part = {"file": made.file, "rows": made.rows, "bytes": made.bytes, "sha256": made.sha256}
+        self.sha256.update(note.digests.encode())
+        self.totals.update(pictures=note.rows, captions=note.captions, kept=note.kept, bytes=note.bytes)
+        if note.file:
+            part = {"file": note.file, "rows": note.rows, "bytes": note.bytes, "sha256": note.sha256}
             self.shards.append(part)
 
     def card(self) -> dict[str, Any]:
@@ -140,9 +140,9 @@ def give_up(root: Path, plan: Plan, left_out: Reasons) -> None:
     (root / SKIPPED).unlink(missing_ok=True)
     with suppress(OSError):
         root.rmdir()
-    told = ", ".join(f"{reason}: {count}" for reason, count in left_out.count.most_common(5))
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.count.most_common(5))
     first = next(iter(left_out.first.values()))[0]["message"] if left_out.first else "there is no row"
-    what, todo = f"no image can be used ({told or 'no rows'}; first: {first})", "Check RAW and its folder of images"
+    what, todo = f"no image can be used ({reasons or 'no rows'}; first: {first})", "Check RAW and its folder of images"
     raise UserError(plan.raw, what, todo, ExitCode.BAD_DATA)
 
 

@@ -32,7 +32,7 @@ from maskvlm.data.raw.base import BadRow, RawRow, RawSet
 from maskvlm.data.raw.lines import one_line
 from maskvlm.utils.errors import ExitCode, UserError
 
-SHOWN = 24  # images on the sheet
+SHEET_IMAGES = 24  # images on the sheet
 MOST_ROWS, SAMPLE = 50_000, 300
 """Limits for a set that is not prepared: number of rows to read, and of images among them to open."""
 
@@ -48,10 +48,10 @@ class Captions:
 
     def add(self, captions: Iterable[str]) -> None:
         """Cleaned captions."""
-        told = [*captions]
-        self.words.update(len(caption.split()) for caption in told)
+        texts = [*captions]
+        self.words.update(len(caption.split()) for caption in texts)
         # 8 bytes a caption, in place of its text
-        self._ids.append(np.fromiter((stable_id(caption.lower()) for caption in told), np.int64, len(told)))
+        self._ids.append(np.fromiter((stable_id(caption.lower()) for caption in texts), np.int64, len(texts)))
 
     def __len__(self) -> int:
         return self.words.total()
@@ -79,8 +79,8 @@ class Captions:
             return "no captions"
         low, middle, high = self.percentiles(5, 50, 95)
         share = 100 * self.repeated() / len(self)
-        told = f"captions have {middle} words ({low} to {high} for nine of ten)"
-        return f"{told}; {share:.1f} % say what another one says"
+        lengths = f"captions have {middle} words ({low} to {high} for nine of ten)"
+        return f"{lengths}; {share:.1f} % say what another one says"
 
 
 class LookReport(NamedTuple):
@@ -103,8 +103,8 @@ def look_at_prepared(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         captions.add(chunk.flatten().to_pylist())
     hash_N = shards.column("phash").to_numpy()
     # 0: images of one colour, of which nothing is known
-    told_N = hash_N[hash_N != 0]
-    card = {**captions.card(), "repeated_looks": len(told_N) - len(np.unique(told_N))}
+    known_N = hash_N[hash_N != 0]
+    card = {**captions.card(), "repeated_looks": len(known_N) - len(np.unique(known_N))}
     counts = {name: split["pictures"] for name, split in manifest["splits"].items()}
     lines = [f"{manifest['name']}: {manifest['coverage']}", counted(counts, len(captions)), captions.line()]
     # annotated sets have no captions to tell of
@@ -113,7 +113,7 @@ def look_at_prepared(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     lines.append(f"{again:,} {'image looks' if again == 1 else 'images look'} exactly like another one before")
     lines += manifest["notes"]
     lines += table("left out", manifest["left_out"]) + table("mended", manifest["mended"])
-    number = min(SHOWN, len(shards))
+    number = min(SHEET_IMAGES, len(shards))
     # evenly spread over all splits
     rows = [read_row(Stored(shards), place * len(shards) // number) for place in range(number)]
     draw_look(LookReport(lines, rows, captions.words), root / LOOK)
@@ -141,9 +141,9 @@ class Stored:
 def counted(images: dict[str, int], captions: int) -> str:
     """`950 images with 1,400 captions (train 900, val 50)`."""
     parts = ", ".join(f"{name} {count:,}" for name, count in images.items())
-    told = f" with {'1 caption' if captions == 1 else f'{captions:,} captions'}" if captions else ""
+    with_captions = f" with {'1 caption' if captions == 1 else f'{captions:,} captions'}" if captions else ""
     number = sum(images.values())
-    return f"{'1 image' if number == 1 else f'{number:,} images'}{told} ({parts or 'no split'})"
+    return f"{'1 image' if number == 1 else f'{number:,} images'}{with_captions} ({parts or 'no split'})"
 
 
 def table(name: str, reasons: dict[str, Any], examples: bool = False) -> list[str]:
@@ -187,15 +187,20 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
     begin = [f"{settings.name}{part}: {counted(counts, len(captions))}", captions.line()]
     title = f"and of {len(sample.rows):,} images that were opened"
     drawn, lines = (
-        [*begin, *table("would be left out", reasons.card(), told), *table(title, broken.card(), told), *raw.notes]
-        for told in (False, True)
+        [
+            *begin,
+            *table("would be left out", reasons.card(), with_examples),
+            *table(title, broken.card(), with_examples),
+            *raw.notes,
+        ]
+        for with_examples in (False, True)
     )
-    shown = sample.shown()
-    if not shown:
+    sheet_rows = sample.sheet_rows()
+    if not sheet_rows:
         where, todo = settings.name, "Check RAW, and the columns (--columns image=..,caption=..)"
         what = f"no row can be used ({'; '.join(lines[2:])[:600]})"
         raise UserError(where, what, todo, ExitCode.BAD_DATA)
-    draw_look(LookReport(drawn, shown, captions.words), path)
+    draw_look(LookReport(drawn, sheet_rows, captions.words), path)
     return lines
 
 
@@ -218,15 +223,15 @@ class DrawnSample:
 
     def __init__(self) -> None:
         self.rows: list[RawRow] = []
-        self._seen, self._random = 0, random.Random(0)
+        self._count, self._random = 0, random.Random(0)
 
     def add(self, row: RawRow) -> None:
         """One more; it may take another's place."""
-        self._seen += 1
+        self._count += 1
         if len(self.rows) < SAMPLE:
             self.rows.append(row)
         # reservoir sampling: the n-th row is taken with chance SAMPLE / n
-        elif (place := self._random.randrange(self._seen)) < SAMPLE:
+        elif (place := self._random.randrange(self._count)) < SAMPLE:
             self.rows[place] = row
 
     def broken(self, settings: Settings) -> Reasons:
@@ -239,9 +244,9 @@ class DrawnSample:
                 reasons.add(RowNote(bad.reason, row.origin, str(bad)))
         return reasons
 
-    def shown(self) -> list[Row | UserError]:
+    def sheet_rows(self) -> list[Row | UserError]:
         """Those of the sheet, opened; a broken one as its error."""
-        number = min(SHOWN, len(self.rows))
+        number = min(SHEET_IMAGES, len(self.rows))
         return [read_row(self, place * len(self.rows) // number) for place in range(number)]
 
     fingerprint = ""
@@ -257,20 +262,20 @@ class DrawnSample:
 # ------------------------------------------------------------------ drawing
 
 
-def draw_look(told: LookReport, path: Path) -> None:
+def draw_look(report: LookReport, path: Path) -> None:
     """Words and lengths above, images below. Raises UserError where the file cannot be written."""
     from matplotlib.figure import Figure
 
-    layout = lay_out(told.rows)
+    layout = lay_out(report.rows)
     width, height = max(16.0, layout.inches[0]), layout.inches[1]
-    top = max(TOP_INCHES if told.words else 0, 0.17 * (len(told.lines) + 3))
+    top = max(TOP_INCHES if report.words else 0, 0.17 * (len(report.lines) + 3))
     figure = Figure(figsize=(width, top + height), layout="constrained")
     head, sheet = figure.subfigures(2, 1, height_ratios=[top, height], squeeze=False).flat
     words, lengths = head.subplots(1, 2, width_ratios=[3, 2])
     words.set_axis_off()
-    print_text(words, "\n".join(told.lines), 11)
-    draw_lengths(lengths, told.words)
-    fill_sheet(sheet, told.rows, layout)
+    print_text(words, "\n".join(report.lines), 11)
+    draw_lengths(lengths, report.words)
+    fill_sheet(sheet, report.rows, layout)
     image = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib's font has no Chinese, no emoji: boxes

@@ -93,12 +93,12 @@ def run_jobs(pool: Pool, stage: Stage, jobs: Iterator[Job]) -> Counter[str]:
 
 def settle(waiting: set[Future[Any]], stage: Stage) -> set[Future[Any]]:
     """Those that are still to come; raises what went wrong with one."""
-    done, left = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+    done, pending = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
     for each in done:
         # raises what the process raised
         each.result()
     stage.show()
-    return left
+    return pending
 
 
 def cut_jobs(rows: Iterator[RawRow | BadRow], most: int) -> Iterator[Job]:
@@ -141,14 +141,14 @@ def complete(root: Path, plan: Plan) -> dict[str, Any] | None:
 def check_same(root: Path, there: dict[str, Any], plan: Plan, what: str) -> None:
     """Refuse to touch what was made otherwise."""
     # through json, as what was stored: tuples are lists there
-    asked = json.loads(json.dumps(plan.card()))
+    card = json.loads(json.dumps(plan.card()))
     # Where the raw files are gone by now, what was typed is no place any more, but it was the same one.
-    if there.get("raw") == str(Path(asked["raw"]).expanduser().resolve()):
-        asked["raw"] = there["raw"]
-    if other := [name for name in asked if there.get(name) != asked[name]]:
-        told = ", ".join(f"{name} {there.get(name)!r} instead of {asked[name]!r}" for name in other)
+    if there.get("raw") == str(Path(card["raw"]).expanduser().resolve()):
+        card["raw"] = there["raw"]
+    if other := [name for name in card if there.get(name) != card[name]]:
+        differences = ", ".join(f"{name} {there.get(name)!r} instead of {card[name]!r}" for name in other)
         todo = "Delete this folder to make it anew, or give this one another name (NAME=)"
-        raise UserError(root, f"holds {what} made with {told}", todo, ExitCode.CANNOT_CREATE)
+        raise UserError(root, f"holds {what} made with {differences}", todo, ExitCode.CANNOT_CREATE)
 
 
 def make_room(root: Path) -> None:

@@ -61,8 +61,8 @@ class Reasons:
         reasons: beyond MOST_REASONS they are one."""
         reason = entry.reason if entry.reason in self.count or len(self.count) < MOST_REASONS else OTHER
         self.count[reason] += 1
-        if len(shown := self.first.setdefault(reason, [])) < EXAMPLES:
-            shown.append({"origin": entry.origin, "message": entry.message})
+        if len(examples := self.first.setdefault(reason, [])) < EXAMPLES:
+            examples.append({"origin": entry.origin, "message": entry.message})
 
     def card(self) -> dict[str, Any]:
         """Reasons with their counts and first examples, the most frequent first."""
@@ -173,16 +173,16 @@ class RowMaker:
 
 def screened(rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
     """An image that was there before, in whatever split, and a row of an unknown split become bad rows."""
-    seen: set[int] = set()  # some 60 bytes an image: 200 MB for three million
+    seen_ids: set[int] = set()  # some 60 bytes an image: 200 MB for three million
     for row in rows:
         if isinstance(row, RawRow) and row.split not in SPLITS:
             message = f"{row.origin}: split '{row.split}' is none of {', '.join(SPLITS)}"
             row = BadRow("unknown split", row.origin, message, SPLITS[0])
         elif isinstance(row, RawRow):
             # the set grows only by an id that is new
-            known = len(seen)
-            seen.add(stable_id(row.image_id))
-            if len(seen) == known:
+            known = len(seen_ids)
+            seen_ids.add(stable_id(row.image_id))
+            if len(seen_ids) == known:
                 message = f"{row.origin}: the image '{row.image_id}' stands there for the second time"
                 row = BadRow("duplicate image id", row.origin, message, row.split)
         yield row

@@ -87,11 +87,11 @@ def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], 
         UserError: it cannot be written.
     """
     note, key = note_file(root, job.split, job.number), job_key(settings, job)
-    if (made := there_already(root, note, key)) is not None:
+    if (shard_note := there_already(root, note, key)) is not None:
         # the bar moves on as if they had been made
-        for used in (True,) * made.rows + (False,) * len(made.left_out):
+        for used in (True,) * shard_note.rows + (False,) * len(shard_note.left_out):
             tick(used)
-        return made
+        return shard_note
     try:
         # an old shard without its note must not stay beside a new note that knows no shard
         (root / shard_name(job)).unlink(missing_ok=True)
@@ -109,7 +109,7 @@ def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], 
                 stream.write_batch(first)
                 for batch in batches:
                     stream.write_batch(batch)
-    made = ShardNote(
+    shard_note = ShardNote(
         key=key,
         file=shard_name(job) if sink else "",
         rows=len(maker.digests),
@@ -122,8 +122,8 @@ def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], 
         mended=maker.mended,
     )
     # after the shard: a note vouches for a shard that is complete
-    write_set_json(note, made._asdict(), indent=None)
-    return made
+    write_set_json(note, shard_note._asdict(), indent=None)
+    return shard_note
 
 
 class HashingSink:
@@ -189,17 +189,17 @@ def read_note(note: Path) -> ShardNote:
 def there_already(root: Path, note: Path, key: str) -> ShardNote | None:
     """What an earlier run made of the same rows, if the shard is still as it was then."""
     try:
-        made = read_note(note)
+        shard_note = read_note(note)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     split, _, number = note.stem.rpartition("-")
     # the note may come from a stranger: it names no other file than its own shard
-    if made.key != key or made.file not in ("", f"{split}/data-{number}.arrow"):
+    if shard_note.key != key or shard_note.file not in ("", f"{split}/data-{number}.arrow"):
         return None
-    shard = root / made.file
-    if made.file and not (
+    shard = root / shard_note.file
+    if shard_note.file and not (
         # cheapest check first
-        shard.is_file() and shard.stat().st_size == made.bytes and sha256_of_part(shard) == made.sha256
+        shard.is_file() and shard.stat().st_size == shard_note.bytes and sha256_of_part(shard) == shard_note.sha256
     ):
         return None
-    return made
+    return shard_note

@@ -190,10 +190,10 @@ def placed(meta: bytes, header: int, body: int, length: int) -> Placed:
 
     def count(expected: int | None) -> int:
         # (-1, 0): the list is too short
-        found, nulls = next(nodes, (-1, 0))
-        if found < 0 or nulls or expected not in (None, found):
+        number, nulls = next(nodes, (-1, 0))
+        if number < 0 or nulls or expected not in (None, number):
             raise Damaged("a column of another length than its batch, or with empty values")
-        return found
+        return number
 
     def piece(least: int) -> Piece:
         offset, size = next(buffers, (-1, 0))
@@ -202,16 +202,16 @@ def placed(meta: bytes, header: int, body: int, length: int) -> Placed:
         return Piece(body + offset, size)
 
     def column(kind: str, expected: int | None) -> Column:
-        found = count(expected)
+        number = count(expected)
         piece(0)  # which values there are: all of them
         if kind == "uint64":
             # plain numbers have no offsets
-            return Column(found, Piece(body, 0), piece(8 * found))
+            return Column(number, Piece(body, 0), piece(8 * number))
         # n values have n + 1 offsets of 4 bytes
-        offsets = piece(4 * (found + 1) if found else 0)
+        offsets = piece(4 * (number + 1) if number else 0)
         if kind == "list":
-            return Column(found, offsets, Piece(body, 0), column("string", None))
-        return Column(found, offsets, piece(0))
+            return Column(number, offsets, Piece(body, 0), column("string", None))
+        return Column(number, offsets, piece(0))
 
     # VALUES is in the order of the schema, which has been checked
     kinds = {name: "list" if isinstance(kind, list) else kind for name, kind in VALUES.items()}
@@ -243,15 +243,15 @@ def value(read: Read, column: Column, kind: Any, row: int) -> Any:
 
 def numbers(read: Read, column: Column, row: int, count: int) -> tuple[int, ...]:
     """Where `count` values from a row on begin, and where the last of them ends."""
-    found = struct.unpack(
+    offsets = struct.unpack(
         "<2i" if count == 1 else f"<{count + 1}i", read(column.offsets.offset + 4 * row, 4 * count + 4)
     )
     # offsets of a list count texts, all others bytes
     most = column.values.size if column.inner is None else column.inner.rows
     # rising and within the column: every value in between is, too
-    if found[0] < 0 or found[-1] > most or found != tuple(sorted(found)):
+    if offsets[0] < 0 or offsets[-1] > most or offsets != tuple(sorted(offsets)):
         raise Damaged("a value that leads out of its column")
-    return found
+    return offsets
 
 
 def read_text_field(content: bytes) -> str:
@@ -268,17 +268,17 @@ def array(read: Read, column: Column, kind: Any) -> pa.Array:
     try:
         if kind == "uint64":
             # the first buffer tells which values are null: None, as all are there
-            made = pa.Array.from_buffers(pa.uint64(), column.rows, [None, values])
+            arrow_array = pa.Array.from_buffers(pa.uint64(), column.rows, [None, values])
         elif column.inner is not None:
             inner = array(read, column.inner, kind[0])
-            made = pa.Array.from_buffers(pa.list_(pa.string()), column.rows, [None, offsets], children=[inner])
+            arrow_array = pa.Array.from_buffers(pa.list_(pa.string()), column.rows, [None, offsets], children=[inner])
         else:
-            made = pa.Array.from_buffers(getattr(pa, kind)(), column.rows, [None, offsets, values])
+            arrow_array = pa.Array.from_buffers(getattr(pa, kind)(), column.rows, [None, offsets, values])
         # offsets, and that texts are UTF-8
-        made.validate(full=True)
+        arrow_array.validate(full=True)
     except (pa.ArrowException, ValueError, UnicodeDecodeError) as error:
         raise Damaged(" ".join(str(error).split())[:100]) from error
-    return made
+    return arrow_array
 
 
 def check_arrow(read: Read, batch: Placed) -> None:

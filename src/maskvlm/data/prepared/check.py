@@ -49,21 +49,21 @@ def check_set(root: Path, every: bool = False, workers: int = 1, say: Callable[[
     decoded = 0
     context = process_context()
     # starts no process before it is used
-    with told_of_kills(root), ProcessPoolExecutor(workers, context, watched) as pool:
+    with report_kills(root), ProcessPoolExecutor(workers, context, watched) as pool:
         # both keep the order of the shards, on which the split's hash depends
         spread: Callable[..., Iterator[CheckedShard]] = pool.map if workers > 1 else map
         for name, split in manifest["splits"].items():
             # rounded up; 1 for a split without images
             step = 1 if every else -(-split["pictures"] // SAMPLE) or 1
             digest, totals, unread = hashlib.sha256(), [0, 0], False
-            for found in spread(partial(check_shard, root, step), split["shards"]):
-                faults += found.faults
+            for shard in spread(partial(check_shard, root, step), split["shards"]):
+                faults += shard.faults
                 # the hash of the split is over the rows' digests, whatever shards they lie in
-                digest.update(found.digests.encode())
-                totals = [totals[0] + found.rows, totals[1] + found.captions]
-                decoded += found.decoded
+                digest.update(shard.digests.encode())
+                totals = [totals[0] + shard.rows, totals[1] + shard.captions]
+                decoded += shard.decoded
                 # a shard that could not be read has no digests
-                unread |= not found.digests
+                unread |= not shard.digests
             if not unread:  # else it has its own line
                 faults += check_rows(root / name, split, totals, digest.hexdigest())
             faults += check_written(root / name, split)
@@ -75,7 +75,7 @@ def check_set(root: Path, every: bool = False, workers: int = 1, say: Callable[[
 
 
 @contextmanager
-def told_of_kills(root: Path) -> Iterator[None]:
+def report_kills(root: Path) -> Iterator[None]:
     """Raises UserError (74) where a process of the check was killed."""
     try:
         yield
@@ -92,8 +92,8 @@ def check_shard(root: Path, step: int, shard: dict[str, Any]) -> CheckedShard:
         check_shard_size(path, shard["bytes"])
         # other bytes: what is in them need not be parsed
         if (there := sha256_of_part(path)) != shard["sha256"]:
-            told = f"{path}: sha256 is {there[:16]}..., the manifest says {shard['sha256'][:16]}..."
-            return CheckedShard([told], "", 0, 0, 0)
+            fault = f"{path}: sha256 is {there[:16]}..., the manifest says {shard['sha256'][:16]}..."
+            return CheckedShard([fault], "", 0, 0, 0)
         # one open file for all its rows
         shard_rows = read_shard(path, keep=True)
         if len(shard_rows) != shard["rows"]:
@@ -116,8 +116,8 @@ def check_rows(folder: Path, split: dict[str, Any], totals: list[int], sha256: s
     """What is wrong with the rows of a split as a whole."""
     for name, there in zip(("pictures", "captions"), totals, strict=True):
         if there != split[name]:
-            told = "images" if name == "pictures" else name
-            yield f"{folder}: {there} {told}, the manifest says {split[name]}"
+            label = "images" if name == "pictures" else name
+            yield f"{folder}: {there} {label}, the manifest says {split[name]}"
     if sha256 != split["sha256"]:
         yield f"{folder}: the rows' hash is {sha256[:16]}..., the manifest says {split['sha256'][:16]}..."
 

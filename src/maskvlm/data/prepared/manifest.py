@@ -159,13 +159,13 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 def tool_versions() -> dict[str, str | None]:
     """What the set is made with."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return {**found, "libjpeg": features.version("jpg")}
+            versions[package] = None
+    return {**versions, "libjpeg": features.version("jpg")}
 
 
 def sha256_of_part(path: Path) -> str:
@@ -191,5 +191,5 @@ def coverage(images: int, published: int | None) -> str:
     if images < published:
         share = min(share, 99)  # rounded, 99.6 % would read as all of them
     # two digits below 10 %
-    told = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
-    return f"{words}, {told} % of the published {amount(published)}"
+    percent = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
+    return f"{words}, {percent} % of the published {amount(published)}"

@@ -36,7 +36,7 @@ def count(value: Any, where: str) -> int:
     """A number of things."""
     # `type`: true is an int for isinstance
     if type(value) is not int or not 0 <= value <= MOST:
-        raise Wrong(f"{where} is {_told(value)} instead of a number from 0 to 2^53")
+        raise Wrong(f"{where} is {_describe(value)} instead of a number from 0 to 2^53")
     return value
 
 
@@ -48,7 +48,7 @@ def line(value: Any, where: str) -> str:
 def exact(value: Any, where: str) -> str:
     """A text to compare."""
     if type(value) is not str or len(value) > 10_000:
-        raise Wrong(f"{where} is {_told(value)} instead of a text of at most 10,000 characters")
+        raise Wrong(f"{where} is {_describe(value)} instead of a text of at most 10,000 characters")
     return value
 
 
@@ -57,7 +57,7 @@ def fitting(pattern: str, what: str) -> Kind:
 
     def kind(value: Any, where: str) -> str:
         if type(value) is not str or not re.fullmatch(pattern, value):
-            raise Wrong(f"{where} is {_told(value)} instead of {what}")
+            raise Wrong(f"{where} is {_describe(value)} instead of {what}")
         return value
 
     return kind
@@ -68,7 +68,7 @@ def several(of: Kind, most: int) -> Kind:
 
     def kind(value: Any, where: str) -> list[Any]:
         if type(value) is not list or len(value) > most:
-            raise Wrong(f"{where} is {_told(value)} instead of a list of at most {most:,}")
+            raise Wrong(f"{where} is {_describe(value)} instead of a list of at most {most:,}")
         return [of(each, f"{where}[{number}]") for number, each in enumerate(value)]
 
     return kind
@@ -79,7 +79,7 @@ def each(of: Kind, most: int = 10_000, name: Kind = line) -> Kind:
 
     def kind(value: Any, where: str) -> dict[str, Any]:
         if type(value) is not dict or len(value) > most:
-            raise Wrong(f"{where} is {_told(value)} instead of an object of at most {most:,} keys")
+            raise Wrong(f"{where} is {_describe(value)} instead of an object of at most {most:,} keys")
         return {name(key, f"a key of {where}"): of(inner, f"{where}.{key[:80]}") for key, inner in value.items()}
 
     return kind
@@ -90,16 +90,16 @@ def keys_of(needed: dict[str, Kind], optional: dict[str, tuple[Kind, Any]]) -> K
 
     def kind(value: Any, where: str) -> dict[str, Any]:
         if type(value) is not dict:
-            raise Wrong(f"{where} is {_told(value)} instead of an object")
+            raise Wrong(f"{where} is {_describe(value)} instead of an object")
         # keys at the top are named without the document
         inner = {name: f"{where}.{name}" if where != DOCUMENT else name for name in (*needed, *optional)}
         if absent := [name for name in needed if name not in value]:
             raise Wrong(f"key '{inner[absent[0]]}' is missing")
         # a new object: keys that are not named here do not come along
-        found = {name: of(value[name], inner[name]) for name, of in needed.items()}
+        fields = {name: of(value[name], inner[name]) for name, of in needed.items()}
         for name, (of, default) in optional.items():
-            found[name] = of(value[name], inner[name]) if value.get(name) is not None else default
-        return found
+            fields[name] = of(value[name], inner[name]) if value.get(name) is not None else default
+        return fields
 
     return kind
 
@@ -114,11 +114,11 @@ def fact(value: Any, where: str) -> Any:
 def facts(value: Any, where: str) -> dict[str, Any]:
     """Plain values by name, and such objects."""
     inner = each(lambda value, where: each(fact)(value, where) if type(value) is dict else fact(value, where))
-    found: dict[str, Any] = inner(value, where)
-    return found
+    values: dict[str, Any] = inner(value, where)
+    return values
 
 
-def _told(value: Any) -> str:
+def _describe(value: Any) -> str:
     return repr(value)[:80] if isinstance(value, str | int | float | None) else json_kind(value)
 
 
@@ -176,14 +176,14 @@ def checked_manifest(content: bytes, path: Path) -> dict[str, Any]:
         UserError: it is damaged, of another kind, or of a newer version.
     """
     document = load_json(content, path)
-    told = document.get("format") if isinstance(document, dict) else None
+    format_number = document.get("format") if isinstance(document, dict) else None
     # before the schema: a newer form may have other keys, and that should be the message
-    if type(told) is int and told != FORMAT:
-        what = f"is of format {str(told)[:20]}, not of {FORMAT}"
+    if type(format_number) is int and format_number != FORMAT:
+        what = f"is of format {str(format_number)[:20]}, not of {FORMAT}"
         raise UserError(path, what, "Read it with the version that made it", ExitCode.BAD_DATA)
     try:
-        found: dict[str, Any] = MANIFEST_KIND(document, DOCUMENT)
+        manifest: dict[str, Any] = MANIFEST_KIND(document, DOCUMENT)
     except Wrong as error:
         todo = "Fetch it again, or prepare the set anew"
         raise UserError(path, clean_caption(str(error))[0], todo, ExitCode.BAD_DATA) from error
-    return found
+    return manifest

@@ -15,7 +15,7 @@ from maskvlm.data.prepared.manifest import SCHEMA, VALUES
 from maskvlm.data.safe_open import check_below, opened, special
 from maskvlm.utils.errors import ExitCode, UserError
 
-KEPT = 128
+MOST_OPEN = 128
 """Files that stay open: of more shards, each is opened for each row, as a process may have a thousand or so."""
 
 
@@ -29,24 +29,24 @@ class ShardSource:
     def read(self, offset: int, size: int) -> bytes:
         """So many bytes, all of them. Raises UserError where the file ends before, or cannot be read."""
         if self._content is not None:
-            found = self._content[offset : offset + size]
+            chunk = self._content[offset : offset + size]
         elif self._file is not None:
             # pread has no position of its own: processes may share the open file
-            found = self._pread(self._file.fileno(), size, offset)
+            chunk = self._pread(self._file.fileno(), size, offset)
         else:
             with self._opened() as file:
-                found = self._pread(file, size, offset)
-        if len(found) < size:
+                chunk = self._pread(file, size, offset)
+        if len(chunk) < size:
             raise damaged(self.path, "is shorter than it was: somebody changes it")
-        return found
+        return chunk
 
     def _pread(self, file: int, size: int, offset: int) -> bytes:
         try:
-            found = os.pread(file, size, offset)
+            chunk = os.pread(file, size, offset)
             # one call gives at most 2 GB, and may give less; b"" is the end of the file
-            while found and len(found) < size and (more := os.pread(file, size - len(found), offset + len(found))):
-                found += more
-            return found
+            while chunk and len(chunk) < size and (more := os.pread(file, size - len(chunk), offset + len(chunk))):
+                chunk += more
+            return chunk
         except OSError as error:
             raise damaged(self.path, f"cannot be read ({error.strerror or error})", ExitCode.IO_ERROR) from error
 
@@ -81,21 +81,21 @@ class Shard:
             for batch in self.batches:
                 check_arrow(source.read, batch)
         except Damaged as error:
-            raise self._told(error) from error
+            raise self._as_user_error(error) from error
 
     def value(self, batch: Placed, name: str, row: int) -> Any:
         """Value of a column in one row of a batch."""
         try:
             return value(self._source.read, batch.columns[name], VALUES[name], row)
         except Damaged as error:
-            raise self._told(error) from error
+            raise self._as_user_error(error) from error
 
     def array(self, batch: Placed, name: str) -> pa.Array:
         """A column of a batch."""
         try:
             return array(self._source.read, batch.columns[name], VALUES[name])
         except Damaged as error:
-            raise self._told(error) from error
+            raise self._as_user_error(error) from error
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One after the other."""
@@ -106,7 +106,7 @@ class Shard:
     def __len__(self) -> int:
         return sum(batch.rows for batch in self.batches)
 
-    def _told(self, error: Damaged) -> UserError:
+    def _as_user_error(self, error: Damaged) -> UserError:
         return damaged(self._source.path, f"cannot be read ({error})")
 
 
@@ -150,7 +150,7 @@ class PreparedShards:
             parts: list[ShardBatch] = []
             for each in self.shards:
                 # opening a shard checks it; done by each process for itself
-                shard = read_shard(self.root / each["file"], keep=len(self.shards) <= KEPT)
+                shard = read_shard(self.root / each["file"], keep=len(self.shards) <= MOST_OPEN)
                 if len(shard) != each["rows"]:
                     raise damaged(self.root / each["file"], f"has {len(shard)} rows, the manifest says {each['rows']}")
                 parts += [ShardBatch(shard, batch) for batch in shard.batches]

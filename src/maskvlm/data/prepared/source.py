@@ -142,17 +142,18 @@ class Prepared(Source):
         hash_N = pairs.column("phash").to_numpy()
         copy_N = near(hash_N[train_N], hash_N[val_N])  # the same photo may be there under two names
         copies = int(copy_N.sum())
-        train_N = train_N if copy_N.all() else train_N[~copy_N]  # where all are alike, nothing else is left
+        all_alike = bool(copy_N.all())
+        train_N = train_N if all_alike else train_N[~copy_N]  # where all are alike, nothing else is left
         if not len(train_N):
             what, todo = "all its images would be held out for validation", "Prepare more images"
             raise UserError(self.root, what, todo, ExitCode.BAD_DATA)
         # told once, though both splits come here
         if name == "train" and rank() == 0:
-            told = f"{len(val_N):,} of its {len(pairs):,} images are held out of training for it"
+            message = f"{len(val_N):,} of its {len(pairs):,} images are held out of training for it"
             if copies:
-                way = "kept, as all others do" if copies == len(train_N) else "left out"
-                told += f", {copies:,} that look like one of them are {way}"
-            print(f"{self.root} has no val split: {told}", flush=True)
+                way = "kept, as all others do" if all_alike else "left out"
+                message += f", {copies:,} that look like one of them are {way}"
+            print(f"{self.root} has no val split: {message}", flush=True)
         part = pairs.only(train_N if name == "train" else val_N)
         if name == "val":
             part.unprepared = {}  # they were rows of `train`: no row counts twice

@@ -81,14 +81,14 @@ def reader_of(path: str) -> type[RawSet]:
     """
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        reader = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         todo = "Install the package that it is in, or correct the name; sets that are known have no dot"
         raise UserError("SET", f"{path} cannot be imported ({error})", todo, ExitCode.MISSING_INPUT) from error
-    if not (isinstance(found, type) and issubclass(found, RawSet)):
+    if not (isinstance(reader, type) and issubclass(reader, RawSet)):
         todo = "Name a class of maskvlm.data.raw.base.RawSet"
         raise UserError("SET", f"{path} reads no set", todo, ExitCode.MISSING_INPUT)
-    return found
+    return reader
 
 
 def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name: str | None = None) -> RawSet:

@@ -22,6 +22,7 @@ from maskvlm.data.files import (
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.coco_flickr import no_files
 from maskvlm.data.raw.columns import not_looked_at
+from maskvlm.data.raw.genome import IMAGE_DATA, check_image_data, genome_files, genome_photo_id, read_coco_ids
 from maskvlm.data.raw.lines import json_items, one_line
 from maskvlm.data.safe_open import check_below
 
@@ -79,19 +80,21 @@ class Annotated(RawSet):
         # RAW is what the user gave, so it is what the error names
         folder = image_folder(None, self.root, "RAW")
         left_out: dict[str, list[str]] = {}
-        names, seen, named = image_names(folder, left_out), set[str](), set[str]()
+        names, seen_ids, stored_ids, named = image_names(folder, left_out), set[str](), set[str](), set[str]()
         yield from not_looked_at(left_out, folder, SPLIT)
         for file, ids, images in self._wanted(names):
             # each once, in the order of the file
             for image_id in dict.fromkeys(ids):
                 name, origin = images.get(image_id), f"{file.name} ({image_id})"
-                if name is None and image_id not in seen:
+                if name is None and image_id not in seen_ids:
                     yield BadRow("missing image", origin, f"no image {image_id!r} in {one_line(folder)}", SPLIT)
-                # two ids may be the same file, in which case its first id stays
-                elif name is not None and name not in named:
+                # Two ids may be the same file, in which case its first id stays; a photo of COCO's may lie there as
+                # Visual Genome's, too.
+                elif name is not None and name not in named and image_id not in stored_ids:
                     named.add(name)
+                    stored_ids.add(image_id)
                     yield RawRow(str(folder / name), (), image_id, SPLIT, one_line(name), name)
-                seen.add(image_id)
+                seen_ids.add(image_id)
         self.notes = [f"{len(names) - len(named):,} images in {folder.name}/ are in no example and left out"]
 
 
@@ -99,7 +102,8 @@ class Annotated(RawSet):
 
 
 def open_vqav2(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """v2_OpenEnded_*_questions.json with v2_*_annotations.json; Visual Genome's question_answers.json may be there."""
+    """v2_OpenEnded_*_questions.json with v2_*_annotations.json; Visual Genome's question_answers.json may be there,
+    with image_data.json."""
     return _open_vqa(Path(raw), VQAV2)
 
 
@@ -120,21 +124,26 @@ def _open_vqa(root: Path, facts: Facts) -> RawSet:
             with opened(file) as stream:
                 document = load_json(stream.read(), file)
             # each file of questions is of a split, which tells the folder of its images
-            found = get(document, "questions", list, str(file), "VQA v2")
+            records = get(document, "questions", list, str(file), "VQA v2")
             # v2_OpenEnded_mscoco_train2014_questions.json -> mscoco_train2014
             part = re.sub(r"^v2_OpenEnded_|_?questions\.json$", "", file.name) or str(document.get("data_type"))
             # what the ids begin with
             family = family_of(part)
-            places = ((f"{file} questions[{place}]", each) for place, each in enumerate(found))
+            places = ((f"{file} questions[{place}]", each) for place, each in enumerate(records))
             # the same ids as in `tasks/vqa/data.py`
             ids = [f"{family} {get(each, 'image_id', int, where, 'VQA v2')}" for where, each in places]
             yield Wanted(file, ids, images_by_number(names, part))
         for file in genome:
             # Visual Genome's questions: a list, too large to be read at once
-            ids = [f"vg {get(each, 'id', int, str(file), 'Visual Genome')}" for each in json_items(file)]
-            yield Wanted(file, ids, {f"vg {PurePosixPath(name).stem}": name for name in reversed(names)})
+            coco_ids = read_coco_ids(file.with_name(IMAGE_DATA))
+            numbers = (get(each, "id", int, str(file), "Visual Genome") for each in json_items(file))
+            ids = [genome_photo_id(number, coco_ids) for number in numbers]
+            yield Wanted(file, ids, genome_files(names, coco_ids))
 
-    return Annotated(root, facts, [*questions, *answers, *genome], wanted)
+    image_data = [file.with_name(IMAGE_DATA) for file in genome]
+    for file in image_data:
+        check_image_data(file)
+    return Annotated(root, facts, [*questions, *answers, *genome, *image_data], wanted)
 
 
 # ------------------------------------------------------------------ NLVR2, SNLI-VE
@@ -201,10 +210,10 @@ def _files(root: Path, *kinds: str) -> list[Path]:
 def _with_key(root: Path, key: str) -> list[Path]:
     """The files of lines of JSON in a folder whose first line has the key."""
     files = _files(root, "*.json", "*.jsonl")
-    found = []
+    matches = []
     for file in files:
         with opened(file) as stream:
             # without parsing: the reader of the task does that
             if f'"{key}"'.encode() in stream.readline(100_000):
-                found.append(file)
-    return found
+                matches.append(file)
+    return matches

@@ -130,8 +130,8 @@ class Forward:
         start = self._position
         while self._position - start <= most and self.read(CHUNK):
             pass
-        left = self._position - start
-        return f"{left:,} bytes" if left <= most else f"more than {most:,} bytes"
+        remaining = self._position - start
+        return f"{remaining:,} bytes" if remaining <= most else f"more than {most:,} bytes"
 
     def close(self) -> None:
         self._stream.close()

@@ -54,17 +54,17 @@ class CaptionSet(RawSet):
         read: hands out (name of the image, captions, id, split, origin), or a bad row.
     """
 
-    def __init__(self, root: Path, facts: Facts, read: Callable[[], Iterator["Found | BadRow"]]) -> None:
+    def __init__(self, root: Path, facts: Facts, read: Callable[[], Iterator["CaptionRow | BadRow"]]) -> None:
         self.facts, self.notes, self._root, self._read = facts, [], root, read
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """Rows in the order of the file."""
         images = ImagesByName(self._root)
-        for found in self._read():
-            if isinstance(found, BadRow):
-                yield found
+        for row in self._read():
+            if isinstance(row, BadRow):
+                yield row
                 continue
-            name, captions, image_id, split, origin = found
+            name, captions, image_id, split, origin = row
             path, problem = images.find(name)
             if not problem and not captions:
                 problem = ("no caption", "no sentence for this image")
@@ -74,7 +74,7 @@ class CaptionSet(RawSet):
                 yield RawRow(path, tuple(captions), image_id, split, origin)
 
 
-Found = tuple[str, list[str], str, str, str]
+CaptionRow = tuple[str, list[str], str, str, str]
 
 
 def flickr_id(name: str) -> str:
@@ -86,7 +86,7 @@ def flickr_id(name: str) -> str:
 # ------------------------------------------------------------------ Karpathy's json
 
 
-def karpathy(file: Path, prefix: str) -> Iterator[Found | BadRow]:
+def karpathy(file: Path, prefix: str) -> Iterator[CaptionRow | BadRow]:
     """`images[]` with filename, filepath, split, sentences[].raw and cocoid.
 
     Raises:
@@ -105,7 +105,7 @@ def karpathy(file: Path, prefix: str) -> Iterator[Found | BadRow]:
             yield BadRow("malformed row", origin, error.what, split_named(split) or "train")
 
 
-def _karpathy_row(image: Any, origin: str, prefix: str, photos: dict[str, str]) -> Found | BadRow:
+def _karpathy_row(image: Any, origin: str, prefix: str, photos: dict[str, str]) -> CaptionRow | BadRow:
     name = get(image, "filename", str, origin, KARPATHY)
     if image.get("filepath"):
         name = f"{get(image, 'filepath', str, origin, KARPATHY)}/{name}"
@@ -123,7 +123,7 @@ def _karpathy_row(image: Any, origin: str, prefix: str, photos: dict[str, str]) 
 # ------------------------------------------------------------------ COCO's own
 
 
-def official(files: list[Path]) -> Iterator[Found | BadRow]:
+def official(files: list[Path]) -> Iterator[CaptionRow | BadRow]:
     """captions_train2014.json and the like: `images[]` (id, file_name), `annotations[]` (image_id, caption).
 
     Raises:
@@ -159,7 +159,7 @@ def official(files: list[Path]) -> Iterator[Found | BadRow]:
 # ------------------------------------------------------------------ Flickr's other forms
 
 
-def token(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow]:
+def token(file: Path, split_of: Callable[[str], str]) -> Iterator[CaptionRow | BadRow]:
     """results_20130124.token, Flickr8k.token.txt: `name.jpg#0`, a tab, a caption; the lines of an image are merged."""
     merged = Merged(file.name, "flickr", lambda name, _: flickr_id(name))
     for line in text_lines(file):
@@ -176,7 +176,7 @@ def token(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow
     yield from _named(merged)
 
 
-def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow]:
+def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[CaptionRow | BadRow]:
     """flickr_annotations_30k.csv (raw, sentids, split, filename, img_id), or results.csv (image_name, comment)."""
     table = RawTable(file)
     merged = Merged(file.name, "flickr", lambda name, _: flickr_id(name))
@@ -210,12 +210,12 @@ def _list(text: str) -> list[str] | None:
     return captions if isinstance(captions, list) and all(isinstance(each, str) for each in captions) else None
 
 
-def _named(merged: Merged) -> Iterator[Found]:
+def _named(merged: Merged) -> Iterator[CaptionRow]:
     for row in merged.rows():
         yield str(row.image), list(row.captions), row.image_id, row.split, f"{row.origin} ({one_line(row.image)})"
 
 
-def entities(folder: Path, split_of: Callable[[str], str]) -> Iterator[Found | BadRow]:
+def entities(folder: Path, split_of: Callable[[str], str]) -> Iterator[CaptionRow | BadRow]:
     """Flickr30k Entities' `sentences/<photo>.txt`: one caption a line, its phrases in marks, which are taken away."""
     inside = Inside(folder)
     for file in sorted(folder.glob("*.txt")):

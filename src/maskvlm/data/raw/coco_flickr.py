@@ -6,7 +6,7 @@ from pathlib import Path
 
 from maskvlm.data.raw import captions
 from maskvlm.data.raw.base import BadRow, Facts, RawSet
-from maskvlm.data.raw.captions import CaptionSet, Found
+from maskvlm.data.raw.captions import CaptionRow, CaptionSet
 from maskvlm.data.safe_open import check_below
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -31,10 +31,10 @@ def find_file(root: Path, *names: str) -> Path | None:
     if root.is_file():
         return root if root.name in names else None
     places = ("", "annotations", "karpathy")
-    found = next((root / place / name for name in names for place in places if (root / place / name).is_file()), None)
-    if found:
-        check_below(found, root)
-    return found
+    file = next((root / place / name for name in names for place in places if (root / place / name).is_file()), None)
+    if file:
+        check_below(file, root)
+    return file
 
 
 def no_files(root: Path, *forms: str) -> UserError:
@@ -75,11 +75,11 @@ def open_flickr8k(raw: str, name: str, columns: dict[str, str]) -> RawSet:
     return _open_flickr(Path(raw), forms)
 
 
-Reader = Callable[[Path, Callable[[str], str]], Iterator[Found | BadRow]]
+Reader = Callable[[Path, Callable[[str], str]], Iterator[CaptionRow | BadRow]]
 Forms = dict[str, tuple[Facts, Reader]]
 
 
-def _karpathy(file: Path, _: Callable[[str], str]) -> Iterator[Found | BadRow]:
+def _karpathy(file: Path, _: Callable[[str], str]) -> Iterator[CaptionRow | BadRow]:
     return captions.karpathy(file, "flickr")
 
 
@@ -95,5 +95,5 @@ def _open_flickr(root: Path, forms: Forms) -> RawSet:
     raise no_files(root, *forms)
 
 
-def _read(read: Reader, file: Path, folder: Path) -> Iterator[Found | BadRow]:
+def _read(read: Reader, file: Path, folder: Path) -> Iterator[CaptionRow | BadRow]:
     return read(file, captions.split_lists(folder))

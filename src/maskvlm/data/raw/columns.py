@@ -37,14 +37,14 @@ SPLITS = {
 }
 
 
-def find_columns(there: Sequence[str], given: dict[str, str], where: object) -> dict[str, str]:
+def find_columns(there: Sequence[str], given_columns: dict[str, str], where: object) -> dict[str, str]:
     """Role -> the column's own name; roles without a column are left out.
 
     Raises:
         UserError: a given column, the image or the caption is not there; it lists those that are.
     """
     listed = ", ".join(repr(one_line(name, 40)) for name in there[:30]) or "none"
-    for role, name in given.items():
+    for role, name in given_columns.items():
         if name not in there:
             near = difflib.get_close_matches(name, there, 1)
             todo = f"Take {near[0]!r}" if near else f"Name the column of the {role} as it is in the file"
@@ -52,13 +52,13 @@ def find_columns(there: Sequence[str], given: dict[str, str], where: object) -> 
     # reversed: of names that are alike the first column stays
     folded = {_folded(name): name for name in reversed(there)}
     # what the user named goes before what is guessed
-    found = dict(given)
+    columns = dict(given_columns)
     for role, names in ROLES.items():
         fitting = [folded[each] for each in names if each in folded]
-        if fitting and role not in found:
-            found[role] = fitting[0]
+        if fitting and role not in columns:
+            columns[role] = fitting[0]
     # all that lack in one line: who mends the first need not come back for the second
-    if lacking := [role for role in ("image", "caption") if role not in found]:
+    if lacking := [role for role in ("image", "caption") if role not in columns]:
         what = f"no column for the {' and none for the '.join(lacking)} (there are {listed})"
         option = ",".join(f"{role}=NAME" for role in lacking)
         usual = " and another ".join(repr(ROLES[role][0]) for role in lacking)
@@ -67,7 +67,7 @@ def find_columns(there: Sequence[str], given: dict[str, str], where: object) -> 
             what = f"the first line is a row, not the names of the columns ({listed})"
             todo = f"Write one above it: {','.join(lacking)}"
         raise UserError(where, what, todo, ExitCode.BAD_DATA)
-    return found
+    return columns
 
 
 def _folded(name: str) -> str:
@@ -145,14 +145,14 @@ class Folder:
 
     def _absence(self, name: str, inside: str) -> tuple[str, str]:
         """(reason, message) for a name that no file has."""
-        told = repr(one_line(name))
+        quoted_name = repr(one_line(name))
         if ADDRESS.match(name):
-            return "address", f"{told}: addresses are not fetched; download the images first"
+            return "address", f"{quoted_name}: addresses are not fetched; download the images first"
         if any(os.path.isdir(os.path.join(self.root, folder, inside)) for folder in ("", "images")):
-            return "folder", f"{told} is a folder; name an image in it"
-        near = next((found for folder in ("", "images") if (found := self._other_case(folder, inside))), None)
+            return "folder", f"{quoted_name} is a folder; name an image in it"
+        near = next((match for folder in ("", "images") if (match := self._other_case(folder, inside))), None)
         question = f"; did you mean {one_line(near)!r}?" if near else ""
-        return "missing image", f"{told} is not in {one_line(self.root)}{question}"
+        return "missing image", f"{quoted_name} is not in {one_line(self.root)}{question}"
 
     def _other_case(self, folder: str, inside: str) -> str | None:
         """The name of a file that differs in capitals alone, as the table would have it. It is told and not taken: it

@@ -46,9 +46,9 @@ class TableSet(RawSet):
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """Rows of each file: first the bad rows, then the images, in the order in which they first appear."""
-        seen: dict[str, FirstPlace] = {}
+        places: dict[str, FirstPlace] = {}
         for file in self.files:
-            yield from file_rows(file, self.name, self.columns, self.notes, seen)
+            yield from file_rows(file, self.name, self.columns, self.notes, places)
 
 
 class FirstPlace(NamedTuple):
@@ -61,14 +61,14 @@ class FirstPlace(NamedTuple):
 def file_rows(
     file: Path,
     name: str,
-    given: dict[str, str],
+    given_columns: dict[str, str],
     notes: list[str] | None = None,
-    seen: dict[str, FirstPlace] | None = None,
+    places: dict[str, FirstPlace] | None = None,
 ) -> Iterator[RawRow | BadRow]:
     """The rows of one file; `notes` is told which columns were taken.
 
     Args:
-        seen: images of the files before, by path; those of this one are added. An id of a file that is named after a
+        places: images of the files before, by path; those of this one are added. An id of a file that is named after a
             split is of that split: in each file they may count from 0.
 
     Raises:
@@ -76,36 +76,36 @@ def file_rows(
     """
     # rows wait until the whole file is read: those of an image may stand anywhere in it
     merged, folder, default = Merged(file.name, name), Folder(file.parent), split_of_path(file.stem)
-    for entry in _entries(file, given, notes if notes is not None else []):
+    for entry in _entries(file, given_columns, notes if notes is not None else []):
         origin = f"{file.name}:{entry.place}"
-        found = entry.problem or _values(entry.values, default)
-        if isinstance(found, Values):
-            path, problem = folder.place(found.image)
+        row = entry.problem or _values(entry.values, default)
+        if isinstance(row, Values):
+            path, problem = folder.place(row.image)
             # the image's path is its identity: two names may lead to it
-            before = seen.setdefault(path, FirstPlace(found.split, origin)) if path and seen is not None else None
-            own = f"{default} {found.id}" if found.id and seen is not None and default != "train" else found.id
+            before = places.setdefault(path, FirstPlace(row.split, origin)) if path and places is not None else None
+            own = f"{default} {row.id}" if row.id and places is not None and default != "train" else row.id
             bad: BadRow | None
             if problem:
-                bad = BadRow(problem[0], origin, problem[1], found.split)
-            elif before is not None and before.split != found.split:
+                bad = BadRow(problem[0], origin, problem[1], row.split)
+            elif before is not None and before.split != row.split:
                 what = f"its image is in split {before.split!r} at {before.origin}"
-                bad = BadRow("image in two splits", origin, what, found.split)
+                bad = BadRow("image in two splits", origin, what, row.split)
             else:
-                bad = merged.add(path, found.captions, found.split, entry.place, own, found.image)
+                bad = merged.add(path, row.captions, row.split, entry.place, own, row.image)
             if bad:
                 yield bad
         else:
-            yield BadRow(found[0], origin, found[1], default)
+            yield BadRow(row[0], origin, row[1], default)
     yield from merged.rows()
 
 
-def _entries(file: Path, given: dict[str, str], notes: list[str]) -> Iterator[FileRow]:
+def _entries(file: Path, given_columns: dict[str, str], notes: list[str]) -> Iterator[FileRow]:
     if file.suffix.lower() in (".json", ".jsonl", ".ndjson"):
-        yield from _objects(file, given)
+        yield from _objects(file, given_columns)
         return
     table = RawTable(file)
     try:
-        columns = find_columns(table.columns, given, file)
+        columns = find_columns(table.columns, given_columns, file)
     except UserError as error:
         # both in one line, the encoding first: whoever saves the file anew may write other names
         if (number := first_not_text(file)) is not None:
@@ -114,8 +114,8 @@ def _entries(file: Path, given: dict[str, str], notes: list[str]) -> Iterator[Fi
             raise UserError(f"{file}:{number}", what, todo, error.code) from error
         raise
     # told once: a wrong guess of a column would otherwise go unnoticed
-    if (left := [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]) and (
-        note := f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(dict.fromkeys(left))}"
+    if (rest := [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]) and (
+        note := f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(dict.fromkeys(rest))}"
     ) not in notes:
         notes.append(note)
     # of two columns with the same name the first
@@ -134,7 +134,7 @@ def _listed(columns: dict[str, str]) -> str:
     return ", ".join(f"{name} as {role}" for role, name in columns.items())
 
 
-def _objects(file: Path, given: dict[str, str]) -> Iterator[FileRow]:
+def _objects(file: Path, given_columns: dict[str, str]) -> Iterator[FileRow]:
     """Objects need not have the same keys; those of the first that has image and caption count where one lacks them.
 
     Raises:
@@ -146,7 +146,7 @@ def _objects(file: Path, given: dict[str, str]) -> Iterator[FileRow]:
     for entry in islice(_json(file), PROBE):
         if not entry.problem and not usual:
             try:
-                usual = find_columns([*entry.values], given, f"{file}:{entry.place}")
+                usual = find_columns([*entry.values], given_columns, f"{file}:{entry.place}")
             except UserError as error:
                 wrong = wrong or error
     if wrong and not usual:
@@ -161,13 +161,13 @@ def _objects(file: Path, given: dict[str, str]) -> Iterator[FileRow]:
         if keys not in known:
             # bounded: in a hostile file each row has keys of its own
             known = known if len(known) < PROBE else {}
-            known[keys] = _columns(keys, given, file) or usual
+            known[keys] = _columns(keys, given_columns, file) or usual
         yield FileRow(entry.place, {role: entry.values.get(name) for role, name in known[keys].items()})
 
 
-def _columns(keys: tuple[str, ...], given: dict[str, str], file: Path) -> dict[str, str] | None:
+def _columns(keys: tuple[str, ...], given_columns: dict[str, str], file: Path) -> dict[str, str] | None:
     try:
-        return find_columns(keys, given, file)
+        return find_columns(keys, given_columns, file)
     except UserError:
         return None
 
@@ -211,7 +211,7 @@ class Values(NamedTuple):
 
 def _values(values: dict[str, Any], default: str) -> Values | tuple[str, str]:
     """The row, or (reason, message)."""
-    image, own, given = values.get("image"), values.get("id"), values.get("split")
+    image, own, split_name = values.get("image"), values.get("id"), values.get("split")
     if not isinstance(image, str) or not image.strip():
         return "no image", f"the name of the image is {short_value(image)}"
     captions = texts_in(values.get("caption"))
@@ -221,9 +221,9 @@ def _values(values: dict[str, Any], default: str) -> Values | tuple[str, str]:
     if not any(text.strip() for text in captions):
         return "empty caption", "the caption is empty"
     # a split that is given must be one; an empty one is train
-    split = default if given is None else split_named(given)
+    split = default if split_name is None else split_named(split_name)
     if split is None:
-        return "unknown split", f"{short_value(given)} is none of train, val and test"
+        return "unknown split", f"{short_value(split_name)} is none of train, val and test"
     # true is an int for Python
     named = isinstance(own, str | int) and not isinstance(own, bool)
     return Values(image.strip(), captions, split, str(own).strip() if named else "")
@@ -255,6 +255,7 @@ class FolderSet(RawSet):
     def rows(self) -> Iterator[RawRow | BadRow]:
         """First what metadata files name, then the other images by name."""
         named: set[str] = set()
+        whole_root = Path(os.path.abspath(self.root))  # as `Folder.place` spells paths: without `..`
         # a metadata file may stand in any folder below
         tables = [file for kind in ("csv", "jsonl") for file in self.root.rglob(f"metadata.{kind}")]
         # nor in hidden ones, as `Walk`
@@ -274,7 +275,7 @@ class FolderSet(RawSet):
                     continue
                 named.add(str(row.image))
                 # ids are relative to RAW, so that two metadata files may use the same names
-                own = Path(str(row.image)).relative_to(self.root.absolute())
+                own = Path(str(row.image)).relative_to(whole_root)
                 split = split_of_path(own.parent.as_posix())
                 image_id = one_line_id(f"{self.name} {own.as_posix()}")
                 # a folder's name goes before the table's column
@@ -282,7 +283,7 @@ class FolderSet(RawSet):
         left_out: dict[str, list[str]] = {}
         # images that no table names
         for name in image_names(self.root, left_out):
-            path = self.root.absolute() / name
+            path = whole_root / name
             if str(path) not in named:
                 yield self._with_text(path, name, within)
         yield from not_looked_at(left_out, self.root, "train")
@@ -319,12 +320,12 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
         raise UserError(raw, what, "Name the file itself", ExitCode.MISSING_INPUT)
     for file in files:
         check_below(file, path)
-    found = TableSet(files, name, columns)
+    tables = TableSet(files, name, columns)
     # Parts of one table, or tables that nobody meant: told, so that a stray one does not go unnoticed.
     if len(files) > 1:
         named = ", ".join(one_line(file.name, 60) for file in files[:5]) + (", ..." if len(files) > 5 else "")
-        found.notes.append(f"{len(files)} tables of this folder are read: {named}; for one alone name the file itself")
-    return found
+        tables.notes.append(f"{len(files)} tables of this folder are read: {named}; for one alone name the file itself")
+    return tables
 
 
 def open_csv(raw: str, name: str, columns: dict[str, str]) -> RawSet:

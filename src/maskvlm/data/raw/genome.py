@@ -1,7 +1,7 @@
 """Visual Genome (Krishna et al. 2017, visualgenome.org): phrases about regions of an image as its captions."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from maskvlm.data.files import get
@@ -12,6 +12,7 @@ from maskvlm.data.raw.photos import PhotoIndex
 from maskvlm.utils.errors import ExitCode, UserError
 
 LAYOUT = "Visual Genome"
+IMAGE_DATA = "image_data.json"
 # The whole set; the paper's 4-M mix is ALBEF's (Li et al. 2021, table of the appendix), with 100 K images and 769 K
 # phrases of it.
 FACTS = Facts("Visual Genome (Krishna et al. 2017)", 108_077, 5_408_689, "CC BY 4.0; photos are of COCO and YFCC100M")
@@ -31,7 +32,8 @@ class Genome(RawSet):
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """Rows in the order of region_descriptions.json."""
-        coco = self._coco_ids()
+        coco_ids = read_coco_ids(self.images)
+        self.notes = [f"{len(coco_ids):,} of its images are COCO's, too, and have their ids there"]
         index = PhotoIndex(self.root)
         for position, entry in enumerate(json_items(self.regions)):
             where = f"{self.regions.name} [{position}]"
@@ -49,20 +51,49 @@ class Genome(RawSet):
             elif not phrases:
                 yield BadRow("no caption", origin, "no region of this image is described", "train")
             else:
-                # COCO's id, so that its test images are found among these
-                image_id = f"coco {coco[number]}" if number in coco else f"vg {number}"
-                yield RawRow(path, phrases, image_id, "train", origin)
+                yield RawRow(path, phrases, genome_photo_id(number, coco_ids), "train", origin)
 
-    def _coco_ids(self) -> dict[int, int]:
-        found: dict[int, int] = {}
-        for position, record in enumerate(json_items(self.images)):
-            where = f"{self.images} [{position}]"
-            number, coco = get(record, "image_id", int, where, LAYOUT), _number(record.get("coco_id"))
-            if coco is not None:
-                found[number] = coco
-        shared = f"{len(found):,} of its images are COCO's, too, and have their ids there"
-        self.notes = [shared]
-        return found
+
+def check_image_data(file: Path) -> None:
+    """Raises UserError where `image_data.json` is not there: nobody could tell which of the images are among those
+    that COCO's tasks are evaluated on."""
+    if not file.is_file():
+        what = f"{file.name} is missing: which images are also COCO's stands there alone"
+        raise UserError(file.parent, what, "Fetch it from visualgenome.org and put it here", ExitCode.MISSING_INPUT)
+
+
+def read_coco_ids(file: Path) -> dict[int, int]:
+    """Number of an image -> its number in COCO, of those that are COCO's, too.
+
+    Args:
+        file: `image_data.json`.
+
+    Raises:
+        UserError: as `check_image_data`; the file is damaged.
+    """
+    check_image_data(file)
+    coco_ids: dict[int, int] = {}
+    for position, record in enumerate(json_items(file)):
+        where = f"{file} [{position}]"
+        number, coco = get(record, "image_id", int, where, LAYOUT), _number(record.get("coco_id"))
+        if coco is not None:
+            coco_ids[number] = coco
+    return coco_ids
+
+
+def genome_photo_id(number: int, coco_ids: Mapping[int, int]) -> str:
+    """The id of an image in all sets: COCO's where it has one, so that images which are evaluated on are found."""
+    return f"coco {coco_ids[number]}" if number in coco_ids else f"vg {number}"
+
+
+def genome_files(names: Iterable[str], coco_ids: Mapping[int, int]) -> dict[str, str]:
+    """Id -> name of `<image_id>.jpg`, of these names; of two files of one image the first one stays."""
+    files: dict[str, str] = {}
+    for name in names:
+        stem = PurePosixPath(name).stem
+        if stem.isdecimal() and not stem.startswith("0"):  # COCO's own names are filled up with zeros
+            files.setdefault(genome_photo_id(int(stem), coco_ids), name)
+    return files
 
 
 def _number(value: Any) -> int | None:
@@ -72,11 +103,8 @@ def _number(value: Any) -> int | None:
 def open_genome(raw: str, name: str, columns: dict[str, str]) -> RawSet:
     """Both files are needed: without image_data.json nobody could tell which images are COCO's."""
     root = Path(raw)
-    regions, images = find_file(root, "region_descriptions.json"), find_file(root, "image_data.json")
+    regions, images = find_file(root, "region_descriptions.json"), find_file(root, IMAGE_DATA) or root / IMAGE_DATA
     if regions is None:
         raise no_files(root, "region_descriptions.json")
-    if images is None:
-        what = "image_data.json is missing: which images are also COCO's stands there alone"
-        todo = "Fetch it from visualgenome.org and put it here"
-        raise UserError(root, what, todo, ExitCode.MISSING_INPUT)
+    check_image_data(images)
     return Genome(root, regions, images)

@@ -139,14 +139,14 @@ def _load(raw: str) -> "dict[str, Dataset]":
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             # what `save_to_disk` wrote
-            found = datasets.load_from_disk(str(local))
+            dataset = datasets.load_from_disk(str(local))
         else:
-            found = datasets.load_dataset(str(local) if local.exists() else name, configuration or None)
+            dataset = datasets.load_dataset(str(local) if local.exists() else name, configuration or None)
     except Exception as error:  # the library raises a dozen types, some of its own, some of the network
         what = f"Hugging Face datasets cannot load it ({type(error).__name__}: {one_line(error, 160)})"
         todo = "Check the name; sets with several configurations are named owner/name:configuration"
         raise UserError(raw, what, todo, ExitCode.MISSING_INPUT) from error
-    parts = dict(found) if isinstance(found, dict) else {"train": found}
+    parts = dict(dataset) if isinstance(dataset, dict) else {"train": dataset}
     for part, data in parts.items():
         check_columns(data, f"{raw} ({part})")
     return parts
@@ -192,12 +192,12 @@ def check_card(file: Path) -> None:
     text = content_of(file, MOST_CARD).decode("utf-8", "replace")
     # the YAML at the top of a README.md; the other kind of card is YAML throughout
     head = re.match(r"\ufeff?---\s*\n(.*?)\n---", text, re.DOTALL)
-    told = head[1] if head else "" if file.suffix == ".md" else text
+    yaml_text = head[1] if head else "" if file.suffix == ".md" else text
     what, todo = "its settings cannot be read, and speak of files", "Remove them from the file, or take the data alone"
     try:
-        settings = read_yaml(told, str(file))
+        settings = read_yaml(yaml_text, str(file))
     except UserError:
-        if "data_files" in told or "data_dir" in told or "configs" in told:
+        if "data_files" in yaml_text or "data_dir" in yaml_text or "configs" in yaml_text:
             raise UserError(file, what, todo, ExitCode.REFUSED) from None
         return
     if file.suffix == ".md":

@@ -91,9 +91,9 @@ def json_items(file: Path) -> Iterator[Any]:
                 yield item
                 position = end
                 continue
-            left = len(text) - position
+            remaining = len(text) - position
             # at least doubles what is held, so that a long item is not parsed again for each megabyte
-            more = _read(reader, file, max(CHUNK, left)) if left < MAX_LINE_BYTES else ""
+            more = _read(reader, file, max(CHUNK, remaining)) if remaining < MAX_LINE_BYTES else ""
             if not more:
                 raise _damaged(file, "not JSON, or cut short")
             # what was handed out is dropped

@@ -31,8 +31,8 @@ def photo_of(url: object) -> str | None:
     if not isinstance(url, str):
         return None
     for name, pattern in _PHOTOS.items():
-        if found := pattern.search(url):
-            return f"{name} {found[1] if name == 'flickr' else int(found[1])}"
+        if match := pattern.search(url):
+            return f"{name} {match[1] if name == 'flickr' else int(match[1])}"
     return None
 
 

@@ -41,35 +41,35 @@ class WebShards(RawSet):
         self.facts, self.notes = Facts(name, None, None, "that of each image: addresses are in the .json"), []
         self._left_out: dict[str, list[str]] = {}
         self._kind, self._shards = find_shards(root, self.columns, self._left_out)
-        self._asked = self._got = 0
+        self._urls = self._successes = 0
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """Rows in the order of the shards' names and of their contents; a duplicate key is refused within its shard."""
-        self._asked = self._got = 0
+        self._urls = self._successes = 0
         yield from not_looked_at(self._left_out, self.root, "train")
         for shard in self._shards:
             yield from self._rows_of(shard)
-        if self._asked:
-            share = 100 * self._got / self._asked
-            self.notes = [f"img2dataset asked for {self._asked:,} images and got {self._got:,} ({share:.0f} %)"]
+        if self._urls:
+            share = 100 * self._successes / self._urls
+            self.notes = [f"img2dataset asked for {self._urls:,} images and got {self._successes:,} ({share:.0f} %)"]
 
     def _rows_of(self, shard: Path) -> Iterator[RawRow | BadRow]:
         inside = shard.relative_to(self.root).as_posix() if shard != self.root else shard.name
-        split, found, cut = split_of_path(inside), 0, False
+        split, images, cut = split_of_path(inside), 0, False
         # of one shard: keys of all shards would not fit into memory
-        seen: set[str] = set()
+        seen_keys: set[str] = set()
         # one sample at a time; the problem of a whole shard has no key
         for sample in READERS[self._kind](shard, self.columns):
             origin = one_line(f"{inside}!{sample.origin}" if sample.origin else inside)
             row = self._row(sample, shard, origin, split)
             # images that were downloaded, usable or not: compared with img2dataset's count
-            found += isinstance(row, RawRow) or "image" in sample.parts
-            if sample.key and sample.key in seen:
+            images += isinstance(row, RawRow) or "image" in sample.parts
+            if sample.key and sample.key in seen_keys:
                 row = BadRow("duplicate key", origin, f"key {one_line(sample.key)!r} stands there twice", split)
-            seen.add(sample.key)
+            seen_keys.add(sample.key)
             cut |= not sample.key
             yield row
-        yield from self._compare(shard, inside, split, found, cut)
+        yield from self._compare(shard, inside, split, images, cut)
 
     def _row(self, sample: KeyedFiles, shard: Path, origin: str, split: str) -> RawRow | BadRow:
         meta, problem = _meta(sample)
@@ -108,7 +108,7 @@ class WebShards(RawSet):
                 return captions
         return "no caption", "neither a .txt nor a caption in a .json"
 
-    def _compare(self, shard: Path, inside: str, split: str, found: int, cut: bool) -> Iterator[BadRow]:
+    def _compare(self, shard: Path, inside: str, split: str, images: int, cut: bool) -> Iterator[BadRow]:
         """What img2dataset counted and what is there; an archive that is cut short was told already."""
         file = shard.parent / f"{_stem(shard)}{STATS}"
         there = os.path.lexists(file) and Inside(shard.parent).holds(file)
@@ -116,17 +116,17 @@ class WebShards(RawSet):
         try:
             stats = {} if problem else parse_json(text)
             # without a file of statistics nothing is compared
-            asked, got = (stats.get(key, found) for key in ("count", "successes"))
-            if not all(type(number) is int and 0 <= number < 2**53 for number in (asked, got)):
+            urls, successes = (stats.get(key, images) for key in ("count", "successes"))
+            if not all(type(number) is int and 0 <= number < 2**53 for number in (urls, successes)):
                 raise TypeError("no numbers")
         except (ValueError, TypeError, AttributeError, RecursionError):
             yield BadRow("damaged statistics", one_line(file.name), "not what img2dataset writes", split)
             return
         if stats:
-            self._asked, self._got = self._asked + asked, self._got + got
+            self._urls, self._successes = self._urls + urls, self._successes + successes
         # of a shard that is cut short this has been told
-        if stats and got != found and not cut:
-            what = f"{file.name} counts {got:,} images, {found:,} are there"
+        if stats and successes != images and not cut:
+            what = f"{file.name} counts {successes:,} images, {images:,} are there"
             yield BadRow("other count than img2dataset's", one_line(inside), what, split)
 
 
@@ -141,22 +141,22 @@ def find_shards(
     Raises:
         UserError: there are none.
     """
-    found: dict[str, list[Path]] = {"tar": [], "parquet": [], "files": []}
+    shards_by_kind: dict[str, list[Path]] = {"tar": [], "parquet": [], "files": []}
     walk = Walk(root)
     for place, names in walk if root.is_dir() else [(str(root.parent), [root.name])]:
-        found["tar"] += [Path(place, name) for name in names if TAR.search(name)]
-        found["parquet"] += [Path(place, name) for name in names if name.endswith(".parquet")]
+        shards_by_kind["tar"] += [Path(place, name) for name in names if TAR.search(name)]
+        shards_by_kind["parquet"] += [Path(place, name) for name in names if name.endswith(".parquet")]
         # a folder of images counts as one shard
         if any(name.endswith(".json") and not name.endswith(STATS) for name in names) and images_of(Path(place)):
-            found["files"].append(Path(place))
+            shards_by_kind["files"].append(Path(place))
     for reason, paths in walk.left_out.items():
         if left_out is not None:
             left_out[reason] = [path for path in paths if TAR.search(path) or path.endswith(".parquet")]
     # beside tars, img2dataset writes Parquet of the addresses, without images
-    if not found["tar"]:
-        found["parquet"] = [path for path in found["parquet"] if has_images(path, columns)]
+    if not shards_by_kind["tar"]:
+        shards_by_kind["parquet"] = [path for path in shards_by_kind["parquet"] if has_images(path, columns)]
     # the first kind that is there: tar, parquet, files
-    for kind, shards in found.items():
+    for kind, shards in shards_by_kind.items():
         if shards:
             return kind, sorted(shards)
     raise UserError(root, "no shards in this folder", f"Looked for {FORMS}", ExitCode.MISSING_INPUT)

@@ -29,11 +29,11 @@ class Style:
     grounds: tuple[str, ...]
     grounds_first: tuple[str, ...]
 
-    def noun(self, said: "Mention") -> str:
+    def noun(self, traits: "Mention") -> str:
         """ "a small striped red circle", as far as the mention goes."""
-        size = self.sizes[said.size] if said.size else None
+        size = self.sizes[traits.size] if traits.size else None
         # in the order in which English puts them
-        words = [word for word in (size, said.pattern, said.colour, said.shape or "thing") if word]
+        words = [word for word in (size, traits.pattern, traits.colour, traits.shape or "thing") if word]
         # by the first word that is said: "an orange circle", "a small orange circle"
         article = ("an" if words[0][0] in "aeiou" else "a",) if self.full else ()
         return " ".join((*article, *words))
@@ -146,10 +146,10 @@ def tell_all(scene: Scene, rng: random.Random) -> Caption:
     """Every thing with every attribute and its place, and the background."""
     style = style_of(scene, rng)
     # in random order: the order of a text must not tell the places
-    said = [mention(thing, "size", "pattern", "place") for thing in shuffled(rng, scene.things)]
-    things = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said])
+    mentions = [mention(thing, "size", "pattern", "place") for thing in shuffled(rng, scene.things)]
+    things = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in mentions])
     text = f"{things}{style.ground(rng, scene.background)}"
-    return Caption(text, Statement(tuple(said), background=scene.background))
+    return Caption(text, Statement(tuple(mentions), background=scene.background))
 
 
 def tell_relations(scene: Scene, rng: random.Random) -> Caption:
@@ -158,20 +158,20 @@ def tell_relations(scene: Scene, rng: random.Random) -> Caption:
     style = style_of(scene, rng)
     things = shuffled(rng, scene.things)
     if len(things) == 1:
-        said = [mention(things[0], "size", "pattern")]
-        text = f"{style.noun(said[0])} alone{style.ground(rng, scene.background)}"
-        return Caption(text, Statement(tuple(said), background=scene.background, count=1))
+        mentions = [mention(things[0], "size", "pattern")]
+        text = f"{style.noun(mentions[0])} alone{style.ground(rng, scene.background)}"
+        return Caption(text, Statement(tuple(mentions), background=scene.background, count=1))
     # keeps the text short
     attributes = ("size", "pattern") if len(things) == 2 else (choose(rng, ("size", "pattern")),)
-    said = [mention(thing, *attributes) for thing in things]
+    mentions = [mention(thing, *attributes) for thing in things]
     relations = []
     for number, thing in enumerate(things[1:], start=1):
         # never empty: two things differ in row or column; both hold on a diagonal
         true = [name for name in world.RELATIONS if things[0].relates(name, thing)]
         relations.append(Relation(0, choose(rng, true), number))
-    others = style.listed([f"{style.relations[r.name]} {style.noun(said[r.second])}" for r in relations])
-    text = f"{style.noun(said[0])} {'is ' if style.full else ''}{others}"
-    return Caption(text, Statement(tuple(said), tuple(relations)))
+    others = style.listed([f"{style.relations[r.name]} {style.noun(mentions[r.second])}" for r in relations])
+    text = f"{style.noun(mentions[0])} {'is ' if style.full else ''}{others}"
+    return Caption(text, Statement(tuple(mentions), tuple(relations)))
 
 
 def tell_background_first(scene: Scene, rng: random.Random) -> Caption:
@@ -179,23 +179,23 @@ def tell_background_first(scene: Scene, rng: random.Random) -> Caption:
     style = style_of(scene, rng)
     # one thing alone would fit too many images without it
     more = () if len(scene.things) > 1 else (choose(rng, ("size", "pattern")),)
-    said = [mention(thing, "place", *more) for thing in shuffled(rng, scene.things)]
-    things = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said])
+    mentions = [mention(thing, "place", *more) for thing in shuffled(rng, scene.things)]
+    things = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in mentions])
     text = f"{choose(rng, style.grounds_first).format(scene.background)} {things}"
-    return Caption(text, Statement(tuple(said), background=scene.background))
+    return Caption(text, Statement(tuple(mentions), background=scene.background))
 
 
 def tell_places_first(scene: Scene, rng: random.Random) -> Caption:
     """Each place, then what is there, without size or without pattern; one thing alone with its background."""
     style = style_of(scene, rng)
     attribute = choose(rng, ("size", "pattern"))
-    said = [mention(thing, "place", attribute) for thing in shuffled(rng, scene.things)]
+    mentions = [mention(thing, "place", attribute) for thing in shuffled(rng, scene.things)]
     verb = " is" if style.full else ""
-    text = style.listed([f"{style.place(str(m.place))}{verb} {style.noun(m)}" for m in said])
-    if len(said) > 1:
-        return Caption(text, Statement(tuple(said)))
+    text = style.listed([f"{style.place(str(m.place))}{verb} {style.noun(m)}" for m in mentions])
+    if len(mentions) > 1:
+        return Caption(text, Statement(tuple(mentions)))
     ground = style.ground(rng, scene.background)  # one thing would fit too many images
-    return Caption(f"{text}{ground}", Statement(tuple(said), background=scene.background))
+    return Caption(f"{text}{ground}", Statement(tuple(mentions), background=scene.background))
 
 
 def tell_part(scene: Scene, rng: random.Random) -> Caption:
@@ -204,15 +204,15 @@ def tell_part(scene: Scene, rng: random.Random) -> Caption:
     things = shuffled(rng, scene.things)
     # One or two things in full, else the count and all names.
     if len(things) <= 2 or rng.random() < 0.5:
-        said = [mention(thing, "size", "pattern", "place") for thing in things[:2]]
-        text = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said])
+        mentions = [mention(thing, "size", "pattern", "place") for thing in things[:2]]
+        text = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in mentions])
         if len(things) == 1:
-            return Caption(f"only {text}", Statement(tuple(said), count=1))
-        return Caption(text, Statement(tuple(said)))
-    said = [mention(thing) for thing in things]
+            return Caption(f"only {text}", Statement(tuple(mentions), count=1))
+        return Caption(text, Statement(tuple(mentions)))
+    mentions = [mention(thing) for thing in things]
     head = f"{COUNT_WORDS[len(things)]} {choose(rng, OBJECT_WORDS)}{style.ground(rng, scene.background)}"
-    statement = Statement(tuple(said), background=scene.background, count=len(things))
-    return Caption(f"{head}: {style.listed([style.noun(m) for m in said])}", statement)
+    statement = Statement(tuple(mentions), background=scene.background, count=len(things))
+    return Caption(f"{head}: {style.listed([style.noun(m) for m in mentions])}", statement)
 
 
 def tell_names(scene: Scene, rng: random.Random) -> Caption:
@@ -222,8 +222,8 @@ def tell_names(scene: Scene, rng: random.Random) -> Caption:
     """
     style = style_of(scene, rng)
     attributes = choose(rng, ((), ("size",), ("pattern",), ("size", "pattern")))
-    said = [mention(thing, *attributes) for thing in shuffled(rng, scene.things)]
-    return Caption(style.listed([style.noun(m) for m in said]), Statement(tuple(said)))
+    mentions = [mention(thing, *attributes) for thing in shuffled(rng, scene.things)]
+    return Caption(style.listed([style.noun(m) for m in mentions]), Statement(tuple(mentions)))
 
 
 def tell_spots(scene: Scene, rng: random.Random) -> Caption:
@@ -233,10 +233,12 @@ def tell_spots(scene: Scene, rng: random.Random) -> Caption:
     """
     style = style_of(scene, rng)
     attribute = choose(rng, ("shape", "colour", "size", "pattern"))
-    said = [
+    mentions = [
         Mention(place=thing.place, **{attribute: getattr(thing, attribute)}) for thing in shuffled(rng, scene.things)
     ]
-    return Caption(style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in said]), Statement(tuple(said)))
+    return Caption(
+        style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in mentions]), Statement(tuple(mentions))
+    )
 
 
 def tell_short(scene: Scene, rng: random.Random, relations: int = 0) -> Caption:

@@ -177,8 +177,8 @@ def curtain_of(size: int, line: str) -> Image.Image:
 
 def draw_behind(scene: Scene, size: int, line: str) -> Image.Image:
     """The scene with a curtain over a row or column (a key of LINES): nothing of what stands there can be seen."""
-    seen = tuple(thing for thing in scene.things if thing.cell not in LINES[line])  # edges may reach out by a pixel
-    image = draw_scene(Scene(scene.background, seen), size)
+    visible = tuple(thing for thing in scene.things if thing.cell not in LINES[line])  # edges may reach out by a pixel
+    image = draw_scene(Scene(scene.background, visible), size)
     curtain = curtain_of(size, line)
     image.paste(curtain, (0, 0), curtain)
     return image

@@ -47,8 +47,8 @@ def fits(traits: Traits, thing: Thing) -> bool:
 
 def noun(traits: Traits) -> str:
     """ "small striped red circle", or "red thing", as far as the traits go; no article."""
-    said = {"shape": "thing"} | traits
-    return " ".join(said[name] for name in ATTRIBUTES if name in said)
+    words = {"shape": "thing"} | traits
+    return " ".join(words[name] for name in ATTRIBUTES if name in words)
 
 
 def a_noun(traits: Traits) -> str:
@@ -117,8 +117,8 @@ def scene_like(rng: random.Random, things: Collection[Traits], background: str |
     """A scene of as many things as there are traits, each at a random place; the background as in `scene_of`."""
     # nine cells for fewer things: the rest is not used
     cells = shuffled(rng, range(9))
-    made = [thing_like(rng, cell, traits) for cell, traits in zip(cells, things, strict=False)]
-    return scene_of(rng, made, background)
+    placed_things = [thing_like(rng, cell, traits) for cell, traits in zip(cells, things, strict=False)]
+    return scene_of(rng, placed_things, background)
 
 
 def first_of_split(split: str, make: Callable[[], Scene | None]) -> Scene:
@@ -179,19 +179,19 @@ class SceneExamples:
         return self.count
 
     def __getitem__(self, index: int, /) -> Example:
-        told = self.told(index)
+        plan = self.plan(index)
         return Example(
-            images=[view.draw(self.size) for view in told.views],
-            image_ids=[view.scene.id for view in told.views],
-            text=told.text,
-            answers=[told.answer],
-            id=told.id,
-            kind=told.kind,
-            group=told.group,
+            images=[view.draw(self.size) for view in plan.views],
+            image_ids=[view.scene.id for view in plan.views],
+            text=plan.text,
+            answers=[plan.answer],
+            id=plan.id,
+            kind=plan.kind,
+            group=plan.group,
             origin=f"{self.task} (seed {self.seed}) {self.name} example {index}",
         )
 
-    def told(self, index: int) -> PlannedExample:
+    def plan(self, index: int) -> PlannedExample:
         """Example `index` with its scenes. Raises IndexError outside 0 to the length - 1."""
         if not 0 <= index < self.count:
             raise IndexError(f"{self.task} {self.name}: no example {index}, there are {self.count}")
@@ -201,7 +201,7 @@ class SceneExamples:
     def image_ids(self) -> Iterator[str]:
         """The scenes' ids, example by example; the examples are made for it, but not drawn."""
         for index in range(self.count):
-            yield from (view.scene.id for view in self.told(index).views)
+            yield from (view.scene.id for view in self.plan(index).views)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -209,10 +209,10 @@ class SceneExamples:
         digest = sha256(repr((VERSION, self.task, self.name, self.count, self.size, self.seed)).encode())
         # the content, too: it changes with the code of `tell`
         for index in range(min(8, self.count)):
-            told = self.told(index)
+            plan = self.plan(index)
             # the plan holds the text, the answer and the scenes
-            digest.update(repr(told).encode())
-            for view in told.views:
+            digest.update(repr(plan).encode())
+            for view in plan.views:
                 digest.update(view.draw(self.size).tobytes())
         return digest.hexdigest()[:16]
 

@@ -18,7 +18,7 @@ __all__ = ["Caption", "Scene", "ScenePairs", "Scenes", "Thing", "captions_of", "
 
 VERSION = 3  # raise it when the same seed gives other images or captions
 SHORT = 2  # raise it when the same seed gives other short captions; no evaluation has these
-KEPT = 20_000
+MOST_CACHED = 20_000
 """Scenes whose texts are kept once they were made, 30 MB or so: of what a row costs they are nine tenths."""
 SMALLEST = 12  # pixels: below, shapes cannot be told apart
 
@@ -37,19 +37,19 @@ class ScenePairs:
     def __init__(self, name: str, count: int, size: int, seed: int, short: int = 0, relations: int = 0) -> None:
         self.name, self.count, self.size, self.seed = name, count, size, seed
         self.short, self.relations = short, relations
-        self.kept: dict[int, tuple[Scene, list[str]]] = {}
+        self.cache: dict[int, tuple[Scene, list[str]]] = {}
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int, /) -> Row:
-        if index in self.kept:
-            scene, texts = self.kept[index]
+        if index in self.cache:
+            scene, texts = self.cache[index]
         else:
             scene, rng = self._scene(index)
             texts = [caption.text for caption in self._captions(scene, rng)]
-            if len(self.kept) < KEPT:
-                self.kept[index] = scene, texts
+            if len(self.cache) < MOST_CACHED:
+                self.cache[index] = scene, texts
         return Row(
             image=draw_scene(scene, self.size),
             captions=list(texts),

@@ -24,7 +24,7 @@ from maskvlm.data.prepare.shards import Job, PreparationStopped, Settings, Shard
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.status_bar import StatusBar
 
-TOLD_EVERY = 30.0  # seconds between lines where there is no terminal
+REPORT_EVERY = 30.0  # seconds between lines where there is no terminal
 WINDOW = 30.0  # seconds that the speed is of
 
 
@@ -109,8 +109,8 @@ def work(job: Job) -> int:
             # place 0: used, place 1: left out
             counts[not used] += 1
 
-    made: ShardNote = make_shard(_AT_WORK["root"], _AT_WORK["settings"], job, tick)
-    return made.rows
+    note: ShardNote = make_shard(_AT_WORK["root"], _AT_WORK["settings"], job, tick)
+    return note.rows
 
 
 # ------------------------------------------------------------------ in the first process
@@ -163,8 +163,8 @@ class Stage:
 
     def __init__(self, name: str, total: int | None, counts: Any, say: Callable[[str], None]) -> None:
         self.name, self.total, self.counts, self.say = name, total, counts, say
-        self.told = time.monotonic()
-        self.past: deque[tuple[float, int]] = deque([(self.told, 0)])
+        self.reported_at = time.monotonic()
+        self.past: deque[tuple[float, int]] = deque([(self.reported_at, 0)])
         self.bar = StatusBar(name, total, Console(stderr=True))
 
     def __enter__(self) -> "Stage":
@@ -184,8 +184,8 @@ class Stage:
             self.past.popleft()
         if self.bar.drawn:
             self.bar.show(used + left_out, self.line())
-        elif now - self.told >= TOLD_EVERY:
-            self.told = now
+        elif now - self.reported_at >= REPORT_EVERY:
+            self.reported_at = now
             self.say(f"{self.name}  {self.line()}")
 
     def line(self) -> str:

@@ -33,7 +33,7 @@ def list_shards(root: str | list[str]) -> dict[str, int]:
     """
     import fsspec
 
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     others = 0
     for place in [root] if isinstance(root, str) else root:
         try:
@@ -51,7 +51,7 @@ def list_shards(root: str | list[str]) -> dict[str, int]:
                         others += 1
                         continue
                     # some servers tell no size
-                    found[files.unstrip_protocol(name)] = facts["size"] or 0
+                    sizes[files.unstrip_protocol(name)] = facts["size"] or 0
         except UserError:
             raise
         except ImportError as error:
@@ -61,11 +61,11 @@ def list_shards(root: str | list[str]) -> dict[str, int]:
             raise UserError(place, what, "Check the address and the network", ExitCode.IO_ERROR) from error
     if others and rank() == 0:
         print(f"{root}: shards named after another split than train, left out: {others}", flush=True)
-    if not found:
+    if not sizes:
         what = "no shard of training here" if others else "no shard here (.tar, .parquet or .arrow)"
         raise UserError(root, what, "Correct data.source.root", ExitCode.MISSING_INPUT)
     # every process must arrive at the same list
-    return dict(sorted(found.items()))
+    return dict(sorted(sizes.items()))
 
 
 @lru_cache(64)

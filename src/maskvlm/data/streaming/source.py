@@ -82,12 +82,12 @@ class StreamedPairs:
 
     def first_captions(self, most: int) -> Iterator[str]:
         """Captions of the first `most` readable rows, shard by shard by name: the same for all processes."""
-        for found in read_shards(self.shards, self.name):
+        for record in read_shards(self.shards, self.name):
             # `most` counts images
             if most <= 0:
                 return
-            if found["problem"] is None:
-                yield from found["row"].captions
+            if record["problem"] is None:
+                yield from record["row"].captions
                 most -= 1
 
 
@@ -167,12 +167,12 @@ class StreamSamples(IterableDataset[Sample]):
                 where, what = self.pairs.shards[0], "a data worker found nothing to train on in its part of the shards"
                 raise UserError(where, what, "Check the shards, or use fewer data workers", ExitCode.BAD_DATA)
 
-    def _sample(self, found: dict[str, Any], epoch: int) -> Sample:
+    def _sample(self, record: dict[str, Any], epoch: int) -> Sample:
         # a stream has no row numbers: the hash of the origin seeds the augmentation
-        pick = Pick(stable_id(found["origin"]), epoch)
-        if found["problem"]:
-            return self.reader.hole(pick.row, found["problem"])
-        row: RawRow = found["row"]
+        pick = Pick(stable_id(record["origin"]), epoch)
+        if record["problem"]:
+            return self.reader.hole(pick.row, record["problem"])
+        row: RawRow = record["row"]
         plain_row = Row(image=row.image, captions=[*row.captions], image_id=row.image_id, origin=row.origin)
         return self.reader.sample(plain_row, pick)
 
