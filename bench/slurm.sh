@@ -157,8 +157,8 @@ run: pretrain model=tiny data=scenes
 options: {data.steps: 30, data.workers: 0, trainer.accelerator: cpu, trainer.devices: 1, data.eval_batch_size: 100}
 seeds: 2
 arms:
-  all: {told: all losses}
-  matching: {told: contrast and matching, options: {model.task.weight_mlm: 0, model.task.weight_mim: 0, model.task.weight_spread: 0}}
+  all: {label: all losses}
+  matching: {label: contrast and matching, options: {model.task.weight_mlm: 0, model.task.weight_mim: 0, model.task.weight_spread: 0}}
 metrics: {R@1: {mean: [retrieval/tr_r1]}}
 questions: []
 END

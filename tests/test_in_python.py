@@ -21,7 +21,8 @@ from maskvlm.checkpoint.model_spec import spec_of_modules
 from maskvlm.data.module import PairData
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.inference.rebuild import read_arguments
-from maskvlm.model.encoders import ImageEncoder
+from maskvlm.model.encoders import ImageEncoder, TextEncoder
+from maskvlm.model.maskvlm import MaskVLM as Backbone
 from maskvlm.objectives.masking import RandomBlocks
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.training.checkpointing import KeepState
@@ -250,3 +251,25 @@ def test_a_base_class_sees_what_the_most_specific_class_was_given() -> None:
     later = Middle(names)
     names.append("b")
     assert later.arguments == {"name": ["a"]}
+
+
+@pytest.mark.parametrize(("special", "vocab_size"), [(["[PAD]", "[UNK]"], None), (["[UNK]", "[PAD]"], 40)])
+def test_a_text_encoder_that_starts_from_nothing_with_a_tokenizer_comes_back(
+    tmp_path: Path, special: list[str], vocab_size: int | None
+) -> None:
+    """Its rows, its padding and its positions follow from the tokenizer, which a checkpoint keeps apart."""
+    words = [*special, "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(35))]
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n")
+    config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    text = TextEncoder(
+        "bert", 12, random_init=True, config=config, tokenizer=str(tmp_path / "tokenizer"), vocab_size=vocab_size
+    )
+    vit = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    backbone = Backbone(ImageEncoder("vit_tiny_patch16_224", 48, config=vit, random_init=True), text, 1, 2)
+    task = MaskedPretraining(mask_block=16, decoder_layers=1, contrast_dim=32)
+    task.build_once(backbone)
+    MaskVLM.from_modules(backbone, task).save_pretrained(tmp_path / "out")
+    loaded = MaskVLM.from_pretrained(tmp_path / "out")
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(loaded.backbone.state_dict()[name], value), name

@@ -5,6 +5,8 @@ import ast
 import configparser
 import importlib
 import inspect
+import io
+import json
 import re
 import shlex
 import textwrap
@@ -16,11 +18,13 @@ from typing import Any
 import pytest
 import yaml
 from raw_toys import TOYS
+from rich.console import Console
 from toy_pretrained import saved
 
 from maskvlm.cli.commands import COMMANDS
 from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.data.raw import FACTS, SETS
+from maskvlm.reporting.metric_tables import metrics_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -64,6 +68,23 @@ def test_every_page_has_its_place() -> None:
     """Each is in one toctree, and each entry of one is a page."""
     listed = [entry for page in PAGES for entry in toctree(page)]
     assert sorted([DOCS / "index.md", *listed]) == PAGES
+
+
+MEASURED = sorted(DOCS.glob("results/*/metrics.json"))
+
+
+@pytest.mark.parametrize("metrics", MEASURED, ids=lambda path: path.parent.name)
+def test_a_page_of_results_says_what_its_metrics_say(metrics: Path) -> None:
+    """To the digit: every line of the tables that a run prints stands on the page beside its metrics.json."""
+    console = Console(width=200, file=io.StringIO(), force_terminal=False)
+    console.print(metrics_table(json.loads(text_of(metrics))))
+    printed = {
+        line.rstrip() for line in console.file.getvalue().splitlines() if re.search(r"\d \d|\d\.\d.*\d\.\d", line)
+    }
+    printed = {line for line in printed if "Gain of" not in line}
+    lines = {line.rstrip() for line in text_of(metrics.with_name("README.md")).splitlines()}
+    assert len(printed) >= 8
+    assert printed <= lines
 
 
 # ---------------------------------------------------------------------- commands

@@ -58,7 +58,7 @@ def test_a_gpu_is_waited_for_only_where_the_clock_is_read(monkeypatch: pytest.Mo
     monkeypatch.setattr(bench, "measured", lambda *arguments: arguments[-1])
     watch, batch = bench.Stopwatch(), SimpleNamespace(valid_B=[True] * 8)
     watch.begins = (0.0, 0.25)
-    trainer = SimpleNamespace(world_size=1, precision="32-true")
+    trainer = SimpleNamespace(world_size=1, precision="32-true", accumulate_grad_batches=1)
     module = SimpleNamespace(device=torch.device("cuda"))
     for step in range(watch.steps + 2):
         watch.on_train_batch_start(trainer, module, batch, step)  # type: ignore[arg-type]
@@ -75,7 +75,10 @@ def test_blocks_are_compiled_after_the_step_whose_operations_are_counted() -> No
     block, counter = FeedForward(2), CompileCounter()
     block.compile(backend=counter)
     watch, batch = bench.Stopwatch(), SimpleNamespace(valid_B=[True] * 8)
-    trainer, module = SimpleNamespace(world_size=1, precision="32-true"), SimpleNamespace(device=torch.device("cpu"))
+    trainer, module = (
+        SimpleNamespace(world_size=1, precision="32-true", accumulate_grad_batches=1),
+        SimpleNamespace(device=torch.device("cpu")),
+    )
     counts = list[int]()
     for step in range(3):
         watch.on_train_batch_start(trainer, module, batch, step)  # type: ignore[arg-type]
@@ -100,3 +103,35 @@ def test_each_step_is_one_of_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
         progress.append(task.run_progress)
         watch.counting.close()
     assert progress == [0.0, 0.0, 0.9, 0.9]
+
+
+def test_what_a_step_costs_follows_from_its_options_alone(
+    stack: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Fails where features that are kept by now are not counted, or passes are taken for steps: by these operations
+    the arms of a study get their steps."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    monkeypatch.setattr(bench, "STEPS", 2)
+    monkeypatch.setattr(bench, "WARMUP", 1)
+    words = ["bench", *stack(WHERE="cpu"), "--data.batch_size=8", "--model.task.image_learns=1", "--json"]
+
+    def counted(*more: str) -> dict[str, float]:
+        assert main([*words, *more]) == 0
+        record: dict[str, float] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+        return record
+
+    kept = [
+        "--model.backbone.image.frozen=1",
+        f"--model.backbone.image.feature_cache={tmp_path}",
+        "--data.augment=false",
+    ]
+    first = counted(*kept)
+    assert counted(*kept)["flops"] == first["flops"]
+    assert list(tmp_path.iterdir()) == []
+    whole, halves = counted(), counted("--trainer.accumulate_grad_batches=2")
+    assert halves["flops"] == pytest.approx(whole["flops"], rel=0.1)
+    ratio = halves["pairs_per_second"] * halves["milliseconds"] / (whole["pairs_per_second"] * whole["milliseconds"])
+    assert ratio == pytest.approx(1)

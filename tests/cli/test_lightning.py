@@ -24,7 +24,7 @@ from maskvlm.config.compose import task_folder
 from maskvlm.config.parser import option_names
 from maskvlm.config.safe_yaml import check_yaml
 from maskvlm.data.images import BadImage
-from maskvlm.training.failure import FIRST, report, user_line
+from maskvlm.training.failure import FIRST, failed_first, report, user_line
 from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -533,6 +533,17 @@ def test_the_cause_is_told_once_by_whoever_failed_first(
     assert report(RuntimeError("Connection closed by peer"), tmp_path) == ExitCode.OUR_BUG
     assert capsys.readouterr().err == "[rank 0] see rank 1\n"
     assert (tmp_path / FIRST).exists()
+
+
+def test_who_failed_first_in_an_earlier_job_says_nothing_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails where all processes of a smaller job name a process that is not there."""
+    (tmp_path / FIRST).write_text("7 70\n")
+    monkeypatch.setattr("maskvlm.training.failure.EARLIER", [failed_first(tmp_path)])
+    monkeypatch.setenv("RANK", "0")
+    report(UserError("data", "broken", "Mend it", ExitCode.BAD_DATA), tmp_path)
+    assert capsys.readouterr().err == "error: data: broken. Mend it.\n"
 
 
 def test_who_failed_first_is_known_while_the_file_is_still_empty(

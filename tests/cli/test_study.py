@@ -272,3 +272,26 @@ def test_commands_that_are_told_can_be_copied(plain: Path, capsys: pytest.Captur
     assert main(["study", "toy.yaml", "--page-only", "--allow-import", "acme"]) == 0
     page = (plain / "checkpoints" / "toy" / "README.md").read_text()
     assert "Made by `maskvlm study toy.yaml --allow-import acme`" in page
+
+
+def test_a_page_never_erases_what_runs_gave_elsewhere(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor does one of no run stand in the way of the study."""
+    assert main(["study", "toy.yaml", "--page", "page", "--page-only"]) == 0
+    assert main(["study", "toy.yaml", "--page", "page", "--page-only"]) == 0
+    table = "run,hours,metrics_sha256,run_sha256,R@1\nelsewhere-s0,1.0,ab,cd,50.0\n"
+    (plain / "page" / "runs.csv").write_text(table)
+    capsys.readouterr()
+    assert main(["study", "toy.yaml", "--page", "page", "--page-only"]) == 0
+    (aside,) = (plain / "page").glob("before-*-runs.csv")
+    assert aside.read_text() == table
+    assert "keeps 1 runs that are no longer in runs.csv" in capsys.readouterr().err
+
+
+def test_of_a_tasks_processes_one_notes_the_run(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def instead(*_: object) -> None:
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", instead)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert main(["study", "toy.yaml", "--task", "3"]) == 0
+    assert not (plain / "checkpoints" / "toy" / "contrast-s1" / "study.json").exists()

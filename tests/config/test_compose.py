@@ -206,6 +206,7 @@ def test_all_processes_of_a_run_share_its_folder(monkeypatch: pytest.MonkeyPatch
 
 def test_a_run_is_called_after_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compose, "moment", lambda: "1")
+    monkeypatch.setattr(compose, "moment_of_evaluation", lambda: "1")
     for command, name in (
         ("pretrain model=base data=coco recipe=ours", "pretrain-coco-base-ours-1"),
         ("pretrain data=flickr8k model=small", "pretrain-flickr8k-small-1"),
@@ -321,3 +322,14 @@ def test_a_set_of_your_own_is_named_where_a_task_takes_it(tmp_path: Path, monkey
 def test_a_folder_names_the_data_that_was_named(task: str, words: dict[str, str], suffix: str) -> None:
     """A task of a package has data of its own, and no drawn scenes."""
     assert compose.data_of(task, compose.CommandWords([task], words, [])) == suffix
+
+
+def test_evaluations_of_one_job_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training goes on in the folder of its job; results would be written over."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    assert compose.moment() == "17"
+    assert len(compose.moment_of_evaluation()) == len("20261130-120000")
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # whose processes share one
+    monkeypatch.setenv("SLURM_STEP_ID", "2")
+    assert compose.moment_of_evaluation() == "17-2"

@@ -452,6 +452,14 @@ def test_a_well_known_model_starts_at_random_without_a_hub() -> None:
     assert shapes["embeddings.token_type_embeddings.weight"] == (1, 768)
     assert encoder.tokenizer is None
     assert encoder.vocab_size == 50265
+    assert TextEncoder("FacebookAI/roberta-base", random_init=True, config={"num_hidden_layers": 1}).vocab_size == 50265
+
+
+def test_a_model_of_somebody_else_is_not_taken_for_a_well_known_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`acme/roberta-base` may have other heads, which no shape of a tensor shows."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="acme/roberta-base"):
+        TextEncoder("acme/roberta-base", random_init=True)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

@@ -186,13 +186,16 @@ def test_of_two_stated_hashes_the_one_of_the_file_is_told(tmp_path: Path, monkey
 
 def test_a_training_says_what_it_started_from_not_that_it_measured_it(tuned: Path) -> None:
     trainer: Any = SimpleNamespace(ckpt_path=None, global_step=5)
-    model = SimpleNamespace(backbone=SimpleNamespace(origin=SimpleNamespace(path=str(tuned))))
+    origin = SimpleNamespace(path=str(tuned))
+    model = SimpleNamespace(backbone=SimpleNamespace(origin=origin), measured_step=None)
     name, sha = f"{tuned.parent.name}/last.ckpt", hash_of(tuned)
     assert checkpoint_of(trainer, model) == {"started from": name, "sha256 of that": sha, "measured after steps": 5}
     model.backbone.origin = None
     assert checkpoint_of(trainer, model) == {"started from": None, "sha256 of that": None, "measured after steps": 5}
     trainer.ckpt_path = str(tuned)  # measured as it is
     assert checkpoint_of(trainer, model) == {"file": name, "sha256": sha, "steps trained here": 5}
+    model.measured_step = 3  # the best weights of a run that ended later
+    assert checkpoint_of(trainer, model)["steps trained here"] == 3
 
 
 def test_a_trial_leaves_nothing(tuned: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.objectives.pretraining import MaskedPretraining
-from maskvlm.study.budget import budget_in_steps
+from maskvlm.study.budget import budget_in_steps, flops_of
 from maskvlm.study.definition import Metric, read_study
 from maskvlm.study.runs import runs_of
 from maskvlm.utils.errors import UserError
@@ -303,3 +303,12 @@ def test_runs_start_from_the_first_of_their_seed(tmp_path: Path) -> None:
     others = runs_of(read_study(written(tmp_path, STUDY | {"first": first, "grid": blocks, "questions": []})), tmp_path)
     assert others[4].command == runs[4].command
     assert others[4].sha256 != runs[4].sha256
+
+
+def test_operations_are_counted_wherever_the_runs_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where a login node has to have the cards that the runs are for."""
+    counted: list[list[str]] = []
+    monkeypatch.setattr("maskvlm.study.budget._counted", lambda words: counted.append([*words]) or 1)
+    study = read_study(written(tmp_path, STUDY | {"run": "pretrain model=tiny where=gpu8 from=x.ckpt"}))
+    flops_of(study.cells[0], tmp_path)
+    assert [word for word in counted[0] if "=" in word and not word.startswith("--")] == ["model=tiny"]

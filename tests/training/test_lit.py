@@ -1,7 +1,9 @@
 """Whole runs of a few steps on the built-in world: what is logged, repeated, stored and read back."""
 
 import math
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,9 +21,12 @@ from maskvlm.objectives.novelty import mean_patch
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.task import Task, checked_metrics, checked_terms
 from maskvlm.reporting.progress import StuckLoss
+from maskvlm.training.checkpointing import KeepState
 from maskvlm.training.lit import LitModel
+from maskvlm.training.step_guard import StepGuard
 from maskvlm.utils.distributed import mix
 from maskvlm.utils.errors import UserError
+from maskvlm.utils.launch import Stopped
 
 
 class Watch(L.Callback):
@@ -415,3 +420,34 @@ def test_an_evaluation_begins_anew(run: tuple[LitModel, PairData, L.Trainer, Wat
     model.task.update(model.backbone, data.normalised(next(iter(data.val_dataloader()))))  # and then it was broken off
     trainer.validate(model, data, verbose=False)
     assert model.metrics == whole
+
+
+def test_a_script_gets_its_signal_handlers_back(tmp_path: Path) -> None:
+    """After a training that was stopped and after one that ended; fails where the next training stops at once."""
+
+    class Interrupted(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before, model, data = signal.getsignal(signal.SIGTERM), make_model(), make_data()
+    with pytest.raises(Stopped):
+        make_trainer(KeepState(str(tmp_path)), Interrupted(), enable_checkpointing=True, limit_val_batches=0).fit(
+            model, data
+        )
+    assert signal.getsignal(signal.SIGTERM) is before
+    trainer = make_trainer(KeepState(str(tmp_path)), enable_checkpointing=True, limit_val_batches=0)
+    trainer.fit(model, data)
+    assert trainer.global_step == 3
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_model_whose_training_failed_is_no_longer_guarded() -> None:
+    class Fails(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            raise KeyError("a mistake of the script")
+
+    model, data = make_model(), make_data()
+    with pytest.raises(KeyError):
+        make_trainer(StepGuard(), Fails(), limit_val_batches=0).fit(model, data)
+    make_trainer(limit_val_batches=0).fit(model, data)
+    assert model.guard is None

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import toy_backbone
@@ -15,6 +17,7 @@ from maskvlm.training.memory_estimate import (
     LiveBytes,
     MemoryEstimate,
     StepSimulation,
+    copies_gradients,
     estimate_memory,
 )
 from maskvlm.utils.errors import ExitCode, UserError
@@ -128,6 +131,11 @@ def test_processes_that_share_a_batch_keep_another_copy_of_the_gradients() -> No
     alone, shared = (estimate_memory(Straight(), 100, None, 10**6, several) for several in (False, True))
     assert shared.needed - alone.needed == 100
     assert alone.chunk is shared.chunk is None
+    views = {"gradient_as_bucket_view": True}  # as the files in conf/where have it
+    assert not copies_gradients(DDPStrategy(**views))
+    assert not copies_gradients(Namespace(class_path="x", init_args=Namespace(**views)))
+    assert copies_gradients(DDPStrategy())
+    assert copies_gradients("ddp")
 
 
 def test_a_task_that_knows_no_chunks_gets_another_advice() -> None:

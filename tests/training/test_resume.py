@@ -245,6 +245,7 @@ def test_a_signal_is_noted_and_nothing_else(capfd: pytest.CaptureFixture[str]) -
     assert "stopping: the run is saved first; Ctrl-C again ends it now" in capfd.readouterr().err
     caught.restore()
     assert {each: signal.getsignal(each) for each in SIGNALS} == before
+    assert caught.count == 0  # what was asked of one training is not asked of the next in this process
 
 
 def test_how_a_stopped_run_ends(capsys: pytest.CaptureFixture[str]) -> None:

@@ -280,12 +280,18 @@ def portable(spec: ModelSpec, text_config: Any) -> ModelSpec:
     args = dict(spec.backbone["init_args"])
     image, text = (dict(args[name].get("init_args") or {}) for name in ("image", "text"))
     image |= {"weights": None, "random_init": True, "feature_cache": None}
+    own_tokenizer = text.get("tokenizer") is not None
     text |= {"tokenizer": None, "random_init": True}
     # A folder's or a hub model's name, of which another machine knows nothing.
     if text.get("name", "") not in CONFIG_MAPPING:
         known = type(text_config)().to_dict().keys() - NOT_READ
         shape = {key: value for key, value in text_config.to_dict().items() if key in known}
         text |= {"name": text_config.model_type, "config": shape, "vocab_size": None}
+    elif own_tokenizer:
+        # What a mere type took from a tokenizer that does not go with it (`hf_text.fit_config`).
+        names = [name for name in ("pad_token_id", "max_position_embeddings") if hasattr(text_config, name)]
+        taken_over = {name: getattr(text_config, name) for name in names}
+        text |= {"vocab_size": text_config.vocab_size, "config": (text.get("config") or {}) | taken_over}
     args["image"] = {"class_path": args["image"]["class_path"], "init_args": image}
     args["text"] = {"class_path": args["text"]["class_path"], "init_args": text}
     return spec._replace(backbone={**spec.backbone, "init_args": {**args, "start": None}})

@@ -43,6 +43,8 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-large-uncased": ("bert", _LARGE),
 }
 """Shapes of well-known models, so that a random start, and the error that names weights, need no hub."""
+PUBLISHERS = ("", "FacebookAI", "google-bert", "distilbert")
+"""Who they are of on the hub: a model of another one may have the same name and another shape."""
 ANY_SIZE = Bounds(2**24, 4096)
 CONFIG = "config.json"
 SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
@@ -66,8 +68,8 @@ def read_text_config(name: str, random_init: bool, settings: dict[str, Any]) -> 
         config = config_of(Path(name), name, settings)
         if not random_init:
             check_memory(config, Path(name))
-    elif name.rpartition("/")[2] in KNOWN:
-        kind, known = KNOWN[name.rpartition("/")[2]]
+    elif (parts := name.rpartition("/"))[0] in PUBLISHERS and parts[2] in KNOWN:
+        kind, known = KNOWN[parts[2]]
         config = for_type(kind, known | settings, WHERE)
     else:
         todo = "Name a folder, or a model type such as bert with its settings in config"

@@ -116,11 +116,13 @@ class Stopwatch(L.Callback):
         if step == WARMUP:
             self.started = time.perf_counter()
         elif step == STEPS:
-            seconds = (time.perf_counter() - self.started) / (STEPS - WARMUP)
+            # What was counted and timed are passes, of which several may share a step.
+            passes = trainer.accumulate_grad_batches
+            seconds = passes * (time.perf_counter() - self.started) / (STEPS - WARMUP)
             ends = (*self.begins[1:], 1.0)[self.phase]
-            self.phase_speeds.append(PhaseSpeed(ends - self.begins[self.phase], seconds, self.flops))
+            self.phase_speeds.append(PhaseSpeed(ends - self.begins[self.phase], seconds, passes * self.flops))
             if len(self.phase_speeds) == len(self.begins):
-                pairs = len(batch.valid_B) * trainer.world_size
+                pairs = len(batch.valid_B) * trainer.world_size * passes
                 self.speed = measured(pl_module.device, str(trainer.precision), pairs, self.phase_speeds)
 
 
@@ -153,6 +155,11 @@ class Bench(LightningCommand):
         trainer.logger, trainer.callbacks, trainer.limit_val_batches = False, [], 0
         trainer.enable_checkpointing = trainer.enable_progress_bar = False
         data.steps, data.epochs = STEPS, None
+        # What frozen blocks give is kept on disk from the first pass on. Whether it is there by now must not decide
+        # what a step is said to cost: here it is computed in each.
+        image = self.settings.get("model.backbone.init_args.image.init_args")
+        if image is not None and "feature_cache" in image:
+            image.feature_cache = None
         self.save_config_callback = None
 
     def before_fit(self) -> None:

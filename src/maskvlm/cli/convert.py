@@ -25,7 +25,7 @@ def convert(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     )
     parser.add_argument("source", help="a checkpoint, or a folder or name of the hub")
     parser.add_argument("target", type=Path, help="a new folder, or a new file whose name ends in .ckpt")
-    parser.add_argument("--dtype", help="of the folder's weights: float16 and bfloat16 halve it; else the checkpoint's")
+    parser.add_argument("--dtype", help="of the folder's weights: float16 and bfloat16 halve it (float32)")
     options = parser.parse_args(arguments)
     source, target = options.source, options.target
     if target.exists() and (target.is_file() or any(target.iterdir())):

@@ -30,7 +30,7 @@ from maskvlm.data.workers import SHARED, check_shared
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.task import Task
 from maskvlm.training.failure import process_rank
-from maskvlm.training.memory_estimate import GIB, StepSimulation, StepWork, estimate_memory
+from maskvlm.training.memory_estimate import GIB, StepSimulation, StepWork, copies_gradients, estimate_memory
 from maskvlm.training.precision import alone
 from maskvlm.training.run_record import machine
 from maskvlm.utils.cores import cores
@@ -371,7 +371,8 @@ def predicted_lines(
     cards, chunk = processes(settings.trainer) * settings.trainer.num_nodes, settings.model.chunk
     pairs = pairs_of(settings)
     try:
-        memory = estimate_memory(simulation, pairs, chunk, card.memory, cards > 1)
+        copied = cards > 1 and copies_gradients(settings.trainer.strategy)
+        memory = estimate_memory(simulation, pairs, chunk, card.memory, copied)
         phases = simulation.work(pairs, chunk)
     except Exception as error:  # a loss or masking of somebody else's that asks a fake tensor for a value
         todo = "Try it: maskvlm bench with the same words"

@@ -36,15 +36,15 @@ from maskvlm.data.examples import ExampleSource
 from maskvlm.data.module import PairData
 from maskvlm.inference.rebuild import checked_spec_of, pretraining_task_of, task_name
 from maskvlm.training.attempts import attempted, forget
-from maskvlm.training.checkpointing import LAST, check_finite, ended_by_score
-from maskvlm.training.failure import FIRST, process_rank
+from maskvlm.training.checkpointing import LAST, KeepState, check_finite, ended_by_score
+from maskvlm.training.failure import EARLIER, FIRST, failed_first, process_rank
 from maskvlm.training.lightning_private import judge_after_evaluations
 from maskvlm.training.lit import LitModel
-from maskvlm.training.memory_estimate import AUTOCAST, StepSimulation, estimate_memory
+from maskvlm.training.memory_estimate import AUTOCAST, StepSimulation, copies_gradients, estimate_memory
 from maskvlm.training.precision import alone, cpu_precision
 from maskvlm.training.process_watch import watch
 from maskvlm.training.resume import may_go_on, newest_of
-from maskvlm.training.run_record import RunRecord, SaveConfig, claim_folder, finish_run, give_up_folder
+from maskvlm.training.run_record import RunRecord, SaveConfig, claim_folder, finish_run, give_up_folder, read_json
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.lock import HELD
 from maskvlm.utils.process_memory import keep_freed_memory
@@ -143,8 +143,9 @@ class LightningCommand(LightningCLI):
             settings.ckpt_path = find_checkpoint(settings.get("ckpt_path"), folder, str(self.subcommand))
         if self.subcommand == "fit" and not settings.trainer.fast_dev_run:
             self._stand(settings, folder)
-        if process_rank() == 0:
-            folder.joinpath(FIRST).unlink(missing_ok=True)  # of an earlier command here
+        # Of an earlier command here alone: another process of this one may have failed by now.
+        if process_rank() == 0 and (not EARLIER or failed_first(folder) in EARLIER):
+            folder.joinpath(FIRST).unlink(missing_ok=True)
 
     def _stand(self, settings: Namespace, folder: Path) -> None:
         """Take the folder, and find where its run goes on. What is refused has touched nothing."""
@@ -208,6 +209,8 @@ class LightningCommand(LightningCLI):
         for callback in new_trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunRecord | SaveConfig):
                 callback.goes_on = self.settings.get("ckpt_path") is not None
+            if isinstance(callback, KeepState):
+                callback.restores_signals = False  # they are noted until the last evaluation has ended
         keep_profile(new_trainer, Path(self.settings.run))
         # Without evaluations they are left to look at what training logs.
         for callback in new_trainer.callbacks if new_trainer.limit_val_batches else ():  # type: ignore[attr-defined]
@@ -216,7 +219,12 @@ class LightningCommand(LightningCLI):
         return new_trainer
 
     def _precision(self, trainer: Namespace) -> str | None:
-        """None: single precision. Of several processes on CPUs each would find its own: there it stays at that."""
+        """None: single precision. Of several processes on CPUs each would find its own: there it stays at that. A run
+        that goes on keeps what it began with, wherever: another rounding would change its losses."""
+        if self.subcommand == "fit" and self.settings.get("ckpt_path") is not None:
+            began = read_json(Path(self.settings.run) / "versions.json").get("precision")
+            if began is not None:
+                return "bf16-mixed" if began == "bf16-mixed" else None
         if trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
             # A card that only emulates bf16 does not have it.
             return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else None
@@ -260,7 +268,8 @@ class LightningCommand(LightningCLI):
         share = max(1, data.share // trainer.world_size)
         simulation = StepSimulation(model.backbone, model.task, precision, data.captions)
         try:
-            estimate = estimate_memory(simulation, share, model.chunk, card, trainer.world_size > 1)
+            copied = trainer.world_size > 1 and copies_gradients(trainer.strategy)
+            estimate = estimate_memory(simulation, share, model.chunk, card, copied)
         except Exception as error:  # a plug-in that asks a fake tensor for a value; the run itself may be well
             print(f"note: the step's memory could not be simulated ({error})", file=sys.stderr, flush=True)
             return

@@ -16,6 +16,7 @@ from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import home
 from maskvlm.config.given_options import nearest
 from maskvlm.study.definition import Metric, Study, read_study
+from maskvlm.training.failure import process_rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         if run.waits_for is not None:
             todo = "Submit the study again once it is"
             raise UserError(run.name, f"{run.waits_for}, which it starts from, is not finished", todo)
-        run.note(run.seconds or 0.0)
+        if process_rank() == 0:  # of the several processes of a task
+            run.note(run.seconds or 0.0)
         os.execv(sys.executable, run.command)
     if options.submit:
         words = ["study", options.file, *_again(options.only, "--only"), *_again(options.seeds, "--seeds")]

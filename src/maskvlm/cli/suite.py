@@ -7,7 +7,7 @@ from rich.console import Console
 
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.bundled_models import DEFAULT, default_model
-from maskvlm.config.compose import moment
+from maskvlm.config.compose import moment_of_evaluation
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.suites.registry import suite_class, suite_names
 from maskvlm.suites.run import RESULT, check_ways, lines_of_suite, run_suite, table_of_suite, write_result
@@ -34,14 +34,15 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     if kind is not None:
         kind.add_options(parser)
     options = parser.parse_args(arguments)
-    assert kind is not None  # argparse has refused a command without a name
+    if kind is None:  # an option stands before it
+        raise UserError("suite", "its name stands before all options", f"Write maskvlm suite {options.suite} ...")
     if options.path is None:
         raise UserError(f"suite {name}", "--path is missing", f"See maskvlm suite {name} --help")
     if options.limit is not None:
         check_least(1, {"--limit": options.limit})
     suite = kind(**{key: getattr(options, key) for key in own})
     ways = suite.ways if options.by == ["all"] else options.by
-    folder = options.out or Path("checkpoints") / f"suite-{name}-{moment()}"
+    folder = options.out or Path("checkpoints") / f"suite-{name}-{moment_of_evaluation()}"
     # What is wrong with the files is told before a large model is read.
     check_ways(suite, ways, options.limit)
     item_rows = suite.read(options.path, options.images)

@@ -320,7 +320,8 @@ def run_options(words: CommandWords, kind: str) -> list[str]:
         raise UserError("run=", what, "Name it: run=first; it is made under checkpoints/")
     if name is None:
         # processes that this one starts inherit it: all write into one folder
-        name = os.environ.setdefault(RUN_NAME, f"{kind}-{moment()}")
+        when = moment_of_evaluation() if kind.startswith("evaluate-") else moment()
+        name = os.environ.setdefault(RUN_NAME, f"{kind}-{when}")
     # the name is one folder below checkpoints/, and nothing else
     elif not name or name in (".", "..") or "/" in name or len(name.split()) != 1:
         todo = "Give one word such as run=first; it is made under checkpoints/"
@@ -338,6 +339,14 @@ def moment() -> str:
     """One for all processes of a job: the time of day would differ between them."""
     # SLURM starts each process anew, so none inherits what another one sets
     return os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+
+
+def moment_of_evaluation() -> str:
+    """As `moment`, of what goes on with nothing: several evaluations of one job each have a folder of their own."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or os.environ.get("SLURM_NTASKS", "1") == "1":
+        return time.strftime("%Y%m%d-%H%M%S")
+    return "-".join(filter(None, (job, os.environ.get("SLURM_STEP_ID"))))
 
 
 TRAINING = ("model", "data", "where", "run", "from", "encoders")

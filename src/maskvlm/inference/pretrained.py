@@ -480,7 +480,7 @@ def usable_device(device: str | torch.device | None) -> torch.device | None:
 
 
 def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A precision to compute in; None and "auto" are the checkpoint's own. Raises UserError."""
+    """A precision to compute in; None and "auto" leave it at float32. Raises UserError."""
     precision = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if precision is None and dtype in (None, "auto"):
         return None

@@ -169,6 +169,8 @@ def checkpoint_of(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
     bundled = None if path is None else bundled_folder(str(path))
     name = None if path is None else str(path) if bundled else f"{Path(path).parent.name}/{Path(path).name}"
     trained = getattr(trainer, "global_step", 0)
+    if trained and pl_module.measured_step is not None:
+        trained = pl_module.measured_step  # the best weights of a run that ended later
     sha = None if path is None else hash_of(bundled or Path(path))
     # The weights that were measured are in no file that was named: what is known is where they began.
     if trained and trainer.ckpt_path is None:

@@ -60,7 +60,8 @@ def flops_of(cell: Cell, folder: Path) -> int:
     path = folder / FLOPS
     known: dict[str, int] = read_json(path)
     options = [f"--{key}={value}" for key, value in cell.options if key != STEPS]
-    words = [word for word in cell.run[1:] if not word.startswith("from=")]
+    # Not where the runs will be: what submits them may have no card, and operations are the same on all machines.
+    words = [word for word in cell.run[1:] if not word.startswith(("from=", "where="))]
     key = json.dumps([*words, *options])
     if key not in known:
         known[key] = _counted([*words, *options])

@@ -52,6 +52,8 @@ def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
         with path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
             columns = list(table.fieldnames or ())
+            if not columns:  # a page that was written before any run was finished
+                return {}
             missing = [name for name in ("run", "hours", "metrics_sha256") if name not in columns]
             if missing:
                 raise UserError(path, f"has no column {missing[0]}", todo, ExitCode.BAD_DATA)

@@ -3,9 +3,12 @@
 `runs.csv` beside it has every run with its metrics and the SHA-256 of the metrics.json that they are from.
 """
 
+import csv
 import math
 import shlex
+import sys
 import textwrap
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -49,12 +52,28 @@ def write_page(
     answers = [answer(frame, question) for question in study.questions]
     measured = [each for each in answers if any(one.ahead.values for one in each.compared)]
     open_claims = [each for each in answers if each not in measured]
-    write_text(folder / RUNS, frame.to_csv(index=False, lineterminator="\n"))
+    keep_other_runs(folder, {*frame["run"]} if len(frame) else set())
+    # Of no run nothing is known, not even the columns.
+    write_text(folder / RUNS, frame.to_csv(index=False, lineterminator="\n") if len(frame) else "")
     for number, each in enumerate(measured, 1):
         with whole_file(folder / plot_name(number)) as temporary:
             figure_of(study, frame, each).savefig(temporary, dpi=110, format="png")
     write_text(folder / PAGE, text_of(study, runs, frame, measured, open_claims, command))
     return folder / PAGE
+
+
+def keep_other_runs(folder: Path, names: set[str]) -> None:
+    """Move a table of runs aside that has others than these: it may be the only record of what was made elsewhere."""
+    path = folder / RUNS
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            others = {row.get("run") for row in csv.DictReader(file)} - names
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return
+    if others:
+        aside = path.with_name(f"before-{time.strftime('%Y%m%d-%H%M%S')}-{RUNS}")
+        path.rename(aside)
+        print(f"note: {aside} keeps {len(others)} runs that are no longer in {RUNS}", file=sys.stderr)
 
 
 def plot_name(number: int) -> str:

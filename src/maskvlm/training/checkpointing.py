@@ -79,6 +79,7 @@ class KeepState(Checkpoint):
         self.reserved = False  # memory for the first snapshot was asked for
         self.stops = False  # something wants the run to end
         self.attempt: Attempt | None = None
+        self.restores_signals = True  # as soon as the training has ended: the script goes on
 
     # ------------------------------------------------------------------ what a checkpoint tells
 
@@ -160,6 +161,12 @@ class KeepState(Checkpoint):
             written = isinstance(exception, UserError) and exception.code in (ExitCode.CANNOT_CREATE, ExitCode.IO_ERROR)
             if not written and not is_output_error(exception):
                 print(f"warning: {error}", file=sys.stderr, flush=True)
+        finally:
+            self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and self.restores_signals:
+            CAUGHT.restore()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.attempt is not None:

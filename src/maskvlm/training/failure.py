@@ -193,6 +193,8 @@ def _first_to_fail(folder: Path | None, rank: int, code: int) -> int:
             file.write(f"{rank} {int(code)}\n")
         return rank
     except FileExistsError:
+        if failed_first(folder) in EARLIER:  # of an earlier job, whose processes have nothing to do with this one
+            return rank
         words = _written(folder / FIRST).split()
         return int(words[0]) if words else 0
     except OSError:

@@ -201,6 +201,8 @@ class LitModel(L.LightningModule):
                 feature cache of images that are augmented or streamed.
         """
         self.trained |= stage == "fit"
+        if stage == "fit":
+            self.measured_step, self._entry = None, None  # of an earlier training of this model
         if not isinstance(self.data, PairData):
             raise UserError("trainer", "has no PairData", "Give it as the data: trainer.fit(model, PairData(...))")
         check_source(self.task, self.data)
@@ -433,7 +435,8 @@ class LitModel(L.LightningModule):
             task, data = class_path(kind), class_path(source)
             sha, held_out = self.data.splits["train"].fingerprint, self.data.left_out()
             self._entry = LineageEntry(task, data, sha, images, 0, ids, held_out)
-        return self._entry._replace(steps=self.trainer.global_step)
+        # Of a run that `EarlyStopping` ended its best weights are measured.
+        return self._entry._replace(steps=self.measured_step or self.trainer.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What Lightning restores after this is held against the run before any of it is. Raises UserError (65)."""

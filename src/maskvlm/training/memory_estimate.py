@@ -300,8 +300,18 @@ class MemoryEstimate(NamedTuple):
             raise UserError("memory of the card", what, "Take a smaller model or a larger card", ExitCode.UNAVAILABLE)
 
 
+def copies_gradients(strategy: Any) -> bool:
+    """Whether DDP keeps a copy of the gradients to send; with `gradient_as_bucket_view` they are what it sends.
+
+    Args:
+        strategy: Lightning's, its name, or how a configuration builds it.
+    """
+    arguments = getattr(strategy, "_ddp_kwargs", None) or getattr(strategy, "init_args", None) or {}
+    return not arguments.get("gradient_as_bucket_view", False)
+
+
 def estimate_memory(
-    simulation: StepSimulation, pairs: int, chunk: int | None, card: int, several: bool = False
+    simulation: StepSimulation, pairs: int, chunk: int | None, card: int, copied: bool = False
 ) -> MemoryEstimate:
     """What a step needs, and the chunk that makes it fit where it does not.
 
@@ -309,12 +319,12 @@ def estimate_memory(
         pairs: of one process in one pass.
         chunk: as configured (`model.chunk`).
         card: bytes.
-        several: processes share the batch (DDP), which keeps a second copy of the gradients to send.
+        copied: a second copy of the gradients is kept to send, see `copies_gradients`.
 
     Raises:
         Exception: as `StepSimulation.memory`.
     """
-    more = simulation.gradient_bytes if several else 0
+    more = simulation.gradient_bytes if copied else 0
     needed = simulation.memory(pairs, chunk) + more
     estimate = MemoryEstimate(pairs, needed, simulation.state_bytes + more, card)
     if estimate.fits:

@@ -205,6 +205,9 @@ class StepGuard(Callback):
     ) -> None:
         self.settle(LATE if pl_module.device.type == "cuda" else 0)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        pl_module.guard = None  # type: ignore[assignment]
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.settle(0)
         pl_module.guard = None  # type: ignore[assignment]

@@ -45,6 +45,7 @@ class Caught:
             # None stands for a handler that C code has set, which Python cannot set again.
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
+        self.last, self.count = 0, 0  # what was asked of this training is not asked of the next
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         impatient = signum == self.last == signal.SIGINT
