@@ -946,7 +946,11 @@ def test_the_model_that_comes_along_is_asked_where_none_is_named(
         (["eccv_caption", "from=x.ckpt", "--path", ".", "--limit", "3"], 2, "ranks all its items"),
         (["vsr", "from=x.ckpt", "--path", ".", "--limit", "0"], 2, "--limit"),
         ([], 2, "NAME"),
-        (["from=x.ckpt", "vsr", "--path", "."], 2, "its name stands before all options. Write maskvlm suite vsr"),
+        (
+            ["from=x.ckpt", "vsr", "--path", "."],
+            2,
+            "before everything else. Write maskvlm suite vsr --from",
+        ),
     ],
 )
 def test_the_command_says_what_is_missing(

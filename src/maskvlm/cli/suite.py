@@ -1,6 +1,7 @@
 """`maskvlm suite NAME --path FOLDER`: a published evaluation suite (`suites/`)."""
 
 import inspect
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -35,7 +36,9 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         kind.add_options(parser)
     options = parser.parse_args(arguments)
     if kind is None:  # an option stands before it
-        raise UserError("suite", "its name stands before all options", f"Write maskvlm suite {options.suite} ...")
+        others = shlex.join(word for word in arguments if word != options.suite)
+        todo = f"Write maskvlm suite {options.suite} {others}"
+        raise UserError("suite", "its name stands before everything else", todo)
     if options.path is None:
         raise UserError(f"suite {name}", "--path is missing", f"See maskvlm suite {name} --help")
     if options.limit is not None:
