@@ -13,6 +13,7 @@ import pytest
 import torch
 from toys import SIZE, toy_backbone
 
+from maskvlm import MaskVLM
 from maskvlm.checkpoint.io import SafeCheckpointIO, load
 from maskvlm.data.module import PairData
 from maskvlm.data.scenes.source import Scenes
@@ -451,3 +452,22 @@ def test_a_model_whose_training_failed_is_no_longer_guarded() -> None:
         make_trainer(StepGuard(), Fails(), limit_val_batches=0).fit(model, data)
     make_trainer(limit_val_batches=0).fit(model, data)
     assert model.guard is None
+
+
+def test_the_data_of_every_training_of_a_backbone_are_named() -> None:
+    """Fails where the last one alone is: images of the others would count as never seen."""
+    model, first = make_model(), make_data()
+    make_trainer(limit_val_batches=0).fit(model, first)
+    # With the tokenizer that the model has by now.
+    second = PairData(Scenes(train=12, val=6, test=5, size=SIZE), model.backbone.input_spec, batch_size=6, steps=3)
+    once = [(entry.sha, entry.steps) for entry in model.history]
+    assert len(once) == 1
+    make_trainer(limit_val_batches=0).fit(model, second)
+    twice = [(entry.sha, entry.steps) for entry in model.history]
+    other = LitModel(model.backbone, model.task, warmup=1)
+    make_trainer(limit_val_batches=0).fit(other, first)
+    assert [(entry.sha, entry.steps) for entry in other.history] == [*twice, *once]
+    assert twice[:1] == once
+    assert twice[1] != once[0]
+    lineage = MaskVLM.from_modules(model.backbone, model.task).config.lineage
+    assert [entry["sha"] for entry in lineage] == [sha for sha, _ in (*twice, *once)]

@@ -172,7 +172,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 "MaskVLM.from_modules", f"{type(task).__name__} has no heads yet", "Call task.build_once(backbone)"
             )
         labels, measure = getattr(task, "labels", None), getattr(task, "measure", None)
-        history = () if backbone.origin is None else backbone.origin.history
+        history = backbone.trained_on or (() if backbone.origin is None else backbone.origin.history)
         known = getattr(measure, "known_images", None)
         origin = Start("", {}, {}, backbone.text.tokenizer, None if labels is None else tuple(labels), history, known)
         return cls(configuration(spec, origin, None, 0), backbone, task, origin).eval()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskvlm.checkpoint.provenance import Provenance
-from maskvlm.checkpoint.warm_start import Start, read_start
+from maskvlm.checkpoint.warm_start import LineageEntry, Start, read_start
 from maskvlm.checkpoint.weights import load_pretrained, load_state
 from maskvlm.data.batch import InputSpec
 from maskvlm.model.cross_attention import CrossEncoder
@@ -55,6 +55,7 @@ class MaskVLM(nn.Module):
     Attributes:
         provenance: where the weights come from.
         origin: what the checkpoint `start` handed on; None without one.
+        trained_on: the data of all trainings so far, as the last one in this process has left it; None before one.
 
     Raises:
         UserError: the heads do not divide the width, or an encoder's weights are wanted and cannot be had.
@@ -84,6 +85,7 @@ class MaskVLM(nn.Module):
             raise UserError("model.backbone.cross_heads", f"{cross_heads} do not divide width {width}", todo)
         self.image, self.text = image, text
         self._frozen_for_task: list[nn.Parameter] = []
+        self.trained_on: tuple[LineageEntry, ...] | None = None
         self.width, self.cross_heads = width, cross_heads
         self.dropout, self.checkpointing = dropout, checkpointing
         # Only patches have places on a grid: texts know theirs from the text encoder.

@@ -150,6 +150,7 @@ class LitModel(L.LightningModule):
         self.task_yaml: str | None = None
         self._entry: LineageEntry | None = None
         self._loaded: tuple[LineageEntry, ...] | None = None
+        self._before: tuple[LineageEntry, ...] | None = None  # of trainings of this backbone in this process
         self.trained = False
         self.measured_step: int | None = None  # of the checkpoint that is measured; None: the weights of this run
         self.guard: StepJudge | None = None
@@ -202,7 +203,9 @@ class LitModel(L.LightningModule):
         """
         self.trained |= stage == "fit"
         if stage == "fit":
-            self.measured_step, self._entry = None, None  # of an earlier training of this model
+            # What an earlier training of this model has left.
+            self.measured_step, self._entry = None, None
+            self._before, self._loaded = self.backbone.trained_on or self._loaded, None
         if not isinstance(self.data, PairData):
             raise UserError("trainer", "has no PairData", "Give it as the data: trainer.fit(model, PairData(...))")
         check_source(self.task, self.data)
@@ -264,6 +267,10 @@ class LitModel(L.LightningModule):
         photos = getattr(train, "image_identity", "")
         follows = (train.fingerprint, photos, image.name, image.config, image.image_size, image.mean, image.std)
         image.frozen_blocks.open_cache(repr((*follows, str(self.trainer.precision))), rows)
+
+    def on_fit_end(self) -> None:
+        """What this training has read is told by whatever is done with the backbone next."""
+        self.backbone.trained_on = self.history
 
     def on_validation_start(self) -> None:
         """Measuring needs every head; a training may begin without, and a checkpoint that was loaded brings all."""
@@ -416,8 +423,9 @@ class LitModel(L.LightningModule):
     @property
     def history_before(self) -> tuple[LineageEntry, ...]:
         """The data that the weights had seen before this run; where it trains nothing, what a checkpoint tells."""
-        if self._loaded is not None:
-            return self._loaded
+        for known in (self._loaded, self._before):
+            if known is not None:
+                return known
         return self.backbone.origin.history if self.backbone.origin else ()
 
     @property
