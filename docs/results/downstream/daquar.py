@@ -192,10 +192,12 @@ def main() -> None:
     parser.add_argument("--image", required=True, help="weights of the ViT-S/14")
     parser.add_argument("--text", required=True, help="folder of the text encoder")
     parser.add_argument("--image-size", type=int, default=392, help="pixels, a multiple of 14")
+    parser.add_argument("--blocks", type=int, help="of the ViT, from the first on (all)")
     options = parser.parse_args()
     image = ImageEncoder("vit_small_patch14_dinov2", options.image_size, options.image, frozen="all")
     text = TextEncoder(options.text)
     image.load_pretrained()
+    image.vit.blocks = image.vit.blocks[: options.blocks]
     text.load_pretrained()
     train, val = (Split(name, image.eval(), text.eval()) for name in ("train", "val"))
     things, area = things_and_area(train, val)
