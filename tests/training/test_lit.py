@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import lightning as L
@@ -471,3 +472,25 @@ def test_the_data_of_every_training_of_a_backbone_are_named() -> None:
     assert twice[1] != once[0]
     lineage = MaskVLM.from_modules(model.backbone, model.task).config.lineage
     assert [entry["sha"] for entry in lineage] == [sha for sha, _ in (*twice, *once)]
+
+
+def test_features_that_are_kept_follow_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where the texts alone name them: photos that were replaced would be trained on as they were."""
+    names: list[str] = []
+
+    class Photos(list[int]):
+        fingerprint = "same"
+
+        def __init__(self, identity: str) -> None:
+            super().__init__([0])
+            self.image_identity = identity
+
+    model = make_model()
+    kept = SimpleNamespace(open_cache=lambda follows, rows: names.append(follows))
+    monkeypatch.setattr(model.backbone.image, "frozen_blocks", kept)
+    for identity in ("a", "b", "a"):
+        data = SimpleNamespace(augments=False, splits={"train": Photos(identity)})
+        monkeypatch.setattr(LitModel, "data", data)
+        monkeypatch.setattr(LitModel, "trainer", SimpleNamespace(precision="32-true"))
+        model._open_feature_cache()
+    assert names[0] == names[2] != names[1]

@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from maskvlm.cli.lightning import LightningCommand
 from maskvlm.training import precision
 from maskvlm.training.precision import alone, cpu_precision, trial
 
@@ -76,3 +80,19 @@ def test_of_several_processes_none_tries(monkeypatch: pytest.MonkeyPatch) -> Non
     assert alone()
     monkeypatch.setenv("SLURM_NTASKS", "8")
     assert not alone()
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_precision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fails where a card, or a second process, decides anew in the middle of a run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    settings = Namespace(run=str(tmp_path), ckpt_path="last.ckpt")
+    command: Any = SimpleNamespace(subcommand="fit", settings=settings)
+    card = Namespace(accelerator="auto", devices="auto", num_nodes=1)
+    (tmp_path / "versions.json").write_text('{"precision": "32-true"}')
+    assert LightningCommand._precision(command, card) is None
+    (tmp_path / "versions.json").write_text('{"precision": "bf16-mixed"}')
+    two = Namespace(accelerator="cpu", devices=2, num_nodes=1)
+    assert LightningCommand._precision(command, two) == "bf16-mixed"
+    settings.ckpt_path = None
+    assert LightningCommand._precision(command, two) is None
