@@ -94,6 +94,31 @@ def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureF
     assert "holds a run of this name with other options" in capfd.readouterr().err
 
 
+def test_operations_are_counted_for_the_runs_that_are_made(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[list[str]] = []
+
+    def make(study: Any, runs: list[Any], *_: Any) -> int:
+        made.append([run.name for run in runs])
+        return 0
+
+    counted: list[str] = []
+
+    def flops_of(cell: Any, folder: Path) -> int:
+        counted.append(cell.name)
+        return 1
+
+    monkeypatch.setattr("maskvlm.cli.study.make_runs", make)
+    monkeypatch.setattr("maskvlm.study.budget.flops_of", flops_of)
+    assert main(["study", "toy.yaml", "--only", "all"]) == 0
+    assert main(["study", "toy.yaml", "--page-only"]) == 0
+    assert counted == []
+    assert main(["study", "toy.yaml", "--only", "contrast@flops-of-all"]) == 0
+    assert sorted(counted) == ["all", "contrast@flops-of-all"]
+    assert made == [["all-s3"], ["contrast@flops-of-all-s3"]]
+
+
 @pytest.fixture
 def plain(place: Path) -> Path:
     """The same without a budget of operations, which would be counted first."""

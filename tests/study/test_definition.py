@@ -87,7 +87,7 @@ def test_a_run_that_spends_another_budget_is_another_run(tmp_path: Path) -> None
     hashes = []
     for steps in (6, 60):
         study = read_study(written(tmp_path, STUDY | {"options": {"data.steps": steps}}))
-        runs = runs_of(study, tmp_path / "runs", counted=False)
+        runs = runs_of(study, tmp_path / "runs", counted=())
         hashes.append({run.name: run.sha256 for run in runs})
     assert all(hashes[0][name] != hashes[1][name] for name in hashes[0])
 
@@ -118,13 +118,13 @@ def test_the_environment_is_filled_in_for_the_runs_and_not_for_the_page(
     run = "pretrain encoders=${oc.env:ENCODERS_OF_THIS_TEST}"
     study = read_study(written(tmp_path, STUDY | {"run": run}))
     assert study.cells[0].run == ("pretrain", "encoders=/here/encoders")
-    run_here = runs_of(study, tmp_path, counted=False)[0]
+    run_here = runs_of(study, tmp_path, counted=())[0]
     assert "encoders=/here/encoders" in run_here.command
     monkeypatch.setenv("ENCODERS_OF_THIS_TEST", "/there/enc")
-    there = runs_of(read_study(written(tmp_path, STUDY | {"run": run})), tmp_path, counted=False)[0]
+    there = runs_of(read_study(written(tmp_path, STUDY | {"run": run})), tmp_path, counted=())[0]
     assert there.sha256 == run_here.sha256
     other = STUDY | {"run": run.replace("pretrain", "pretrain model=small")}
-    assert runs_of(read_study(written(tmp_path, other)), tmp_path, counted=False)[0].sha256 != run_here.sha256
+    assert runs_of(read_study(written(tmp_path, other)), tmp_path, counted=())[0].sha256 != run_here.sha256
     assert study.run == run
 
 
@@ -155,7 +155,7 @@ def test_steps_that_are_no_number_are_told(tmp_path: Path, monkeypatch: pytest.M
     study = read_study(written(tmp_path, STUDY | {"options": {"data.steps": 1e3}}))
     with pytest.raises(UserError, match=r"flops_of: all: data\.steps is 1000\.0\. Give a whole number"):
         runs_of(study, tmp_path)
-    assert len(runs_of(study, tmp_path, counted=False)) == 8
+    assert len(runs_of(study, tmp_path, counted=())) == 8
 
 
 def test_metrics_are_means_and_differences() -> None:

@@ -52,7 +52,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     # Options of a file are not typed: not where they are parsed or their operations are counted, and not in the runs.
     os.environ |= of_study(allowed, 0)
     root = root_of(study)
-    chosen = chosen_runs(study, runs_of(study, root, counted=False), options.only, options.seeds)
+    listed = runs_of(study, root, counted=())
+    chosen = chosen_runs(study, listed, options.only, options.seeds)
     if options.list:
         for number, run in enumerate(chosen):
             steps = (
@@ -64,12 +65,15 @@ def main(arguments: list[str], allowed: list[str]) -> int:
             print(f"{number}  {state}  {shlex.join(run.command[2:])}{steps}")
         return ExitCode.DONE
     check_cells(chosen, allowed)
-    every = runs_of(study, root)
+    # A page that was made elsewhere has runs that need not be made again.
+    earlier = earlier_runs(options.page, listed) if options.page else {}
+    # Where there is no run and none is made, its command is not needed.
+    needed = [run for run in listed if run.folder.is_dir()]
+    needed += [] if options.page_only else without(chosen, earlier)
+    every = runs_of(study, root, {run.cell.name for run in needed})
     chosen = chosen_runs(study, every, options.only, options.seeds)
     for run in every:
         check_same_run(run)
-    # A page that was made elsewhere has runs that need not be made again.
-    earlier = earlier_runs(options.page, every) if options.page else {}
     if options.task is not None:
         if not 0 <= options.task < len(chosen):
             raise UserError("--task", f"there is no run {options.task}", f"Give 0 to {len(chosen) - 1}")

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,24 +109,26 @@ def root_of(study: Study) -> Path:
     return Path("checkpoints") / study.name
 
 
-def runs_of(study: Study, root: Path, counted: bool = True) -> list[StudyRun]:
+def runs_of(study: Study, root: Path, counted: Collection[str] | None = None) -> list[StudyRun]:
     """All of a study: what the others start from, then seed by seed, so that every arm has its first seed early.
 
     Args:
         root: folder of the study.
-        counted: False leaves out how many steps another arm's operations are, which has to be counted first.
+        counted: the cells whose steps are to be known where these are another arm's operations, which takes minutes to
+            count; None: all.
 
     Raises:
         UserError: see `budget_in_steps`.
     """
-    steps = {cell.name: budget_in_steps(study, cell, root) if counted else None for cell in study.cells}
+    known = [cell for cell in study.cells if counted is None or cell.name in counted]
+    steps = {cell.name: budget_in_steps(study, cell, root) for cell in known}
     every = [(seed, cell) for cell in study.cells for seed in cell.seeds]
     order = sorted(every, key=lambda each: each[0])  # stable: cells stay in the order of the file
     first = {seed: _run(study.first, seed, None, root) for seed in study.first.seeds} if study.first else {}
     spent = {cell.name: spent_by(study.cells, cell) if cell.flops_of else None for cell in study.cells}
     return [
         *first.values(),
-        *(_run(cell, seed, steps[cell.name], root, first.get(seed), spent[cell.name]) for seed, cell in order),
+        *(_run(cell, seed, steps.get(cell.name), root, first.get(seed), spent[cell.name]) for seed, cell in order),
     ]
 
 
