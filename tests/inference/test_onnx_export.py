@@ -54,7 +54,7 @@ image_features, image_embeds = image.run(None, {"pixel_values": pixels})
 text_features, text_embeds = text.run(None, words)
 cosine = image_embeds @ text_embeds.T  # [1, 2]
 pairs = {"image_features": image_features.repeat(len(texts), 0), "text_features": text_features}
-(log_odds,) = fusion.run(["match"], pairs | {"attention_mask": words["attention_mask"]})
+(log_odds,) = fusion.run(["match_logits"], pairs | {"attention_mask": words["attention_mask"]})
 probability = 1 / (1 + np.exp(-log_odds))
 print(probability)  # that image and text belong together, [2]
 """
@@ -215,7 +215,7 @@ def test_shapes_are_named_and_told(onnx_folder: Path, torch_folder: Path) -> Non
         ),
         (
             {"image_features": image, "text_features": text, "attention_mask": words},
-            {"fused": ["batch", 3 * width], "match": ["batch"]},
+            {"fused": ["batch", 3 * width], "match_logits": ["batch"]},
         ),
     ]
     for name, part in report["files"].items():
@@ -333,7 +333,7 @@ def test_a_checkpoint_without_these_heads(tmp_path: Path) -> None:
 
 
 def test_heads_that_are_not_there_are_left_out(tmp_path: Path) -> None:
-    for weight, outputs in (("weight_itm", ["fused"]), ("weight_itc", ["fused", "match"])):
+    for weight, outputs in (("weight_itm", ["fused"]), ("weight_itc", ["fused", "match_logits"])):
         saved(tmp_path / "x.ckpt", **{weight: 0.0})
         export_parts = export.parts_of(PretrainedMaskVLM.from_pretrained(tmp_path / "x.ckpt"))
         assert list(export_parts[2].outputs) == outputs

@@ -458,7 +458,7 @@ def test_transformers_auto_classes_know_it(model: PretrainedMaskVLM, folder: Pat
     out = other(**batch)
     close(out.image_embeds, model.encode_image(IMAGES))
     close(out.text_embeds, model.encode_text(TEXTS))
-    close(out.match.sigmoid(), torch.tensor(model.match(IMAGES, TEXTS)))
+    close(out.match_logits.sigmoid(), torch.tensor(model.match(IMAGES, TEXTS)))
     assert out.fused.shape == (3, 48)
     assert maskvlm.MaskVLM is PretrainedMaskVLM
 

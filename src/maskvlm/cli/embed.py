@@ -42,7 +42,7 @@ def data_parser(command: str, out: str, description: str) -> argparse.ArgumentPa
     )
     parser.add_argument("--shard", type=int, default=SHARD, help="images a file")
     parser.add_argument("--no-captions", dest="captions", action="store_false", help="leave out vectors of captions")
-    parser.add_argument("--device", help="such as cpu; a GPU where there is one, if left out")
+    parser.add_argument("--device", help="such as cpu; left out: what where= says, or a GPU where there is one")
     return parser
 
 
@@ -65,8 +65,7 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
         chosen.init_args.hold_out, options.split = 0, "train"
     pairs = reader.split(options.split)
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    # Where there are more processes than GPUs, some share one.
-    device = options.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    device = options.device or device_of(str(settings.trainer.accelerator), local)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=device, allow_import=allowed)
     tell_rest(reader, options.split)
     tell_far(model, pairs)
@@ -110,6 +109,15 @@ def tell_far(model: PretrainedMaskVLM, pairs: Pairs) -> None:
     if 2 * far > len(images):
         line = f"{far} of {len(images)} images looked at are unlike those that the model was trained on"
         print(f"warning: {line}; take its vectors with care", file=sys.stderr, flush=True)
+
+
+def device_of(accelerator: str, local: int) -> str:
+    """The device of a process. accelerator: the trainer's. local: the process's number on its machine."""
+    if torch.cuda.is_available() and accelerator != "cpu":
+        # Where there are more processes than GPUs, some share one.
+        return f"cuda:{local % torch.cuda.device_count()}"
+    # Where there is no GPU, the model says so.
+    return "cuda" if accelerator in ("gpu", "cuda") else "cpu"
 
 
 def process_of(environment: Mapping[str, str]) -> Process:

@@ -116,7 +116,7 @@ def parts_of(model: PretrainedMaskVLM) -> list[ExportPart]:
     # Copied before the unit vectors are added below: the scorer reads features alone.
     pair = image_shapes | text_shapes | {"attention_mask": words["attention_mask"]}
     fused: Shapes = {"fused": ["batch", 3 * backbone.width]}
-    fused |= {} if matching is None else {"match": ["batch"]}
+    fused |= {} if matching is None else {"match_logits": ["batch"]}
     if projection is not None:
         image_shapes |= {"image_embeds": ["batch", projection.image.out_features]}
         text_shapes |= {"text_embeds": ["batch", projection.text.out_features]}

@@ -69,13 +69,14 @@ class UnknownWords(UserWarning):
 @dataclass
 class MaskVLMOutput(ModelOutput):
     """image_embeds [B, E], text_embeds [C, E]: unit vectors, where the checkpoint has contrast heads.
-    fused [B, 3 * D]: class tokens of row-by-row pairs and their product. match [B]: log-odds that they belong together.
+    fused [B, 3 * D]: class tokens of row-by-row pairs and their product.
+    match_logits [B]: log-odds that they belong together; `match`, the method, gives the probability.
     """
 
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     fused: Tensor | None = None
-    match: Tensor | None = None
+    match_logits: Tensor | None = None
 
 
 class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
@@ -339,7 +340,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
             out.fused = fused.joined_MX
             if (matching := getattr(self.task, "matching", None)) is not None:
                 logits_B2 = matching(fused.product_MD).float()
-                out.match = logits_B2[:, 1] - logits_B2[:, 0]
+                out.match_logits = logits_B2[:, 1] - logits_B2[:, 0]
         return out
 
     def _check_inputs(
