@@ -1,17 +1,20 @@
 """From rows to batches: captions in turn, augmentation by seed, epoch and index, holes in place."""
 
+import math
 import random
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from toy_pairs import SPEC, Outlined, Rows, png, row, square
 from transformers import PreTrainedTokenizerFast
 
 from maskvlm.data.images import BadImage
-from maskvlm.data.pairs import Collate, EvalPairs, TrainPairs
+from maskvlm.data.pairs import Collate, EvalPairs, TrainPairs, first_caption
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner
 from maskvlm.data.transforms import eval_transform, train_transform
@@ -55,6 +58,15 @@ def test_several_captions_an_image_take_turns_together() -> None:
     assert (hole["valid"], hole["captions"]) == (False, ["", ""])
     assert hole["problem"] is not None
     assert hole["problem"][0] == "empty caption"
+
+
+@given(count=st.integers(1, 12), shown=st.integers(1, 12), row=st.integers(0, 99))
+def test_each_caption_comes_first_once_in_as_many_epochs(count: int, shown: int, row: int) -> None:
+    """Masked words and matching read the first one alone: 2 of 4 captions, or 5 of 5, must not leave out the others."""
+    firsts = [first_caption(Pick(row, epoch), count, shown) for epoch in range(count)]
+    assert sorted(firsts) == list(range(count))
+    if math.gcd(count, shown) == 1:  # each epoch goes on where the last one ended
+        assert firsts == [(epoch * shown + row) % count for epoch in range(count)]
 
 
 def test_augmentation_follows_from_seed_epoch_and_index_alone() -> None:

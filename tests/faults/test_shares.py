@@ -4,6 +4,7 @@ That losses, gradients and metrics of two processes are those of one, to the bit
 tests/utils/test_distributed.py; here that no process gets less to do than it must have to stay in step.
 """
 
+import math
 from itertools import chain
 
 import pytest
@@ -45,6 +46,12 @@ def test_no_process_is_without_an_evaluation_batch(count: int, most: int, world:
     mine = [whole[rank::world] for rank in range(world)]
     assert sorted(chain(*chain(*mine))) == list(range(count))
     assert all(mine)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 6, 8])
+def test_a_batch_is_dealt_out_to_all_processes_whole(world: int) -> None:
+    """Of a rest, one process would have a second batch, which `limit_val_batches: 1` leaves out."""
+    assert math.ceil(250 / size_for_all(250, 250, world)) == world
 
 
 def test_fewer_images_than_processes_are_refused() -> None:

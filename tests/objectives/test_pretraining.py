@@ -23,7 +23,7 @@ from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Contrast, first_and_all_captions, gather_contrast, pad_text
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.pretraining_losses import Need, PretrainingLoss, Step, WordsPresent
-from maskvlm.utils.distributed import Draw
+from maskvlm.utils.distributed import Draw, without_gradient
 from maskvlm.utils.errors import UserError
 
 TERMS = ("itc", "itm", "mlm", "mim")
@@ -534,7 +534,13 @@ def test_of_several_processes_images_that_stand_still_have_gradients_of_zero(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DDP waits for each parameter. One process here, which takes the way of several."""
-    monkeypatch.setattr("maskvlm.model.encoders.without_gradient", lambda compute: (x := compute()).detach() + 0.0 * x)
+
+    def of_two(compute: Any, *parts: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr("maskvlm.utils.distributed.world_size", lambda: 2)
+            return without_gradient(compute, *parts)
+
+    monkeypatch.setattr("maskvlm.model.encoders.without_gradient", of_two)
     backbone, task = build(contrast_first=0.5, freeze_aligned="image", **settings)
     backbone.image.left_out = True
     task.run_progress = 0.5
@@ -542,6 +548,26 @@ def test_of_several_processes_images_that_stand_still_have_gradients_of_zero(
     used = [p for p in backbone.image.parameters() if p is not backbone.image.mask_token and p.requires_grad]
     assert used
     assert all(p.grad is not None and not p.grad.any() for p in used)
+
+
+@pytest.mark.parametrize(
+    ("settings", "learns"),
+    [
+        ({"contrast_first": 0.5, "freeze_aligned": "image"}, False),
+        ({"contrast_first": 0.5, "freeze_aligned": True}, False),
+        ({"contrast_first": 0.5}, True),
+        ({"image_learns": 0.5}, True),
+    ],
+    ids=str,
+)
+def test_a_mask_token_that_never_learns_is_a_patch_of_the_mean_colour(settings: dict[str, Any], learns: bool) -> None:
+    """No image is masked before the image encoder stands still."""
+    backbone = toy_backbone()
+    MaskedPretraining(mask_block=16, decoder_layers=1, contrast_dim=8, **settings).build(backbone)
+    image = backbone.image
+    blank_1CHW = torch.zeros(1, 3, image.image_size, image.image_size)
+    mean_D = image.vit.patch_embed(blank_1CHW).reshape(-1, image.vit.embed_dim)[0]
+    assert torch.equal(image.mask_token[0, 0], mean_D) != learns
 
 
 def test_an_image_with_one_of_the_captions_is_no_negative() -> None:

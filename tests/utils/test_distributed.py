@@ -176,6 +176,17 @@ def single_step(autocast: bool) -> dict[str, Any]:
     return results(step, terms)
 
 
+def kept_bytes(settings: dict[str, Any]) -> int:
+    """What a forward pass of this process's share of the batch keeps for the backward pass."""
+    step = Step(build, {name: value for name, value in settings.items() if name != "chunk"})
+    if "chunk" in settings:
+        step.task.compute_in_chunks(settings["chunk"])
+    module, kept = (step if world_size() == 1 else ddp(step)), list[Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        module(share(eventful_batch()))
+    return sum(each.numel() * each.element_size() for each in kept if not each.is_leaf)
+
+
 def updates() -> dict[str, Any]:
     """Of sharded weights: the norm of all gradients, and weights after an update that the guard has marked to be
     skipped and after one that is made, with gradients clipped to a tenth of their norm."""
@@ -401,9 +412,20 @@ def compare(
                 torch.testing.assert_close(actual[kind][name], value, atol=within * scale, rtol=relative)
 
 
+@pytest.mark.parametrize("chunk", [{}, {"chunk": 3}], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("variant", ["encoders stand still", "images stand still", "images have been learned"])
+def test_an_encoder_that_stands_still_keeps_nothing(pair: Pair, variant: str, chunk: dict[str, int]) -> None:
+    """Neither of one process nor of several, whose parameters get gradients of zeros all the same."""
+    learning, still = kept_bytes(chunk), kept_bytes({**VARIANTS[variant], **chunk})
+    assert all(each <= still for each in pair(kept_bytes, {**VARIANTS[variant], **chunk}))
+    assert still < learning or chunk
+
+
 # ---------------------------------------------------------------------- sharded weights
 
-OFTEN = ("paper", "all six", "captions with words exchanged", "in chunks", "images stand still")
+OFTEN = (
+    "paper", "all six", "captions with words exchanged", "in chunks", "images stand still", "encoders stand still",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", OFTEN)

@@ -1,6 +1,7 @@
 """From a source's rows to samples: reading, augmentation, one caption or all, holes for what cannot be read."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypedDict
 
@@ -72,9 +73,7 @@ class TrainPairs(Dataset[Sample]):
 
     def _read(self, row: Row, pick: Pick) -> Sample:
         there = row["captions"]
-        # Each epoch goes on where the last one ended in the list of captions.
-        # The row is added so that images begin at different places of it.
-        first = pick.epoch * self.captions + pick.row
+        first = first_caption(pick, len(there), self.captions)
         entries = [clean_caption(there[(first + n) % len(there)] if there else "") for n in range(self.captions)]
         captions, note = [text for text, _ in entries], next((note for _, note in entries if note), None)
         if not all(captions):
@@ -109,6 +108,24 @@ class TrainPairs(Dataset[Sample]):
             problem=problem,
             foreground=None,
         )
+
+
+def first_caption(pick: Pick, count: int, shown: int) -> int:
+    """The caption that stands first in a sample; the others follow it in the image's list. Masked words and matching
+    read the first one alone: in `count` epochs each caption is it once.
+
+    Args:
+        count: captions of the image.
+        shown: captions in a sample.
+    """
+    if not count:
+        return 0
+    # Each epoch goes on where the last one ended. Where that comes back to its beginning too early, as with 2 of 4
+    # captions, it goes on one further.
+    turn = count // math.gcd(count, shown)
+    further = pick.epoch // turn if turn < count else 0
+    # The row is added so that images begin at different places.
+    return (pick.epoch * shown + further + pick.row) % count
 
 
 class EvalPairs(Dataset[Sample]):

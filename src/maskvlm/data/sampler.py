@@ -4,6 +4,7 @@ One flat order runs through all epochs; a batch may straddle two of them, so no 
 at an epoch's end and the position in the data is one number, the samples consumed.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -98,5 +99,6 @@ def size_for_all(count: int, most: int, world: int) -> int:
     if count < world:
         what = f"{count} images are fewer than the {world} processes that measure them"
         raise UserError("data", what, "Start fewer processes, or set trainer.limit_val_batches to 0")
-    # no larger than count / world, so that there are at least `world` batches
-    return min(most, count // world)
+    # At least `world` batches, and no more where that is possible: a limit of batches would leave out the last one.
+    size = math.ceil(count / world)
+    return min(most, size if math.ceil(count / size) >= world else count // world)

@@ -87,7 +87,7 @@ class Encoder(nn.Module):
 
     def _detached_if_frozen(self, compute: Callable[[], Tensor]) -> Tensor:
         """Result of `compute`, without gradient while the encoder is detached."""
-        return without_gradient(compute) if self.detached else compute()
+        return without_gradient(compute, self) if self.detached else compute()
 
     def adapt(self, width: int) -> None:
         """Give features of this width from now on; where the encoder has another one, a linear layer is added."""
@@ -345,7 +345,7 @@ class ImageEncoder(Encoder):
         return self.frozen_blocks.forward_trained(torch.cat(lower))
 
     @torch.no_grad()
-    def _set_mask_token_to_mean_colour(self) -> None:
+    def set_mask_token_to_mean_colour(self) -> None:
         """Set the mask token to the embedding of a mean-colour patch: a frozen ViT cannot learn a new token."""
         # Normalised pixels of the mean colour are 0.
         blank = self.mask_token.new_zeros(1, 3, self.image_size, self.image_size)
@@ -385,7 +385,7 @@ class ImageEncoder(Encoder):
         loaded = load_state(self.vit, state, stored.source, unused=HEADS, was=was)
         # After the weights: the token follows from the loaded patch embedding.
         if self.frozen_blocks and not self.left_out:
-            self._set_mask_token_to_mean_colour()
+            self.set_mask_token_to_mean_colour()
         self.ready = True
         return loaded.under("vit")
 

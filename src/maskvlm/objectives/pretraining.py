@@ -106,7 +106,8 @@ class MaskedPretraining(Task):
             token, too, see `heads.Projection`.
         freeze_aligned: true: both encoders and the contrast projections are frozen after the ITC-only phase (false,
             P); their learning rates end with it, and later steps cost less. `image`: only the image encoder is
-            frozen; the text encoder and ITC go on learning against fixed image features (LiT, Zhai et al. 2022).
+            frozen; the text encoder and ITC go on learning against fixed image features (LiT, Zhai et al. 2022). The
+            mask token of a ViT that reads all positions does not learn either: it is the mean colour's embedding.
         image_learns: share of the run's steps, above 0 to 1, in which the image encoder learns (1, P); its learning
             rate ends there, and later steps cost less. What comes late, such as how two things stand to each other, is
             then learned on image features that do not move (docs/results/scenes).
@@ -292,6 +293,10 @@ class MaskedPretraining(Task):
         # L, T, D, E: what a checkpoint's queue must fit.
         self.queue_sizes = (1 + math.prod(backbone.image.grid), length, width, self.contrastive.width)
         self.image_masking.check(backbone.image.patch_size)
+        # Before images are masked for the first time their encoder stands still, which a new token would need to learn.
+        stops_first = self.contrast_first > 0 and self.image_learns < 1
+        if stops_first and not backbone.image.left_out and backbone.origin is None:
+            backbone.image.set_mask_token_to_mean_colour()
         paper, more = self.losses[: self.of_paper], self.losses[self.of_paper :]
         self._add_heads(paper, backbone)
         init_normal(self)

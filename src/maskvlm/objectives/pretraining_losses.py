@@ -234,7 +234,7 @@ class ImageTextContrast(PretrainingLoss):
             return self.of_several(heads, step.contrast, step.encoded.other_CTD, step.all_captions)
 
         # Frozen: the value is logged, nothing is learned from it.
-        return without_gradient(loss) if step.itc_frozen else loss()
+        return without_gradient(loss, heads.projection) if step.itc_frozen else loss()
 
     def of_pairs(self, contrast: Contrast, valid_B: Tensor) -> Tensor:
         """ITC of images with one caption each."""

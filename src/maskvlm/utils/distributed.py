@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def world_size() -> int:
@@ -114,14 +115,16 @@ def shared_count(count: Tensor) -> Tensor:
     return total / world_size()
 
 
-def without_gradient(compute: Callable[[], Tensor]) -> Tensor:
-    """The same value, of which nothing is learned. Of several processes each parameter must still get a gradient, one
-    of zeros: the others wait for it (DDP)."""
-    if world_size() == 1:
-        with torch.no_grad():
-            return compute()
-    value = compute()
-    return value.detach() + 0.0 * value
+def without_gradient(compute: Callable[[], Tensor], *parts: nn.Module) -> Tensor:
+    """The same value, of which nothing is learned and for which nothing is kept. Of several processes each parameter of
+    `parts`, which `compute` reads, gets a gradient of zeros all the same: DDP waits for it. (Sharded ones, of which
+    FSDP waits for none, do not.)"""
+    with torch.no_grad():
+        value = compute()
+    learning = [each for part in parts for each in part.parameters() if each.requires_grad]
+    whole = [] if world_size() == 1 else [each for each in learning if not isinstance(each, DTensor)]
+    # The sum of no numbers: 0, with a gradient of zeros for all that it could have come from.
+    return value + torch.cat([each.flatten()[:0] for each in whole]).sum() if whole else value
 
 
 def gather_objects(value: object) -> list[object]:
