@@ -21,6 +21,7 @@ from toy_images import SEEDS
 
 from maskvlm.data.raw import BadRow, RawRow, open_raw
 from maskvlm.data.raw.archive import members
+from maskvlm.data.raw.columnar import parquet_samples
 from maskvlm.utils.errors import ExitCode, UserError
 
 JPEG = SEEDS["jpeg"]
@@ -119,6 +120,21 @@ def test_parquet_in_the_layout_of_img2dataset(tmp_path: Path) -> None:
     ]
     (tmp_path / "00000.parquet").write_bytes((tmp_path / "00000.parquet").read_bytes()[:-100])
     assert reasons(tmp_path) == ["damaged archive"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.list_(pa.int64())])
+def test_an_image_of_a_parquet_file_is_bytes(tmp_path: Path, kind: pa.DataType) -> None:
+    """Fails where a text in the place of bytes is taken for a path: it may be that of any file."""
+    (tmp_path / "private.jpg").write_bytes(JPEG)
+    value = str(tmp_path / "private.jpg") if kind == pa.string() else [1, 2]
+    images = pa.array([{"bytes": value, "path": ""}], pa.struct([("bytes", kind), ("path", pa.string())]))
+    (tmp_path / "raw").mkdir()
+    pq.write_table(pa.table({"image": images, "caption": ["one"]}), tmp_path / "raw" / "train-0.parquet")
+    assert [sample.problem for sample in parquet_samples(tmp_path / "raw" / "train-0.parquet", {})] == [
+        ("no image", "no column of images")
+    ]
+    with pytest.raises(UserError, match="no shards in this folder"):
+        reasons(tmp_path / "raw")
 
 
 def test_plain_webdataset_without_json(tmp_path: Path) -> None:

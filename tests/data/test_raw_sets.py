@@ -6,6 +6,7 @@ from collections import Counter
 from hashlib import md5
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -447,6 +448,25 @@ def test_a_set_of_the_hub_names_no_file_outside(tmp_path: Path, own_cache: None)
     raw_rows = rows_of("hf", tmp_path / "raw")
     reasons = [row.reason if isinstance(row, BadRow) else "good" for row in raw_rows]
     assert sorted(reasons) == ["good", "good", "unsafe name", "unsafe name"]
+
+
+@pytest.mark.parametrize("role", ["image_id", "caption", "split"])
+def test_no_column_of_a_set_is_opened_by_the_library(tmp_path: Path, own_cache: None, role: str) -> None:
+    """Fails where `datasets` decodes what a stranger's Parquet calls an image: it opens any path or address."""
+    import datasets
+
+    put(tmp_path, "private.jpg", "own.jpg")
+    (tmp_path / "raw").mkdir()
+    kinds = {"image": datasets.Image(), "caption": datasets.Value("string"), role: datasets.Image()}
+    row = {"image": {"bytes": (tmp_path / "own.jpg").read_bytes(), "path": None}, "caption": "one"}
+    row[role] = {"bytes": None, "path": str(tmp_path / "private.jpg")}
+    facts = {"huggingface": json.dumps({"info": {"features": datasets.Features(kinds).to_dict()}})}
+    table = pa.Table.from_pylist([row], datasets.Features(kinds).arrow_schema).replace_schema_metadata(facts)
+    pq.write_table(table, tmp_path / "raw" / "train.parquet")
+    with patch("PIL.Image.open", side_effect=AssertionError("an image was opened")):
+        (only,) = rows_of("hf", tmp_path / "raw")
+    reasons = {"caption": "no caption", "split": "unknown split"}
+    assert (only.reason if isinstance(only, BadRow) else None) == reasons.get(role)
 
 
 def test_a_set_that_the_hub_does_not_have_is_one_line(tmp_path: Path, own_cache: None) -> None:

@@ -21,6 +21,7 @@ SCHEMA = 1  # raise it when an old reader would misread a new file
 PLAIN = (str, int, float, bool, type(None), bytes, torch.dtype, torch.device, torch.Size)
 MOST_PARTS = 2_000_000  # containers and values of a checkpoint
 MOST_NAME = 300  # characters of a tensor's name
+MOST_SHARED = 4  # bytes of all tensors for each that there is: tied weights are there once and count twice
 MOST_VECTORS, MOST_WIDTH = 500, 4096  # of images that show what a model knows
 MOST_LABELS, MOST_WORDS = 1_000_000, 50_000_000  # labels, and characters of a tokenizer
 TODO = "Take another checkpoint, from somebody you trust"
@@ -192,3 +193,9 @@ def check_state(state: Any, path: str | Path) -> None:
         if value.dtype not in DTYPES:
             what = f"expected numbers, found {value.dtype}"
             raise UserError(f"{path}: state_dict.{name}", what, TODO, ExitCode.BAD_DATA)
+    # Tied weights share their numbers. Thousands of tensors over one storage would make a large model of a small file.
+    shown = sum(value.numel() * value.element_size() for value in state.values())
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
+    if shown > MOST_SHARED * sum(storages.values()):
+        what = f"tensors of {shown:,} bytes over {sum(storages.values()):,}"
+        raise UserError(f"{path}: state_dict", what, TODO, ExitCode.REFUSED)

@@ -8,24 +8,52 @@ import pickletools
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from maskvlm.utils.errors import ExitCode, UserError
 
 MOST_BYTES = 256_000_000  # of the pickle itself; tensors lie beside it
 DEEPEST = 6  # tuples in tuples: those of a tensor are three deep
-CALLED = re.compile(r"(?:__builtin__|builtins) bytearray|torch[\w.]* \w*(?:Tensor|Storage)")
-"""What takes as much memory as it is told to when it is called; a plain tensor is made of its own bytes."""
+CALLED = frozenset({
+    "torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3",
+    "torch._utils _rebuild_parameter", "torch Size", "torch device",
+})  # fmt: skip
+"""What the tensors of a checkpoint are made by. Other calls that torch allows take as much memory as they are told to
+(`bytearray`), or call what they are given (`_rebuild_from_type_v2`)."""
+BY_TORCH = re.compile(
+    r"(?:__builtin__|builtins) (?:bytearray|complex)"
+    r"|torch(?:\.(?:cuda|sparse|cuda\.sparse|storage|serialization|nn\.parameter|_utils|_tensor))? .*"
+)
+"""What torch would call. Of all else it says itself that it could run code."""
 TODO = "Take a checkpoint from a source you trust"
+TEXTS = frozenset({
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+})  # fmt: skip
 LEAVES = frozenset({
     "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
-    "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "UNICODE", "BINUNICODE",
-    "SHORT_BINUNICODE", "BINUNICODE8", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "PERSID",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "PERSID",
 })  # fmt: skip
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 TAKE = {"REDUCE": 2, "NEWOBJ": 2, "STACK_GLOBAL": 2, "BINPERSID": 1}  # and leave one
 DROP = {"BUILD": 1, "SETITEM": 2, "APPEND": 1, "POP": 1}  # and leave none
 TO_MARK = frozenset({"SETITEMS", "APPENDS", "ADDITEMS", "POP_MARK"})
+
+
+class Value(NamedTuple):
+    """What is known of a value.
+
+    Attributes:
+        depth: how deep it nests tuples.
+        called: "module name" of what could be called.
+        kind: TEXT, TWO_TEXTS (a pair of them), or neither.
+    """
+
+    depth: int = 0
+    called: str = ""
+    kind: str = ""
+
+
+TEXT, TWO_TEXTS = "text", "two texts"
 
 
 def check_pickle(path: Path) -> None:
@@ -54,50 +82,51 @@ def check_pickle(path: Path) -> None:
 
 
 def _walk(content: bytes) -> str | None:
-    """What is wrong. The stack holds how deep each value nests tuples, the names of what may be called; None is a
-    mark."""
-    stack: list[int | str | None] = []
-    memo: dict[Any, int | str | None] = {}
+    """What is wrong. None on the stack is a mark."""
+    stack: list[Value | None] = []
+    memo: dict[Any, Value | None] = {}
 
-    # How deep what was put on the stack since the latest mark nests tuples.
-    def to_mark() -> list[int]:
-        depths: list[int] = []
+    # What was put on the stack since the latest mark.
+    def to_mark() -> list[Value]:
+        values: list[Value] = []
         while (top := stack.pop()) is not None:
-            depths.append(depth_of(top))
-        return depths
-
-    def depth_of(value: int | str | None) -> int:
-        return value if isinstance(value, int) else 0
+            values.append(top)
+        return values
 
     for code, value, _ in pickletools.genops(content):
         name = code.name
         if name in LEAVES:
-            stack.append(0)
+            stack.append(Value())
+        elif name in TEXTS:
+            stack.append(Value(kind=TEXT))
         # "module name", in one text.
         elif name == "GLOBAL":
-            stack.append(str(value))
+            stack.append(Value(called=str(value)))
         elif name == "MARK":
             stack.append(None)
         elif name in TUPLES or name in ("TUPLE", "FROZENSET"):
-            parts = to_mark() if name not in TUPLES else [depth_of(stack.pop()) for _ in range(TUPLES[name])]
-            depth = 1 + max(parts, default=0)
+            parts = to_mark() if name not in TUPLES else [stack.pop() or Value() for _ in range(TUPLES[name])]
+            depth = 1 + max((part.depth for part in parts), default=0)
             if depth > DEEPEST:
                 return f"holds tuples nested more than {DEEPEST} deep"
-            stack.append(depth)
+            stack.append(Value(depth, kind=TWO_TEXTS if [part.kind for part in parts] == [TEXT, TEXT] else ""))
         # A call: whatever it makes counts as a leaf.
         elif name in TAKE:
-            called = stack[-2] if name in ("REDUCE", "NEWOBJ") else None
-            if isinstance(called, str) and CALLED.fullmatch(called):
-                return f"asks for a {called.split()[1]} of any size, which no checkpoint holds"
+            called, given = (stack[-2], stack[-1]) if name in ("REDUCE", "NEWOBJ") else (None, None)
+            if called is not None and BY_TORCH.fullmatch(called.called) and called.called not in CALLED:
+                return f"calls {called.called.replace(' ', '.')[:80]!r}, which no checkpoint needs"
+            # Of bytes as text. Of what another call has made it would grow: "hex" makes two of each.
+            if called is not None and called.called == "_codecs encode" and (given is None or given.kind != TWO_TEXTS):
+                return "encodes what is no text of its own, which no checkpoint needs"
             del stack[-TAKE[name] :]
-            stack.append(0)
+            stack.append(Value())
         elif name in DROP:
             del stack[-DROP[name] :]
         elif name in TO_MARK:
             to_mark()
         elif name in ("LIST", "DICT"):
             to_mark()
-            stack.append(0)
+            stack.append(Value())
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
             memo[value] = stack[-1]
         # Numbered in the order of their noting.

@@ -4,6 +4,7 @@ Whatever becomes tokens passes `clean_caption` first, and no text can smuggle in
 or `</s>` written in a caption is split like any other text.
 """
 
+import base64
 import hashlib
 import json
 from collections import Counter
@@ -244,26 +245,39 @@ def plain_backend(content: Any) -> Tokenizer:
     """
     if not isinstance(content, dict):
         raise ValueError("expected a mapping")
-    # a walk without recursion: the mapping may be nested as deep as its writer likes
-    rules, growth, todo = (
-        0,
-        1,
-        [content.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder")],
-    )
-    while todo:
-        one = todo.pop()
-        if isinstance(one, dict):
-            # each rule is an object with a type
-            rules += "type" in one
-            for key in ("content", "prepend", "replacement"):
-                # rules run one after the other, so their growths multiply
-                growth *= max(1, len(one[key])) if isinstance(one.get(key), str) else 1
-            if rules > MOST_RULES or growth > MOST_GROWTH:
-                raise ValueError("its rules make long texts of short ones")
-            todo += one.values()
-        elif isinstance(one, list):
-            todo += one
+    for parts in (("normalizer", "pre_tokenizer", "post_processor"), ("decoder",)):
+        # a walk without recursion: the mapping may be nested as deep as its writer likes
+        rules, growth, todo = 0, 1, [content.get(key) for key in parts]
+        while todo:
+            one = todo.pop()
+            if isinstance(one, dict):
+                # each rule is an object with a type; rules run one after the other, so their growths multiply
+                rules += "type" in one
+                growth *= _growth(one)
+                if rules > MOST_RULES or growth > MOST_GROWTH:
+                    raise ValueError("its rules make long texts of short ones")
+                todo += one.values()
+            elif isinstance(one, list):
+                todo += one
     return Tokenizer.from_str(json.dumps(content | {"padding": None, "truncation": None}))
+
+
+def _growth(rule: dict[str, Any]) -> int:
+    """How many times as long a rule may make a text.
+
+    Raises:
+        ValueError: a table of characters (`Precompiled`, sentencepiece's) that is damaged.
+    """
+    growth = 1
+    for key in ("content", "prepend", "replacement"):
+        # at each character, which a pattern of no width leaves in its place
+        growth *= 1 + len(rule[key]) if isinstance(rule.get(key), str) else 1
+    if isinstance(table := rule.get("precompiled_charsmap"), str):
+        # the size of a tree, the tree, and the texts that it leads to, each with a zero behind it
+        content = base64.b64decode(table, validate=True)
+        texts = content[4 + int.from_bytes(content[:4], "little") :]
+        growth *= max(1, *map(len, texts.split(b"\0")))
+    return growth
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

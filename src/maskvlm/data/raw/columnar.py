@@ -24,12 +24,16 @@ def _image_column(schema: pa.Schema, columns: dict[str, str]) -> str | None:
     for name in names:
         if name in schema.names:
             kind = schema.field(name).type
-            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            if _is_bytes(kind):
                 return name
-            # -1: no such field
-            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-                return name
+            # -1: no such field. A text there would be read as the path of any file.
+            if pa.types.is_struct(kind) and (place := kind.get_field_index("bytes")) >= 0:
+                return name if _is_bytes(kind.field(place).type) else None
     return None
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def has_images(file: Path, columns: dict[str, str]) -> bool:

@@ -49,20 +49,16 @@ class HubSet(RawSet):
             yield from _merged(self._rows_of(part, data, split or "train"))
 
     def _rows_of(self, part: str, data: "Dataset", default: str) -> Iterator[RawRow | BadRow]:
-        import datasets
-
         where = f"{self.raw} ({part})"
         columns = find_columns(data.column_names, self.columns, where)
         image = columns["image"]
-        if isinstance(data.features[image], datasets.Image):
-            # bytes or path as they are: only `safe_open` decodes images
-            data = data.cast_column(image, datasets.Image(decode=False))
-        # other columns may be large, and are not read
-        data = data.select_columns(sorted(set(columns.values())))
+        # Other columns may be large, and are not read. These as they are stored: whatever the set declares them to be,
+        # the library decodes nothing and fetches nothing; only `safe_open` opens images.
+        data = data.select_columns(sorted(set(columns.values()))).with_format("arrow")
         folder = Folder(Path(self.raw) if Path(self.raw).is_dir() else Path())
         # one batch of encoded images in memory
         for start in range(0, len(data), BATCH):
-            batch = data[start : start + BATCH]
+            batch = data[start : start + BATCH].to_pydict()
             for offset in range(len(batch[image])):
                 values = {role: batch[column][offset] for role, column in columns.items()}
                 yield self._row(values, start + offset, part, default, folder)
