@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 import random
+import shutil
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from maskvlm.suites.sugarcrepe import SugarCrepe
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.suites.vsr import Vsr
 from maskvlm.suites.zeroshot import Zeroshot
-from maskvlm.utils.errors import UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -480,6 +482,64 @@ def test_orders_have_the_same_words(words: list[str], seed: int) -> None:
             assert text in {" ".join(itertools.chain(*order)) for order in itertools.permutations(threes)}
     if len(set(words)) == 1:
         assert not orders
+
+
+@pytest.fixture
+def tagger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NLTK's tagger in its true layout, for a few words; of others it has no idea."""
+    nltk_data = pytest.importorskip("nltk.data", reason="nltk is in the extra 'suites'")
+    tags = {"a": "DT", "red": "JJ", "green": "JJ", "dog": "NN", "cats": "NNS", "sees": "VBZ", "two": "CD"}
+    folder = tmp_path / "nltk_data/taggers/averaged_perceptron_tagger_eng"
+    folder.mkdir(parents=True)
+    for name, content in {"weights": {}, "tagdict": tags, "classes": sorted(set(tags.values()))}.items():
+        (folder / f"averaged_perceptron_tagger_eng.{name}.json").write_text(json.dumps(content))
+    monkeypatch.setattr(nltk_data, "path", [str(tmp_path / "nltk_data")])
+
+
+def test_aros_own_four_shuffles(tagger: None) -> None:
+    words = ["a", "red", "dog,", "sees", "two", "green", "cats"]
+    tags = aro_order.part_of_speech_tagger()(words)
+    assert tags == ["DT", "JJ", "NN", "VBZ", "CD", "JJ", "NNS"]
+    orders = [aro_order.other_orders(words, random.Random(seed), tags, aro_order.OF_ARO) for seed in range(40)]
+    # Two nouns and two adjectives: three other orders.
+    assert {each["nouns and adjectives"] for each in orders} == {
+        "a green cats sees two red dog,",
+        "a red cats sees two green dog,",
+        "a green dog, sees two red cats",
+    }
+    others = itertools.permutations(["a", "sees", "two"])
+    expected = {f"{one} red dog, {two} {three} green cats" for one, two, three in others} - {" ".join(words)}
+    assert {each["all but nouns and adjectives"] for each in orders} == expected
+    # The other two are those that need no tagger.
+    assert {*orders[0]} == {*aro_order.OF_ARO}
+
+
+def test_aros_order_test_reads_and_counts_its_four(tagger: None, tmp_path: Path) -> None:
+    suite = AroOrder(set="csv", split="train", name="mine", tagged=True)
+    write(tmp_path, {"one.png": picture(0), "pairs.csv": b"image,caption\none.png,a red dog sees two green cats\n"})
+    items = suite.read(tmp_path / "pairs.csv", None).items
+    assert [item.truth for item in items] == [[*aro_order.OF_ARO]]
+    figures = suite.metrics(items, [[3.0, 1.0, 4.0, 1.0, 2.0]], "match")
+    assert (figures[0].value, figures[0].chance) == (0.0, 20.0)
+    assert by_name(figures)["better than nouns and adjectives shuffled"] == 100
+    assert by_name(figures)["better than all but nouns and adjectives shuffled"] == 0
+
+
+@pytest.mark.parametrize("lacks", ["nltk", "weights"])
+def test_a_tagger_that_is_not_there_is_told(
+    lacks: str, tagger: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lacks == "nltk":
+        monkeypatch.setitem(sys.modules, "nltk.tag.perceptron", None)
+    else:
+        shutil.rmtree(tmp_path / "nltk_data/taggers")
+    message = {
+        "nltk": r"nltk is not installed.*maskvlm\[suites\]",
+        "weights": "no tagger.*nltk.downloader",
+    }
+    with pytest.raises(UserError, match=message[lacks]) as raised:
+        AroOrder(tagged=True).read(tmp_path, None)
+    assert raised.value.code == ExitCode.UNAVAILABLE
 
 
 def test_words_are_those_that_aro_shuffles() -> None:

@@ -2,6 +2,7 @@
 (Yuksekgonul et al. 2023, github.com/mertyg/vision-language-models-are-bows)."""
 
 import argparse
+import importlib
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +16,9 @@ from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.utils.errors import ExitCode, UserError
 
 MAX_WORDS = 30
+NOUNS = {"NN", "NNS", "NNP", "NNPS"}
+ADJECTIVES = {"JJ", "JJR", "JJS"}
+"""Penn Treebank's tags."""
 TRIES = 20
 """Draws until an order differs; of a caption whose orders are all the same none does."""
 
@@ -25,40 +29,96 @@ def plain_words(caption: str) -> list[str]:
     return re.sub(r"[.!\"()*#:;~]", " ", caption.lower()).split()[:MAX_WORDS]
 
 
-def all_words(words: list[str], rng: random.Random) -> list[str]:
+def all_words(words: list[str], tags: list[str], rng: random.Random) -> list[str]:
     """Every word anywhere."""
     return rng.sample(words, len(words))
 
 
-def trigrams(words: list[str], rng: random.Random) -> list[str]:
+def nouns_and_adjectives(words: list[str], tags: list[str], rng: random.Random) -> list[str]:
+    """Nouns in one another's places, and adjectives in one another's."""
+    nouns = [place for place, tag in enumerate(tags) if tag in NOUNS]
+    adjectives = [place for place, tag in enumerate(tags) if tag in ADJECTIVES]
+    return _exchanged(_exchanged(words, nouns, rng), adjectives, rng)
+
+
+def all_but_nouns_and_adjectives(words: list[str], tags: list[str], rng: random.Random) -> list[str]:
+    """All other words in one another's places."""
+    return _exchanged(words, [place for place, tag in enumerate(tags) if tag not in NOUNS | ADJECTIVES], rng)
+
+
+def _exchanged(words: list[str], places: list[int], rng: random.Random) -> list[str]:
+    exchanged = list(words)
+    for place, source in zip(places, rng.sample(places, len(places)), strict=True):
+        exchanged[place] = words[source]
+    return exchanged
+
+
+def trigrams(words: list[str], tags: list[str], rng: random.Random) -> list[str]:
     """Groups of three words in another order, each as it is."""
     groups = [words[start : start + 3] for start in range(0, len(words), 3)]
     return [word for group in rng.sample(groups, len(groups)) for word in group]
 
 
-def within_trigrams(words: list[str], rng: random.Random) -> list[str]:
+def within_trigrams(words: list[str], tags: list[str], rng: random.Random) -> list[str]:
     """Groups of three words where they are, each in another order."""
     groups = [words[start : start + 3] for start in range(0, len(words), 3)]
     return [word for group in groups for word in rng.sample(group, len(group))]
 
 
-SHUFFLES: dict[str, Callable[[list[str], random.Random], list[str]]] = {
+Shuffle = Callable[[list[str], list[str], random.Random], list[str]]
+"""The words of a caption in another order. Its tags, one for each word, are there for `OF_ARO` only."""
+
+SHUFFLES: dict[str, Shuffle] = {
     "all words": all_words,
     "trigrams": trigrams,
     "within trigrams": within_trigrams,
 }
+OF_ARO: dict[str, Shuffle] = {
+    "nouns and adjectives": nouns_and_adjectives,
+    "all but nouns and adjectives": all_but_nouns_and_adjectives,
+    "trigrams": trigrams,
+    "within trigrams": within_trigrams,
+}
+"""The four of the paper's COCO-Order and Flickr30k-Order."""
 
 
-def other_orders(words: list[str], rng: random.Random) -> dict[str, str]:
-    """Shuffle -> the words in another order; one that gives no order that is new is not there."""
+def other_orders(
+    words: list[str], rng: random.Random, tags: list[str] | None = None, shuffles: dict[str, Shuffle] = SHUFFLES
+) -> dict[str, str]:
+    """Shuffle -> the words in another order; one that gives no order that is new is not there.
+
+    Args:
+        words: of one caption.
+        rng: of its shuffles.
+        tags: the part of speech of each word, for `OF_ARO`.
+        shuffles: by name.
+    """
     orders: dict[str, str] = {}
-    for name, shuffle in SHUFFLES.items():
+    for name, shuffle in shuffles.items():
         for _ in range(TRIES):
-            text = " ".join(shuffle(words, rng))
+            text = " ".join(shuffle(words, tags or [], rng))
             if text != " ".join(words) and text not in orders.values():
                 orders[name] = text
                 break
     return orders
+
+
+def part_of_speech_tagger() -> Callable[[list[str]], list[str]]:
+    """NLTK's averaged perceptron: words -> their Penn Treebank tags.
+
+    Raises:
+        UserError: NLTK, or the weights of its tagger, are not installed (69).
+    """
+    try:
+        tagger = importlib.import_module("nltk.tag.perceptron").PerceptronTagger()
+    except ImportError as error:
+        todo = "pip install 'maskvlm[suites]'"
+        raise UserError("--tagged", "nltk is not installed", todo, ExitCode.UNAVAILABLE) from error
+    except LookupError as error:
+        todo = "python -m nltk.downloader averaged_perceptron_tagger_eng"
+        raise UserError("--tagged", "NLTK has no tagger for English", todo, ExitCode.UNAVAILABLE) from error
+    # The tagger knows words without the comma that stays with them here.
+    return lambda words: [tag for _, tag in tagger.tag([word.strip(",?'") or word for word in words])]
 
 
 class AroOrder(Suite):
@@ -70,6 +130,8 @@ class AroOrder(Suite):
         name: of people's own data the name of the prepared set, which begins the ids of its images; without it nobody
             can tell which of them a model has seen.
         seed: of the shuffles.
+        tagged: ARO's own four shuffles, two of which ask NLTK's tagger for nouns and adjectives; without it the three
+            that need no tagger.
     """
 
     question = "which order of an image's caption is the true one"
@@ -78,8 +140,8 @@ class AroOrder(Suite):
         "The true order is better English than the others: a text model finds it without any image (score_no_image "
         "says how often), so a good figure shows knowledge of language, not of the image.",
         "ARO's own order test has four wrong captions, two of which shuffle nouns and adjectives by a part-of-speech "
-        "tagger. Those two are left out here, and `all words` is added: the first figure cannot be compared with "
-        "published ones.",
+        "tagger: `--tagged` makes them (NLTK's tagger in the place of spaCy's). Without it these two are left out and "
+        "`all words` is added: the first figure cannot be compared with published ones.",
         "A tie counts against the model; the original's argmax counts it for the model.",
         "Captions are in lower case and without full stops, as in the original.",
     )
@@ -90,14 +152,20 @@ class AroOrder(Suite):
         parser.add_argument("--split", default="val", help="whose captions (val)")
         hint = "of your own data the name that it was prepared under, to tell which images a model has seen"
         parser.add_argument("--name", help=hint)
+        hint = "ARO's own four shuffles, with NLTK's part-of-speech tagger (three that need none)"
+        parser.add_argument("--tagged", action="store_true", help=hint)
 
-    def __init__(self, set: str = "flickr8k", split: str = "val", seed: int = 0, name: str | None = None) -> None:
-        self.set, self.split, self.seed, self.name = set, split, seed, name
+    def __init__(
+        self, set: str = "flickr8k", split: str = "val", seed: int = 0, name: str | None = None, tagged: bool = False
+    ) -> None:
+        self.set, self.split, self.seed, self.name, self.tagged = set, split, seed, name, tagged
+        self.shuffles = OF_ARO if tagged else SHUFFLES
 
     def read(self, path: Path, images: Path | None) -> ItemRows:
         if images is not None:
             raise UserError("--images", "the set itself tells where its images are", "Leave it out")
         rows, splits = ItemRows(path, None), set[str]()
+        tags_of = part_of_speech_tagger() if self.tagged else None
         rows.ids_known = self.name is not None or self.set in FACTS
         for row in open_raw(self.set, str(path), None, self.name or self.set).rows():
             # Of a bad row the split may not be known.
@@ -108,21 +176,21 @@ class AroOrder(Suite):
             if row.split != self.split:
                 continue
             for number, caption in enumerate(row.captions):
-                self._add(rows, row.image, caption, row.image_id, f"{row.origin} caption {number}")
+                words = plain_words(clean_caption(caption)[0])
+                tags = tags_of(words) if tags_of else None
+                # Seeded by the caption: the same whatever other captions there are.
+                rng = random.Random(f"{self.seed} {row.image_id} {caption}")
+                orders = other_orders(words, rng, tags, self.shuffles)
+                origin = f"{row.origin} caption {number}"
+                if not orders:
+                    rows.skip("no other order", f"{origin}: '{' '.join(words)}'")
+                    continue
+                texts = (" ".join(words), *orders.values())
+                rows.items.append(SuiteItem((row.image,), texts, list(orders), "", origin, (row.image_id,)))
         if splits and self.split not in splits:
             what = f"no row of '{self.split}'; there are: {', '.join(sorted(splits))}"
             raise UserError("--split", what, "Name one of these", ExitCode.MISSING_INPUT)
         return rows
-
-    def _add(self, rows: ItemRows, image: str | bytes, caption: str, image_id: str, origin: str) -> None:
-        words = plain_words(clean_caption(caption)[0])
-        # Seeded by the caption: the same whatever other captions there are.
-        orders = other_orders(words, random.Random(f"{self.seed} {image_id} {caption}"))
-        if not orders:
-            rows.skip("no other order", f"{origin}: '{' '.join(words)}'")
-            return
-        texts = (" ".join(words), *orders.values())
-        rows.items.append(SuiteItem((image,), texts, list(orders), "", origin, (image_id,)))
 
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
         images = [item.image_ids[0] for item in items]
@@ -130,7 +198,7 @@ class AroOrder(Suite):
         figures = [
             percent_right("the true order is the best", [first_is_best(each) for each in scores], chance, images)
         ]
-        for name in SHUFFLES:
+        for name in self.shuffles:
             # The place of this shuffle's text behind the true one, where the caption has it.
             rows = [(row, 1 + item.truth.index(name)) for row, item in enumerate(items) if name in item.truth]
             right = [scores[row][0] > scores[row][place] for row, place in rows]
