@@ -25,6 +25,7 @@ from toy_pretrained import saved
 from maskvlm.cli.main import main
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.suites import aro_order, cxc, eccv_caption, metrics, pointing
+from maskvlm.suites.aro import Aro
 from maskvlm.suites.aro_order import AroOrder
 from maskvlm.suites.cxc import Cxc
 from maskvlm.suites.eccv_caption import EccvCaption
@@ -80,6 +81,24 @@ def sugarcrepe(root: Path) -> Path:
     swapped["1"] = item(COCO[1], "a green square", "a square that is not green")
     files = {"swap_att.json": swapped, "add_obj.json": {"0": item(COCO[2], "a ring", "a ring and a cross")}}
     return write(root, files | {f"images/{name}": picture(n) for n, name in enumerate(COCO)})
+
+
+def aro(root: Path) -> Path:
+    def item(image: str, box: tuple[int, ...], true: str, false: str, **more: Any) -> dict[str, Any]:
+        keys = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
+        names = {"image_id": image, "image_path": f"{image}.jpg", "true_caption": true, "false_caption": false}
+        return names | dict(zip(keys, box, strict=True)) | more
+
+    above = ("the circle is above the star", "the star is above the circle")
+    relations = [
+        item("2343", (0, 0, 10, 8), *above, relation_name="above", subject="circle", object="star"),
+        item("2343", (10, 8, 10, 8), *above, relation_name="above", subject="circle", object="star"),
+    ]
+    colours = ("the red ring and the blue square", "the blue ring and the red square")
+    attributes = [item("2344", (5, 5, 99, 99), *colours, attributes=["red", "blue"], obj1_name="ring")]
+    files = {"visual_genome_relation.json": relations, "visual_genome_attribution.json": attributes}
+    files["image_data.json"] = [{"image_id": 2343, "coco_id": 139}, {"image_id": 2344, "coco_id": None}]
+    return write(root, files | {f"images/{name}.jpg": picture(n) for n, name in enumerate(("2343", "2344"))})
 
 
 def vsr_line(image: str, caption: str, label: Any, relation: str = "left of") -> str:
@@ -185,6 +204,7 @@ def classes(root: Path) -> Path:
 
 LAYOUTS: dict[str, tuple[Callable[[Path], Path], Suite]] = {
     "sugarcrepe": (sugarcrepe, SugarCrepe()),
+    "aro": (aro, Aro()),
     "vsr": (vsr, Vsr()),
     "flickr8k_judgements": (flickr8k, Flickr8kJudgements()),
     "cxc": (crisscrossed, Cxc()),
@@ -233,6 +253,42 @@ def test_judgements_leave_out_an_images_own_captions_for_experts_alone(tmp_path:
     ]
     assert rows.items[0].image_ids == ("flickr 1056338697",)
     assert rows.notes == ["1 judged pairs of an image and its own caption are left out, as published"]
+
+
+def test_aro_reads_both_tests_with_boxes_and_ids_of_coco(tmp_path: Path) -> None:
+    rows = read("aro", tmp_path)
+    assert [(item.kind, item.image_ids, item.box) for item in rows.items] == [
+        ("relation: above", ("coco 139",), (0, 0, 10, 8)),
+        ("relation: above", ("coco 139",), (10, 8, 20, 16)),
+        ("attribution: red_blue", ("vg 2344",), (5, 5, 104, 104)),
+    ]
+    assert rows.items[0].texts == ("the circle is above the star", "the star is above the circle")
+    assert rows.ids_known
+    (tmp_path / "image_data.json").unlink()
+    rows = Aro().read(tmp_path, None)
+    assert not rows.ids_known  # of "vg 2343" nobody can tell whether it is COCO's
+    (tmp_path / "visual_genome_relation.json").unlink()
+    assert Aro().read(tmp_path, None).notes == ["visual_genome_relation.json is not there"]
+
+
+def test_only_the_box_of_an_image_is_looked_at(tmp_path: Path, model: PretrainedMaskVLM) -> None:
+    suite, rows = Aro(), read("aro", tmp_path)
+    upper, lower, edge = (scores for scores in suite.ask(model, rows.items, "match"))
+    whole = Image.open(tmp_path / "images/2343.jpg")
+    for scores, box in ((upper, (0, 0, 10, 8)), (lower, (10, 8, 20, 16))):
+        np.testing.assert_allclose(scores, model.match(whole.crop(box), list(rows.items[0].texts)), atol=1e-6)
+    assert upper != lower
+    # A box that leads over the edge ends there.
+    other = Image.open(tmp_path / "images/2344.jpg").crop((5, 5, 20, 16))
+    np.testing.assert_allclose(edge, model.match(other, list(rows.items[2].texts)), atol=1e-6)
+
+
+def test_a_box_outside_of_its_image_is_left_out(tmp_path: Path, model: PretrainedMaskVLM) -> None:
+    rows = read("aro", tmp_path)
+    rows.items[1] = rows.items[1]._replace(box=(20, 0, 10**9, 10**9))
+    report = run_suite(Aro(), model, rows)
+    assert len(report.items) == 2
+    assert "lies outside of the image of 20 by 16 pixels" in report.skipped["box outside of its image"][0]
 
 
 def test_cxc_reads_pairs_of_three_kinds(tmp_path: Path) -> None:
@@ -331,6 +387,14 @@ ROWS = [
         "malformed row",
         "item 1: 'caption' holds no word",
     ),
+    ("aro", change("visual_genome_relation.json", '"bbox_w": 10', '"bbox_w": 0'), "malformed row", "a box of 0 by 8"),
+    (
+        "aro",
+        change("visual_genome_relation.json", '"bbox_w": 10', '"bbox_w": "9"'),
+        "malformed row",
+        "str instead of int",
+    ),
+    ("aro", change("visual_genome_attribution.json", '["red", ', "["), "malformed row", "has 1 entries instead of two"),
     (
         "vsr",
         change("data/splits/zeroshot/test.jsonl", '"label": 0', '"label": 2'),
@@ -407,6 +471,7 @@ def test_a_bad_row_is_left_out_counted_and_named(
 FILES = [
     ("sugarcrepe", "swap_att.json", "[]", 65, "list where an object of numbered items belongs"),
     ("sugarcrepe", "swap_att.json", "{", 65, "not JSON"),
+    ("aro", "visual_genome_relation.json", "{}", 65, "dict where a list of items belongs"),
     ("cxc", "data/sits_test.csv", "image,caption\n", 65, "the first line is 'image,caption'"),
     ("cxc", "annotations/captions_val2014.json", "{}", 65, "key 'images' is missing"),
     ("flickr8k_judgements", "Flickr8k.token.txt", None, 66, "none of the files"),
@@ -674,6 +739,28 @@ def test_order_counts_all_and_each_shuffle(tmp_path: Path) -> None:
     at = [(row, item.truth.index("trigrams") + 1) for row, item in enumerate(items) if "trigrams" in item.truth]
     right = [scores[row][0] > scores[row][place] for row, place in at]
     assert by_name(suite_metrics)["better than trigrams shuffled"] == pytest.approx(100 * sum(right) / len(right))
+
+
+def test_aro_is_the_mean_over_relations_that_have_enough_items() -> None:
+    kinds = (
+        ["relation: above"] * 30 + ["relation: near"] * 25 + ["relation: rare"] * 24 + ["attribution: red_blue"] * 25
+    )
+    items = [SuiteItem((f"{n}.jpg",), ("a", "b"), 0, kind, "") for n, kind in enumerate(kinds)]
+    # Of `above` 10 of 30 are right, of `near` all, of `rare` none; ties count against the model.
+    right = [True] * 10 + [False] * 20 + [True] * 25 + [False] * 24 + [True] * 5 + [False] * 20
+    figures = Aro().metrics(items, [[1.0, 0.5] if each else [1.0, 1.0] for each in right], "match")
+    assert by_name(figures) == pytest.approx(
+        {
+            "relation, mean over 2 kinds": 100 * (10 / 30 + 1) / 2,
+            "relation, all items": 100 * 35 / 79,
+            "relation: above": 100 / 3,
+            "relation: near": 100,
+            "attribution, mean over 1 kinds": 20,
+            "attribution, all items": 20,
+            "attribution: red_blue": 20,
+        }
+    )
+    assert figures[0].name == "relation, mean over 2 kinds"
 
 
 def test_vsr_has_a_threshold_by_match_alone(tmp_path: Path) -> None:

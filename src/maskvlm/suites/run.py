@@ -19,6 +19,7 @@ from maskvlm.data.inputs import open_image
 from maskvlm.data.subset import hash_of_photo
 from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords
 from maskvlm.objectives.novelty import FarFromTraining
+from maskvlm.suites.scores import within
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.training.run_record import json_ready, write_json, write_text
 from maskvlm.utils.errors import ExitCode, UserError
@@ -125,18 +126,24 @@ def with_images(items: list[SuiteItem], rows: ItemRows) -> list[SuiteItem]:
     """The items whose images can be read; the others are counted and listed. That is known before the model works for
     hours, at the price of decoding twice."""
     bad: dict[str | bytes, BadImage] = {}
+    sizes: dict[str | bytes, tuple[int, int]] = {}
     for image, origin in {image: item.origin for item in items for image in item.images}.items():
         try:
-            open_image(image, origin)
+            sizes[image] = open_image(image, origin).size
         except BadImage as error:
             bad[image] = error
     readable = []
     for item in items:
         wrong = next((bad[image] for image in item.images if image in bad), None)
-        if wrong is None:
-            readable.append(item)
-        else:
+        if wrong is not None:
             rows.skip(wrong.reason, f"{item.origin}: {wrong.what}")
+            continue
+        try:
+            if item.box is not None:
+                within(item.box, sizes[item.images[0]])
+            readable.append(item)
+        except UserError as error:
+            rows.skip("box outside of its image", f"{item.origin}: {error.what}")
     return readable
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from rich.console import Console
 
 from maskvlm.data.inputs import open_image
-from maskvlm.utils.errors import UserError
+from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.status_bar import StatusBar
 
 if TYPE_CHECKING:
@@ -53,24 +53,41 @@ without the image, the control for what the text alone gives away."""
 
 
 def pair_scores(model: "PretrainedMaskVLM", items: Sequence["SuiteItem"], way: str) -> list[list[float]]:
-    """A score for each text of an item with the item's image; the texts of all items of an image are scored at once.
+    """A score for each text of an item with the item's image, or the part of it in the item's box; the texts of all
+    items of an image (or part) are scored at once.
 
     Raises:
         UserError: the checkpoint lacks the head, or there is no such way.
     """
     if way not in _SCORERS:
         raise UserError("--by", f"there is no {way}", f"There are: {', '.join(_SCORERS)}")
-    rows_of: dict[str | bytes, list[int]] = {}
+    rows_of: dict[tuple[str | bytes, tuple[int, int, int, int] | None], list[int]] = {}
     for row, item in enumerate(items):
-        rows_of.setdefault(item.images[0], []).append(row)
+        rows_of.setdefault((item.images[0], item.box), []).append(row)
     item_scores: list[list[float]] = [[] for _ in items]
     bar = StatusBar(way, len(rows_of), Console(stderr=True))
-    for done, (image, rows) in enumerate(rows_of.items()):
+    for done, ((file, box), rows) in enumerate(rows_of.items()):
+        image = open_image(file)
+        if box is not None:
+            image = image.crop(within(box, image.size))
         bar.show(done, f"{done:,} of {len(rows_of):,} images")
         # Each text once, whichever items ask about it.
         texts = list(dict.fromkeys(text for row in rows for text in items[row].texts))
-        scores = dict(zip(texts, _SCORERS[way](model, open_image(image), texts), strict=True))
+        scores = dict(zip(texts, _SCORERS[way](model, image, texts), strict=True))
         for row in rows:
             item_scores[row] = [scores[text] for text in items[row].texts]
     bar.close()
     return item_scores
+
+
+def within(box: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The part of a box (left, top, right, bottom in pixels) that lies in an image of this width and height.
+
+    Raises:
+        UserError: none does.
+    """
+    left, top, right, bottom = max(0, box[0]), max(0, box[1]), min(size[0], box[2]), min(size[1], box[3])
+    if left >= right or top >= bottom:
+        what = f"the box {box} lies outside of the image of {size[0]} by {size[1]} pixels"
+        raise UserError("box", what, "Mend or remove the row", ExitCode.BAD_DATA)
+    return left, top, right, bottom

@@ -37,6 +37,7 @@ class SuiteItem(NamedTuple):
         kind: metrics are also given by kind; "" where a suite has none.
         origin: names it in messages and in scores.jsonl.
         image_ids: of the images, as in every set of this project ("coco 397133", "flickr 1000092795").
+        box: left, top, right and bottom in pixels of the only part of the image that is looked at; None for all of it.
     """
 
     images: tuple[str | bytes, ...]
@@ -45,6 +46,7 @@ class SuiteItem(NamedTuple):
     kind: str
     origin: str
     image_ids: tuple[str, ...] = ()
+    box: tuple[int, int, int, int] | None = None
 
 
 class SuiteMetric(NamedTuple):
