@@ -65,7 +65,7 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
         chosen.init_args.hold_out, options.split = 0, "train"
     pairs = reader.split(options.split)
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    device = options.device or device_of(str(settings.trainer.accelerator), local)
+    device = options.device or device_for(str(settings.trainer.accelerator), local)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=device, allow_import=allowed)
     tell_rest(reader, options.split)
     tell_far(model, pairs)
@@ -111,7 +111,7 @@ def tell_far(model: PretrainedMaskVLM, pairs: Pairs) -> None:
         print(f"warning: {line}; take its vectors with care", file=sys.stderr, flush=True)
 
 
-def device_of(accelerator: str, local: int) -> str:
+def device_for(accelerator: str, local: int) -> str:
     """The device of a process. accelerator: the trainer's. local: the process's number on its machine."""
     if torch.cuda.is_available() and accelerator != "cpu":
         # Where there are more processes than GPUs, some share one.

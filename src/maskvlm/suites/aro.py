@@ -1,7 +1,6 @@
 """ARO's Visual Genome Relation and Attribution: a sentence about a part of an image, and the same with its two things,
 or their attributes, exchanged (Yuksekgonul et al. 2023, github.com/mertyg/vision-language-models-are-bows)."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,9 +80,10 @@ class Aro(Suite):
             for kind, count in counts.most_common():
                 if kind.startswith(f"{test}:") and count >= ENOUGH:
                     own.append(self._share(kind, [row for row in rows if items[row].kind == kind], items, right))
-            mean = sum(each.value for each in own) / len(own) if own else math.nan
-            name = f"{test}, mean over {len(own)} kinds"
-            headlines.append(SuiteMetric(name, mean, 50.0, sum(each.items for each in own)))
+            if own:
+                mean = sum(each.value for each in own) / len(own)
+                count = sum(each.items for each in own)
+                headlines.append(SuiteMetric(f"{test}, mean over {len(own)} kinds", mean, 50.0, count))
             headlines.append(self._share(f"{test}, all items", rows, items, right))
             kinds += own
         return [*headlines, *kinds]
