@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -116,8 +117,18 @@ def test_a_damaged_side_file_says_nothing(content: bytes, tmp_path: Path) -> Non
 
 
 def test_a_full_disk_costs_the_note_and_not_the_run(tmp_path: Path) -> None:
-    os.symlink("/dev/full", tmp_path / NAME)
-    attempt = Attempt(tmp_path)
-    attempt.note(3)
-    attempt.close()
-    assert failures(tmp_path) == Failures()  # and as much as a note is long is read of it, not what never ends
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        attempt = Attempt(tmp_path)
+        attempt.note(3)
+        attempt.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failures(tmp_path) == Failures()
+
+
+def test_of_a_side_file_as_much_as_a_note_is_read(tmp_path: Path) -> None:
+    """Not what never ends."""
+    os.symlink("/dev/zero", tmp_path / NAME)
+    assert failures(tmp_path) == Failures()

@@ -4,8 +4,11 @@ import errno
 import os
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from guards import Build
@@ -13,10 +16,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from maskvlm.checkpoint.io import save
+from maskvlm.reporting.callbacks import try_drawing
 from maskvlm.reporting.curves import curves
+from maskvlm.training.attempts import Attempt
 from maskvlm.training.csv_log import Writer
+from maskvlm.training.failure import report
+from maskvlm.training.peers import FOLDER, Peers
+from maskvlm.training.process_watch import dump_stacks
 from maskvlm.training.run_record import write_json, write_text
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.lock import RunLock
 from maskvlm.utils.write_errors import cannot_write, writing
 
 
@@ -24,6 +33,22 @@ def full(path: Path) -> Path:
     """A file that opens, and whose disk is full."""
     path.symlink_to("/dev/full")
     return path
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A real limit on the size of each file, in bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def without_room(write: Callable[[], object]) -> None:
+    with largest_file(0):
+        write()
 
 
 def events(folder: Path) -> None:
@@ -38,41 +63,37 @@ def events(folder: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {
-    "json": lambda at: write_json(at / full(at / ".m.json.tmp").name[1:-4], {"a": 1}),
-    "text": lambda at: write_text(at / full(at / ".m.txt.tmp").name[1:-4], "x"),
+    "json": lambda at: without_room(lambda: write_json(at / "m.json", {"a": 1})),
+    "text": lambda at: without_room(lambda: write_text(at / "m.txt", "x")),
     "tensorboard": events,
     "matplotlib": lambda at: curves([{"step": 1, "train/a": 1.0}], full(at / "curves.png")),
     "pillow": lambda at: Image.new("RGB", (500, 500)).save(full(at / "x.png")),
-    "checkpoint": lambda at: save({"state_dict": {}}, at / full(at / ".x.ckpt.tmp").name[1:-4]),
+    "checkpoint": lambda at: without_room(lambda: save({"state_dict": {}}, at / "x.ckpt")),
 }
 
 
 @pytest.mark.guard("maskvlm.utils.write_errors:cannot_write")
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_is_one_line(writer: str, build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """/dev/full takes no byte. TensorBoard's thread dies of it; its traceback is not printed."""
+    """/dev/full takes no byte, nor does a file that may have none. TensorBoard's thread dies of it;
+    its traceback is not printed."""
     with pytest.raises(UserError) as caught, writing(tmp_path):
         WRITERS[writer](tmp_path)
     assert caught.value.code == ExitCode.IO_ERROR
-    assert "no space left: disk full (No space left on device)" in caught.value.what
+    assert "no space left: disk full (" in caught.value.what
     assert caught.value.where.startswith(str(tmp_path))
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.guard("maskvlm.utils.write_errors:cannot_write")
 def test_a_table_that_cannot_grow_is_one_line(build: Build, tmp_path: Path) -> None:
-    """At a real limit on the size of a file."""
     log = Writer(str(tmp_path))
     log.log_metrics({"a": 1.0}, 0)
     log.save()
     log.log_metrics({"a": 2.0}, 1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.csv").stat().st_size, hard))
-    try:
-        with pytest.raises(UserError) as caught, writing(tmp_path):
-            log.save()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    size = (tmp_path / "metrics.csv").stat().st_size
+    with pytest.raises(UserError) as caught, writing(tmp_path), largest_file(size):
+        log.save()
     assert caught.value.code == ExitCode.IO_ERROR
     assert caught.value.where == str(tmp_path)
 
@@ -124,3 +145,41 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "m.json").mkdir()
     with pytest.raises(UserError, match=r"m\.json: cannot be written \(Is a directory\)"):
         write_json(tmp_path / "m.json", {})
+
+
+def drawn(folder: Path) -> None:
+    trainer: Any = SimpleNamespace(loggers=[])
+    try_drawing(trainer, folder / "curves.png", lambda path: curves([{"step": 1, "train/a": 1.0}], path))
+
+
+IN_A_RUN: dict[str, tuple[Callable[[Path], object], bool]] = {
+    ".m.json.tmp": (lambda at: write_json(at / "m.json", {}), False),
+    "crash.txt": (lambda at: report(ZeroDivisionError("x"), at), False),
+    "curves.png": (drawn, False),
+    "stacks-rank0.txt": (lambda at: dump_stacks(at / "stacks-rank0.txt"), False),
+    "attempts.json": (Attempt, True),
+    "run.lock": (lambda at: RunLock().take(at), True),
+    f"{FOLDER}/rank-0": (lambda at: Peers(at, "token", 0, 2, 1.0, 1.0).write(), True),
+}
+"""What a command writes in a run's folder, and whether it refuses a link there."""
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["to a file", "to none"])
+@pytest.mark.parametrize("name", IN_A_RUN)
+def test_no_link_in_a_runs_folder_is_written_through(name: str, there: bool, tmp_path: Path) -> None:
+    """The folder of a run may be a stranger's: a link in it leads to any file."""
+    target, link = tmp_path / "target", tmp_path / "run" / name
+    link.parent.mkdir(parents=True)
+    if there:
+        target.write_text("mine")
+    link.symlink_to(target)
+    write, refused = IN_A_RUN[name]
+    if refused:
+        with pytest.raises(UserError, match=rf"{name}: is a link") as caught:
+            write(tmp_path / "run")
+        assert caught.value.code == ExitCode.REFUSED
+    else:
+        write(tmp_path / "run")
+    assert target.exists() == there
+    assert not there or target.read_text() == "mine"
+    assert not (tmp_path / "run" / "m.json").is_symlink()

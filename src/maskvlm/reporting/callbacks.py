@@ -21,6 +21,7 @@ from maskvlm.reporting.curves import curves
 from maskvlm.reporting.metric_tables import claim_line, metrics_table, score_line
 from maskvlm.reporting.reconstruction_page import reconstructions
 from maskvlm.training.run_record import folder_of
+from maskvlm.utils.whole_files import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,8 @@ def try_drawing(trainer: L.Trainer, path: Path, draw: Callable[[Path], object]) 
     """Draw a figure and hand it to TensorBoard; one line says why it could not be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw(path)
+        with whole_file(path) as temporary:
+            draw(temporary)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 pixels = np.asarray(Image.open(path).convert("RGB"))

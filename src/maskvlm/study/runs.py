@@ -25,6 +25,7 @@ from maskvlm.training.run_record import read_json, write_json
 from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import STUDY
+from maskvlm.utils.whole_files import open_no_link
 
 ABOUT, LOG, METRICS = "study.json", "study.log", "metrics.json"
 """Files in a run's folder: what it is a run of; what its processes printed; what it measured."""
@@ -218,7 +219,7 @@ class Runner:
         # PASSIVE: threads that wait do not spin, which would take time from the other runs
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": threads}
         environment |= of_study(self.allowed, os.getpid())
-        with (run.folder / LOG).open("ab") as log:
+        with open(run.folder / LOG, "ab", opener=open_no_link) as log:
             # a session of its own: Ctrl-C reaches this process alone, which passes it on once
             process = subprocess.Popen(
                 run.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Stopped
+from maskvlm.utils.whole_files import open_no_link
 from maskvlm.utils.write_errors import cannot_write
 
 NAME = "attempts.json"
@@ -68,17 +69,21 @@ def check_attempts(folder: Path) -> Failures:
 
 
 class Attempt:
-    """Notes the step that is under way; a few microseconds a step. A full disk costs the note, not the run."""
+    """Notes the step that is under way; a few microseconds a step. A full disk costs the note, not the run.
+
+    Raises:
+        UserError: a link stands in the file's place (77).
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.before = folder, failures(folder)
         self.handle = -1
         with suppress(OSError):
-            self.handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+            self.handle = open_no_link(folder / NAME, os.O_RDWR | os.O_CREAT)
         # At once: a run that dies before its first step leaves the earlier failures as they are.
         self.note(None)
         with suppress(OSError):  # after the note: of a damaged file nothing stays
-            os.truncate(folder / NAME, SIZE)
+            os.ftruncate(self.handle, SIZE)
 
     def note(self, step: int | None) -> None:
         """step: counted from 1; None before the first."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from maskvlm.training.peers import blamed
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import whole_file
 from maskvlm.utils.write_errors import cannot_write
 
 REQUIRED = {"torch", "torchvision", "lightning", "jsonargparse", "torchmetrics", "transformers", "tokenizers", "timm"}
@@ -147,8 +148,9 @@ def _bug(error: BaseException, folder: Path | None) -> ErrorLine:
     path = (folder or Path("checkpoints")) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Names of files need not be text.
-        path.write_text("".join(traceback.format_exception(error)), "utf-8", "backslashreplace")
+        with whole_file(path) as temporary:
+            # Names of files need not be text.
+            temporary.write_text("".join(traceback.format_exception(error)), "utf-8", "backslashreplace")
     except OSError:
         traceback.print_exception(error)
         return ErrorLine(text, ExitCode.OUR_BUG)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import open_no_link
 
 FOLDER = ".processes"  # in the run's folder
 BEAT = 1.0  # seconds between two records
@@ -113,7 +114,7 @@ class Peers:
             # A record that is cut is no JSON: readers take it for none.
             row = json.dumps(PeerRecord(*mine, self.place, self.at, code, because, why[:400]))
             try:
-                file = os.open(self.path(self.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+                file = open_no_link(self.path(self.rank), os.O_WRONLY | os.O_CREAT)
                 try:
                     os.pwrite(file, row.encode()[:WIDTH].ljust(WIDTH), 0)
                 finally:

@@ -25,6 +25,7 @@ from maskvlm.training import peers
 from maskvlm.training.failure import EARLIER, failed_first, report
 from maskvlm.training.peers import BEAT, CURRENT, GRACE, LostProcess, Peers
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import open_no_link
 
 PART_OF_TIMEOUT = 0.9  # of the process group's own: then torch would end the run, without a name
 
@@ -69,9 +70,9 @@ def end(own: Peers, lost: LostProcess) -> None:
 def dump_stacks(path: Path) -> None:
     """Where each thread of this process is."""
     try:
-        with path.open("w") as file:
+        with open(path, "w", opener=open_no_link) as file:
             faulthandler.dump_traceback(file, all_threads=True)
-    except OSError:
+    except (OSError, UserError):
         pass  # the reason is told all the same
 
 

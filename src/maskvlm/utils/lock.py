@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import open_no_link
 from maskvlm.utils.write_errors import cannot_write
 
 NAME = "run.lock"
@@ -65,13 +66,14 @@ class RunLock:
             warn: told of a holder on another machine that gave no sign of life.
 
         Raises:
-            UserError: another process trains here, or the folder cannot be written (73).
+            UserError: another process trains here, or the folder cannot be written (73); a link stands in the
+                file's place (77).
         """
         self.release()
         while True:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+                handle = open_no_link(folder / NAME, os.O_RDWR | os.O_CREAT)
             except OSError as error:
                 # Such as where the folder that the process was started in is gone.
                 what, todo = f"cannot be made ({error.strerror})", "Choose another folder"

@@ -13,19 +13,20 @@ def whole_file(path: Path, writer: str = "") -> Iterator[Path]:
     """Where to write a file so that it appears under its name complete and on the disk, or not at all.
 
     Whatever is raised within leaves the file that was there before. The name beside it is always the same one, so that
-    what killed writers leave does not pile up.
+    what killed writers leave does not pile up; what lies there is removed first, as a link would lead the writer out.
 
     Args:
         path: of the file, in a folder that is there.
         writer: sets several processes apart that may write the same file at once; one of them is the last.
 
     Yields:
-        A path beside it, of a file that is not there yet or is left over from a writer that was killed.
+        A path beside it, of a file that is not there yet.
     """
     # Cut, as file systems allow 255 bytes for a name, which may be one letter in four bytes.
     name = os.fsdecode(os.fsencode(path.name)[:200])
     temporary = path.with_name(f".{name}{writer}.tmp")
     try:
+        temporary.unlink(missing_ok=True)
         yield temporary
         # The contents must be on the disk before the name is. fsync is for the file, whichever handle wrote it.
         with temporary.open("rb+") as file:
@@ -47,6 +48,25 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def open_no_link(path: str | Path, flags: int) -> int:
+    """Open a file that is written in place, such as one of a run's folder, which may be a stranger's; also an `opener`
+    of `open`.
+
+    Returns:
+        The handle, as of `os.open`; a new file is everybody's to read and write, but for the umask.
+
+    Raises:
+        UserError: a link stands there, which may lead to any file (77).
+    """
+    try:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        # Systems have different numbers for it.
+        if os.path.islink(path):
+            raise UserError(path, "is a link, and is written into", "Remove it", ExitCode.REFUSED) from error
+        raise
 
 
 def check_inside(file: Path) -> None:
