@@ -334,6 +334,33 @@ def test_what_a_variable_holds_is_a_text(monkeypatch: pytest.MonkeyPatch) -> Non
             fill_environment(text, "x")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://x.example/${oc.env:KEY_OF_THIS_TEST}",
+        "${oc.env:NO_SUCH,https:}//${oc.env:KEY_OF_THIS_TEST}",
+        "https://${oc.env:NO_SUCH,${oc.env:KEY_OF_THIS_TEST}.x.example}",
+        "${oc.env:NO_SUCH,https://x.example/${oc.env:KEY_OF_THIS_TEST}}",
+        "{url: https://x.example/${oc.env:KEY_OF_THIS_TEST}}",
+        '{url: "https:\\x2f\\x2fx.example/${oc.env:KEY_OF_THIS_TEST}"}',
+    ],
+)
+def test_a_file_sends_no_variable_to_an_address(fails: Callable[..., UserError], text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEY_OF_THIS_TEST", "secret")
+        error = fails(text=f"trainer: {{logger: {{dict_kwargs: {{url: '{text}'}}}}}}\n")
+        assert error.what == "sends the environment variable KEY_OF_THIS_TEST to an address"
+        assert error.code == ExitCode.REFUSED
+        assert "secret" in fill_environment(text, "command line", typed=True)
+
+
+def test_a_variable_may_hold_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONE", "https://x.example")
+    monkeypatch.setenv("TWO", "y")
+    assert fill_environment("${oc.env:ONE}/${oc.env:TWO}", "x") == "https://x.example/y"
+    assert fill_environment("https://x.example/${oc.env:NO_SUCH,y}", "x") == "https://x.example/y"
+
+
 @pytest.mark.guard("maskvlm.config.parser:CommandParser._default_env", gives="True")
 def test_the_environment_sets_no_key(
     build: Build, stack: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.study.budget import budget_in_steps, flops_of
 from maskvlm.study.definition import Metric, read_study
 from maskvlm.study.runs import runs_of
-from maskvlm.utils.errors import UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY: dict[str, Any] = {
@@ -126,6 +126,40 @@ def test_the_environment_is_filled_in_for_the_runs_and_not_for_the_page(
     other = STUDY | {"run": run.replace("pretrain", "pretrain model=small")}
     assert runs_of(read_study(written(tmp_path, other)), tmp_path, counted=())[0].sha256 != run_here.sha256
     assert study.run == run
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"title": "${oc.env:HOME}"}, "title"),
+        ({"about": "x ${oc.env:HOME}"}, "about"),
+        ({"arms": {"few": {"label": "${oc.env:HOME}"}, "all": None}}, "arms.few.label"),
+        ({"arms": {"options": {"label": "${oc.env:HOME}"}}}, "arms.options.label"),
+        ({"first": {"label": "${oc.env:HOME}", "options": {}}}, "first.label"),
+        ({"questions": [{"claim": "${oc.env:HOME}"}]}, "questions.claim"),
+        ({"metrics": {"options": {"mean": ["a"], "unit": "${oc.env:HOME}"}}}, "metrics.options.unit"),
+    ],
+)
+def test_no_variable_stands_on_the_page(tmp_path: Path, change: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError, match=r"study\.yaml: .*would stand on the page") as error:
+        read_study(written(tmp_path, STUDY | change))
+    assert error.value.where.endswith(f"study.yaml: {key}")
+    assert error.value.code == ExitCode.REFUSED
+
+
+def test_options_take_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIZE_OF_THIS_TEST", "8")
+    options = {"data.batch_size": "${oc.env:SIZE_OF_THIS_TEST}"}
+    for change in (
+        {"options": options},
+        {"arms": {name: {"options": options} for name in STUDY["arms"]}},
+        {"grid": [{"arms": [*STUDY["arms"]], "options": options}]},
+    ):
+        study = read_study(written(tmp_path, STUDY | {"questions": []} | change))
+        assert all(("data.batch_size", "8") in cell.options for cell in study.cells)
+    study = read_study(written(tmp_path, STUDY | {"first": {"label": "x", "options": options}}))
+    assert study.first is not None
+    assert ("data.batch_size", "8") in study.first.options
 
 
 def test_a_budget_of_operations_needs_the_steps_of_the_other(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from maskvlm.config.safe_yaml import MOST_BYTES, MOST_SHOWN, TAG, at_line, check
 from maskvlm.utils.errors import ExitCode, UserError
 
 MOST_NESTED = 4  # of `${oc.env:A,${oc.env:B,c}}`
-
+ADDRESS = re.compile(r'://|"[^"]*\\')
+"""What begins an address, or may: of YAML within a text, double quotes alone hide a character by a backslash."""
 
 OUTPUTS = ("save_dir", "dirpath", "default_root_dir", "root_dir", "run")
 """Keys of folders that are written into: Lightning would connect to an address there."""
@@ -203,18 +204,24 @@ def nearest(word: str, names: Iterable[str], least: float) -> str | None:
     return near[0] if near else None
 
 
-def fill_environment(value: Any, where: str, nested: int = 0) -> Any:
+def fill_environment(value: Any, where: str, typed: bool = False, nested: int = 0, before: str = "") -> Any:
     """`value` with every `${oc.env:NAME}` and `${oc.env:NAME,default}` in its texts replaced by that variable.
 
     What a variable holds is a text: nothing in it is replaced again. A default may itself hold such a reference.
 
+    Args:
+        where: the file, for messages.
+        typed: by the user, who may send a variable anywhere; a file may not.
+        nested, before: how deep in defaults this text is, and what the file has before it.
+
     Raises:
-        UserError: a variable that is not set, or holds control characters (2); another kind of `${...}` (77).
+        UserError: a variable that is not set, or holds control characters (2); another kind of `${...}`, a variable
+            within an address (77).
     """
     if isinstance(value, dict):
-        return {key: fill_environment(part, where) for key, part in value.items()}
+        return {key: fill_environment(part, where, typed) for key, part in value.items()}
     if isinstance(value, list):
-        return [fill_environment(part, where) for part in value]
+        return [fill_environment(part, where, typed) for part in value]
     if not isinstance(value, str) or "${" not in value:
         return value
     # `done` is never searched again: what a variable holds stays a text
@@ -227,9 +234,15 @@ def fill_environment(value: Any, where: str, nested: int = 0) -> Any:
             what = f"{cut(value)} asks for more than an environment variable"
             raise UserError(where, what, "Write ${oc.env:NAME} or ${oc.env:NAME,default}", ExitCode.REFUSED)
         content = os.environ.get(name[1])
+        # what the file itself says: a variable may well hold an address
+        before += value[:start]
+        if content is not None and not typed and ADDRESS.search(before):
+            what = f"sends the environment variable {name[1]} to an address"
+            raise UserError(where, what, "Write its value there, or type the option", ExitCode.REFUSED)
         if content is None and value[start + name.end() - 1] == ",":
             # the default is between the comma and the closing brace
-            content = fill_environment(value[start + name.end() : end], where, nested + 1)
+            content = fill_environment(value[start + name.end() : end], where, typed, nested + 1, before)
+            before += content
         if content is None:
             todo = "Set it, or give a default: ${oc.env:NAME,default}"
             raise UserError(where, f"Environment variable '{cut(name[1])}' not found", todo)

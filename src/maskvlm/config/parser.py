@@ -219,7 +219,7 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
         check_group(place)
     words = [
         # names of files stay as they are; the texts inside of files are filled in by `load_text`
-        word if word in config_files(arguments) else _current_word(fill_environment(word, "command line"))
+        word if word in config_files(arguments) else _current_word(fill_environment(word, "command line", typed=True))
         for word in arguments
     ]
     CommandParser.nulls = nulls_of(words[1:])

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 from maskvlm.config.given_options import fill_environment, read_config_file
 from maskvlm.config.plain_schema import AnyOf, Entries, Flag, Listed, OneOf, Real, Record, Text, Tree, Whole, maybe
-from maskvlm.config.safe_yaml import read_yaml
+from maskvlm.config.safe_yaml import cut, read_yaml
 from maskvlm.utils.errors import ExitCode, UserError
 
 COMMANDS = ("pretrain", "finetune")
@@ -234,7 +234,7 @@ def read_study(file: str, where: str | None = None) -> Study:
     if read_config_file(file) is None:
         raise UserError(file, "is empty", TODO)
     written = read_yaml(Path(file).read_text("utf-8-sig"), file)
-    content = SCHEMA.read(fill_environment(written, file), file, TODO)
+    content = SCHEMA.read(_filled(written, file), file, TODO)
     arms = {name: ARM.read(each or {}, f"{file}: arms.{name}", TODO) for name, each in _mapping(content, "arms", file)}
     for name in arms:
         if not NAME.fits(name):
@@ -265,6 +265,27 @@ def read_study(file: str, where: str | None = None) -> Study:
         content["name"], content.get("title", content["name"]), content.get("about", ""),
         written["run"], labels, cells, metrics, columns, questions, first,
     )  # fmt: skip
+
+
+def _filled(value: Any, file: str, path: tuple[str, ...] = ()) -> Any:
+    """`value` with the environment filled in where it says how runs are made. All else may stand on the page.
+
+    Raises:
+        UserError: a variable elsewhere (77); as `fill_environment`.
+    """
+    # below an arm's name, or the number of a block of the grid
+    inner = path[2:] if path[:1] in (("arms",), ("grid",)) else path[1:] if path[:1] == ("first",) else path
+    if inner in (("run",), ("options",)):
+        return fill_environment(value, file)
+    if isinstance(value, dict):
+        return {key: _filled(part, file, (*path, str(key))) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_filled(part, file, (*path, "")) for part in value]
+    if isinstance(value, str) and "${" in value:
+        where = ".".join(name for name in path if name)
+        what = f"{cut(value)} would stand on the page"
+        raise UserError(f"{file}: {cut(where)}", what, "The environment is for run and options", ExitCode.REFUSED)
+    return value
 
 
 def _words(run: str, where: str, machine: str | None) -> tuple[str, ...]:
