@@ -15,7 +15,6 @@ from jsonargparse import _common
 
 from maskvlm.cli.lightning import LightningCommand, Parsed, built_source, run_command
 from maskvlm.config.allowed_classes import LISTED, Verdicts, typed_names
-from maskvlm.config.given_options import given_places
 from maskvlm.config.parser import GROUPS, MODE, CommandParser, set_up_parsing
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.utils.errors import ExitCode, UserError
@@ -307,12 +306,46 @@ def test_the_command_itself_refuses_with_77_and_one_line(build: Build, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("key", ["trainer.default_root_dir", "trainer.logger.init_args.save_dir", "run"])
-def test_a_file_sends_nothing_to_an_address(tmp_path: Path, key: str) -> None:
-    config: Any = "http://127.0.0.1:9/x"
-    for part in reversed(key.split(".")):
-        config = {part: config}
-    (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
+def logger(settings: Any) -> dict[str, Any]:
+    return {"trainer": {"logger": {"class_path": "CSVLogger", "init_args": settings}}}
+
+
+BEST = {"dirpath": "memory://x", "monitor": "score"}
+ADDRESSES: dict[str, Any] = {
+    "run": {"run": "http://127.0.0.1:9/x"},
+    "root": {"trainer": {"default_root_dir": "http://127.0.0.1:9/x"}},
+    "logger": logger({"save_dir": "memory://x"}),
+    "callback": {"trainer": {"callbacks": [{"class_path": "ModelCheckpoint", "init_args": BEST}]}},
+    "default": logger({"save_dir": "${oc.env:NO_SUCH,memory:}//x"}),
+    "text": {"trainer": {"logger": "{class_path: CSVLogger, init_args: {save_dir: memory://x}}"}},
+    "escape": {"trainer": {"logger": '{class_path: CSVLogger, init_args: {save_dir: "memory:\\x2f/x"}}'}},
+    "name": logger({"save_dir": "", "name": "memory://x"}),
+    "chain": logger({"save_dir": "memory::x"}),
+    "of the run": {"run": "//x", **logger({"save_dir": "memory:{run}"})},
+    "scheme": {"run": "memory:/", **logger({"save_dir": "{run}/x"})},
+}
+
+
+@pytest.mark.guard("maskvlm.config.parser:check_outputs")
+@pytest.mark.parametrize("way", ADDRESSES)
+def test_a_file_sends_nothing_to_an_address(build: Build, fit: Callable[..., Any], way: str) -> None:
     with pytest.raises(UserError, match="is an address") as caught:
-        given_places(["-c", str(tmp_path / "x.yaml")])
+        fit(ADDRESSES[way])
     assert caught.value.code == ExitCode.REFUSED
+
+
+def test_nor_does_the_file_of_a_study(fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options become words of the runs' commands. What the user types is his own word."""
+    option = ("--trainer.default_root_dir", "memory://x")
+    assert fit({}, *option).settings.trainer.default_root_dir == "memory://x"
+    monkeypatch.setenv("MASKVLM_STUDY", "1")
+    with pytest.raises(UserError, match="is an address") as caught:
+        fit({}, *option)
+    assert caught.value.code == ExitCode.REFUSED
+
+
+def test_what_is_typed_is_for_its_own_key(fit: Callable[..., Any]) -> None:
+    fit(logger({"save_dir": "x"}), "--trainer.logger.save_dir", "memory://x")
+    fit({}, "--trainer.logger", "{class_path: CSVLogger, init_args: {save_dir: 'memory://x'}}")
+    with pytest.raises(UserError, match="is an address"):
+        fit(logger({"save_dir": "memory://x"}), "--trainer.default_root_dir", "memory://x")

@@ -20,9 +20,6 @@ from maskvlm.utils.errors import ExitCode, UserError
 MOST_NESTED = 4  # of `${oc.env:A,${oc.env:B,c}}`
 ADDRESS = re.compile(r'://|"[^"]*\\')
 """What begins an address, or may: of YAML within a text, double quotes alone hide a character by a backslash."""
-
-OUTPUTS = ("save_dir", "dirpath", "default_root_dir", "root_dir", "run")
-"""Keys of folders that are written into: Lightning would connect to an address there."""
 OTHER_NAMES = {"folder": "run"}  # options by another name: torchrun (before Python 3.12) claims --run for itself
 
 
@@ -147,11 +144,6 @@ def given_places(arguments: list[str]) -> list[KeyPlace]:
         root = read_config_file(name)
         if root is not None:
             places += _keys(root, name, "")
-    for place in places:
-        # only files are held to this: what the user types is his own word
-        if place.key.rpartition(".")[2] in OUTPUTS and "://" in place.value:
-            what, todo = f"{cut(place.value)} is an address", "Name a folder here, or type the option"
-            raise UserError(f"{place.where}: {place.key}", what, todo, ExitCode.REFUSED)
     return places + options(arguments)
 
 

@@ -2,6 +2,8 @@
 named in files, and a calm console."""
 
 import logging
+import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NoReturn
@@ -10,14 +12,27 @@ from jsonargparse import Namespace, _common, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from maskvlm.config.allowed_classes import Verdicts
-from maskvlm.config.given_options import KeyPlace, check_words, config_files, fill_environment, given_places, options
+from maskvlm.config.given_options import (
+    KeyPlace,
+    check_words,
+    config_files,
+    fill_environment,
+    find_place,
+    given_places,
+    options,
+)
 from maskvlm.config.old_names import current, current_key
 from maskvlm.config.safe_yaml import LARGEST, NotPlain, cut, read_yaml
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.launch import STUDY
 
 MODE = "maskvlm"  # of parsing: YAML through `load_text`
 GROUPS = ("trainer", "model")
 """Keys that hold keys. A text there would be the name of a file, which the parser would read."""
+OUTPUTS = ("save_dir", "dirpath", "default_root_dir", "root_dir", "run", "name", "version", "sub_dir", "filename")
+"""Keys of folders that are written into, of the trainer and of the run, and what is joined to them."""
+OUTSIDE = re.compile(r"://|::|:/*$")
+"""What an address has, or a text that becomes one: fsspec takes a::b for one, too."""
 # Said on every run by versions that fit each other; none of them is about what the user did.
 KNOWN_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -229,6 +244,7 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
         # after parsing: texts have become numbers only now
         check_written_numbers(config[config.subcommand])
         check_seed(config[config.subcommand].seed_everything)
+        check_outputs(config[config.subcommand], arguments, words)
     # an integer that no float holds
     except OverflowError:
         raise UserError("configuration", "a number is out of range", "Give one that fits 64 bits") from None
@@ -297,6 +313,42 @@ def check_seed(seed: bool | int) -> None:
     """What numpy takes."""
     if not 0 <= int(seed) < 2**32:
         raise UserError("seed_everything", f"{seed} is out of range", "Give 0 to 4294967295")
+
+
+def check_outputs(settings: Namespace, arguments: list[str], words: list[str]) -> None:
+    """Lightning would connect to an address in the place of a folder: what the user types is his own word, files and
+    what a study's file says are not. Held against what was parsed, whichever way it was written.
+
+    Args:
+        settings: of the subcommand, parsed.
+        arguments: as given, for the place of what is refused.
+        words: with the environment filled in.
+
+    Raises:
+        UserError: an address that was not typed for this key (77).
+    """
+    typed = [] if STUDY in os.environ else options(words)
+    for key, text in [("run", settings.run), *_texts(settings.trainer, "trainer")]:
+        # a run's folder that is an address was typed, or is refused first
+        filled = text.replace("{run}", "" if OUTSIDE.search(settings.run) else settings.run)
+        own = any(f"{key}.".startswith(f"{option.key}.") and text in option.value for option in typed)
+        if key.rpartition(".")[2] in OUTPUTS and OUTSIDE.search(filled) and not own:
+            place = find_place(key, given_places(arguments), text)
+            where = f"{place.where}: {key}" if place else key
+            what, todo = f"{cut(text)} is an address", "Name a folder here, or type the option"
+            raise UserError(where, what, todo, ExitCode.REFUSED)
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every text under `key`, by its dotted key without init_args."""
+    if isinstance(value, Namespace | dict):
+        for name, part in (vars(value) if isinstance(value, Namespace) else value).items():
+            yield from _texts(part, key if name == "init_args" else f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part, key)
+    elif isinstance(value, str):
+        yield key, value
 
 
 def check_written_numbers(value: Any, key: str = "") -> None:
