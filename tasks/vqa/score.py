@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maskvlm.config.arguments import OptionParser
+from maskvlm.config.safe_yaml import cut
 from maskvlm.data.files import get
 from maskvlm.data.strict_json import json_kind
 from maskvlm.utils.errors import ExitCode, UserError
@@ -131,7 +132,7 @@ def as_table(measured: VqaAccuracy) -> Table:
             table.add_section()
             table.add_row(name, style="dim")
         for kind, mean in sorted(part.items(), key=lambda item: (-item[1].questions, item[0])):
-            table.add_row(Text(f"  {kind}"), *cells(mean))
+            table.add_row(Text(f"  {cut(kind)}"), *cells(mean))
     return table
 
 

@@ -11,6 +11,7 @@ import torch
 from maskvlm.cli import doctor
 from maskvlm.cli.main import main
 from maskvlm.training.memory_estimate import MemoryEstimate, StepSimulation, StepWork
+from maskvlm.utils.errors import UserError
 
 CHECKS = [
     "machine",
@@ -161,3 +162,8 @@ def test_images_are_read_by_one_core_and_threads_come_back() -> None:
     threads = torch.get_num_threads()
     assert doctor.images_per_second(data) > 0
     assert torch.get_num_threads() == threads
+
+
+def test_what_is_wrong_with_a_strangers_file_cannot_reach_the_terminal() -> None:
+    error = UserError("a\x1b[2J.jsonl:3", "no \x9b2J", "Mend it")
+    assert str(doctor.failure("data", error)).isprintable()

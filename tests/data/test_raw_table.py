@@ -190,6 +190,16 @@ def test_several_tables_of_a_folder_are_read_and_named(tmp_path: Path) -> None:
     assert len([*raw_set.rows()]) == 2
 
 
+def test_a_name_of_a_column_cannot_reach_the_terminal(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    (tmp_path / "x\x1b[2J.csv").write_text("image,caption,red\x1b[31m \x9b2J\na.jpg,one,1\n")
+    raw_set = open_raw("csv", str(tmp_path))
+    assert len([*raw_set.rows()]) == 1
+    (note,) = raw_set.notes
+    assert "columns taken: image as image, caption as caption; not: red" in note
+    assert note.isprintable()
+
+
 def test_images_are_named_inside_the_folder(tmp_path: Path) -> None:
     """Fails where a name may lead out, through `..` or a whole path."""
     touch(tmp_path, "outside.jpg", "in/a.jpg")

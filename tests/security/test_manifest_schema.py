@@ -65,10 +65,24 @@ def test_a_good_one_is_read_and_what_is_unknown_is_left_out() -> None:
             ("splits/train/shards/0/file", name)
             for name in ("../x/a", "/etc/passwd", "a", "a/../b", "train/.x", "a/b/c")
         ],
-        *[("splits/train/shards/0/file", name) for name in ("train/\x00", "s3://b/c", "a\\b/c", "train/\ud800", "", 5)],
+        *[
+            ("splits/train/shards/0/file", name)
+            for name in ("train/\x00", "train/\x9b2J", "s3://b/c", "a\\b/c", "train/\ud800", "", 5)
+        ],
         *[("splits/train/shards/0/rows", number) for number in (-1, 2**60, 1.5, True, "1", None)],
         *[("splits/train/shards/0/sha256", text) for text in ("", "x" * 64, None, 0)],
-        *[("splits", value) for value in (5, [], None, {"..": {}}, {"a/b": GOOD["splits"]["train"]}, {"": {}})],
+        *[
+            ("splits", value)
+            for value in (
+                5,
+                [],
+                None,
+                {"..": {}},
+                {"\x9b2J": GOOD["splits"]["train"]},
+                {"a/b": GOOD["splits"]["train"]},
+                {"": {}},
+            )
+        ],
         *[("splits/train", value) for value in (5, [], None, {})],
         *[("splits/train/shards", value) for value in (5, {}, None, [5], [None])],
         *[("files", value) for value in (5, [], {"../x": SHA}, {"/x": SHA}, {"a": "b"}, {".hidden": SHA})],

@@ -32,7 +32,7 @@ from maskvlm.suites.eccv_caption import EccvCaption
 from maskvlm.suites.flickr8k_judgements import Flickr8kJudgements
 from maskvlm.suites.pointing import Boxed, Pointing
 from maskvlm.suites.registry import suite_class, suite_names
-from maskvlm.suites.run import run_suite, subset, trained_on, write_result
+from maskvlm.suites.run import SuiteReport, lines_of_suite, run_suite, subset, trained_on, write_result
 from maskvlm.suites.scores import WAYS, pair_scores
 from maskvlm.suites.sugarcrepe import SugarCrepe
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
@@ -337,6 +337,14 @@ def test_zeroshot_takes_folders_for_classes(tmp_path: Path) -> None:
     lines.write_text("a {}\n\nthis is a {}\n")
     named = Zeroshot(templates=lines, names=names).read(tmp_path, None)
     assert named.items[0].texts[-2:] == ("a hollow circle", "this is a hollow circle")
+
+
+def test_names_of_a_strangers_files_cannot_reach_the_terminal(tmp_path: Path) -> None:
+    root = write(tmp_path, {name: picture(0) for name in ("a/0.png", "b\x1b[31m/0.png", "stray\x1b[2J\x9b.png")})
+    rows = Zeroshot().read(root, None)
+    lines = lines_of_suite(SuiteReport({}, {}, rows.items, 2, rows.skipped, [], rows.notes, None))
+    assert [line.partition(" ")[0] for line in lines] == ["2", "left"]
+    assert all(line.isprintable() for line in lines)
 
 
 def test_a_set_at_hand_in_its_published_form(shared_data: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from maskvlm.cli.lightning import Parsed, built_source, check_cards, run_command
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import data_root
 from maskvlm.config.parser import MODE, CommandParser
+from maskvlm.config.safe_yaml import cut
 from maskvlm.data.module import PairData
 from maskvlm.data.workers import SHARED, check_shared
 from maskvlm.model.maskvlm import MaskVLM
@@ -131,7 +132,7 @@ def examined(check: str, look: Callable[[], Finding]) -> Finding:
 
 def failure(check: str, error: UserError) -> Finding:
     """Finding for an error that the run would end with."""
-    return Finding(check, FAILS, f"{error.where}: {error.what}", error.todo)
+    return Finding(check, FAILS, cut(f"{error.where}: {error.what}", 1000), cut(error.todo, 1000))
 
 
 # ---------------------------------------------------------------------- this machine

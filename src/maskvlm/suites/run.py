@@ -16,6 +16,7 @@ from rich.text import Text
 from maskvlm.data.files import digest_of
 from maskvlm.data.images import BadImage
 from maskvlm.data.inputs import open_image
+from maskvlm.data.raw.lines import one_line
 from maskvlm.data.subset import hash_of_photo
 from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords
 from maskvlm.objectives.novelty import FarFromTraining
@@ -178,7 +179,8 @@ def table_of_suite(report: SuiteReport) -> Table:
 
 
 def lines_of_suite(report: SuiteReport) -> list[str]:
-    """What belongs beside the figures: a subset, what was left out, what the weights have seen."""
+    """What belongs beside the figures: a subset, what was left out, what the weights have seen. Names in it are a
+    stranger's: nothing that a terminal obeys is printed."""
     lines = list(report.notes)
     images = len({image for item in report.items for image in item.images})
     if len(report.items) < report.of:
@@ -187,7 +189,7 @@ def lines_of_suite(report: SuiteReport) -> list[str]:
         lines.append(f"left out: {len(rows):,} ({reason}), such as {rows[0]}")
     if report.trained_on is not None:
         lines.append(f"{report.trained_on:,} of these images were in the training data of the weights")
-    return lines
+    return [one_line(line, 1000) for line in lines]
 
 
 def write_result(

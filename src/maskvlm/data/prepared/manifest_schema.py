@@ -21,8 +21,8 @@ MOST_BYTES = 200_000_000
 """Largest size of a manifest: a shard takes 200 bytes, so this is a billion images."""
 
 MOST = 2**53  # of anything that is counted
-PLAIN = r"(?!\.)[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,200}"
-"""A name of a file, or of a folder: not hidden, no `..`, and no way to another folder."""
+PLAIN = r"(?!\.)[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,200}"
+"""A name of a file, or of a folder: not hidden, no `..`, no way to another folder, nothing that a terminal obeys."""
 
 
 class Wrong(Exception):

@@ -115,7 +115,7 @@ def _entries(file: Path, given_columns: dict[str, str], notes: list[str]) -> Ite
         raise
     # told once: a wrong guess of a column would otherwise go unnoticed
     if (rest := [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]) and (
-        note := f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(dict.fromkeys(rest))}"
+        note := one_line(f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(dict.fromkeys(rest))}", 1000)
     ) not in notes:
         notes.append(note)
     # of two columns with the same name the first

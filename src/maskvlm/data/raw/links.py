@@ -102,7 +102,7 @@ class Links(RawSet):
             return "", set()
         if best.startswith("the row"):
             best = self._start(best, part, index)
-        self.notes.append(f"{part.file.name}: images are named by {best}")
+        self.notes.append(f"{one_line(part.file.name)}: images are named by {best}")
         return best, _twice(part) if best == BY_END else set()
 
     def _start(self, scheme: str, part: LinkList, index: PhotoIndex) -> str:
