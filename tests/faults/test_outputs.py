@@ -16,6 +16,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from maskvlm.checkpoint.io import save
+from maskvlm.data.inputs import save_image
+from maskvlm.data.preview import save_sheet
 from maskvlm.reporting.callbacks import try_drawing
 from maskvlm.reporting.curves import curves
 from maskvlm.training.attempts import Attempt
@@ -183,3 +185,33 @@ def test_no_link_in_a_runs_folder_is_written_through(name: str, there: bool, tmp
     assert target.exists() == there
     assert not there or target.read_text() == "mine"
     assert not (tmp_path / "run" / "m.json").is_symlink()
+
+
+PICTURE = Image.new("RGB", (500, 500))
+NAMED: dict[str, Callable[[Path], object]] = {
+    "x.png": lambda at: save_image(PICTURE, at / "x.png"),
+    "x.jpg": lambda at: save_image(PICTURE, at / "x.jpg"),
+    "sheet.png": lambda at: save_sheet([UserError("a", "b", "c")], at / "sheet.png"),
+}
+"""What commands write that a user names: `scene`, `explain`, `reconstruct` and `inpaint`; `preview` and `search`."""
+
+
+@pytest.mark.guard("maskvlm.utils.write_errors:cannot_write")
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_file_that_cannot_be_written_is_one_line(name: str, build: Build, tmp_path: Path) -> None:
+    write = NAMED[name]
+    write(tmp_path / "new")
+    assert Image.open(tmp_path / "new" / name).size
+    (tmp_path / "taken" / name).mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for folder, reason in {"taken": "Is a directory", "file": "File exists", "file/below": "Not a directory"}.items():
+        with pytest.raises(UserError) as caught:
+            write(tmp_path / folder)
+        assert caught.value.code == ExitCode.CANNOT_CREATE
+        assert caught.value.where == str(tmp_path / folder / name)
+        assert caught.value.what == f"cannot be written ({reason})"
+    (tmp_path / "full").mkdir()
+    full(tmp_path / "full" / name)
+    with pytest.raises(UserError, match="disk full") as caught:
+        write(tmp_path / "full")
+    assert caught.value.code == ExitCode.IO_ERROR

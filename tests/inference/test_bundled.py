@@ -111,9 +111,14 @@ def test_a_scene_that_is_not_there(number: int, capsys: pytest.CaptureFixture[st
 
 
 def test_a_scene_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("scene.nothing", "none/scene.png"):
-        assert main(["scene", "--out", str(tmp_path / name)]) == 74
-        assert "Give a file such as scene.png" in capsys.readouterr().err
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    for name, code in {"scene.nothing": 2, "scene.psd": 2, "folder.png": 73, "file/scene.png": 73}.items():
+        assert main(["scene", "--out", str(tmp_path / name)]) == code
+        error = capsys.readouterr().err
+        assert f"{tmp_path / name}: cannot be written (" in error
+        assert error.count("\n") == 1
+    assert main(["scene", "--out", str(tmp_path / "new" / "scene.png")]) == 0
 
 
 def test_a_wrong_name_lists_those_that_are_there(

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from maskvlm.cli.commands import COMMANDS
 from maskvlm.cli.shell_methods import METHODS, check_count, check_masked_share, read_box
 from maskvlm.config.allowed_classes import OWN
 from maskvlm.config.bundled_models import default_model
 from maskvlm.config.given_options import nearest
+from maskvlm.data.inputs import save_image
 from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords, unknown_line
 from maskvlm.inference.rebuild import PARTS
 from maskvlm.objectives.novelty import FarFromTraining
@@ -190,16 +190,6 @@ def box_mask(box: str, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
     across = (columns + 1 > left * grid[1]) & (columns < right * grid[1])
     mask: np.ndarray[Any, Any] = down & across
     return mask
-
-
-def save_image(image: Image.Image, path: Path) -> str:
-    """Write an image; returns where."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(path, f"cannot be written ({error})", "Name another file, such as out.png") from error
-    return str(path)
 
 
 def how_to_ask(task: Task, checkpoint: Path) -> str | None:

@@ -186,6 +186,11 @@ def check_out(image: str, out: Path) -> None:
     format of images."""
     if out.exists() and os.path.exists(image) and out.samefile(image):
         raise UserError(out, "is the image itself, which would be lost", "Name another file: --out filled.png")
+    check_ending(out)
+
+
+def check_ending(out: Path) -> None:
+    """Raises UserError where an image is to be written under a name of no format of images."""
     from PIL import Image
 
     # Some formats are read alone.

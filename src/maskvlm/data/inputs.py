@@ -6,7 +6,7 @@ Shapes: B images, C texts, T tokens, H and W pixels.
 import os
 import re
 from collections.abc import Iterable
-from io import IOBase, TextIOBase
+from io import BytesIO, IOBase, TextIOBase
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.text import Captioner, CaptionTokens
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.write_errors import write_output
 
 ImageInput = str | Path | bytes | bytearray | memoryview | IOBase | Image.Image | np.ndarray[Any, Any] | Tensor
 """A path, encoded bytes, an open file, a Pillow image, an array [H, W, 3] or [H, W], or a tensor [3, H, W]: 8-bit
@@ -74,6 +75,22 @@ def open_image(image: ImageInput, name: str = "image") -> Image.Image:
         return safe_open(image, name)
     except BadImage as bad:
         raise bad.without_row() from bad
+
+
+def save_image(image: Image.Image, path: Path) -> str:
+    """Write an image in the format that the file's ending says; returns where.
+
+    Raises:
+        UserError: the format does not take it (2), it cannot be written (73), the disk is full (74).
+    """
+    content = BytesIO()
+    try:
+        # In memory first: an encoder that writes into a file does not say that the disk is full.
+        image.save(content, Image.registered_extensions()[path.suffix.lower()])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(path, f"cannot be written ({error})", "Name another file, such as out.png") from error
+    write_output(path, content.getvalue())
+    return str(path)
 
 
 def _eight_bits(image: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:

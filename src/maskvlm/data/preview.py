@@ -1,6 +1,7 @@
 """A contact sheet: what a data set looks like, images with their captions, before any training."""
 
 import textwrap
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ from matplotlib.figure import Figure, FigureBase
 
 from maskvlm.data.batch import Pairs, Row
 from maskvlm.data.images import safe_open
-from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.errors import UserError
+from maskvlm.utils.write_errors import write_output
 
 COLUMNS = 4
 WRAP = 62  # characters a line of caption, what fits under an image at the sizes below
@@ -44,15 +46,11 @@ def save_sheet(rows: list[Row | UserError], path: Path) -> Path:
         `path`; its folder is made when missing.
 
     Raises:
-        UserError: the file cannot be written (73).
+        UserError: the file cannot be written (73), the disk is full (74).
     """
-    figure = draw_sheet(rows)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", dpi=100)
-    except OSError as error:
-        todo = "Name a file in a folder that can be written"
-        raise UserError(path, error.strerror or str(error), todo, ExitCode.CANNOT_CREATE) from error
+    content = BytesIO()
+    draw_sheet(rows).savefig(content, format="png", dpi=100)
+    write_output(path, content.getvalue())
     return path
 
 

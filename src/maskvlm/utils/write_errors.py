@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -41,6 +42,21 @@ def cannot_write(error: OSError, where: object = None, note: str = "") -> UserEr
         what = f"could not be read or written ({error.strerror})"
         return UserError(place, what, f"Check the disk{end}", ExitCode.IO_ERROR)
     return None
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Write a file that the user names; its folder is made where needed.
+
+    Raises:
+        UserError: it cannot be written (73), the disk is full or broken (74).
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In place: it may be a device, such as /dev/null.
+        path.write_bytes(content)
+    except OSError as error:
+        what, todo = f"cannot be written ({error.strerror})", "Name another file"
+        raise cannot_write(error, path) or UserError(path, what, todo, ExitCode.CANNOT_CREATE) from error
 
 
 @contextmanager
