@@ -1,5 +1,6 @@
 """Whole runs of a few steps on the built-in world: what is logged, repeated, stored and read back."""
 
+import copy
 import math
 import os
 import re
@@ -19,7 +20,7 @@ from maskvlm.checkpoint.io import SafeCheckpointIO, load
 from maskvlm.data.module import PairData
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.text import tokenizer_hash, tokenizer_json
-from maskvlm.objectives.novelty import mean_patch
+from maskvlm.objectives.novelty import evenly_spaced, mean_patch
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.task import Task, checked_metrics, checked_terms
 from maskvlm.reporting.progress import StuckLoss
@@ -307,6 +308,25 @@ def test_a_checkpoint_keeps_what_its_images_look_like(
     other, more = make_model(), make_trainer(limit_val_batches=0)
     more.fit(other, make_data(steps=4), ckpt_path=tmp_path / "x.ckpt")
     assert torch.equal(other.known_images, known_images)
+
+
+def test_weights_of_a_checkpoint_measure_images_of_all_the_split(
+    run: tuple[LitModel, PairData, L.Trainer, Watch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They need not be the run's last ones, and of a large split its beginning is not enough."""
+    model, data, _, _ = run
+    rows = len(data.splits["val"])
+    monkeypatch.setattr("maskvlm.training.lit.evenly_spaced", lambda count: evenly_spaced(count, 2))
+    state = {name: 1.5 * value for name, value in model.state_dict().items()}
+    before = copy.deepcopy(model.backbone.image)
+    known_images = model.known_images_by(state)
+    for name, value in before.state_dict().items():
+        assert torch.equal(model.backbone.image.state_dict()[name], value)
+    before.load_state_dict({name: 1.5 * value for name, value in before.state_dict().items()})
+    images = torch.cat([data.normalised(batch).image_BCHW for batch in data.val_dataloader()])
+    with torch.no_grad():
+        expected = mean_patch(before.eval()(images[[0, rows - 1]]))
+    torch.testing.assert_close(known_images.float(), expected, atol=2e-3, rtol=0)
 
 
 class Plain(Task):

@@ -23,7 +23,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from maskvlm.checkpoint.integrity import newest_valid
-from maskvlm.checkpoint.io import load
+from maskvlm.checkpoint.io import load, save
 from maskvlm.checkpoint.model_spec import ModelSpec, backbone_yaml, portable_yaml, task_yaml
 from maskvlm.cli.ask_model import how_to_ask
 from maskvlm.config.compose import choices, chosen
@@ -45,6 +45,7 @@ from maskvlm.training.precision import alone, cpu_precision
 from maskvlm.training.process_watch import watch
 from maskvlm.training.resume import may_go_on, newest_of
 from maskvlm.training.run_record import RunRecord, SaveConfig, claim_folder, finish_run, give_up_folder, read_json
+from maskvlm.training.sharding import is_sharded
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.lock import HELD
 from maskvlm.utils.process_memory import keep_freed_memory
@@ -295,6 +296,9 @@ class LightningCommand(LightningCLI):
             in_part = isinstance(limit, int) or limit < 1  # 1 is one batch, 1.0 all of them
             self.trainer.limit_val_batches = 1.0
             best = best_of(self.trainer)
+            if in_part:
+                # Before the best weights are measured: what is told of that names their file by its hash.
+                self._best_knows_as_much(folder)
             if best is not None:
                 why = ", ".join(filter(None, map(ended_by_score, self.trainer.callbacks)))  # type: ignore[attr-defined]
                 warn(f"{why}: the run ends at step {self.trainer.global_step}, {best} is measured")
@@ -303,7 +307,6 @@ class LightningCommand(LightningCLI):
             # whatever stops it must not take the last steps with it.
             if in_part and best is None and self.trainer.checkpoint_callbacks:
                 self.trainer.save_checkpoint(folder / LAST)
-                self._best_knows_as_much(folder)
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if stopped is not None:
@@ -315,16 +318,16 @@ class LightningCommand(LightningCLI):
         self._tell_end(folder)
 
     def _best_knows_as_much(self, folder: Path) -> None:
-        """Where the best weights are those of the last step, too, they keep the same images."""
+        """Let the best weights know images of all the validation split: when they were kept, those that were looked at
+        along the way stood at its beginning. Of sharded weights they know these."""
         trainer: Any = self.trainer
         best = Path(best_checkpoint(trainer) or folder / LAST)
-        same = False
-        # A sharded one is a folder; it keeps what it has.
-        if trainer.is_global_zero and best.name != LAST and best.is_file():
-            same = load(best)["global_step"] == trainer.global_step
-        # All processes take part in saving, or none.
-        if trainer.strategy.broadcast(same):
-            trainer.save_checkpoint(best)
+        whole = not any(map(is_sharded, self.model.parameters()))
+        if trainer.is_global_zero and best.name != LAST and best.is_file() and whole:
+            content = load(best)
+            if content.get("known_images") is not None:
+                save(content | {"known_images": self.model.known_images_by(content["state_dict"])}, best)
+        trainer.strategy.barrier()
 
     def _tell_end(self, folder: Path) -> None:
         """Where the weights are, and how they are asked: whoever has waited for them wants to try them."""

@@ -303,14 +303,22 @@ class PairData(L.LightningDataModule):
         size, whole = size_for_all(count, self.eval_batch_size, world_size()), range(count)
         batches = [list(whole[first : first + size]) for first in whole[::size]]
         # dealt out in turn, whole batches
-        mine = batches[rank() :: world_size()]
+        return self._measured(pairs, batches[rank() :: world_size()], size)
+
+    def validation_rows(self, rows: list[int]) -> DataLoader[Any]:
+        """These rows of the validation split, all of them in this process."""
+        size = self.eval_batch_size
+        return self._measured(self.splits["val"], [[*rows[at : at + size]] for at in range(0, len(rows), size)], size)
+
+    def _measured(self, pairs: Any, batches: list[list[int]], size: int) -> DataLoader[Any]:
+        """These batches of a split as an evaluation reads them, each of `size` rows at most."""
         transform = eval_transform(self.spec, normalise=False)
         data: Dataset[Any]
         if isinstance(self.source, ExampleSource):
             data = EvalExamples(pairs, transform)
         else:
             data = EvalPairs(pairs, transform, self.spec.image_size)
-        return self._loader(data, size, batch_sampler=mine)
+        return self._loader(data, size, batch_sampler=batches)
 
     def _loader(
         self, data: Dataset[Any], size: int, kind: type[DataLoader[Any]] = DataLoader, **kwargs: Any

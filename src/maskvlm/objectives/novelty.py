@@ -57,8 +57,13 @@ def mean_patch(image_BLD: Tensor) -> Tensor:
 
 def sample_of(feature_ND: Tensor, most: int = MOST) -> Tensor:
     """Sample of at most `most` of a split's features, evenly spaced, as float16 in host memory, for checkpoints."""
-    place_N = torch.linspace(0, len(feature_ND) - 1, min(most, len(feature_ND))).round().long()
-    return feature_ND.detach().cpu()[place_N].half()
+    return feature_ND.detach().cpu()[evenly_spaced(len(feature_ND), most)].half()
+
+
+def evenly_spaced(count: int, most: int = MOST) -> list[int]:
+    """At most `most` of the numbers from 0 to below `count`, the first and the last among them."""
+    places: list[int] = torch.linspace(0, count - 1, min(most, count)).round().long().tolist()
+    return places
 
 
 def fit_range(sample_ND: Tensor, share: float = FAR) -> KnownRange | None:

@@ -1,7 +1,7 @@
 """The only LightningModule: it sums and logs the task's losses, and knows none of them."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import lightning as L
@@ -11,17 +11,19 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.func import functional_call
 from torch.optim import Optimizer
 
 from maskvlm.checkpoint.model_spec import backbone_yaml, spec_of_modules, task_yaml
 from maskvlm.checkpoint.provenance import Origin, Provenance
-from maskvlm.checkpoint.warm_start import LineageEntry, training_history_of
+from maskvlm.checkpoint.warm_start import LineageEntry, part, training_history_of
 from maskvlm.data.batch import Batch, Source
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.module import PairData
 from maskvlm.data.text import tokenizer_from_json, tokenizer_json
 from maskvlm.model.attention_kernel import attend_by_products
 from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.novelty import evenly_spaced, mean_patch, sample_of
 from maskvlm.objectives.task import Task, checked_metrics, checked_terms
 from maskvlm.training.optim import begin_late, build_adamw, first_step, keep_settings, parameter_groups, schedule
 from maskvlm.training.resume_check import check_resumable, restore
@@ -419,6 +421,25 @@ class LitModel(L.LightningModule):
     def known_images(self) -> Tensor | None:
         """Features of validation images, by which a model tells what is far from its data (`novelty.py`)."""
         return getattr(getattr(self.task, "measure", None), "known_images", None)
+
+    @torch.no_grad()
+    def known_images_by(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The same of images all over the validation split, by the weights of a checkpoint of this model.
+
+        Args:
+            state: its `state_dict`.
+        """
+        device, image = self.trainer.strategy.root_device, self.backbone.image.to(self.trainer.strategy.root_device)
+        weights = {name: value.to(device) for name, value in part(state, "backbone.image.").items()}
+        loader = self.data.validation_rows(evenly_spaced(len(self.data.splits["val"])))
+        features, was_training = list[Tensor](), image.training
+        image.eval()
+        with self.trainer.precision_plugin.val_step_context():
+            for batch in loader:
+                batch = self.data.normalised(batch._replace(image_BCHW=batch.image_BCHW.to(device)))
+                features.append(mean_patch(functional_call(image, weights, (batch.image_BCHW,))).cpu())
+        image.train(was_training)
+        return sample_of(torch.cat(features))
 
     @property
     def history_before(self) -> tuple[LineageEntry, ...]:
