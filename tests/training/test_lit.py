@@ -310,6 +310,19 @@ def test_a_checkpoint_keeps_what_its_images_look_like(
     assert torch.equal(other.known_images, known_images)
 
 
+def test_images_are_known_by_the_weights_that_saw_them(tmp_path: Path) -> None:
+    """Features by earlier weights would make any image far, or none."""
+    model, data, trainer = make_model(), make_data(), make_trainer(val_check_interval=2)
+    trainer.fit(model, data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert "known_images" not in load(tmp_path / "x.ckpt")  # of the third step
+    trainer.validate(model, data, verbose=False)
+    assert model.known_images is not None
+    trainer.save_checkpoint(tmp_path / "y.ckpt")
+    trainer.validate(model, data, ckpt_path=tmp_path / "x.ckpt", verbose=False, weights_only=True)
+    assert torch.equal(load(tmp_path / "y.ckpt")["known_images"], model.known_images)
+
+
 def test_weights_of_a_checkpoint_measure_images_of_all_the_split(
     run: tuple[LitModel, PairData, L.Trainer, Watch], monkeypatch: pytest.MonkeyPatch
 ) -> None:

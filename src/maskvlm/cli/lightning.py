@@ -295,7 +295,7 @@ class LightningCommand(LightningCLI):
             limit = self.trainer.limit_val_batches
             in_part = isinstance(limit, int) or limit < 1  # 1 is one batch, 1.0 all of them
             self.trainer.limit_val_batches = 1.0
-            best = best_of(self.trainer)
+            best, knew = best_of(self.trainer), self.model.known_images is not None
             if in_part:
                 # Before the best weights are measured: what is told of that names their file by its hash.
                 self._best_knows_as_much(folder)
@@ -303,9 +303,10 @@ class LightningCommand(LightningCLI):
                 why = ", ".join(filter(None, map(ended_by_score, self.trainer.callbacks)))  # type: ignore[attr-defined]
                 warn(f"{why}: the run ends at step {self.trainer.global_step}, {best} is measured")
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-            # Once more, with what the evaluation of all images keeps of them. Not after it alone: it may take long, and
+            # Once more, where these weights know more images now. Not after the evaluation alone: it may take long, and
             # whatever stops it must not take the last steps with it.
-            if in_part and best is None and self.trainer.checkpoint_callbacks:
+            more = self.model.known_images is not None and (in_part or not knew)
+            if more and best is None and self.trainer.checkpoint_callbacks:
                 self.trainer.save_checkpoint(folder / LAST)
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

@@ -360,6 +360,8 @@ class LitModel(L.LightningModule):
         self.task.run_progress = self.trainer.global_step / max(1, self.data.total_steps)
         terms = checked_terms(self.task, self.task(self.backbone, batch))
         self.terms = tuple(terms)
+        if self.known_images is not None:
+            self.task.measure.known_images = None  # type: ignore[union-attr]  # they are of the weights before this step
         for name, term in terms.items():
             self.has_gradient.setdefault(name, term.requires_grad)
         weighted_S = torch.stack([self.task.weights.get(name, 1.0) * term for name, term in terms.items()])
@@ -419,7 +421,8 @@ class LitModel(L.LightningModule):
 
     @property
     def known_images(self) -> Tensor | None:
-        """Features of validation images, by which a model tells what is far from its data (`novelty.py`)."""
+        """Features of validation images, by which a model tells what is far from its data (`novelty.py`); None where
+        none were measured with the weights as they are now."""
         return getattr(getattr(self.task, "measure", None), "known_images", None)
 
     @torch.no_grad()
@@ -482,9 +485,9 @@ class LitModel(L.LightningModule):
         # Without a trainer the property `trainer` raises.
         if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             self.measured_step = checkpoint.get("global_step")
-        measure = getattr(self.task, "measure", None)
-        if measure is not None and checkpoint.get("known_images") is not None:
-            measure.known_images = checkpoint["known_images"]  # until the next evaluation
+        measure: Any = getattr(self.task, "measure", None)
+        if hasattr(measure, "known_images"):
+            measure.known_images = checkpoint.get("known_images")  # until the next step or evaluation
         history = training_history_of(checkpoint)
         if self.trained and history and history[-1][:3] == self._own_entry()[:3]:
             history = history[:-1]  # a run that goes on states its own part anew
