@@ -251,7 +251,8 @@ def test_a_text_behind_the_dashes_is_a_text(place: Path, capsys: pytest.CaptureF
 def test_of_tokens_that_read_alike_the_likeliest_counts() -> None:
     guesses = [Guess("dog", 0.6), Guess("cat", 0.2), Guess("dog", 0.1)]
     model: Any = SimpleNamespace(fill_mask=lambda *_: [guesses])
-    assert [*ask_fill(model, ["x.png", "a [MASK]"], argparse.Namespace(top=3))] == [{"words": {"dog": 0.6, "cat": 0.2}}]
+    (asked,) = ask_fill(model, ["x.png", "a [MASK]"], argparse.Namespace(top=3))
+    assert asked == ({"words": {"dog": 0.6, "cat": 0.2}}, ["x.png"], ["a [MASK]"])
 
 
 def test_of_several_figures_each_is_named() -> None:

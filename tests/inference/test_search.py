@@ -301,6 +301,9 @@ def test_the_commands_index_and_search_a_configured_set(
     ranked: Any = model.rank("a red circle", [pairs[n]["image"] for n in range(7)], 3)
     assert [line["id"] for line in lines] == [pairs[each.place]["image_id"] for each in ranked[:3]]
     assert [line["match"] for line in lines] == pytest.approx([each.match for each in ranked[:3]], abs=1e-5)
+    assert main([*named, "--index", str(out), "a red giraffe", "--k", "2", "--json"], []) == 0
+    unknown_words = [json.loads(line)["unknown_words"] for line in capsys.readouterr().out.splitlines()]
+    assert unknown_words == [["giraffe"], ["giraffe"]]
     sheet = str(tmp_path / "found.png")
     assert main([*named, "--index", str(out), "a red circle", "--k", "1", "--show", sheet], []) == 0
     nearest = max(lines, key=lambda line: line["similarity"])

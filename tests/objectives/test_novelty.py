@@ -1,5 +1,6 @@
 """An image that is unlike the training data is told from one that is not: on vectors, in files, in the shell."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +254,33 @@ def test_the_shell_says_it_once_for_each_image(tmp_path: Path, capsys: pytest.Ca
     warned_files = [] if sign == 1 else [files[0], *files]  # of one command, then of the other
     assert [line.partition(": this image is")[0] for line in lines] == [f"warning: {file}" for file in warned_files]
     assert "unlike" not in output.out
+
+
+def test_each_answer_tells_what_is_strange_about_its_own_inputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.ckpt")
+    known, strange = str(tmp_path / "known.png"), str(tmp_path / "strange.png")
+    open_image(toy_image(3)).save(known)
+    open_image(torch.zeros(3, SIZE, SIZE)).save(strange)
+
+    def told(*words: str) -> dict[str, tuple[bool, list[str]]]:
+        assert main([*words, "--from", path, "--json"]) == 0
+        answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        for far in (answer["far"] for answer in answers if "far" in answer):
+            assert [line.partition(": this image is unlike")[0] for line in far] == [strange]
+        of = ("candidate", "text", "image")
+        names = [next(answer[key] for key in of if key in answer) for answer in answers]
+        return {
+            name: ("far" in answer, answer.get("unknown_words", []))
+            for name, answer in zip(names, answers, strict=True)
+        }
+
+    assert told("caption", strange, known) == {strange: (True, []), known: (False, [])}
+    assert told("rank", "a red giraffe", known, strange) == {known: (False, ["giraffe"]), strange: (True, ["giraffe"])}
+    assert told("match", strange, "a circle", "a giraffe") == {"a circle": (True, []), "a giraffe": (True, ["giraffe"])}
+    # Of more than 16 the warning is of some; each answer still tells its own.
+    many = [str(tmp_path / f"{number}.png") for number in range(16)]
+    for each in many:
+        open_image(toy_image(3)).save(each)
+    assert [name for name, (far, _) in told("rank", "a circle", *many, strange).items() if far] == [strange]

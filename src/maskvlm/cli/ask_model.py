@@ -6,10 +6,10 @@ import random
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from maskvlm.cli.shell_methods import METHODS, check_count, check_masked_share, 
 from maskvlm.config.allowed_classes import OWN
 from maskvlm.config.bundled_models import default_model
 from maskvlm.config.given_options import nearest
-from maskvlm.data.inputs import save_image
+from maskvlm.config.safe_yaml import cut
+from maskvlm.data.inputs import is_image, save_image
 from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords, unknown_line
 from maskvlm.inference.rebuild import PARTS
 from maskvlm.objectives.novelty import FarFromTraining
@@ -26,7 +27,17 @@ from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import UserError
 
 Answer = dict[str, Any]
-Ask = Callable[[PretrainedMaskVLM, list[str], argparse.Namespace], Iterator[Answer]]
+
+
+class Asked(NamedTuple):
+    """An answer, and what of the inputs it is about."""
+
+    answer: Answer
+    images: Sequence[str]
+    texts: Sequence[str]
+
+
+Ask = Callable[[PretrainedMaskVLM, list[str], argparse.Namespace], Iterator[Asked]]
 
 
 def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> int:
@@ -41,10 +52,11 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     # What a task brings is known only once its checkpoint is loaded.
     ask = ASKS.get(method) or task_ask(model, method)
+    seen: dict[str, str | None] = {}
     with warn_afterwards(model):
-        for answer in ask(model, options.inputs, options):
+        for answer, images, texts in ask(model, options.inputs, options):
             if options.json:
-                print(json.dumps(answer | cautions(model), ensure_ascii=False), flush=True)
+                print(json.dumps(answer | cautions(model, images, texts, seen), ensure_ascii=False), flush=True)
             else:
                 print(answer_line(answer), flush=True)
     if named:  # of the model that comes along it was said
@@ -52,10 +64,19 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     return 0
 
 
-def cautions(model: PretrainedMaskVLM) -> Answer:
-    """What to take an answer with care for: `far`, a line for each strange image, and `unknown_words`; neither where
-    there is nothing."""
-    entries = {"far": [*model.far_warnings], "unknown_words": [*model.warned_words]}
+def cautions(
+    model: PretrainedMaskVLM, images: Sequence[str], texts: Sequence[str], seen: dict[str, str | None]
+) -> Answer:
+    """What to take an answer about these with care for: `far`, a line for each strange image, and `unknown_words`;
+    neither where there is nothing.
+
+    Args:
+        seen: what `far` says of the images of earlier answers; these are added.
+    """
+    new = [image for image in dict.fromkeys(images) if image not in seen]
+    seen.update(zip(new, model.far(new), strict=True))
+    far = [f"{cut(image, 300)}: {seen[image]}" for image in images if seen[image] is not None]
+    entries = {"far": far, "unknown_words": model.unknown_words(texts)}
     return {name: each for name, each in entries.items() if each}
 
 
@@ -94,7 +115,7 @@ def answer_line(answer: Answer) -> str:
 # ---------------------------------------------------------------------- the core's methods
 
 
-def ask_fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
     """The likeliest words of each [MASK]."""
     image, text = inputs
     for guesses in model.fill_mask(image, text, options.top):
@@ -102,40 +123,42 @@ def ask_fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Name
         for guess in guesses:
             # Some tokenizers have several tokens that read alike: the likeliest counts.
             words.setdefault(guess.word, guess.probability)  # type: ignore[union-attr]
-        yield {"words": words}
+        yield Asked({"words": words}, [image], [text])
 
 
-def ask_match(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_match(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
     """Probability of each text."""
     image, *texts = inputs
     for text, probability in zip(texts, model.match(image, texts), strict=True):  # type: ignore[arg-type]
-        yield {"match": probability, "text": text}
+        yield Asked({"match": probability, "text": text}, [image], [text])
 
 
-def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
     """What was given, the best first."""
     query, *candidates = inputs
     for place, one in enumerate(model.rank(query, candidates, options.k), 1):
         ranked: Any = one
-        answer = {"rank": place, "match": ranked.match, "similarity": ranked.similarity}
-        yield answer | {"candidate": candidates[ranked.place]}
+        candidate = candidates[ranked.place]
+        answer = {"rank": place, "match": ranked.match, "similarity": ranked.similarity, "candidate": candidate}
+        image, text = (query, candidate) if is_image(query) else (candidate, query)
+        yield Asked(answer, [image], [text])
 
 
-def ask_caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
     """A caption of each image."""
     for image in inputs:
         answer = {"caption": model.caption(image)}
-        yield {"image": image, **answer} if len(inputs) > 1 or options.json else answer
+        yield Asked({"image": image, **answer} if len(inputs) > 1 or options.json else answer, [image], [])
 
 
-def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
     """Nats of each text."""
     image, *texts = inputs
     for text, value in zip(texts, model.score(image, texts), strict=True):  # type: ignore[arg-type]
-        yield {"score": value, "text": text}
+        yield Asked({"score": value, "text": text}, [image], [text])
 
 
-def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
     """Where the heat map was written, and which patches weigh most."""
     image, text, word = inputs
     explanation: Any = model.explain(image, text, word)
@@ -145,31 +168,33 @@ def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
     peak = f"'{word}' is seen most in row {row + 1}, column {column + 1}, counted from 1 in {rows} x {columns}"
     if not explanation.gradcam.any():
         peak = f"no patch speaks for '{word}' (Grad-CAM is 0 everywhere; --json has the attention)"
-    yield {"written": save_image(explanation.image, options.out)} | (
+    answer = {"written": save_image(explanation.image, options.out)} | (
         {"word": word, "attention": explanation.attention.tolist(), "gradcam": explanation.gradcam.tolist()}
         if options.json
         else {"peak": peak}
     )
+    yield Asked(answer, [image], [text])
 
 
-def ask_reconstruct(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_reconstruct(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
     """Where the image was written; all patches at once."""
     yield from paint(model.reconstruct, model, inputs, options)
 
 
-def ask_inpaint(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+def ask_inpaint(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
     """Where the image was written; patches in rounds."""
     yield from paint(model.inpaint, model, inputs, options)
 
 
 def paint(
     how: Callable[..., Any], model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace
-) -> Iterator[Answer]:
+) -> Iterator[Asked]:
     """Mask patches by the options, fill them in by `how`, and write the image."""
     image, text = inputs
     mask = box_mask(options.box, model.grid) if options.box else lot_mask(options.mask_ratio, options.seed, model.grid)
     written, masked = save_image(how(image, mask, text), options.out), int(mask.sum())
-    yield {"written": written, "masked": masked if options.json else f"{masked} of {mask.size} patches masked"}
+    answer = {"written": written, "masked": masked if options.json else f"{masked} of {mask.size} patches masked"}
+    yield Asked(answer, [image], [text])
 
 
 def lot_mask(share: float, seed: int, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
@@ -221,10 +246,11 @@ def task_ask(model: PretrainedMaskVLM, method: str) -> Ask:
             method, f"no method of this checkpoint ({type(model.task).__name__}{meant})", f"There are: {known}"
         )
 
-    def answers(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Answer]:
+    def answers(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
         check_count(inputs, task_method.form, task_method.inputs, task_method.inputs, method)
         answer = getattr(model, method)(*inputs)
-        yield answer._asdict() if options.json else {"answer": answer[0], "probability": answer[1]}
+        shown = answer._asdict() if options.json else {"answer": answer[0], "probability": answer[1]}
+        yield Asked(shown, inputs[: task_method.images], inputs[task_method.images :])
 
     return answers
 

@@ -5,11 +5,11 @@ import os
 import sys
 from pathlib import Path
 
-from maskvlm.cli.ask_model import answer_line, warn_afterwards
+from maskvlm.cli.ask_model import answer_line, cautions, warn_afterwards
 from maskvlm.cli.embed import data_parser, embed_data, process_of
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.bundled_models import default_model
-from maskvlm.data.inputs import check_absent
+from maskvlm.data.inputs import check_absent, is_image
 from maskvlm.data.preview import open_row, save_sheet
 from maskvlm.inference.faiss_index import RECALL, faiss_module, kinds
 from maskvlm.inference.pretrained import PretrainedMaskVLM
@@ -96,12 +96,14 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     model = PretrainedMaskVLM.from_pretrained(source, device=options.device, allow_import=allowed)
     with warn_afterwards(model):
         hits = search_index(index, model, options.query, options.k, options.rerank)
+        asked: tuple[list[str], list[str]] = ([options.query], []) if is_image(options.query) else ([], [options.query])
+        care = cautions(model, *asked, {}) if options.json else {}
     for place, each in enumerate(hits, 1):
         answer: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}
         # Of an image of a prepared set the id has the file's name, as the user's table wrote it.
         place_of = each.origin if each.id in each.origin else f"{each.id}, {each.origin}"
         answer |= {"image": each.path or place_of, "caption": each.captions[0] if each.captions else None}
-        whole = {**answer, "id": each.id, "captions": each.captions}
+        whole = {**answer, "id": each.id, "captions": each.captions, **care}
         print(json.dumps(whole, ensure_ascii=False) if options.json else answer_line(answer), flush=True)
     if options.show is not None:
         print(f"wrote {show(index, hits, options.show)}", file=sys.stderr, flush=True)
