@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,6 +88,15 @@ def test_images_are_written(
     np.testing.assert_allclose(answer["attention"], model.explain(one, TEXT, "circle").attention, atol=1e-6)
     assert main(["explain", *map(str, source), str(one), TEXT, "circle", "--out", str(tmp_path / "f.png")]) == 0
     assert "'circle' is seen most in row" in capsys.readouterr().out
+
+
+def test_a_name_that_is_no_utf8_is_escaped(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = os.fsdecode(os.fsencode(place) + b"/\xff \xc3\xa4.png")  # half of a letter, and a whole one
+    shutil.copy(place / "0.png", named)
+    assert main(["caption", "--from", str(place / "best.ckpt"), named, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out)["image"] == named
+    assert "\\udcff \u00e4.png" in out
 
 
 def test_a_task_s_method(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

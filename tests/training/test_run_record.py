@@ -117,6 +117,13 @@ def test_the_last_step_is_kept_wherever_the_last_evaluation_fell(words: list[str
     assert counts == all_rows | dict.fromkeys(("3/last", "3/best"), 6)
 
 
+def test_a_name_that_is_no_utf8_is_escaped(tmp_path: Path) -> None:
+    """`versions.json` holds the command, with the names of files in it."""
+    content = {"command": ["fit", os.fsdecode(b"\xff.yaml")]}
+    write_json(tmp_path / "versions.json", content)
+    assert json.loads((tmp_path / "versions.json").read_text(encoding="utf-8")) == content
+
+
 def test_left_out_samples_are_said_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows: dict[str, Any] = {"samples": 32, "problems": {"truncated": 2}, "examples": {"truncated": ["a.jpg"]}}
     rows["left_out"] = {"val": {}, "train": {"missing image": ["toy.json image 3 (3.png)"]}}

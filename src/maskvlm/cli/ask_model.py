@@ -56,7 +56,7 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     with warn_afterwards(model):
         for answer, images, texts in ask(model, options.inputs, options):
             if options.json:
-                print(json.dumps(answer | cautions(model, images, texts, seen), ensure_ascii=False), flush=True)
+                print(json_line(answer | cautions(model, images, texts, seen)), flush=True)
             else:
                 print(answer_line(answer), flush=True)
     if named:  # of the model that comes along it was said
@@ -90,6 +90,11 @@ def warn_afterwards(model: PretrainedMaskVLM) -> Iterator[None]:
         yield
     for line in (*model.far_warnings, *([unknown_line(model.warned_words)] if model.warned_words else [])):
         print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def json_line(answer: Answer) -> str:
+    """Its JSON, which any file takes: what a name that is no UTF-8 has in the place of a letter is escaped."""
+    return json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def answer_line(answer: Answer) -> str:

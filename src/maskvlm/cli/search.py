@@ -1,11 +1,10 @@
 """`maskvlm index` and `maskvlm search` (`inference/search.py`)."""
 
-import json
 import os
 import sys
 from pathlib import Path
 
-from maskvlm.cli.ask_model import answer_line, cautions, warn_afterwards
+from maskvlm.cli.ask_model import answer_line, cautions, json_line, warn_afterwards
 from maskvlm.cli.embed import data_parser, embed_data, process_of
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.bundled_models import default_model
@@ -104,7 +103,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         place_of = each.origin if each.id in each.origin else f"{each.id}, {each.origin}"
         answer |= {"image": each.path or place_of, "caption": each.captions[0] if each.captions else None}
         whole = {**answer, "id": each.id, "captions": each.captions, **care}
-        print(json.dumps(whole, ensure_ascii=False) if options.json else answer_line(answer), flush=True)
+        print(json_line(whole) if options.json else answer_line(answer), flush=True)
     if options.show is not None:
         print(f"wrote {show(index, hits, options.show)}", file=sys.stderr, flush=True)
     return 0

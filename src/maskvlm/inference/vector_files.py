@@ -251,7 +251,9 @@ def write_file(path: Path, content: pa.Table | Facts) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, own) as temporary:
             if isinstance(content, dict):
-                temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+                # A file's name that is no UTF-8 is escaped, as JSON has it.
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
             else:
                 # Vectors hardly repeat: a dictionary of them would save nothing.
                 pq.write_table(content, temporary, use_dictionary=False)

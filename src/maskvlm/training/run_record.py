@@ -89,11 +89,12 @@ def json_ready(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write any text whole or not at all, as `write_json`. Raises UserError (73, or 74 for a full disk)."""
+    """Write any text whole or not at all, as `write_json`. What a name that is no UTF-8 has in the place of a letter is
+    escaped as in JSON. Raises UserError (73, or 74 for a full disk)."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         user_error = cannot_write(error, path)
         if user_error is None:

@@ -70,7 +70,7 @@ def finish_set(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], second
                         reasons.add(entry)
                         # skipped.jsonl has each row, the manifest counts and a few
                         line = {"split": split, "left_out": out, **entry._asdict()}
-                        lines.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+                        lines.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
             if summary.shards:
                 splits[split] = summary.card()
     images = sum(split["pictures"] for split in splits.values())
