@@ -291,3 +291,23 @@ def test_the_command_embeds_what_the_files_configure(
     files = ("conf/base.yaml", "conf/model/tiny.yaml", "conf/finetune.yaml", "tasks/nlvr/conf.yaml")
     with pytest.raises(UserError, match="has no captions of images"):
         main([*words, *(word for file in files for word in ("-c", file))], [])
+
+
+def test_parts_and_streams_of_the_training_images(
+    checkpoint: Path, root: Path, tmp_path: Path, stack: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Rows are those of the whole split, by which images are found again; a stream has none."""
+    monkeypatch.chdir(root)
+    out = tmp_path / "vectors"
+    words = ["--from", str(checkpoint), "--out", str(out), "--device", "cpu", "--no-captions", "--split", "train"]
+    assert main([*words, *stack(WHERE="cpu"), "--data.source.train", "6", "--data.fraction", "0.5"], []) == 0
+    assert "all images of split=train are embedded" in capsys.readouterr().err
+    assert rows_of(out)["row"].to_pylist() == [*range(6)]
+    (tmp_path / "shard.tar").touch()
+    source = {"class_path": "maskvlm.data.streaming.source.Stream"}
+    source |= {"init_args": {"root": str(tmp_path / "shard.tar"), "evaluate": str(tmp_path)}}  # type: ignore[dict-item]
+    (tmp_path / "stream.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"source": source}}}))
+    files = ("conf/base.yaml", "conf/model/tiny.yaml", "conf/pretrain.yaml", str(tmp_path / "stream.yaml"))
+    with pytest.raises(UserError, match="--split: train is streamed"):
+        main([*words, *(word for file in files for word in ("-c", file))], [])

@@ -50,7 +50,7 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     """Embed the data that `rest` configures (`-c FILE ... --data.key value`); returns what was done.
 
     Raises:
-        UserError: data that are not images with captions, a folder that holds other vectors.
+        UserError: data that are not images with captions, a streamed split, a folder that holds other vectors.
     """
     options.source = options.source or default_model("asked")
     check_least(1, {"shard": options.shard})
@@ -64,10 +64,15 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
         reader = undivided(reader)
         chosen.init_args.hold_out, options.split = 0, "train"
     pairs = reader.split(options.split)
+    if hasattr(pairs, "stream"):
+        todo = "Set data.source.streaming to false, or name another split"
+        raise UserError("--split", f"{options.split} is streamed: its images have no places", todo)
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
     device = options.device or device_for(str(settings.trainer.accelerator), local)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=device, allow_import=allowed)
     tell_rest(reader, options.split)
+    if options.split == "train" and settings.data.init_args.get("fraction", 1.0) != 1:
+        print("note: all images of split=train are embedded; data.fraction is of a training alone", file=sys.stderr)
     tell_far(model, pairs)
     args = chosen.get("init_args")
     plain = {"class_path": chosen.class_path, "init_args": args.as_dict() if args else {}}
