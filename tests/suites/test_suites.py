@@ -989,8 +989,11 @@ def test_pointing_asks_explain(model: PretrainedMaskVLM, tmp_path: Path) -> None
 def test_a_run_counts_and_lists_what_it_leaves_out(model: PretrainedMaskVLM, tmp_path: Path) -> None:
     root = sugarcrepe(tmp_path)
     (root / "images" / COCO[0]).write_bytes(b"<html>")
-    report = run_suite(SugarCrepe(), model, SugarCrepe().read(root, None), ways=["match"])
+    rows = SugarCrepe().read(root, None)
+    report = run_suite(SugarCrepe(), model, rows, ways=["match"])
     assert (len(report.items), report.of) == (2, 3)
+    assert (len(rows.items), rows.skipped) == (3, {})
+    assert run_suite(SugarCrepe(), model, rows, ways=["match"]) == report  # nothing is counted twice
     assert "swap_att.json item 0" in report.skipped["not an image (text/html)"][0]
     assert report.trained_on is None or report.trained_on == 0
     for name in COCO:

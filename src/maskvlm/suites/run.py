@@ -71,7 +71,7 @@ def run_suite(
     """Ask a model, and measure.
 
     Args:
-        rows: what `suite.read` gave; images that cannot be read are counted and listed there, too.
+        rows: what `suite.read` gave; it stays as it is.
         ways: of the suite's; none for its first.
         limit: only so many images, drawn by `seed`, with all their items.
 
@@ -80,14 +80,15 @@ def run_suite(
     """
     check_ways(suite, ways, limit)
     ways, path = tuple(ways) or suite.ways[:1], rows.path
-    total = len(rows.items)
-    items = with_images(subset(rows.items, limit, seed), rows)
-    if suite.whole and rows.skipped:
-        first = next(iter(rows.skipped.values()))[0]
-        what = f"{sum(map(len, rows.skipped.values()))} rows cannot be used, the first: {first}"
+    total, notes = len(rows.items), [*rows.notes]
+    skipped = {reason: [*messages] for reason, messages in rows.skipped.items()}
+    items = with_images(subset(rows.items, limit, seed), skipped)
+    if suite.whole and skipped:
+        first = next(iter(skipped.values()))[0]
+        what = f"{sum(map(len, skipped.values()))} rows cannot be used, the first: {first}"
         raise UserError(path, what, "Mend them: this suite needs all its items", ExitCode.BAD_DATA)
     if not items:  # rows of images that are all bad, or of no images
-        first = next(iter(rows.skipped.values()), ["; ".join(rows.notes) or "the files are empty"])[0]
+        first = next(iter(skipped.values()), ["; ".join(notes) or "the files are empty"])[0]
         raise UserError(path, f"no item can be used: {first}", "Check --path and --images", ExitCode.BAD_DATA)
     with warnings.catch_warnings():
         # The images are strange by intention, and the line would be about one of thousands; of words there is a note.
@@ -97,15 +98,15 @@ def run_suite(
     if model.warned_words:
         more = f" and {len(model.warned_words) - MOST_WORDS} more" if len(model.warned_words) > MOST_WORDS else ""
         named = ", ".join(islice(model.warned_words, MOST_WORDS))
-        rows.notes.append(f"words that the model's tokenizer does not know, of some of the texts: {named}{more}")
+        notes.append(f"words that the model's tokenizer does not know, of some of the texts: {named}{more}")
     metrics = {}
     for way in ways:
         places = [row for row, each in enumerate(scores[way]) if len(each)]
         if missing := len(items) - len(places):
-            rows.notes.append(f"by {way}: {missing} of {len(items)} items cannot be asked, and are left out")
+            notes.append(f"by {way}: {missing} of {len(items)} items cannot be asked, and are left out")
         metrics[way] = suite.metrics([items[row] for row in places], [scores[way][row] for row in places], way)
     seen_count = trained_on(model, items) if rows.ids_known else None
-    return SuiteReport(metrics, scores, items, total, rows.skipped, rows.files, rows.notes, seen_count)
+    return SuiteReport(metrics, scores, items, total, skipped, rows.files, notes, seen_count)
 
 
 def subset(items: list[SuiteItem], limit: int | None, seed: int) -> list[SuiteItem]:
@@ -123,9 +124,9 @@ def subset(items: list[SuiteItem], limit: int | None, seed: int) -> list[SuiteIt
     return [item for item in items if images.issuperset(item.images)]
 
 
-def with_images(items: list[SuiteItem], rows: ItemRows) -> list[SuiteItem]:
-    """The items whose images can be read; the others are counted and listed. That is known before the model works for
-    hours, at the price of decoding twice."""
+def with_images(items: list[SuiteItem], skipped: dict[str, list[str]]) -> list[SuiteItem]:
+    """The items whose images can be read; the others are listed in `skipped`, by reason. That is known before the model
+    works for hours, at the price of decoding twice."""
     bad: dict[str | bytes, BadImage] = {}
     sizes: dict[str | bytes, tuple[int, int]] = {}
     for image, origin in {image: item.origin for item in items for image in item.images}.items():
@@ -137,14 +138,14 @@ def with_images(items: list[SuiteItem], rows: ItemRows) -> list[SuiteItem]:
     for item in items:
         wrong = next((bad[image] for image in item.images if image in bad), None)
         if wrong is not None:
-            rows.skip(wrong.reason, f"{item.origin}: {wrong.what}")
+            skipped.setdefault(wrong.reason, []).append(f"{item.origin}: {wrong.what}")
             continue
         try:
             if item.box is not None:
                 within(item.box, sizes[item.images[0]])
             readable.append(item)
         except UserError as error:
-            rows.skip("box outside of its image", f"{item.origin}: {error.what}")
+            skipped.setdefault("box outside of its image", []).append(f"{item.origin}: {error.what}")
     return readable
 
 
