@@ -1,6 +1,7 @@
 """An image that is unlike the training data is told from one that is not: on vectors, in files, in the shell."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,18 @@ def test_whether_few_are_asked_about_does_not_depend_on_the_batch(
         assert messages == [f"{line}; take the answers with care"]
     else:
         assert messages == 2 * [f"image {number}" for number in range(1, images + 1)]
+
+
+def test_of_later_calls_with_many_images_a_larger_share_is_told(tmp_path: Path) -> None:
+    model = MaskVLM.from_pretrained(write(tmp_path / "a.ckpt"))
+    known, strange = toy_image(3), torch.zeros(3, SIZE, SIZE)
+    told = []
+    for count in (1, 0, 1, 20, 12):  # strange ones at the front, of 20
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", FarFromTraining)
+            model.encode_image([strange] * count + [known] * (20 - count))
+        told.append([str(each.message).partition(" images that")[0] for each in caught])
+    assert told == [["1 of 16"], [], [], ["16 of 16"], []]
 
 
 def test_of_many_images_those_looked_at_are_spread_evenly(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         self.known = known_of(backbone, origin)
         self.far_warnings: deque[str] = deque(maxlen=MOST_WARNINGS)
         self.warned_words: deque[str] = deque(maxlen=MOST_WARNINGS)
-        self.warned_of_many = False  # that some of many images are far
+        self.most_far = 0.0  # of the images looked at in a call with many the highest share that was warned of
         # It sets what save_pretrained reads, and would draw weights by `_init_weights`, which does nothing here.
         self.post_init()
 
@@ -209,16 +209,16 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         return [opened.get(id(each)) for each in images]
 
     def _notice_some(self, images: list[Any]) -> None:
-        """Warn, once for a model, where some of many images are unlike the training data."""
-        if self.warned_of_many:
+        """Warn where some of many images are unlike the training data, of later calls where it is a larger share."""
+        if self.most_far == 1:
             return
         sample = [image for image in some_of(images) if image is not None]
         with suppress(UserError):  # of an image that cannot be read; told, by its name, where it is encoded
             far = sum(line is not None for line in self.far(sample))
             message = f"{far} of {len(sample)} images that were looked at, of {len(images):,}, are unlike those that"
             message += " the model was trained on; take the answers with care"
-            if far:
-                self.warned_of_many = True
+            if far > self.most_far * len(sample):
+                self.most_far = far / len(sample)
                 self.far_warnings.append(message)
                 warnings.warn(message, FarFromTraining, stacklevel=calls_within())
 
