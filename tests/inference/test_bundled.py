@@ -168,6 +168,17 @@ def test_words_that_it_does_not_know_are_named_once() -> None:
     assert [*model.warned_words] == ["giraffe", "Zebra", "horse"]
 
 
+def test_words_beyond_what_is_read_are_not_named() -> None:
+    model = MaskVLM.from_pretrained()
+    words = model.words
+    room = words.text_length - 2
+    assert model.unknown_words(["red " * (room - 1) + "zebra horse"]) == ["zebra"]
+    masked = "[MASK] " * (room - len(words.captioner.inner("zebra")))
+    assert model.unknown_words([f"{masked}zebra horse"]) == ["zebra"]
+    assert words.masked(f"{masked}zebra horse").tolist() == words.masked(f"{masked}zebra").tolist()
+    assert model.unknown_words([f"horse {masked}zebra", "[MASK]", ""]) == ["horse"]
+
+
 def test_the_shell_tells_what_is_strange_after_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo = str(PHOTOS / "coffee.jpg")
     with warnings.catch_warnings():

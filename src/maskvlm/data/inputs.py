@@ -184,6 +184,16 @@ class MarkedTexts:
                 raise UserError("text", what, "Shorten it")
         return torch.tensor([start, *ids, end])
 
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of a text that the tokenizer does not know, of those that are read; masked ones are none."""
+        words, room = list[str](), self.text_length - len(self.ends)
+        # as `masked`
+        for piece in clean_caption(text)[0].replace(str(self.tokenizer.mask_token), MASK).split(MASK):
+            words += self.captioner.unknown_words(piece, max(0, room))
+            # a masked word is a token, too
+            room -= len(self.captioner.inner(piece)) + 1
+        return words
+
     @property
     def ends(self) -> tuple[int, int]:
         """Ids of the start and the end token."""

@@ -104,14 +104,21 @@ class Captioner:
         word_CT = torch.tensor(words).long().view(shape).masked_fill(special_CT, -1)
         return CaptionTokens(self._plain(token_CT, special_CT), attention_CT, special_CT, word_CT)
 
-    def unknown_words(self, text: str) -> list[str]:
+    def unknown_words(self, text: str, most: int | None = None) -> list[str]:
         """Words of a text that the tokenizer does not know, as they are written there: a part of one is its unknown
-        token, or it is spelt, most of its pieces being single characters."""
+        token, or it is spelt, most of its pieces being single characters. What the model does not read counts for
+        nothing, be it a word or the end of one.
+
+        Args:
+            most: tokens of the text that are read; None: as many as of a text by itself.
+        """
         text = clean_caption(text)[0]
         encoding = self._backend.encode(text)
-        words = []
-        for word in sorted({word for word in encoding.word_ids if word is not None}):
+        read = [place for place, special in enumerate(encoding.special_tokens_mask) if not special][:most]
+        words, word_ids = [], encoding.word_ids
+        for word in sorted({word for place in read if (word := word_ids[place]) is not None}):
             start, end = encoding.word_to_tokens(word)  # type: ignore[misc]
+            end = min(end, read[-1] + 1)
             # "##" of WordPiece, and the signs of a space before a word of the two other kinds
             pieces = [piece.removeprefix("##").lstrip("\u0120\u2581") for piece in encoding.tokens[start:end]]
             spelt = len(pieces) > 1 and 2 * sum(len(piece) == 1 for piece in pieces) > len(pieces)

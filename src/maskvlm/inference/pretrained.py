@@ -34,7 +34,7 @@ from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.config.bundled_models import DEFAULT
 from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
-from maskvlm.data.inputs import MASK, ImageInput, as_list, open_image
+from maskvlm.data.inputs import ImageInput, as_list, open_image
 from maskvlm.inference.api import ModelMethods
 from maskvlm.inference.hf_config import (
     MaskVLMConfig,
@@ -231,10 +231,10 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
             warnings.warn(unknown_line(new), UnknownWords, stacklevel=calls_within())
 
     def unknown_words(self, texts: Sequence[Any]) -> list[str]:
-        """The words of some texts that the tokenizer does not know, or knows by their letters alone; each once."""
-        # Masked words are none; what is no text is told later.
-        read = [str(text).replace(MASK, " ").replace(str(self.words.tokenizer.mask_token), " ") for text in texts]
-        return list(dict.fromkeys(word for text in read for word in self.words.captioner.unknown_words(text)))
+        """The words of some texts that the tokenizer does not know, or knows by their letters alone; each once. Of a
+        text longer than the model reads the first words count alone."""
+        # What is no text is told later.
+        return list(dict.fromkeys(word for text in texts for word in self.words.unknown_words(str(text))))
 
     @torch.no_grad()
     def far(self, images: ImageInput | Sequence[ImageInput]) -> list[str | None]:
