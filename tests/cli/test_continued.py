@@ -3,13 +3,19 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from toy_examples import LABELS, Questions, bare_backbone, data_for, fit
+from toys import SIZE
 
 from maskvlm.checkpoint.io import load
 from maskvlm.checkpoint.model_spec import ModelSpec
-from maskvlm.cli.lightning import LightningCommand, recipe_of_another, run_command
+from maskvlm.cli.commands import COMMANDS
+from maskvlm.cli.lightning import LightningCommand, Parsed, recipe_of_another, run_command
 from maskvlm.config.compose import PRETRAINING, pretraining, read_words
+from maskvlm.training.lit import LitModel
+from tasks.vqa.task import Vqa
 
 SMALL = {
     "data.steps": 2,
@@ -88,3 +94,30 @@ def test_another_models_recipe_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line(dino) is None
     # One of nobody's has no recipe that could be named.
     assert line(checkpoint("vit_tiny_patch16_224", 64)) is None
+
+
+def model_of(*words: str) -> Any:
+    """The composed model of a command."""
+    return run_command(Parsed, COMMANDS[words[0]].full(["where=cpu", "run=x", *words[1:]])).settings.model
+
+
+def test_a_fine_tuned_checkpoint_is_measured_at_its_own_image_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tasks' files say 384 for trainings."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    backbone, path = bare_backbone(), tmp_path / "vqa.ckpt"
+    fit(LitModel(backbone, Vqa(LABELS), warmup=1), data_for(backbone, Questions()), path)
+    start, file = f"from={path}", tmp_path / "mine.yaml"
+    file.write_text("model: {backbone: {init_args: {image: {init_args: {image_size: 48}}}}}")
+
+    def size(*words: str) -> int:
+        whole: int = model_of(*words).backbone.init_args.image.init_args.image_size
+        return whole
+
+    assert size("evaluate", "vqa", "data=vqav2", start) == SIZE
+    assert size("evaluate", "vqa", "data=vqav2", start, "--model.backbone.image.image_size=64") == 64
+    assert size("evaluate", "vqa", "data=vqav2", start, "-c", str(file)) == 48
+    assert size("finetune", "vqa", "data=vqav2", start) == 384
+    # What was learned at another task is measured as that task's file says.
+    assert size("evaluate", "retrieval", "data=coco", start) == 384

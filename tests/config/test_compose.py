@@ -81,7 +81,7 @@ def test_all_of_a_split_is_measured(split: str, command: str) -> None:
     assert composed(f"evaluate nlvr from=a/b.ckpt where=cpu run=x split={split} --model.lr 2") == [
         command, "--folder", "checkpoints/x", "--from", "a/b.ckpt",
         *stack("conf/base", "conf/finetune", "tasks/nlvr/conf", "conf/where/cpu"),
-        "--trainer.limit_val_batches", "1.0", "--model.lr", "2",
+        "--settings_from", "a/b.ckpt", "--trainer.limit_val_batches", "1.0", "--model.lr", "2",
     ]  # fmt: skip
 
 

@@ -27,7 +27,8 @@ from maskvlm.checkpoint.io import load, save
 from maskvlm.checkpoint.model_spec import ModelSpec, backbone_yaml, portable_yaml, task_yaml
 from maskvlm.cli.ask_model import how_to_ask
 from maskvlm.config.compose import choices, chosen
-from maskvlm.config.given_options import config_text, options
+from maskvlm.config.given_options import config_text, find_place, given_places, options
+from maskvlm.config.old_names import current
 from maskvlm.config.parse_errors import explain_message
 from maskvlm.config.parser import MODE, CommandParser, Complaint, old_name_lines, parsed, set_up_parsing
 from maskvlm.config.safe_yaml import cut, read_yaml
@@ -665,8 +666,9 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 
 @contextmanager
 def with_start(arguments: list[str], allowed: Iterable[str]) -> Iterator[tuple[list[str], ModelSpec | None]]:
-    """The arguments with the model of `--from CHECKPOINT` as their first file, which every other one overrides, and
-    with the pre-training task of `--task_from CHECKPOINT` as a file in that option's place.
+    """The arguments with the model of `--from CHECKPOINT` as their first file, which every other one overrides. In the
+    place of `--task_from CHECKPOINT` stands its pre-training task as a file. In that of `--settings_from CHECKPOINT`
+    stands what it was fine-tuned with, if that was the task of the files before: else nothing.
 
     Yields:
         the arguments, and what the checkpoint of --from says of itself.
@@ -676,11 +678,18 @@ def with_start(arguments: list[str], allowed: Iterable[str]) -> Iterator[tuple[l
     with tempfile.TemporaryDirectory() as folder:
         start = None if not starts or starts[-1] in ("", "null") else checked_spec_of(starts[-1])
         while (at := _place_of(whole)) is not None:
-            source, length = (whole[at].partition("=")[2], 1) if "=" in whole[at] else (whole[at + 1], 2)
+            option, _, value = whole[at].partition("=")
+            source, length = (value, 1) if "=" in whole[at] else (whole[at + 1], 2)
             spec = start if start is not None and source == starts[-1] else checked_spec_of(source)
-            task = pretraining_task_of(spec, source, allowed)
+            if option == "--task_from":
+                model = {"task": pretraining_task_of(spec, source, allowed)}
+            else:
+                named = find_place("model.task.class_path", given_places(whole[1:at]))
+                same = spec.task is not None and named is not None and spec.task["class_path"] == current(named.value)
+                model = {"backbone": spec.backbone} if same else {}
             # JSON: a class path or a text such as "no" comes back as it was written
-            whole[at : at + length] = ["-c", _file_of(Path(folder, "task.yaml"), json.dumps({"model": {"task": task}}))]
+            file = Path(folder, f"{option.removeprefix('--')}.yaml")
+            whole[at : at + length] = ["-c", _file_of(file, json.dumps({"model": model}))] if model else []
         if start is not None:
             # Of all that the checkpoint says only its backbone comes through, checked.
             whole[1:1] = ["-c", _file_of(Path(folder, "model.yaml"), backbone_yaml(start))]
@@ -688,8 +697,9 @@ def with_start(arguments: list[str], allowed: Iterable[str]) -> Iterator[tuple[l
 
 
 def _place_of(arguments: Sequence[str]) -> int | None:
-    """Index of the first `--task_from CHECKPOINT` or `--task_from=CHECKPOINT`; None without one."""
-    places = (at for at, word in enumerate(arguments) if word.partition("=")[0] == "--task_from")
+    """Index of the first `--task_from CHECKPOINT` or `--task_from=CHECKPOINT`, or `--settings_from`; None without."""
+    names = ("--task_from", "--settings_from")
+    places = (at for at, word in enumerate(arguments) if word.partition("=")[0] in names)
     return next((at for at in places if "=" in arguments[at] or at + 1 < len(arguments)), None)
 
 

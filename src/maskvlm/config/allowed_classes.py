@@ -60,7 +60,8 @@ LIGHTNING = {
 BackboneFinetuning), that send to an address (WandbLogger and others), or that read checkpoints in their own way."""
 LISTED = {f"{module}.{name}" for module, names in LIGHTNING.items() for name in names.split()}
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-NO_CLASSES = ("run", "from", "task_from", "ckpt_path", "out", "allow-import")  # options whose values are names of files
+NO_CLASSES = ("run", "from", "task_from", "settings_from", "ckpt_path", "out", "allow-import")
+"""Options whose values are names of files."""
 
 
 class Verdicts(dict[str, bool]):

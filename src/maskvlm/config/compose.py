@@ -381,10 +381,13 @@ def evaluate_command(words: CommandWords) -> Composed:
         raise UserError("from=random", "has learned nothing to be measured", "Name a checkpoint, or a task beside it")
     words = with_model(words, "measured")
     run = run_options(words, f"evaluate-{task or 'pretraining'}{data_of(task, words)}")
-    # Losses and masking are the checkpoint's own: by others it would be measured for what it never learned.
-    stack = downstream(task, words) if task else [*pretraining(words), "--task_from", words.get("from")]
+    # Losses, masking and what it was fine-tuned with are the checkpoint's own: by others it would be measured for what
+    # it never learned.
+    start = words.get("from")
+    stack = downstream(task, words) if task else pretraining(words)
+    own = [] if start == "random" else ["--settings_from" if task else "--task_from", start]
     # after the files, which may validate on a part; before the options, which win
-    return [command, *run, *stack, "--trainer.limit_val_batches", "1.0", *words.options]
+    return [command, *run, *stack, *own, "--trainer.limit_val_batches", "1.0", *words.options]
 
 
 def data_of(task: str, words: CommandWords) -> str:
