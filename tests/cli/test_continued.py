@@ -101,14 +101,21 @@ def model_of(*words: str) -> Any:
     return run_command(Parsed, COMMANDS[words[0]].full(["where=cpu", "run=x", *words[1:]])).settings.model
 
 
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of VQA with other settings than the tasks' files have."""
+    backbone, path = bare_backbone(), tmp_path_factory.mktemp("tuned") / "vqa.ckpt"
+    task = Vqa(LABELS, head="classify", hidden=8, image_ablation=True)
+    fit(LitModel(backbone, task, warmup=1), data_for(backbone, Questions()), path)
+    return path
+
+
 def test_a_fine_tuned_checkpoint_is_measured_at_its_own_image_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tasks' files say 384 for trainings."""
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
-    backbone, path = bare_backbone(), tmp_path / "vqa.ckpt"
-    fit(LitModel(backbone, Vqa(LABELS), warmup=1), data_for(backbone, Questions()), path)
-    start, file = f"from={path}", tmp_path / "mine.yaml"
+    start, file = f"from={tuned}", tmp_path / "mine.yaml"
     file.write_text("model: {backbone: {init_args: {image: {init_args: {image_size: 48}}}}}")
 
     def size(*words: str) -> int:
@@ -121,3 +128,18 @@ def test_a_fine_tuned_checkpoint_is_measured_at_its_own_image_size(
     assert size("finetune", "vqa", "data=vqav2", start) == 384
     # What was learned at another task is measured as that task's file says.
     assert size("evaluate", "retrieval", "data=coco", start) == 384
+
+
+def test_a_fine_tuned_checkpoint_is_measured_with_the_settings_of_its_task(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's come before them, what is typed after."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+
+    def settings(*words: str) -> tuple[str, int | None, bool]:
+        args = model_of(words[0], "vqa", "data=vqav2", f"from={tuned}", *words[1:]).task.init_args
+        return args.head, args.hidden, args.image_ablation
+
+    assert settings("evaluate") == ("classify", 8, True)
+    assert settings("evaluate", "--model.task.image_ablation=false") == ("classify", 8, False)
+    assert settings("finetune") == ("generate", None, False)

@@ -35,7 +35,7 @@ from maskvlm.config.safe_yaml import cut, read_yaml
 from maskvlm.data.batch import Source
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.module import PairData
-from maskvlm.inference.rebuild import checked_spec_of, pretraining_task_of, task_name
+from maskvlm.inference.rebuild import checked_spec_of, checked_task_of, pretraining_task_of, task_name
 from maskvlm.training.attempts import attempted, forget
 from maskvlm.training.checkpointing import LAST, KeepState, check_finite, ended_by_score
 from maskvlm.training.failure import EARLIER, FIRST, failed_first, process_rank
@@ -686,7 +686,7 @@ def with_start(arguments: list[str], allowed: Iterable[str]) -> Iterator[tuple[l
             else:
                 named = find_place("model.task.class_path", given_places(whole[1:at]))
                 same = spec.task is not None and named is not None and spec.task["class_path"] == current(named.value)
-                model = {"backbone": spec.backbone} if same else {}
+                model = {"backbone": spec.backbone, "task": checked_task_of(spec, source, allowed)} if same else {}
             # JSON: a class path or a text such as "no" comes back as it was written
             file = Path(folder, f"{option.removeprefix('--')}.yaml")
             whole[at : at + length] = ["-c", _file_of(file, json.dumps({"model": model}))] if model else []

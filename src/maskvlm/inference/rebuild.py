@@ -97,25 +97,31 @@ def checked_spec_of(path: str) -> ModelSpec:
     return spec
 
 
-def pretraining_task_of(spec: ModelSpec, path: str, allowed: Iterable[str] = ()) -> dict[str, Any]:
-    """class_path and init_args of the pre-training task that a checkpoint was made with.
+def checked_task_of(spec: ModelSpec, path: str, allowed: Iterable[str] = ()) -> dict[str, Any]:
+    """class_path and init_args of the task that a checkpoint was made with.
 
     Args:
         path: of the checkpoint, for errors.
         allowed: packages beside this project's that the task and its parts may come from.
 
     Raises:
-        UserError: the checkpoint tells no task (66), or that of a downstream task (2); a class or a setting that a
-            checkpoint may not name (77).
+        UserError: the checkpoint tells no task (66); a class or a setting that a checkpoint may not name (77).
     """
     if spec.task is None:
-        raise UserError(path, "does not say how it was pre-trained", "Name the recipe's files", ExitCode.MISSING_INPUT)
+        raise UserError(path, "does not say how it was trained", "Name the files of its run", ExitCode.MISSING_INPUT)
     kind = task_class(spec.task["class_path"], path, allowed)
-    if not issubclass(kind, MaskedPretraining):
-        todo = f"Name its task: evaluate {task_name(spec.task['class_path'])}"
-        raise UserError(path, f"was fine-tuned as {kind.__name__}", todo)
     read_arguments(kind, spec.task["init_args"], f"{path}: task", allowed)
     return spec.task
+
+
+def pretraining_task_of(spec: ModelSpec, path: str, allowed: Iterable[str] = ()) -> dict[str, Any]:
+    """As `checked_task_of`, of a checkpoint of pre-training. Raises UserError (2) for one of a downstream task, too."""
+    task = checked_task_of(spec, path, allowed)
+    kind = task_class(task["class_path"], path, allowed)
+    if not issubclass(kind, MaskedPretraining):
+        todo = f"Name its task: evaluate {task_name(task['class_path'])}"
+        raise UserError(path, f"was fine-tuned as {kind.__name__}", todo)
+    return task
 
 
 def task_name(class_path: str) -> str:
