@@ -328,7 +328,22 @@ def test_heads_that_a_checkpoint_lacks_are_named(pretrained: Path, tmp_path: Pat
 def test_labels_that_a_checkpoint_does_not_know_are_named(tuned: Path, tmp_path: Path) -> None:
     names = ("red", "green", "blue", "grey")
     error = refused(tuned, Entailment(names), tmp_path, Questions(names=names))
-    assert "its head decides among 3 labels (red, green, blue, ...), which differ from the data's 4 (red" in str(error)
+    what = "its head decides among 3 labels, which differ from the data's 4: number 4 is missing, in the data 'grey'"
+    assert error.what == what
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_other_labels_of_the_same_number_are_refused_where_a_checkpoint_is_loaded(
+    fitted: bool, tuned: Path, tmp_path: Path
+) -> None:
+    """All its tensors fit. Its figures would be those of other words."""
+    names = ("red", "blue", "green")
+    model, trainer = LitModel(bare_backbone(tuned), Entailment(names)), trainer_in(tmp_path)
+    data = data_for(model.backbone, Questions(names=names))
+    with pytest.raises(UserError) as caught:
+        (trainer.fit if fitted else trainer.validate)(model, data, ckpt_path=str(tuned), weights_only=True)
+    what = "its head decides among 3 labels, which differ from the data's 3: number 2 is 'green', in the data 'blue'"
+    assert (caught.value.where, caught.value.what, caught.value.code) == (str(tuned), what, ExitCode.BAD_DATA)
 
 
 def test_scores_are_not_read_from_heads_that_a_checkpoint_lacks(tuned: Path, pretrained: Path) -> None:

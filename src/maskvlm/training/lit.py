@@ -1,7 +1,8 @@
 """The only LightningModule: it sums and logs the task's losses, and knows none of them."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import lightning as L
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from maskvlm.checkpoint.model_spec import backbone_yaml, spec_of_modules, task_yaml
 from maskvlm.checkpoint.provenance import Origin, Provenance
 from maskvlm.checkpoint.warm_start import LineageEntry, part, training_history_of
+from maskvlm.config.plain_schema import describe_value
 from maskvlm.data.batch import Batch, Source
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.module import PairData
@@ -65,6 +67,33 @@ def check_source(task: Task, data: PairData) -> None:
     if read_kind is not None and given_kind is not None and given_kind != read_kind:
         what = f"{type(data.source).__name__} gives {kinds[given_kind]}, {type(task).__name__} reads {kinds[read_kind]}"
         raise UserError("data.source", what, "Choose data of the task")
+
+
+def check_labels(task: Task, theirs: Sequence[str] | None, path: str) -> None:
+    """Hold the labels of a checkpoint's head against the task's, which are the data's: in another order, or others of
+    the same number, every figure would be wrong.
+
+    Args:
+        theirs: of the checkpoint; None where it has none.
+        path: of the checkpoint.
+
+    Raises:
+        UserError: they differ, and the task has heads that depend on them (65).
+    """
+    # Checkpoints hold them as texts.
+    labels = None if getattr(task, "labels", None) is None else [str(label) for label in task.labels]  # type: ignore[union-attr]
+    if theirs is None or labels is None or not task.heads_of_labels() or [*theirs] == labels:
+        return
+    pairs = enumerate(zip_longest(theirs, labels), 1)
+    place, own, other = next((place, own, other) for place, (own, other) in pairs if own != other)
+    what = f"its head decides among {len(theirs)} labels, which differ from the data's {len(labels)}: number {place} is"
+    what += f" {_shown(own)}, in the data {_shown(other)}"
+    todo = "Measure it on data with its own labels, such as the answers file in its run's folder"
+    raise UserError(path, what, todo, ExitCode.BAD_DATA)
+
+
+def _shown(label: str | None) -> str:
+    return "missing" if label is None else describe_value(label)
 
 
 def class_path(kind: type) -> str:
@@ -290,13 +319,8 @@ class LitModel(L.LightningModule):
         missing = [name for name, _ in self.task.named_parameters() if name not in self.warm_started]
         if not missing:
             return
-        theirs, name = self.backbone.origin and self.backbone.origin.labels, type(self.task).__name__
-        labels = getattr(self.task, "labels", None)
-        if theirs is not None and labels is not None and theirs != tuple(labels):
-            what = f"its head decides among {len(theirs)} labels ({', '.join(theirs[:3])}, ...), which differ from the"
-            what += f" data's {len(labels)} ({', '.join(labels[:3])}, ...)"
-            todo = "Measure it on data with its own labels, such as the answers file in its run's folder"
-            raise UserError(path, what, todo, ExitCode.BAD_DATA)
+        check_labels(self.task, None if self.backbone.origin is None else self.backbone.origin.labels, path)
+        name = type(self.task).__name__
         what = f"holds no heads of {name} ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
         todo = "Fine-tune it first: maskvlm finetune ... from=this file; or name the task that it was fine-tuned on"
         raise UserError(path, what, todo, ExitCode.BAD_DATA)
@@ -472,6 +496,9 @@ class LitModel(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What Lightning restores after this is held against the run before any of it is. Raises UserError (65)."""
+        # Without a trainer the property `trainer` raises.
+        path = "checkpoint" if self._trainer is None else str(self.trainer.ckpt_path)
+        check_labels(self.task, checkpoint.get("labels"), path)
         if self.trained and self.trainer.state.fn == TrainerFn.FITTING:
             optimizer_config = self.configure_optimizers()
             optimizer: Any = optimizer_config["optimizer"]
@@ -482,7 +509,6 @@ class LitModel(L.LightningModule):
                 restore(self.task, checkpoint["task_state"], str(self.trainer.ckpt_path))
         if "tokenizer" in checkpoint:
             self.backbone.text.set_tokenizer(tokenizer_from_json(checkpoint["tokenizer"]))
-        # Without a trainer the property `trainer` raises.
         if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             self.measured_step = checkpoint.get("global_step")
         measure: Any = getattr(self.task, "measure", None)
