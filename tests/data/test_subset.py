@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,23 @@ def test_ids_and_hashes_of_a_part_are_those_of_its_rows() -> None:
     assert row_ids(part)[:, 0].tolist() == expected  # type: ignore[index]
     assert hashed_image_ids(part).tolist() == sorted(expected)  # type: ignore[union-attr]
     assert row_hashes(part) is None
+
+
+def test_a_part_tells_when_photos_are_others() -> None:
+    """Fails where it is silent: features that were kept of photos would be read for those in their place."""
+    photos = SimpleNamespace(size=1)
+
+    class Photos(Imaged):
+        @property
+        def image_identity(self) -> str:
+            return f"a.jpg {photos.size}"
+
+    part = fraction_of(fraction_of(Photos([[f"photo {number}"] for number in range(8)]), 0.5, 0), 0.5, 1)
+    before = part.image_identity
+    photos.size = 2
+    assert part.image_identity != before
+    # The features' cache asks each split by `getattr`.
+    assert getattr(fraction_of(known(8), 0.5, 0), "image_identity", "") == ""
 
 
 def test_a_set_that_names_each_image_once_for_all_its_rows_has_no_ids_by_row() -> None:

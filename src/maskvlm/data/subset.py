@@ -50,6 +50,12 @@ class Chosen:
     def __getitem__(self, index: int, /) -> Any:
         return self.pairs[int(self.row_N[index])]
 
+    @property
+    def image_identity(self) -> str:
+        """Another text where images of the whole split are other files; only where that split tells it."""
+        identity: str = self.pairs.image_identity
+        return identity
+
 
 def photo_of_id(image_id: str) -> str:
     """ "flickr 1000268201" for an id that ends in Flickr's own name of a photo's file, else the id itself.
