@@ -4,6 +4,7 @@ Shapes: B questions, A answers of all, S answer tokens, L image positions, T tok
 """
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskvlm.config.plain_schema import describe_value
 from maskvlm.data.examples import AnswerTokens, ExampleBatch
 from maskvlm.data.text import Captioner, no_words
 from maskvlm.model.cross_attention import Context
@@ -23,10 +25,14 @@ from maskvlm.objectives.answers import ScoredExample
 from maskvlm.objectives.classification import EVAL_SEED, Classification, LabelPrediction, predict_labels, top_labels
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.methods import Method
-from maskvlm.utils.distributed import Draw, shared_count
+from maskvlm.utils.distributed import Draw, rank, shared_count
 from maskvlm.utils.errors import check_least
 from tasks.vqa.decoder import AnswerDecoder
 from tasks.vqa.metric import accuracy, normalise
+
+log = logging.getLogger(__name__)
+
+SHOWN = 3  # groups of labels that are named in a line, and labels of each
 
 
 class Vqa(Classification):
@@ -64,6 +70,7 @@ class Vqa(Classification):
         self.generates, self.decode = head == "generate", decode
         self.candidates, self.answer_length = candidates, answer_length
         self.table: tuple[Tensor, Tensor] | None = None
+        self.alike: list[list[str]] = []  # labels with the same tokens
 
     def build(self, backbone: MaskVLM) -> None:
         if not self.generates:
@@ -188,15 +195,20 @@ class Vqa(Classification):
         return label if label is not None else str(tokenizer.decode(inner)).strip()
 
     def vocabulary(self, backbone: MaskVLM) -> tuple[Tensor, Tensor]:
-        """Tokens of every label and their padding mask, [K, S] each; made once."""
+        """Tokens of every label and their padding mask, [K, S] each; made once. Labels with the same tokens, which no
+        answer can tell apart, are named and counted."""
         if self.table is None:
             label_tokens = Captioner(backbone.text.tokenizer, self.answer_length)(list(self.labels))  # type: ignore[arg-type]
             self.table = label_tokens.token_CT, label_tokens.attention_CT
             rows = zip(label_tokens.token_CT.tolist(), label_tokens.special_CT.tolist(), self.labels, strict=True)
-            self.spelt = {
-                tuple(t for t, special in zip(tokens, specials, strict=True) if not special): label
-                for tokens, specials, label in rows
-            }
+            labels_of: dict[tuple[int, ...], list[str]] = {}
+            for tokens, specials, label in rows:
+                inner = tuple(t for t, special in zip(tokens, specials, strict=True) if not special)
+                labels_of.setdefault(inner, []).append(label)
+            self.spelt = {inner: labels[0] for inner, labels in labels_of.items()}
+            self.alike = [labels for labels in labels_of.values() if len(labels) > 1]
+            if self.alike and rank() == 0:
+                log.warning("warning: %s", alike_line(self.alike, len(self.labels)))
         return self.table
 
     def correct(self, prediction: str, answers: list[str]) -> float | None:
@@ -232,7 +244,10 @@ class Vqa(Classification):
     def card(self) -> dict[str, Any]:
         if not self.generates:
             return super().card() | {"head": "classify"}
-        settings = {"head": "generate", "decode": self.decode, "candidates": min(self.candidates, len(self.labels))}
+        candidates = min(self.candidates, len(self.labels))
+        settings: dict[str, Any] = {"head": "generate", "decode": self.decode, "candidates": candidates}
+        if self.alike:
+            settings["labels with the tokens of another"] = sum(map(len, self.alike))
         return super().card() | settings
 
     def chance_levels(self, batch_size: int) -> dict[str, float]:
@@ -240,6 +255,19 @@ class Vqa(Classification):
         others = len(self.labels) - 1
         # K sigmoids at 1 / K, one of them true: log K + (K - 1) log(K / (K - 1)).
         return {} if self.generates else {self.name: math.log1p(others) + others * math.log1p(1 / max(1, others))}
+
+
+def alike_line(alike: Sequence[Sequence[str]], labels: int) -> str:
+    """Says which labels have the same tokens.
+
+    Args:
+        alike: labels by their tokens, two or more each.
+        labels: how many there are in all.
+    """
+    shown = "; ".join(" = ".join(map(describe_value, group[:SHOWN])) for group in alike[:SHOWN])
+    more = ", ..." if len(alike) > SHOWN or any(len(group) > SHOWN for group in alike) else ""
+    count = sum(map(len, alike))
+    return f"{count} of {labels} answers have the tokens of another one, and cannot be told from it: {shown}{more}"
 
 
 def shortened(answers: AnswerTokens, length: int) -> AnswerTokens:

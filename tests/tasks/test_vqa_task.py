@@ -339,6 +339,22 @@ def test_written_tokens_become_the_label_they_spell() -> None:
     assert task.words([stranger[0], end, end], end, tokenizer) == ""
 
 
+def test_labels_with_the_same_tokens_are_named_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """The tokenizer writes in small letters, and has one token for all that it does not know."""
+    backbone, before, tokenizer = speaking()
+    before.vocabulary(backbone)
+    assert not caplog.records
+    task = Vqa(("red", "blue", "Red", "二", "☃"))
+    task.build(backbone)
+    token_KS, _ = task.vocabulary(backbone)
+    task.vocabulary(backbone)
+    (record,) = caplog.records
+    what = "4 of 5 answers have the tokens of another one, and cannot be told from it: 'red' = 'Red'; '二' = '☃'"
+    assert record.getMessage() == f"warning: {what}"
+    assert task.card()["labels with the tokens of another"] == 4
+    assert task.words(token_KS[2].tolist(), tokenizer.sep_token_id, tokenizer) == "red"
+
+
 @pytest.mark.parametrize("decode", ["rank", "free"])
 def test_an_answer_that_was_learned_is_given_both_ways(decode: Any) -> None:
     """A head that always starts the second label and goes on with it, whatever the question."""
