@@ -270,7 +270,8 @@ class Retrieval(Task):
 
     def card(self) -> dict[str, Any]:
         k = self.rerank_k if self.weights["itm"] else 0
-        return {"rerank_k": k, "sweep": self.sweep, "blind": self.blind is not None, **self.measured}
+        settings = {"rerank_k": k, "rerank_contrast": self.rerank_contrast, "sweep": self.sweep}
+        return {**settings, "blind": self.blind is not None, **self.measured}
 
 
 def cross(backbone: MaskVLM, rows: MatchingRows, image_M: Tensor, text_M: Tensor) -> Fused:

@@ -207,6 +207,12 @@ def test_retrieval_is_measured_over_all_batches_at_once() -> None:
         assert metrics[f"retrieval/itc_ir_r{k}"] == value
 
 
+def test_the_card_says_how_retrieval_is_ranked_again() -> None:
+    _, task = build(rerank_k=3, rerank_contrast=0.5)
+    assert task.card() == {"rerank_k": 3, "rerank_contrast": 0.5}
+    assert build(weight_itm=0.0)[1].card()["rerank_k"] == 0
+
+
 def test_features_of_the_images_are_kept_for_the_checkpoint() -> None:
     """By them a model tells later which images are unlike its data."""
     backbone, task = build()

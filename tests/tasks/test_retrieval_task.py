@@ -267,10 +267,11 @@ def test_metrics_start_anew_after_they_were_computed() -> None:
 
 
 def test_the_card_names_what_a_reader_must_know() -> None:
-    backbone, task = build(rerank_k=6)
-    assert task.card() == {"rerank_k": 6, "sweep": False, "blind": False}
+    backbone, task = build(rerank_k=6, rerank_contrast=0.5)
+    settings = {"rerank_k": 6, "rerank_contrast": 0.5, "sweep": False, "blind": False}
+    assert task.card() == settings
     measured(task, backbone, several(), 4, 3)
-    assert task.card() == {"rerank_k": 6, "sweep": False, "blind": False, "captions_a_picture": 2.0}
+    assert task.card() == {**settings, "captions_a_picture": 2.0}
 
 
 # ---------------------------------------------------------------------- predictions

@@ -5,7 +5,7 @@ Shapes: B pairs of this process, G of all processes, L image positions, T tokens
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -659,6 +659,11 @@ class MaskedPretraining(Task):
         """Chance level of each loss that is computed; of some it is missing until a batch was seen."""
         levels = {loss.name: loss.chance(batch_size, self.texts_per_image) for loss in self.losses}
         return {name: level for name, level in levels.items() if level is not None}
+
+    def card(self) -> dict[str, Any]:
+        """How retrieval is re-ranked; not at all without matching (k is 0)."""
+        k = self.measure.rerank_k if self.weights["itm"] else 0
+        return {"rerank_k": k, "rerank_contrast": self.rerank_contrast}
 
     def resume_state(self) -> dict[str, Tensor]:
         """The queue of negatives, once it holds some."""
