@@ -20,7 +20,7 @@ from maskvlm.training.csv_log import rows_in
 from maskvlm.training.lightning_private import reopen_pass
 from maskvlm.training.resume import finished
 from maskvlm.training.run_record import RunRecord, read_json
-from maskvlm.utils.errors import UserError
+from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Finished
 
 SMALL = STILL | {"model.lr": 1e-3, "model.lr_encoders": 1e-3, "trainer.val_check_interval": 3}
@@ -232,6 +232,22 @@ def test_the_best_weights_of_a_moved_run_stay(fit: Callable[..., dict[str, objec
     assert load(tmp_path / "moved" / "best.ckpt")["global_step"] == 3
 
 
+def content_of_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "run.lock"}
+
+
+def test_a_checkpoint_of_another_run_is_not_mixed_into_a_folder(
+    fit: Callable[..., dict[str, object]], tmp_path: Path
+) -> None:
+    fit("one", data__steps=3)
+    fit("two", data__steps=3, seed_everything=1)
+    before = content_of_files(tmp_path / "two")
+    with pytest.raises(UserError, match="already holds a run, which did not begin from /") as caught:
+        fit("two", ckpt_path=tmp_path / "one" / "last.ckpt")
+    assert caught.value.code == ExitCode.CANNOT_CREATE
+    assert content_of_files(tmp_path / "two") == before
+
+
 def keeper(folder: Path) -> ModelCheckpoint:
     """What keeps the best of a run in this folder, with a score of 5."""
     saver = ModelCheckpoint(folder, monitor="score", mode="max")
@@ -246,14 +262,15 @@ def test_what_is_remembered_of_the_best_follows_the_folder(tmp_path: Path) -> No
     state, saver = keeper(before).state_dict(), ModelCheckpoint(after, monitor="score", mode="max")
     after.mkdir()
     (after / "best.ckpt").touch()
-    follow_folder(state, after)
+    follow_folder(state, after, own=True)
     saver.load_state_dict(state)
     assert saver.state_dict() == keeper(after).state_dict()
 
 
 def test_of_another_run_no_best_weights_are_remembered(tmp_path: Path) -> None:
-    """A run that begins in a new folder from another's checkpoint."""
+    """A run that begins from another's checkpoint, whatever lies in its folder."""
     state = keeper(tmp_path / "before").state_dict()
-    follow_folder(state, tmp_path / "after")
+    (tmp_path / "best.ckpt").touch()
+    follow_folder(state, tmp_path, own=False)
     assert state["best_model_path"] == ""
     assert state["dirpath"] == str(tmp_path / "before")

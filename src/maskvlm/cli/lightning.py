@@ -44,8 +44,16 @@ from maskvlm.training.lit import LitModel
 from maskvlm.training.memory_estimate import AUTOCAST, StepSimulation, copies_gradients, estimate_memory
 from maskvlm.training.precision import alone, cpu_precision
 from maskvlm.training.process_watch import watch
-from maskvlm.training.resume import may_go_on, newest_of
-from maskvlm.training.run_record import RunRecord, SaveConfig, claim_folder, finish_run, give_up_folder, read_json
+from maskvlm.training.resume import check_origin, may_go_on, newest_of
+from maskvlm.training.run_record import (
+    RunRecord,
+    SaveConfig,
+    claim_folder,
+    finish_run,
+    give_up_folder,
+    origin_of,
+    read_json,
+)
 from maskvlm.training.sharding import is_sharded
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.lock import HELD
@@ -153,13 +161,18 @@ class LightningCommand(LightningCLI):
         """Take the folder, and find where its run goes on. What is refused has touched nothing."""
         # Every process looks, which touches nothing; the first alone takes the lock.
         named = settings.ckpt_path is not None
+        origin = origin_of(settings.ckpt_path, folder) if named else None
         composed = self.composed()
         if not named:
             may_go_on(folder, composed)
+        if origin is not None:
+            check_origin(folder, origin)
         if process_rank() == 0:
             HELD.take(folder, warn)
+        # Looked at again under the lock: somebody may have trained here in between.
+        if origin is not None:
+            check_origin(folder, origin)
         if not named:
-            # Looked at again under the lock: somebody may have trained here in between.
             settings.ckpt_path = newest_of(folder, composed, warn)
             if settings.ckpt_path is None and process_rank() == 0:
                 # What lay there before, such as the settings of an earlier start, is not this one's to remove.

@@ -37,6 +37,7 @@ from maskvlm.training.lightning_private import (
     replace_signal_handlers,
 )
 from maskvlm.training.resume import LAST, PREVIOUS
+from maskvlm.training.run_record import origin_of
 from maskvlm.training.sharding import is_sharded, own_part
 from maskvlm.utils.distributed import shared_count
 from maskvlm.utils.errors import ExitCode, UserError, check_least
@@ -102,7 +103,8 @@ class KeepState(Checkpoint):
                 checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience
         for keeper in trainer.checkpoint_callbacks:
             if isinstance(keeper, ModelCheckpoint) and keeper.state_key in checkpoint["callbacks"]:
-                follow_folder(checkpoint["callbacks"][keeper.state_key], Path(str(keeper.dirpath)))
+                own = origin_of(str(trainer.ckpt_path), self.folder) is None
+                follow_folder(checkpoint["callbacks"][keeper.state_key], Path(str(keeper.dirpath)), own)
 
     # ------------------------------------------------------------------ start
 
@@ -266,21 +268,21 @@ class KeepState(Checkpoint):
             self.save(trainer)
 
 
-def follow_folder(state: dict[str, Any], folder: Path) -> None:
+def follow_folder(state: dict[str, Any], folder: Path, own: bool) -> None:
     """Let what `ModelCheckpoint` remembers follow a run's folder that was moved: it keeps whole paths, and would begin
     anew in another folder, where the first score, however low, replaces the best weights.
 
     Args:
         state: of the callback, changed in place.
         folder: where the run's checkpoints lie now.
+        own: the state comes from there. A run that begins from another one's checkpoint has no best weights yet.
     """
     before = state.get("dirpath")
     if not before or Path(before) == folder:
         return
     here = {path: folder / Path(path).name for path in state.get("best_k_models", {})}
     best = here.get(state.get("best_model_path", ""))
-    # A run that goes on in a new folder, from a checkpoint named by --ckpt_path, has no best weights there.
-    if best is None or not best.exists():
+    if not own or best is None or not best.exists():
         state["best_model_path"] = ""
         return
     state["dirpath"], state["best_model_path"] = str(folder), str(best)

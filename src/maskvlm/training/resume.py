@@ -67,6 +67,15 @@ def newest_of(folder: Path, composed: str, warn: Callable[[str], Any]) -> str | 
     return None if newest is None else str(newest)
 
 
+def check_origin(folder: Path, origin: str) -> None:
+    """Raises UserError (73) where a run that is to begin from another run's checkpoint finds one in its folder."""
+    if has_begun(folder):
+        what = f"already holds a run, which did not begin from {origin}"
+        raise UserError(
+            folder, what, f"{CHOOSE}, or go on with that run: leave --ckpt_path out", ExitCode.CANNOT_CREATE
+        )
+
+
 def may_go_on(folder: Path, composed: str) -> bool:
     """Whether the folder holds this very run, unfinished; False where it holds none. Touches nothing.
 

@@ -273,6 +273,15 @@ class SaveConfig(SaveConfigCallback):
         write_text(folder_of(trainer) / f"config-{getattr(stage, 'value', stage)}.yaml", text)
 
 
+def origin_of(checkpoint: str | Path, folder: Path) -> str | None:
+    """Path of the other run's checkpoint that a run in this folder begins from; None where it is one of the folder's
+    own, which may lie in a folder below. Links to files are not followed: a run may keep its checkpoints elsewhere."""
+    path, here = Path(checkpoint), folder.resolve()
+    path = path.parent.resolve() / path.name
+    run = next((above for above in path.parents if above == here or is_training_run(above)), None)
+    return None if run == here else str(path)
+
+
 def is_training_run(folder: Path) -> bool:
     """Whether a training left its record here, which measuring a checkpoint must not replace."""
     return (folder / "config-fit.yaml").exists()
