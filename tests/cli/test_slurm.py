@@ -93,6 +93,8 @@ def test_a_job_that_its_folder_would_refuse_is_not_submitted(
     assert main(words) == ExitCode.CANNOT_CREATE
     assert "already holds a run with other settings (model.task.image_mask_ratio" in capsys.readouterr().err
     assert not (run / "job.sh").exists()
+    assert main([*words, "--ckpt_path", str(tmp_path / "other" / "last.ckpt")]) == ExitCode.CANNOT_CREATE
+    assert "already holds a run, which did not begin from " in capsys.readouterr().err
     assert main([*words, "--ckpt_path", "last"]) == 0  # asked for
 
 

@@ -248,6 +248,35 @@ def test_a_checkpoint_of_another_run_is_not_mixed_into_a_folder(
     assert content_of_files(tmp_path / "two") == before
 
 
+def test_a_run_from_another_ones_checkpoint_goes_on_from_its_own(
+    fit: Callable[..., dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the same command is repeated, as a queue does after a kill: whatever has become of the first run."""
+    fit("one", data__steps=3)
+    begun: list[int] = []
+    start, end = KeepState.on_train_start, KeepState.on_train_batch_end
+
+    def noted(self: KeepState, trainer: L.Trainer, module: L.LightningModule) -> None:
+        start(self, trainer, module)
+        begun.append(trainer.global_step)
+
+    def dies(self: KeepState, trainer: L.Trainer, *rest: object) -> None:
+        end(self, trainer, *rest)  # type: ignore[arg-type]
+        if trainer.global_step == 7 and len(begun) == 1:
+            raise RuntimeError("dies")
+
+    monkeypatch.setattr(KeepState, "on_train_start", noted)
+    monkeypatch.setattr(KeepState, "on_train_batch_end", dies)
+    again: dict[str, object] = {"ckpt_path": tmp_path / "one" / "last.ckpt", "data__steps": 9}
+    with pytest.raises(RuntimeError, match="dies"):
+        fit("two", **again)
+    shutil.rmtree(tmp_path / "one")
+    assert fit("two", **again)["global_step"] == 9
+    assert begun == [3, 6]
+    with pytest.raises(Finished, match="finished at step 9"):
+        fit("two", **again)
+
+
 def keeper(folder: Path) -> ModelCheckpoint:
     """What keeps the best of a run in this folder, with a score of 5."""
     saver = ModelCheckpoint(folder, monitor="score", mode="max")

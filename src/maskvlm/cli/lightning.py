@@ -44,7 +44,7 @@ from maskvlm.training.lit import LitModel
 from maskvlm.training.memory_estimate import AUTOCAST, StepSimulation, copies_gradients, estimate_memory
 from maskvlm.training.precision import alone, cpu_precision
 from maskvlm.training.process_watch import watch
-from maskvlm.training.resume import check_origin, may_go_on, newest_of
+from maskvlm.training.resume import may_go_on, newest_of
 from maskvlm.training.run_record import (
     RunRecord,
     SaveConfig,
@@ -160,20 +160,17 @@ class LightningCommand(LightningCLI):
     def _stand(self, settings: Namespace, folder: Path) -> None:
         """Take the folder, and find where its run goes on. What is refused has touched nothing."""
         # Every process looks, which touches nothing; the first alone takes the lock.
-        named = settings.ckpt_path is not None
-        origin = origin_of(settings.ckpt_path, folder) if named else None
+        named = settings.ckpt_path
+        origin = None if named is None else origin_of(named, folder)
+        own = named is not None and origin is None  # one of the folder's checkpoints is asked for
         composed = self.composed()
-        if not named:
-            may_go_on(folder, composed)
-        if origin is not None:
-            check_origin(folder, origin)
+        if not own:
+            may_go_on(folder, composed, origin)
         if process_rank() == 0:
             HELD.take(folder, warn)
-        # Looked at again under the lock: somebody may have trained here in between.
-        if origin is not None:
-            check_origin(folder, origin)
-        if not named:
-            settings.ckpt_path = newest_of(folder, composed, warn)
+        if not own:
+            # Looked at again under the lock: somebody may have trained here in between.
+            settings.ckpt_path = newest_of(folder, composed, warn, origin) or named
             if settings.ckpt_path is None and process_rank() == 0:
                 # What lay there before, such as the settings of an earlier start, is not this one's to remove.
                 self.claimed = not folder.is_dir() or {path.name for path in folder.iterdir()} <= {"run.lock"}

@@ -14,7 +14,7 @@ from maskvlm.checkpoint.integrity import newest_valid
 from maskvlm.cli.lightning import Parsed, built_source, run_command
 from maskvlm.data.streaming.source import Stream
 from maskvlm.training.resume import may_go_on
-from maskvlm.training.run_record import write_text
+from maskvlm.training.run_record import origin_of, write_text
 from maskvlm.utils.errors import ExitCode, UserError
 
 SCRIPT = """#!/usr/bin/env bash
@@ -61,8 +61,10 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     folder, source = Path(settings.run), built_source(settings)
     if not isinstance(source, Stream):  # to look at a stream is to begin it
         source.split("train")
-    if settings.get("ckpt_path") is None:
-        may_go_on(folder, command.composed())
+    named = settings.get("ckpt_path")
+    origin = None if named in (None, "last", "best") else origin_of(named, folder)
+    if named is None or origin is not None:
+        may_go_on(folder, command.composed(), origin)
     goes_on, waits = newest_valid(folder), (folder / "job.sh").exists()
     message = hand_over(folder / "job.sh", batch_script(settings, ["fit", *arguments], allowed))
     if goes_on:

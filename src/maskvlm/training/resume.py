@@ -42,20 +42,21 @@ RECORD = "config-fit.yaml"
 CHOOSE = "Choose another folder (--folder, or run=)"
 
 
-def newest_of(folder: Path, composed: str, warn: Callable[[str], Any]) -> str | None:
+def newest_of(folder: Path, composed: str, warn: Callable[[str], Any], origin: str | None = None) -> str | None:
     """The checkpoint that a run in this folder goes on from; None where it begins.
 
     Args:
         folder: of the run.
         composed: its configuration as YAML.
         warn: told of newer checkpoints that are damaged.
+        origin: another run's checkpoint that the command names; a run which began from it goes on as any other.
 
     Raises:
         Finished: the run has come to its end.
         UserError: the folder holds another run (73), every checkpoint in it is damaged (77), or the run died too often
             in the same step (77).
     """
-    if not may_go_on(folder, composed):
+    if not may_go_on(folder, composed, origin):
         return None
     # Asked first: to verify a large checkpoint takes seconds.
     failed = check_attempts(folder)
@@ -67,21 +68,16 @@ def newest_of(folder: Path, composed: str, warn: Callable[[str], Any]) -> str | 
     return None if newest is None else str(newest)
 
 
-def check_origin(folder: Path, origin: str) -> None:
-    """Raises UserError (73) where a run that is to begin from another run's checkpoint finds one in its folder."""
-    if has_begun(folder):
-        what = f"already holds a run, which did not begin from {origin}"
-        raise UserError(
-            folder, what, f"{CHOOSE}, or go on with that run: leave --ckpt_path out", ExitCode.CANNOT_CREATE
-        )
-
-
-def may_go_on(folder: Path, composed: str) -> bool:
+def may_go_on(folder: Path, composed: str, origin: str | None = None) -> bool:
     """Whether the folder holds this very run, unfinished; False where it holds none. Touches nothing.
 
     Raises: see `newest_of`.
     """
     record = folder / RECORD
+    if origin is not None and has_begun(folder) and read_json(folder / "versions.json").get("origin") != origin:
+        what = f"already holds a run, which did not begin from {origin}"
+        todo = f"{CHOOSE}, or leave --ckpt_path out to go on with that run"
+        raise UserError(folder, what, todo, ExitCode.CANNOT_CREATE)
     if not record.exists() and not any(folder.glob("*.ckpt")):
         return False
     if not record.exists():

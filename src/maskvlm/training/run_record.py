@@ -182,11 +182,15 @@ class RunRecord(L.Callback):
 
     def _begin(self, trainer: L.Trainer) -> None:
         """Write what is known before the first step."""
-        fingerprint = getattr(trainer.datamodule, "fingerprint", None)  # type: ignore[attr-defined]
+        folder, fingerprint = folder_of(trainer), getattr(trainer.datamodule, "fingerprint", None)  # type: ignore[attr-defined]
         facts: dict[str, Any] = {"seed": int(os.environ.get("PL_GLOBAL_SEED", 0))}
         facts["processes"], facts["precision"] = trainer.world_size, str(trainer.precision)
         facts["data"] = fingerprint() if fingerprint else None
-        write_json(folder_of(trainer) / "versions.json", versions() | facts | earlier(folder_of(trainer)))
+        # The same command, repeated, goes on with what began from the checkpoint that it names.
+        named = origin_of(str(trainer.ckpt_path), folder) if self.goes_on else None
+        if origin := named or read_json(folder / "versions.json").get("origin"):
+            facts["origin"] = origin
+        write_json(folder / "versions.json", versions() | facts | earlier(folder))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """A run goes on: the checkpoint was found to fit. Model and data are restored by now."""
