@@ -321,6 +321,24 @@ def test_where_nothing_can_be_read_the_run_stops_at_once() -> None:
     take_in(data, 1, *[("missing", "toy:1")] * 100)
 
 
+def test_a_second_training_begins_with_the_first_sample_and_has_read_none() -> None:
+    """Of a script that trains twice with the same data, the first time from a checkpoint."""
+    data = ready()
+    took = list(data.train_dataloader())
+    state = data.state_dict() | {"batches": 4}
+    take_in(data, 2, ("missing", "toy:1"))
+    data.load_state_dict(state)
+    take_in(data, 2, ("missing", "toy:1"))
+    assert len(list(data.train_dataloader())) == 2
+    data.setup("validate")
+    assert (data.bad_rows()["samples"], data.bad_rows()["problems"]) == (200, {"missing": 2})
+    data.setup("fit")
+    for one, other in zip(data.train_dataloader(), took, strict=True):
+        assert_equal(one, other)
+    rows = data.bad_rows()
+    assert (rows["samples"], rows["problems"], rows["examples"]) == (0, {}, {})
+
+
 def test_mended_captions_are_counted_and_do_not_stop_the_run() -> None:
     data = ready(max_bad_fraction=0.0)
     take_in(data, 20, ("caption cut", "toy:3"))

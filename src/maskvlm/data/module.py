@@ -115,11 +115,7 @@ class PairData(L.LightningDataModule):
         # in the order of `train_transform`'s arguments after `spec`
         self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
-        # samples that could not be read or had to be mended: how many, and which, by reason
-        self.problems: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-        self.samples = 0
-        self.start = 0  # batches (passes, where several share a step) that a run which goes on has consumed
+        self._begin()
         self.splits: dict[str, Any] = {}
         self.share_looked_at = 1.0  # of the images of the split that was measured last
 
@@ -135,7 +131,17 @@ class PairData(L.LightningDataModule):
         """Whether a training image looks different each time."""
         return self.augment[-1]
 
+    def _begin(self) -> None:
+        """Nothing is read yet; a checkpoint tells later how far a run that goes on has come."""
+        # samples that could not be read or had to be mended: how many, and which, by reason
+        self.problems: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+        self.samples = 0
+        self.start = 0  # batches (passes, where several share a step) that a run which goes on has consumed
+
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self._begin()  # also where these data were trained on before
         needed = ["test" if stage == "test" else "val"]
         # without a tokenizer, evaluation needs the training captions, too: one is trained on them
         needed += ["train"] if stage == "fit" or self.tokenizer is None else []
