@@ -507,6 +507,40 @@ def test_the_data_of_every_training_of_a_backbone_are_named() -> None:
     assert [entry["sha"] for entry in lineage] == [sha for sha, _ in (*twice, *once)]
 
 
+def test_whoever_measures_a_model_knows_what_it_was_trained_on(tmp_path: Path) -> None:
+    """Another trainer than the one that trained it, which has made no step itself; with the weights as they are, or
+    with a checkpoint's."""
+    model, data = make_model(), make_data()
+    trainer = make_trainer(limit_val_batches=0)
+    trainer.fit(model, data)
+    trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    once = [(data.splits["train"].fingerprint, 3)]
+    for kwargs in ({}, {"ckpt_path": tmp_path / "trained.ckpt", "weights_only": True}):
+        other = make_trainer()
+        # Its data have no training split.
+        world = Scenes(train=24, val=6, test=5, size=SIZE)
+        other.test(model, PairData(world, model.backbone.input_spec, steps=3), verbose=False, **kwargs)
+        assert [(entry.sha, entry.steps) for entry in model.history] == once
+        other.save_checkpoint(tmp_path / "measured.ckpt")
+        assert [(entry["sha"], entry["steps"]) for entry in load(tmp_path / "measured.ckpt")["lineage"]] == once
+
+
+def test_what_a_training_that_died_has_read_is_named() -> None:
+    """By whoever saves the model as it is in memory, and by the next training of it."""
+    model, data = make_model(), make_data()
+
+    class Dies(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+            if trainer.global_step == 2:
+                raise RuntimeError("dies")
+
+    with pytest.raises(RuntimeError, match="dies"):
+        make_trainer(Dies(), limit_val_batches=0).fit(model, data)
+    assert [entry["steps"] for entry in MaskVLM.from_modules(model.backbone, model.task).config.lineage] == [2]
+    make_trainer(limit_val_batches=0).fit(model, make_data())
+    assert [entry.steps for entry in model.history] == [2, 3]
+
+
 def test_features_that_are_kept_follow_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where the texts alone name them: photos that were replaced would be trained on as they were."""
     names: list[str] = []

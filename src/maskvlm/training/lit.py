@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
@@ -299,8 +299,8 @@ class LitModel(L.LightningModule):
         follows = (train.fingerprint, photos, image.name, image.config, image.image_size, image.mean, image.std)
         image.frozen_blocks.open_cache(repr((*follows, str(self.trainer.precision))), rows)
 
-    def on_fit_end(self) -> None:
-        """What this training has read is told by whatever is done with the backbone next."""
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
+        """What this training has read is told by whatever is done with the backbone next, also where it dies."""
         self.backbone.trained_on = self.history
 
     def on_validation_start(self) -> None:
@@ -479,8 +479,11 @@ class LitModel(L.LightningModule):
     @property
     def history(self) -> tuple[LineageEntry, ...]:
         """The data that the weights have seen by now."""
-        learned = self.trained and self.trainer.global_step > 0
-        return (*self.history_before, self._own_entry()) if learned else self.history_before
+        if self.trained and self.trainer.global_step > 0:
+            return (*self.history_before, self._own_entry())
+        # By a trainer that has made no step: an evaluation after a training by another one, or before the first step.
+        known = self.backbone.trained_on
+        return self.history_before if known is None else known
 
     def _own_entry(self) -> LineageEntry:
         """This run's training data; its ids are hashed once."""
@@ -514,7 +517,9 @@ class LitModel(L.LightningModule):
         measure: Any = getattr(self.task, "measure", None)
         if hasattr(measure, "known_images"):
             measure.known_images = checkpoint.get("known_images")  # until the next step or evaluation
-        history = training_history_of(checkpoint)
-        if self.trained and history and history[-1][:3] == self._own_entry()[:3]:
+        history = self.backbone.trained_on = training_history_of(checkpoint)
+        # Not of a trainer that evaluates what another one has trained: it adds no part.
+        adds_own = self.trained and (self.trainer.state.fn == TrainerFn.FITTING or self.trainer.global_step > 0)
+        if adds_own and history and history[-1][:3] == self._own_entry()[:3]:
             history = history[:-1]  # a run that goes on states its own part anew
         self._loaded = history
