@@ -6,13 +6,16 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from guards import Build
+from training.test_early_stop import SMALL
 
 from maskvlm.checkpoint.io import save
+from maskvlm.cli.lightning import LightningCommand, run_command
 from maskvlm.training import attempts
 from maskvlm.training.attempts import NAME, Attempt, Failures, attempted, failures
 from maskvlm.training.resume import newest_of
@@ -71,6 +74,25 @@ def test_four_are_the_most(build: Build, tmp_path: Path) -> None:
     assert caught.value.what == "the run died 4 times in step 9"
     (folder / NAME).unlink()  # as the line says
     assert newest_of(folder, SAME, messages.append) == str(folder / "last.ckpt")
+
+
+@pytest.mark.parametrize("words", [["validate", "--ckpt_path", "x.ckpt"], ["fit", "--trainer.fast_dev_run=true"]])
+def test_what_ends_an_evaluation_or_a_trial_leaves_the_count_of_the_training(
+    words: list[str], stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the folder of a training, as of one that is stopped by Ctrl-C: it has made no attempt."""
+    monkeypatch.chdir(SRC.parent)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("before_fit", "before_validate"):
+        monkeypatch.setattr(LightningCommand, name, interrupted)
+    folder = run_that_died(tmp_path, 3)
+    options = [f"--{key}={value}" for key, value in SMALL.items()]
+    with pytest.raises(KeyboardInterrupt):
+        run_command(LightningCommand, [words[0], "--folder", str(folder), *stack(WHERE="cpu"), *options, *words[1:]])
+    assert failures(folder) == Failures(9, 3)
 
 
 @pytest.mark.guard("maskvlm.training.resume:whole", gives="False")

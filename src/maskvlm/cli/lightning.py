@@ -353,8 +353,11 @@ class LightningCommand(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         memory = keep_freed_memory() if on_cpu else nullcontext()
+        # Neither an evaluation nor a trial is an attempt of the training whose folder it is in.
+        trains = subcommand == "fit" and not self.settings.trainer.fast_dev_run
+        attempt = attempted(Path(self.settings.run)) if trains else nullcontext()
         try:
-            with attempted(Path(self.settings.run)), writing(self.settings.run), explain_interval_error(), memory:
+            with attempt, writing(self.settings.run), explain_interval_error(), memory:
                 super()._run_subcommand(subcommand)
         except UserError:  # with another error there is a report of it
             # Of several processes the folder tells the others how this one ended.
