@@ -521,6 +521,7 @@ def test_whoever_measures_a_model_knows_what_it_was_trained_on(tmp_path: Path) -
         world = Scenes(train=24, val=6, test=5, size=SIZE)
         other.test(model, PairData(world, model.backbone.input_spec, steps=3), verbose=False, **kwargs)
         assert [(entry.sha, entry.steps) for entry in model.history] == once
+        assert model.measured_step == 3
         other.save_checkpoint(tmp_path / "measured.ckpt")
         assert [(entry["sha"], entry["steps"]) for entry in load(tmp_path / "measured.ckpt")["lineage"]] == once
 

@@ -284,6 +284,15 @@ def test_a_checkpoint_is_measured_without_touching_the_record(
     assert (finished / "config-validate.yaml").exists()
 
 
+def test_what_is_measured_of_another_runs_weights_names_their_step(
+    finished: Path, words: list[str], tmp_path: Path
+) -> None:
+    """By `from`: this command's own trainer has made none."""
+    start = str(finished / "last.ckpt")
+    assert main(["validate", "--run", str(tmp_path / "measured"), *words, "--from", start]) == 0
+    assert json.loads((tmp_path / "measured" / "metrics.json").read_text())["step"] == 4
+
+
 def test_a_broken_checkpoint_is_one_line(
     finished: Path, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

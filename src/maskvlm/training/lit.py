@@ -183,7 +183,7 @@ class LitModel(L.LightningModule):
         self._loaded: tuple[LineageEntry, ...] | None = None
         self._before: tuple[LineageEntry, ...] | None = None  # of trainings of this backbone in this process
         self.trained = False
-        self.measured_step: int | None = None  # of the checkpoint that is measured; None: the weights of this run
+        self.measured_step: int | None = None  # of the weights that are measured; None: where this run stands
         self.guard: StepJudge | None = None
         self.terms: tuple[str, ...] = ()  # of the loss of the latest step
         self.weighted_S: Tensor | None = None  # these, each with its weight
@@ -237,6 +237,8 @@ class LitModel(L.LightningModule):
             # What an earlier training of this model has left.
             self.measured_step, self._entry = None, None
             self._before, self._loaded = self.backbone.trained_on or self._loaded, None
+        elif self.trainer.global_step == 0 and self.history:  # what another run or trainer has trained is measured
+            self.measured_step = self.history[-1].steps
         if not isinstance(self.data, PairData):
             raise UserError("trainer", "has no PairData", "Give it as the data: trainer.fit(model, PairData(...))")
         check_source(self.task, self.data)
