@@ -11,6 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from maskvlm.cli.commands import COMMANDS
 from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.study.budget import budget_in_steps, flops_of
@@ -57,7 +58,7 @@ def test_cells_are_arms_on_parts_of_the_data(tmp_path: Path) -> None:
 def test_every_run_has_its_folder_and_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seed by seed, so that all arms can be compared early; a budget of operations in steps."""
     flops = {"few": 30, "all": 100}
-    monkeypatch.setattr("maskvlm.study.budget.flops_of", lambda cell, folder: flops[cell.arm])
+    monkeypatch.setattr("maskvlm.study.budget.flops_of", lambda cell, *_: flops[cell.arm])
     study = read_study(written(tmp_path, STUDY))
     runs = runs_of(study, tmp_path / "runs")
     assert [run.name for run in runs] == [
@@ -72,7 +73,7 @@ def test_every_run_has_its_folder_and_its_command(tmp_path: Path, monkeypatch: p
 
 
 def test_a_budget_is_that_of_the_arm_on_as_many_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskvlm.study.budget.flops_of", lambda cell, folder: 1)
+    monkeypatch.setattr("maskvlm.study.budget.flops_of", lambda *_: 1)
     few = [{"arms": ["all"], "fraction": 0.1, "options": {"data.steps": 40}}]
     every = [{"arms": ["few", "all"], "options": {"data.steps": 400}}, {"arms": ["few"], "flops_of": "all"}]
     study = read_study(written(tmp_path, STUDY | {"grid": [*few, *every]}))
@@ -245,6 +246,10 @@ def test_metrics_are_means_and_differences() -> None:
             "study.yaml: first: few has a from= of its own",
         ),
         (
+            {"first": {"label": "x", "options": {}}, "arms": {"few": {"run": "pretrain model=small"}, "all": None}},
+            "study.yaml: first: few has model=small, but the run that it starts from model=tiny",
+        ),
+        (
             {"first": {"label": "x", "options": {}}, "arms": {"first": None}, "grid": [{"arms": ["first"]}]},
             "study.yaml: first: an arm has this name, too",
         ),
@@ -344,5 +349,22 @@ def test_operations_are_counted_wherever_the_runs_will_be(tmp_path: Path, monkey
     counted: list[list[str]] = []
     monkeypatch.setattr("maskvlm.study.budget._counted", lambda words: counted.append([*words]) or 1)
     study = read_study(written(tmp_path, STUDY | {"run": "pretrain model=tiny where=gpu8 from=x.ckpt"}))
-    flops_of(study.cells[0], tmp_path)
-    assert [word for word in counted[0] if "=" in word and not word.startswith("--")] == ["model=tiny"]
+    flops_of(study.cells[0], tmp_path, False)
+    assert [word for word in counted[0] if not word.startswith("--")] == ["model=tiny", "from=x.ckpt"]
+
+
+def test_the_step_that_is_counted_is_one_of_a_run_that_starts_from_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails where the files for continued training are left out: by themselves encoders of a small model stop early."""
+    monkeypatch.chdir(ROOT)
+    counted: list[list[str]] = []
+    monkeypatch.setattr("maskvlm.study.budget._counted", lambda words: counted.append([*words]) or 1)
+    first = {"label": "x", "options": {"data.steps": 1}}
+    for change, image_learns in (({}, 0.45), ({"first": first}, 1.0)):
+        study = read_study(written(tmp_path, STUDY | change))
+        budget_in_steps(study, study.cell("few@flops-of-all"), tmp_path)
+        for words in counted[-2:]:
+            composed = run_command(Parsed, COMMANDS["pretrain"].full(words)).settings
+            assert composed.model.task.init_args.image_learns == image_learns
+    assert len(counted) == 4

@@ -104,7 +104,7 @@ REGISTRY = (
     ),
     Command(
         "bench", LEARN, "time a few training steps", "maskvlm.cli.bench:bench",
-        ("model", "recipe", "data", "where", "encoders"), compose=compose.bench_command,
+        ("model", "recipe", "data", "where", "from", "encoders"), compose=compose.bench_command,
     ),
     Command(
         "doctor", LEARN, "check machine, weights and data for a run; predict its memory, speed and hours",

@@ -234,11 +234,15 @@ def pretraining(words: CommandWords) -> list[str]:
     recipe = there("pretrain") + ([chosen("recipe", named)] if named is not None else there(f"pretrain-{model}"))
     if start:
         refuse_encoders(words)
-        # Without model/MODEL: the architecture is the checkpoint's. The files for continued training win over `where`.
-        continued = there("continue", f"continue-{model}")
-        return ["--from", start, *files([*there("base"), *recipe, *data, where, *continued]), *options]
+        # Without model/MODEL: the architecture is the checkpoint's.
+        return ["--from", start, *files([*there("base"), *recipe, *data, where]), *continued(words), *options]
     stack = files([*there("base"), architecture, *recipe, *data, where])
     return [*stack, *options, *encoder_options(words.get("encoders"))]
+
+
+def continued(words: CommandWords) -> list[str]:
+    """What pre-training from a checkpoint takes besides: files that win over `where`."""
+    return files(there("continue", f"continue-{words.get('model', 'tiny')}"))
 
 
 def downstream(task: str, words: CommandWords) -> list[str]:

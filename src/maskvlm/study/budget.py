@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from maskvlm.config.compose import PRETRAINING, continued, read_words
 from maskvlm.study.definition import Cell, Study
 from maskvlm.training.run_record import read_json, write_json
 from maskvlm.utils.errors import UserError
@@ -33,7 +34,8 @@ def budget_in_steps(study: Study, cell: Cell, folder: Path) -> int | None:
         raise UserError(f"flops_of: {cell.flops_of}", "does not say how many steps it makes", todo)
     if not steps.isdigit():
         raise UserError(f"flops_of: {cell.flops_of}", f"{STEPS} is {steps}", "Give a whole number")
-    return max(1, round(int(steps) * flops_of(other, folder) / flops_of(cell, folder)))
+    starts = study.first is not None
+    return max(1, round(int(steps) * flops_of(other, folder, starts) / flops_of(cell, folder, starts)))
 
 
 def spent_by(cells: Sequence[Cell], cell: Cell) -> Cell | None:
@@ -51,8 +53,12 @@ def spent_by(cells: Sequence[Cell], cell: Cell) -> Cell | None:
     return candidates[0] if candidates else None
 
 
-def flops_of(cell: Cell, folder: Path) -> int:
+def flops_of(cell: Cell, folder: Path, starts: bool) -> int:
     """Operations of a training step of a cell, the mean of its run, counted by `maskvlm bench` once and kept.
+
+    Args:
+        starts: whether its runs start from another run of the study. That one need not be made yet, so what such runs
+            take besides is given to the model of the command.
 
     Raises:
         UserError: the bench did not end well.
@@ -61,7 +67,9 @@ def flops_of(cell: Cell, folder: Path) -> int:
     known: dict[str, int] = read_json(path)
     options = [f"--{key}={value}" for key, value in cell.options if key != STEPS]
     # Not where the runs will be: what submits them may have no card, and operations are the same on all machines.
-    words = [word for word in cell.run[1:] if not word.startswith(("from=", "where="))]
+    words = [word for word in cell.run[1:] if not word.startswith("where=")]
+    if starts:
+        options = [*continued(read_words(cell.run[0], words, PRETRAINING)), *options]
     key = json.dumps([*words, *options])
     if key not in known:
         known[key] = _counted([*words, *options])

@@ -330,16 +330,23 @@ def _first(content: Mapping[str, Any], cells: tuple[Cell, ...], file: str, machi
         return None
     where = f"{file}: first"
     read = FIRST_RUN.read(content["first"], where, TODO)
+    words = _words(content["run"], f"{file}: run", machine)
     for cell in cells:
         if cell.arm == FIRST:
             raise UserError(where, "an arm has this name, too", "Give the arm another name")
         if any(word.startswith("from=") for word in cell.run):
             raise UserError(where, f"{cell.name} has a from= of its own", "Leave out one of the two")
+        if cell.run[0] == words[0] == "pretrain" and _model(cell.run) != _model(words):
+            what = f"{cell.name} has {_model(cell.run)}, but the run that it starts from {_model(words)}"
+            raise UserError(where, what, "Give both the same model")
     options = (content.get("options") or {}) | read["options"]
     _check_keys(options, where)
     seeds = dict.fromkeys(seed for cell in cells for seed in cell.seeds)
-    words = _words(content["run"], f"{file}: run", machine)
     return Cell(FIRST, 1.0, "", tuple((key, as_text(value)) for key, value in options.items()), tuple(seeds), words)
+
+
+def _model(words: tuple[str, ...]) -> str:
+    return next((word for word in words if word.startswith("model=")), "model=tiny")
 
 
 def _check_keys(options: Mapping[str, Any], where: str) -> None:
