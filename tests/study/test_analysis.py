@@ -165,6 +165,17 @@ def test_every_number_can_be_traced_to_its_run(tmp_path: Path) -> None:
         assert row["metrics_sha256"] == hashlib.sha256(content).hexdigest()
 
 
+def test_hours_that_nobody_has_counted_are_not_none(tmp_path: Path) -> None:
+    study, runs = a_study(tmp_path, {"few": [10, 11, 12], "all": [20, 21, 22]})
+    for place, seconds in (("few-s0", 3600), ("few-s1", 10800), ("all-s0", 3600), ("all-s1", 3600), ("all-s2", 3600)):
+        (tmp_path / "runs" / place / "study.json").write_text(json.dumps({"seconds": seconds}))
+    (tmp_path / "runs" / "few-s2" / "study.json").write_text('{"seconds": null}')
+    page = write_page(study, runs, tmp_path / "page", "x").read_text()
+    assert "at least 7.0 hours of runs, waiting included; the hours of 1 are not known)" in page
+    assert "| few losses | 3 | 2.00 (2) | " in page
+    assert "| all | 3 | 1.00 | " in page
+
+
 def test_the_page_says_what_all_runs_start_from(tmp_path: Path) -> None:
     first = {"label": "masked words alone", "options": {"data.steps": 9}}
     study, runs = a_study(tmp_path, {"few": [10, 11]}, {"first": first})

@@ -61,6 +61,16 @@ def test_one_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     assert (tmp_path / "all-s0" / LOG).read_text().count("no such thing") == 2
 
 
+def test_only_what_was_timed_from_its_beginning_has_hours(tmp_path: Path) -> None:
+    """Fails where the last minute of a run that was made otherwise is taken for all of it."""
+    begun, new = run(tmp_path, ENDS, 0), run(tmp_path, ENDS, 1)
+    begun.folder.mkdir()
+    (begun.folder / "last.ckpt").touch()
+    assert len(list(Runner(1).make([begun, new]))) == 2
+    assert begun.seconds is None
+    assert new.seconds is not None
+
+
 def test_each_has_its_part_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maskvlm.study.runs.cores", lambda: 8)
     tells = "import os; print(os.environ['OMP_NUM_THREADS'])"

@@ -82,7 +82,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
             todo = "Submit the study again once it is"
             raise UserError(run.name, f"{run.waits_for}, which it starts from, is not finished", todo)
         if process_rank() == 0:  # of the several processes of a task
-            run.note(run.seconds or 0.0)
+            run.note(math.nan)  # the task takes this process's place: nobody times it
         os.execv(sys.executable, run.command)
     if options.submit:
         words = ["study", options.file, *_again(options.only, "--only"), *_again(options.seeds, "--seeds")]

@@ -93,12 +93,11 @@ def text_of(
     command: str,
 ) -> str:
     """The page in Markdown. answers: of which something was measured; open_claims: the others."""
-    hours = frame["hours"].sum() if len(frame) else 0.0
     seeds = sorted({run.seed for run in runs})
     lines = [
         f"# {study.title}", "", *([study.about.strip(), ""] if study.about.strip() else []),
         f"Made by `{command}` from {len(frame)} of {len(runs)} runs ({len(study.cells)} cells, seeds "
-        f"{', '.join(map(str, seeds))}; {hours:.1f} hours of runs, waiting included). The command of a run begins "
+        f"{', '.join(map(str, seeds))}; {_hours(frame)}). The command of a run begins "
         f"`maskvlm {study.run}`. [{RUNS}]({RUNS}) has each run's metrics. Intervals are of 95 %, by "
         "Student's t over the seeds; differences are paired by seed. A comparison holds, or does not, where the whole "
         "interval says so; of forty without any difference one is expected to hold, and one not to, by chance, more "
@@ -125,6 +124,14 @@ def text_of(
     return "\n".join(lines)
 
 
+def _hours(frame: pd.DataFrame) -> str:
+    """What all runs took; a run that nobody has timed did not take nothing."""
+    hours = frame["hours"] if len(frame) else pd.Series(dtype=float)
+    unknown = len(hours) - hours.count()
+    total = f"{hours.sum():.1f} hours of runs, waiting included"
+    return f"at least {total}; the hours of {unknown} are not known" if unknown else total
+
+
 def cell_table(study: Study, frame: pd.DataFrame) -> list[str]:
     """Each cell that has been run, with the means of the study's columns and half the width of their intervals."""
     metrics = [study.metrics[name] for name in study.columns]
@@ -136,10 +143,11 @@ def cell_table(study: Study, frame: pd.DataFrame) -> list[str]:
         rows = frame[frame["cell"] == cell.name] if len(frame) else frame
         if not len(rows):
             continue
-        hours = f"{rows['hours'].mean():.2f}" if len(rows) and rows["hours"].notna().any() else ""
+        known = rows["hours"].count()
+        hours = f"{rows['hours'].mean():.2f}" + (f" ({known})" if known < len(rows) else "") if known else ""
         intervals = [interval(values_of(frame, cell.name, metric).tolist()) for metric in metrics]
         means = [
-            # Of which runs have the metric, where not all have it.
+            # Of how many runs, where not all have it; hours as well.
             _mean(each, metric) + (f" ({each.values})" if 0 < each.values < len(rows) else "")
             for each, metric in zip(intervals, metrics, strict=True)
         ]

@@ -6,6 +6,7 @@ A run is an ordinary run: killed, it goes on from its latest checkpoint; finishe
 import csv
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 from maskvlm.study.budget import STEPS, budget_in_steps, spent_by
 from maskvlm.study.definition import Cell, Study
-from maskvlm.training.resume import LAST, finished
+from maskvlm.training.resume import LAST, finished, has_begun
 from maskvlm.training.run_record import read_json, write_json
 from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
@@ -78,7 +79,7 @@ class StudyRun(NamedTuple):
 
     @property
     def seconds(self) -> float | None:
-        """Time that its processes took, in all; None where it was not made by a study."""
+        """Time that its processes took, in all; None where nobody has timed all of them."""
         seconds = read_json(self.folder / ABOUT).get("seconds")
         return float(seconds) if isinstance(seconds, int | float) else None
 
@@ -100,7 +101,7 @@ class StudyRun(NamedTuple):
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def note(self, seconds: float) -> None:
-        """Write down what it is, and how long its processes took so far."""
+        """Write down what it is, and how long its processes took so far; not a number where that is not known."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / ABOUT, {**self.about, "seconds": seconds})
 
@@ -213,7 +214,9 @@ class Runner:
             return None
         if run.waits_for is not None:
             return Ended(run, ExitCode.MISSING_INPUT, f"{run.waits_for}, which it starts from, is not finished", 0.0)
-        before, start = run.seconds or 0.0, time.monotonic()
+        before, start = run.seconds, time.monotonic()
+        if before is None:  # what was made without a study, or by a task of an array, nobody has timed
+            before = math.nan if has_begun(run.folder) else 0.0
         run.note(before)
         threads = str(max(1, cores() // self.jobs))
         # PASSIVE: threads that wait do not spin, which would take time from the other runs
