@@ -26,7 +26,7 @@ def test_a_damaged_record_stops_neither_beginning_nor_end(build: Build, content:
     (tmp_path / "versions.json").write_bytes(content)
     assert finished(tmp_path) is None
     assert earlier(tmp_path) == {}
-    finish_run(tmp_path, 7)
+    finish_run(tmp_path, 7, 9)
     assert finished(tmp_path) == 7
     assert isinstance(read_json(tmp_path / "versions.json")["finished"]["step"], int)
 

@@ -165,6 +165,21 @@ def test_every_number_can_be_traced_to_its_run(tmp_path: Path) -> None:
         assert row["metrics_sha256"] == hashlib.sha256(content).hexdigest()
 
 
+def test_a_run_that_ended_early_is_named(tmp_path: Path) -> None:
+    """Also where it was made elsewhere. Fails where it is averaged with the others without a word."""
+    study, runs = a_study(tmp_path, {"few": [10, 11, 12]})
+    for seed, steps in ((0, 9), (1, 40)):
+        record = {"finished": {"step": 9, "of": steps}}
+        (tmp_path / "runs" / f"few-s{seed}" / "versions.json").write_text(json.dumps(record))
+    page = write_page(study, runs, tmp_path / "page", "x")
+    assert "Not every run made all steps: few-s1 ended at step 9 of 40. " in page.read_text()
+    (tmp_path / "here").mkdir()
+    _, here = a_study(tmp_path / "here", {})
+    again = write_page(study, here, tmp_path / "again", "x", earlier_runs(page.parent, here))
+    assert "few-s1 ended at step 9 of 40. " in again.read_text()
+    assert "made all steps" not in write_page(study, here, tmp_path / "none", "x").read_text()
+
+
 def test_hours_that_nobody_has_counted_are_not_none(tmp_path: Path) -> None:
     study, runs = a_study(tmp_path, {"few": [10, 11, 12], "all": [20, 21, 22]})
     for place, seconds in (("few-s0", 3600), ("few-s1", 10800), ("all-s0", 3600), ("all-s1", 3600), ("all-s2", 3600)):

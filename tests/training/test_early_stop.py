@@ -15,7 +15,7 @@ from maskvlm.checkpoint.io import load
 from maskvlm.cli.lightning import LightningCommand, best_of, run_command
 from maskvlm.training.checkpointing import KeepState
 from maskvlm.training.lightning_private import evaluate_after_whole_steps
-from maskvlm.training.resume import finished
+from maskvlm.training.resume import asked_for, finished
 from maskvlm.training.run_record import read_json
 
 SMALL = {
@@ -57,7 +57,7 @@ def test_the_best_weights_are_measured_where_the_score_no_longer_rises(
     assert (best["global_step"], last["global_step"]) == (3, 9)
     assert read_json(tmp_path / "run" / "metrics.json")["step"] == 3
     stderr = capsys.readouterr().err
-    assert finished(tmp_path / "run") == 9
+    assert (finished(tmp_path / "run"), asked_for(tmp_path / "run")) == (9, 12)
     assert "not finished" not in stderr
     assert f"the score no longer rose: the run ends at step 9, {tmp_path / 'run' / 'best.ckpt'} is measured" in stderr
 

@@ -326,7 +326,8 @@ class LightningCommand(LightningCLI):
             warn(f"{folder}: not finished: {stopped}")
             return
         # Last of all: a run that dies before this line is not finished, and goes on when it is started again.
-        finish_run(folder, self.trainer.global_step)
+        trainer: Any = self.trainer
+        finish_run(folder, trainer.global_step, trainer.datamodule.total_steps)
         self._tell_end(folder)
 
     def _best_knows_as_much(self, folder: Path) -> None:

@@ -59,7 +59,7 @@ def frame_of(study: Study, runs: Sequence[StudyRun], earlier: Mapping[str, Outco
             continue
         values = (
             run.name, run.cell.name, run.cell.arm, run.cell.fraction, run.seed, outcome.hours, run.sha256,
-            outcome.sha256,
+            outcome.sha256, outcome.remark,
         )  # fmt: skip
         facts = dict(zip(FACTS, values, strict=True))
         # Prefixed: a study may call a metric by the name of a key, or of a fact.
@@ -74,7 +74,8 @@ def outcome_of(run: StudyRun) -> Outcome | None:
     if metrics is None:
         return None
     content = (run.folder / METRICS).read_bytes()
-    return Outcome((run.seconds or float("nan")) / 3600, metrics, hashlib.sha256(content).hexdigest())
+    hours = (run.seconds or float("nan")) / 3600
+    return Outcome(hours, metrics, hashlib.sha256(content).hexdigest(), run.remark)
 
 
 def interval(values: Sequence[float]) -> Interval:

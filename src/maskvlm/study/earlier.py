@@ -13,7 +13,8 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 RUNS = "runs.csv"
 RUN_SHA256 = "run_sha256"
-FACTS = ("run", "cell", "arm", "fraction", "seed", "hours", RUN_SHA256, "metrics_sha256")
+REMARK = "remark"
+FACTS = ("run", "cell", "arm", "fraction", "seed", "hours", RUN_SHA256, "metrics_sha256", REMARK)
 """Columns of `runs.csv` that tell what a run is; after them come its metrics."""
 OF_STUDY = "study: "
 """Before the names of a study's own metrics in `runs.csv`; the others are keys of metrics.json."""
@@ -26,11 +27,13 @@ class Outcome(NamedTuple):
     Attributes:
         hours: of its processes; not a number where nobody counted.
         metrics: of its metrics.json. sha256: of that file.
+        remark: of the run (`StudyRun`).
     """
 
     hours: float
     metrics: Mapping[str, float]
     sha256: str
+    remark: str
 
 
 def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
@@ -83,4 +86,5 @@ def _outcome(row: Mapping[str, str], where: str, todo: str) -> Outcome:
                 numbers[key] = int(value) if value.isdigit() else float(value)
             except ValueError:
                 raise UserError(where, f"{key}: {value[:40]!r} is no number", todo, ExitCode.BAD_DATA) from None
-    return Outcome(numbers.pop("hours", math.nan), numbers, row["metrics_sha256"])
+    # A table of an earlier version has no remarks.
+    return Outcome(numbers.pop("hours", math.nan), numbers, row["metrics_sha256"], row.get(REMARK, ""))

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from maskvlm.reporting.curves import BLUE, GREY, ORANGE
 from maskvlm.study.analysis import Answer, Compared, Interval, answer, frame_of, interval, values_of
 from maskvlm.study.definition import FIRST, Metric, Study
-from maskvlm.study.earlier import RUNS, Outcome
+from maskvlm.study.earlier import REMARK, RUNS, Outcome
 from maskvlm.study.runs import StudyRun
 from maskvlm.training.run_record import write_text
 from maskvlm.utils.whole_files import whole_file
@@ -107,6 +107,11 @@ def text_of(
     if study.first is not None:
         own = shlex.join(f"--{key}={value}" for key, value in study.first.options)
         lines += [f"Every run starts from the last weights of a run of its seed: {study.arms[FIRST]} (`{own}`).", ""]
+    remarked = frame[frame[REMARK] != ""] if len(frame) else frame
+    if len(remarked):
+        remarks = [f"{run} {remark}" for run, remark in zip(remarked["run"], remarked[REMARK], strict=True)]
+        ending = "A run that its score ended early is measured with its best weights, and counts as the others do."
+        lines += [f"Not every run made all steps: {', '.join(remarks)}. {ending}", ""]
     if answers:
         lines += ["## Claims", "", "| | claim | against | ahead by | verdict |", "|---|---|---|---|---|"]
         for number, each in enumerate(answers, 1):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from maskvlm.study.budget import STEPS, budget_in_steps, spent_by
 from maskvlm.study.definition import Cell, Study
-from maskvlm.training.resume import LAST, finished, has_begun
+from maskvlm.training.resume import LAST, asked_for, finished, has_begun
 from maskvlm.training.run_record import read_json, write_json
 from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
@@ -76,6 +76,13 @@ class StudyRun(NamedTuple):
         """What it measured at its end; None where it has not come to it, or the file cannot be read."""
         content = read_json(self.folder / METRICS) if finished(self.folder) is not None else {}
         return content or None
+
+    @property
+    def remark(self) -> str:
+        """What whoever reads its numbers has to know, such as `ended at step 120 of 400`; "" of most runs."""
+        step, steps = finished(self.folder), asked_for(self.folder)
+        early = step is not None and steps is not None and step < steps
+        return f"ended at step {step} of {steps}" if early else ""
 
     @property
     def seconds(self) -> float | None:

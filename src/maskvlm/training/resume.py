@@ -134,8 +134,18 @@ def whole(path: Path) -> bool:
 
 def finished(folder: Path) -> int | None:
     """The step that a run in this folder ended with; None where it has not ended."""
+    return _noted(folder, "finished", "step")
+
+
+def asked_for(folder: Path) -> int | None:
+    """The steps that a finished run was asked for, of which its score may have ended it earlier; None where nothing
+    says them, as of an older version."""
+    return _noted(folder, "finished", "of")
+
+
+def _noted(folder: Path, event: str, key: str) -> int | None:
     try:
-        return int(read_json(folder / "versions.json")["finished"]["step"])
+        return int(read_json(folder / "versions.json")[event][key])
     except (ValueError, KeyError, TypeError, OverflowError):
         return None
 

@@ -57,12 +57,12 @@ def give_up_folder(folder: Path) -> None:
             folder.rmdir()
 
 
-def finish_run(folder: Path, step: int) -> None:
-    """Note in `versions.json` that a run has come to its end."""
+def finish_run(folder: Path, step: int, of: int) -> None:
+    """Note in `versions.json` that a run has come to its end. of: the steps that it was asked for."""
     forget(folder)
     facts = read_json(folder / "versions.json")
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(folder / "versions.json", facts | {"finished": {"step": step, "time": now}})
+    write_json(folder / "versions.json", facts | {"finished": {"step": step, "of": of, "time": now}})
 
 
 def read_json(path: Path) -> dict[str, Any]:
