@@ -26,6 +26,7 @@ from maskvlm.objectives.image_ablation import ImageAblation
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.reporting.meters import RunningMeans
 from maskvlm.training.lit import LitModel
+from maskvlm.training.resume import diverged_at
 from maskvlm.training.run_record import RunRecord
 from maskvlm.training.step_guard import GRADIENT, LEAST, LOSS, SPIKE, WINDOW, LossWindow, StepGuard, median, verdict_of
 from maskvlm.utils.distributed import Draw
@@ -230,13 +231,16 @@ def test_too_many_in_a_row_end_the_run(build: Build, tmp_path: Path) -> None:
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     listed = json.loads((tmp_path / "bad_samples.json").read_text())["skipped_steps"]["steps"]
     assert [one["step"] for one in listed] == [3, 4, 6, 7, 8]
+    assert diverged_at(tmp_path) == 8
 
 
 def test_a_run_whose_steps_were_all_skipped_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="all 2 steps were skipped: nothing was learned") as caught:
         fit(tmp_path, Poisoned({0, 1}, factor=NAN), steps=2)
     assert caught.value.code == ExitCode.BAD_DATA
+    assert diverged_at(tmp_path) == 2
     fit(tmp_path / "one", Poisoned({0}, factor=NAN), steps=2)  # one step taught something
+    assert diverged_at(tmp_path / "one") is None
 
 
 def test_an_overflowing_temperature_is_bounded_and_a_lost_one_ends_the_run(tmp_path: Path) -> None:

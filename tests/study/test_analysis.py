@@ -180,6 +180,24 @@ def test_a_run_that_ended_early_is_named(tmp_path: Path) -> None:
     assert "made all steps" not in write_page(study, here, tmp_path / "none", "x").read_text()
 
 
+def test_a_run_that_diverged_leaves_its_comparisons_undecided(tmp_path: Path) -> None:
+    """Also where it was made elsewhere. Fails where its arm is judged by the seeds that remain."""
+    values = {"few": [10, 11, 12], "few@flops-of-all": [10, 11, 12], "all": [20.5, 21, 22]}
+    study, runs = a_study(tmp_path, values)
+    assert answer(frame_of(study, runs), study.questions[0]).verdict == "holds"
+    lost = tmp_path / "runs" / "all-s3"
+    lost.mkdir()
+    (lost / "versions.json").write_text('{"diverged": {"step": 7}}')
+    page = write_page(study, runs, tmp_path / "page", "x")
+    assert "Not every run made all steps: all-s3 diverged at step 7. " in page.read_text()
+    assert "| all | 4 |  | 21.2 ± 1.9 (3) |" in page.read_text()
+    (tmp_path / "here").mkdir()
+    _, here = a_study(tmp_path / "here", {})
+    earlier = earlier_runs(page.parent, here)
+    for frame in (frame_of(study, runs), frame_of(study, here, earlier)):
+        assert answer(frame, study.questions[0]).verdict == "undecided"
+
+
 def test_hours_that_nobody_has_counted_are_not_none(tmp_path: Path) -> None:
     study, runs = a_study(tmp_path, {"few": [10, 11, 12], "all": [20, 21, 22]})
     for place, seconds in (("few-s0", 3600), ("few-s1", 10800), ("all-s0", 3600), ("all-s1", 3600), ("all-s2", 3600)):

@@ -71,6 +71,25 @@ def test_only_what_was_timed_from_its_beginning_has_hours(tmp_path: Path) -> Non
     assert new.seconds is not None
 
 
+DIVERGES = """
+import pathlib, sys
+pathlib.Path(sys.argv[1], "versions.json").write_text('{"diverged": {"step": 77}}')
+sys.exit(65)
+"""
+
+
+def test_a_run_that_diverged_is_told_and_not_made_again(tmp_path: Path) -> None:
+    """Nor what would start from it."""
+    one = run(tmp_path, DIVERGES)
+    other = run(tmp_path / "other", ENDS)._replace(start=one)
+    (ended,) = Runner(1).make([one, other])
+    assert ended.code == ExitCode.BAD_DATA
+    assert ended.why.startswith(f"diverged at step 77, and is not made again while {one.folder} is there: ")
+    assert list(Runner(1).make([one, other])) == []
+    assert not one.finished
+    assert other.lost == "starts from all-s0, which diverged at step 77"
+
+
 def test_each_has_its_part_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maskvlm.study.runs.cores", lambda: 8)
     tells = "import os; print(os.environ['OMP_NUM_THREADS'])"

@@ -61,7 +61,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
             )
             # How many steps another arm's operations are is not counted for a list.
             other = not run.cell.flops_of and holds_another(run)
-            state = "other options" if other else "finished" if run.finished else f"step {step_of(run)}"
+            state = "other options" if other else "finished" if run.finished else run.lost or f"step {step_of(run)}"
             print(f"{number}  {state}  {shlex.join(run.command[2:])}{steps}")
         return ExitCode.DONE
     check_cells(chosen, allowed)
@@ -89,9 +89,9 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         words += ["--where", options.where] if options.where else []
         from maskvlm.cli.slurm import submit_array
 
-        unfinished = [run for run in without(chosen, earlier) if not run.finished]
+        unfinished = [run for run in without(chosen, earlier) if not run.over]
         if not unfinished:
-            print(f"nothing to submit: {len(chosen)} runs are finished")
+            print(f"nothing to submit: {len(chosen)} runs are finished, or have diverged")
             return ExitCode.DONE
         # the tasks of an array begin in any order: at first only those that the others start from
         ready = [run for run in unfinished if run.waits_for is None]
@@ -119,7 +119,7 @@ def without(runs: Sequence["StudyRun"], earlier: Mapping[str, "Outcome"]) -> lis
     """The runs that no page has, and what they start from."""
     starts = {run.start for run in runs}
     remaining = [run for run in runs if run.name not in earlier and run not in starts]
-    needed = {run.start for run in remaining if not run.finished}
+    needed = {run.start for run in remaining if not run.over}
     return [run for run in runs if run in remaining or run in needed]
 
 
@@ -141,7 +141,7 @@ def tell_page(
     if reached:
         for line in unknown_keys(silent, dict(chain.from_iterable(each.items() for each in reached)), "no run"):
             print(f"warning: {line}", file=sys.stderr, flush=True)
-    there = sum(run.finished or run.name in earlier for run in runs)
+    there = sum(run.over or run.name in earlier for run in runs)
     print(f"wrote {page} ({there} of {len(runs)} runs)", flush=True)
 
 
@@ -206,7 +206,7 @@ def check_cells(runs: Sequence["StudyRun"], allowed: list[str]) -> None:
     """
     from maskvlm.cli.lightning import Parsed, run_command
 
-    for run in {run.cell.name: run for run in runs if not run.finished}.values():
+    for run in {run.cell.name: run for run in runs if not run.over}.values():
         try:
             run_command(Parsed, composed_run(run), allowed)
         except UserError as error:
@@ -218,7 +218,7 @@ def make_runs(study: Study, runs: Sequence["StudyRun"], jobs: int, allowed: list
     from maskvlm.study.runs import Runner
 
     console = Console()
-    missing = [run for run in runs if not run.finished]
+    missing = [run for run in runs if not run.over]
     console.print(f"{len(runs)} runs, {len(missing)} to make, {jobs} at once", highlight=False)
     worst, spent, warned = 0, 0.0, False
     runner = Runner(jobs, allowed)

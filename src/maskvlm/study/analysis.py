@@ -47,7 +47,7 @@ class Answer(NamedTuple):
 
 
 def frame_of(study: Study, runs: Sequence[StudyRun], earlier: Mapping[str, Outcome] | None = None) -> pd.DataFrame:
-    """One row for each finished run: what it was, what it took, every metric of its metrics.json, and the study's.
+    """One row for each run that is over: what it was, what it took, every metric of its metrics.json, and the study's.
 
     Args:
         earlier: what runs gave that were made elsewhere, by name; a run that is here counts before it.
@@ -69,12 +69,11 @@ def frame_of(study: Study, runs: Sequence[StudyRun], earlier: Mapping[str, Outco
 
 
 def outcome_of(run: StudyRun) -> Outcome | None:
-    """What a run gave that is finished here; None for another one."""
-    metrics = run.metrics
+    """What a run gave that is finished here, or has diverged, which has no metrics; None for another one."""
+    metrics, hours = run.metrics, (run.seconds or float("nan")) / 3600
     if metrics is None:
-        return None
+        return Outcome(hours, {}, "", run.diverged) if run.diverged else None
     content = (run.folder / METRICS).read_bytes()
-    hours = (run.seconds or float("nan")) / 3600
     return Outcome(hours, metrics, hashlib.sha256(content).hexdigest(), run.remark)
 
 
@@ -101,7 +100,7 @@ def values_of(frame: pd.DataFrame, cell: str, metric: Metric) -> "pd.Series[floa
 
 
 def has_lost_runs(frame: pd.DataFrame, comparison: Comparison, metric: Metric) -> bool:
-    """Whether a finished run of either cell lacks a metric that its other runs have, as one that diverged does."""
+    """Whether a run of either cell that is over lacks a metric that its other runs have, as one that diverged does."""
     columns = [frame[frame["cell"] == cell][OF_STUDY + metric.name] for cell in comparison] if len(frame) else []
     return any(0 < values.count() < len(values) for values in columns)
 

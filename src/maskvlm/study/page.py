@@ -35,7 +35,7 @@ def write_page(
     command: str,
     earlier: Mapping[str, Outcome] | None = None,
 ) -> Path:
-    """Write the page, its plots and `runs.csv` from the runs that are finished.
+    """Write the page, its plots and `runs.csv` from the runs that are over.
 
     Args:
         folder: where to, made where needed.
@@ -110,8 +110,12 @@ def text_of(
     remarked = frame[frame[REMARK] != ""] if len(frame) else frame
     if len(remarked):
         remarks = [f"{run} {remark}" for run, remark in zip(remarked["run"], remarked[REMARK], strict=True)]
-        ending = "A run that its score ended early is measured with its best weights, and counts as the others do."
-        lines += [f"Not every run made all steps: {', '.join(remarks)}. {ending}", ""]
+        lines += [
+            f"Not every run made all steps: {', '.join(remarks)}. A run that its score ended early is measured with "
+            "its best weights, and counts as the others do. Without one that diverged its arm would look better than "
+            "it is: what that arm is compared in is undecided.",
+            "",
+        ]
     if answers:
         lines += ["## Claims", "", "| | claim | against | ahead by | verdict |", "|---|---|---|---|---|"]
         for number, each in enumerate(answers, 1):

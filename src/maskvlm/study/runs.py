@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from maskvlm.study.budget import STEPS, budget_in_steps, spent_by
 from maskvlm.study.definition import Cell, Study
-from maskvlm.training.resume import LAST, asked_for, finished, has_begun
+from maskvlm.training.resume import LAST, asked_for, diverged_at, finished, has_begun
 from maskvlm.training.run_record import read_json, write_json
 from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
@@ -62,6 +62,23 @@ class StudyRun(NamedTuple):
         return finished(self.folder) is not None and self.metrics is not None
 
     @property
+    def diverged(self) -> str:
+        """`diverged at step 77`, of which its command would not bring it further; "" of any other run."""
+        step = diverged_at(self.folder)
+        return "" if step is None or self.finished else f"diverged at step {step}"
+
+    @property
+    def lost(self) -> str:
+        """Why it is not made, though it is not finished: it has diverged, or what it starts from has; else ""."""
+        start = "" if self.start is None else self.start.diverged
+        return self.diverged or (f"starts from {self.start.name}, which {start}" if self.start and start else "")
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to be made of it."""
+        return self.finished or bool(self.lost)
+
+    @property
     def waits_for(self) -> str | None:
         """The name of the run that has to be finished before this one; None where nothing is in its way."""
         return self.start.name if self.start is not None and not self.start.finished else None
@@ -79,10 +96,10 @@ class StudyRun(NamedTuple):
 
     @property
     def remark(self) -> str:
-        """What whoever reads its numbers has to know, such as `ended at step 120 of 400`; "" of most runs."""
+        """What whoever reads its numbers has to know: `ended at step 120 of 400`, or that it has none; else ""."""
         step, steps = finished(self.folder), asked_for(self.folder)
         early = step is not None and steps is not None and step < steps
-        return f"ended at step {step} of {steps}" if early else ""
+        return f"ended at step {step} of {steps}" if early else self.diverged
 
     @property
     def seconds(self) -> float | None:
@@ -189,6 +206,8 @@ class Ended(NamedTuple):
             return f"ended by {signal.Signals(-self.code).name}"
         if self.code == ExitCode.REQUEUE:
             return "stopped and saved"
+        if self.run.diverged:
+            return f"{self.run.diverged}, and is not made again while {self.run.folder} is there: {self.last_line}"
         return f"exit status {self.code}: {self.last_line}" if self.code else ""
 
 
@@ -206,12 +225,12 @@ class Runner:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def make(self, runs: Sequence[StudyRun]) -> Iterator[Ended]:
-        """Make those that are not finished, what others start from before these; yields each as it ends. On Ctrl-C or
+        """Make those that are not over, what others start from before these; yields each as it ends. On Ctrl-C or
         SIGTERM the runs are asked to save and to end, and nothing new is begun."""
         waves = [[run for run in runs if run.start is None], [run for run in runs if run.start is not None]]
         with ThreadPoolExecutor(self.jobs) as pool, on_signals(self.stop):
             for wave in waves:
-                pending = {pool.submit(self._one, run) for run in wave if not run.finished}
+                pending = {pool.submit(self._one, run) for run in wave if not run.over}
                 while pending:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (ended for each in done if (ended := each.result()) is not None)

@@ -143,6 +143,11 @@ def asked_for(folder: Path) -> int | None:
     return _noted(folder, "finished", "of")
 
 
+def diverged_at(folder: Path) -> int | None:
+    """The step at which a run in this folder was given up, as too many steps could not be made; None of any other."""
+    return _noted(folder, "diverged", "step")
+
+
 def _noted(folder: Path, event: str, key: str) -> int | None:
     try:
         return int(read_json(folder / "versions.json")[event][key])

@@ -65,6 +65,12 @@ def finish_run(folder: Path, step: int, of: int) -> None:
     write_json(folder / "versions.json", facts | {"finished": {"step": step, "of": of, "time": now}})
 
 
+def note_divergence(folder: Path, step: int) -> None:
+    """Note in `versions.json` that a run was ended as its steps could not be made: the same command would come to the
+    same end. A run that goes on begins the file anew."""
+    write_json(folder / "versions.json", read_json(folder / "versions.json") | {"diverged": {"step": step}})
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A small file that informs and that nothing depends on; empty where it is missing or damaged."""
     try:

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from maskvlm.training.run_record import folder_of, write_bad_samples
+from maskvlm.training.run_record import folder_of, note_divergence, write_bad_samples
 from maskvlm.utils.distributed import gather_objects, shared_count
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
@@ -212,8 +212,7 @@ class StepGuard(Callback):
         self.settle(0)
         pl_module.guard = None  # type: ignore[assignment]
         if self.steps and self.steps == trainer.global_step:
-            what = f"all {self.steps} steps were skipped: nothing was learned"
-            raise UserError(folder_of(trainer), what, HOW_ON, ExitCode.BAD_DATA)
+            raise diverged(trainer, self.steps, f"all {self.steps} steps were skipped: nothing was learned")
 
     # ------------------------------------------------------------------ afterwards
 
@@ -257,7 +256,14 @@ class StepGuard(Callback):
             return
         assert self.trainer is not None
         what = f"{self.in_a_row} steps in a row were skipped up to step {step}, the last as {reason}"
-        raise UserError(folder_of(self.trainer), what, HOW_ON, ExitCode.BAD_DATA)
+        raise diverged(self.trainer, step, what)
+
+
+def diverged(trainer: L.Trainer, step: int, what: str) -> UserError:
+    """Note in the run's folder that it has diverged; returns the error that ends it."""
+    if trainer.is_global_zero:
+        note_divergence(folder_of(trainer), step)
+    return UserError(folder_of(trainer), what, HOW_ON, ExitCode.BAD_DATA)
 
 
 def to_blame(reason: int, weighted: dict[str, float]) -> str:
