@@ -119,6 +119,19 @@ def test_operations_are_counted_for_the_runs_that_are_made(
     assert made == [["all-s3"], ["contrast@flops-of-all-s3"]]
 
 
+@pytest.mark.parametrize("key", ["trainer.val_check_interval", "model.warmup"])
+def test_what_is_longer_than_the_steps_of_a_budget_is_told_before_a_run(
+    key: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How many they are is known once operations are counted: half as many as the two of the other arm."""
+    monkeypatch.setattr("maskvlm.study.budget.flops_of", lambda cell, *_: 1 if cell.arm == "all" else 2)
+    (place / "toy.yaml").write_text(yaml.safe_dump(STUDY | {"options": SMALL | {key: 2}}, sort_keys=False))
+    assert main(["study", "toy.yaml"]) == ExitCode.USAGE
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: contrast@flops-of-all: {key}: 2, but the run has 1 ")
+    assert not (place / "checkpoints" / "toy" / "all-s3").exists()
+
+
 @pytest.fixture
 def plain(place: Path) -> Path:
     """The same without a budget of operations, which would be counted first."""

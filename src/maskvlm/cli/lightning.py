@@ -129,6 +129,7 @@ class LightningCommand(LightningCLI):
         set_length(self.settings, typed)
         if self.config.subcommand == "fit":
             check_interval(self.settings)
+            check_warmup(self.settings)
 
     @property
     def settings(self) -> Namespace:
@@ -383,6 +384,19 @@ def check_interval(settings: Namespace) -> None:
     interval = trainer.val_check_interval
     if batches and evaluates and not trainer.fast_dev_run and isinstance(interval, int) and interval > batches:
         raise interval_too_long(interval, batches)
+
+
+def check_warmup(settings: Namespace) -> None:
+    """The same of a warm-up that is given in steps: the run would end before it has its rate.
+
+    Raises:
+        UserError: it is longer than the run (2).
+    """
+    steps, warmup = (settings.data.get("init_args") or Namespace()).get("steps"), settings.model.warmup
+    if steps and warmup >= 1 and warmup > steps and not settings.trainer.fast_dev_run:
+        raise UserError(
+            "model.warmup", f"{warmup:g}, but the run has {steps} steps", f"Give at most {steps}, or a share"
+        )
 
 
 @contextmanager

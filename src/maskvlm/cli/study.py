@@ -72,6 +72,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     needed += [] if options.page_only else without(chosen, earlier)
     every = runs_of(study, root, {run.cell.name for run in needed})
     chosen = chosen_runs(study, every, options.only, options.seeds)
+    # How many steps these make is known only now: an interval or a warm-up may be longer.
+    check_cells([run for run in chosen if run.spent is not None], allowed)
     for run in every:
         check_same_run(run)
     if options.task is not None:
