@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -351,6 +352,24 @@ def test_operations_are_counted_wherever_the_runs_will_be(tmp_path: Path, monkey
     study = read_study(written(tmp_path, STUDY | {"run": "pretrain model=tiny where=gpu8 from=x.ckpt"}))
     flops_of(study.cells[0], tmp_path, False)
     assert [word for word in counted[0] if not word.startswith("--")] == ["model=tiny", "from=x.ckpt"]
+
+
+def test_operations_of_a_long_run_can_be_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where its interval and warm-up are held against the steps that scenes have by themselves."""
+    monkeypatch.chdir(ROOT)
+    commands: list[list[str]] = []
+
+    def bench(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=0, stdout='{"flops": 5}')
+
+    monkeypatch.setattr("maskvlm.study.budget.subprocess", SimpleNamespace(run=bench))
+    options = {"data.steps": 9000, "trainer.val_check_interval": 8000, "model.warmup": 7000}
+    study = read_study(written(tmp_path, STUDY | {"options": options}))
+    assert budget_in_steps(study, study.cell("few@flops-of-all"), tmp_path) == 9000
+    for _, _, _, name, *words, last in commands:
+        assert (name, last) == ("bench", "--json")
+        run_command(Parsed, COMMANDS["pretrain"].full(words))
 
 
 def test_the_step_that_is_counted_is_one_of_a_run_that_starts_from_another(
