@@ -117,6 +117,13 @@ def test_operations_are_counted_for_the_runs_that_are_made(
     assert main(["study", "toy.yaml", "--only", "contrast@flops-of-all"]) == 0
     assert sorted(counted) == ["all", "contrast@flops-of-all"]
     assert made == [["all-s3"], ["contrast@flops-of-all-s3"]]
+    # A task of an array counts those of its own run.
+    counted.clear()
+    monkeypatch.setattr(os, "execv", lambda *_: sys.exit(0))
+    assert main(["study", "toy.yaml", "--task", "0"]) == 0
+    assert counted == []
+    assert main(["study", "toy.yaml", "--task", "1"]) == 0
+    assert sorted(counted) == ["all", "contrast@flops-of-all"]
 
 
 @pytest.mark.parametrize("key", ["trainer.val_check_interval", "model.warmup"])
@@ -169,11 +176,16 @@ def test_a_task_of_an_array_makes_its_run(plain: Path, monkeypatch: pytest.Monke
 def test_a_study_is_an_array_of_jobs(
     plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    study = yaml.safe_load((plain / "toy.yaml").read_text())
+    study["options"]["data.batch_size"] = "${oc.env:BATCH_OF_THIS_TEST}"
+    (plain / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    monkeypatch.setenv("BATCH_OF_THIS_TEST", "4 ")
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["study", "toy.yaml", "--submit", "--jobs", "2", "--only", "all", "--where", "gpu1"]) == 0
     assert "checkpoints/toy/job.sh: written; there is no sbatch here" in capsys.readouterr().out
     script = (plain / "checkpoints" / "toy" / "job.sh").read_text()
     assert "#SBATCH --array=0-1%2\n" in script
+    assert "export BATCH_OF_THIS_TEST='4 '\n" in script
     assert "#SBATCH --gpus-per-node=1\n" in script
     assert script.rstrip().endswith('-m maskvlm study toy.yaml --only all --where gpu1 --task "$SLURM_ARRAY_TASK_ID"')
 
@@ -222,7 +234,7 @@ def test_a_strangers_study_runs_no_code(
     hidden = arms["a"]["options"] | {"model.task.pixel_loss": "--allow-import=evil"}
     for options in (arms["a"]["options"], hidden):
         (plain / "toy.yaml").write_text(yaml.safe_dump(STUDY | both | {"arms": {"a": {"options": options}, "b": {}}}))
-        for words in (["study", "toy.yaml"], ["study", "toy.yaml", "--task", "0"]):
+        for words in (["study", "toy.yaml"], ["study", "toy.yaml", "--task", "1"]):
             assert main(words) != 0
             capsys.readouterr()
             assert not (plain / "marker").exists()

@@ -39,12 +39,12 @@ READERS = 10  # data workers of a task whose configuration leaves their number t
 PLACES = ("DATA_ROOT", "STREAM")  # that files in conf/data read from the environment
 
 
-def surroundings() -> dict[str, str]:
-    """Environment variables that the job needs as this command has them."""
+def surroundings(more: Sequence[str] = ()) -> dict[str, str]:
+    """Environment variables that the job needs as this command has them. more: names of those that its files read."""
     # The job changes to this folder, so a relative path finds a clone's package.
     paths = [*(["src"] if Path("src/maskvlm").is_dir() else []), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths)))}
-    variables |= {name: os.environ.get(name, "") for name in PLACES}
+    variables |= {name: os.environ.get(name, "") for name in (*PLACES, *more)}
     return {name: value for name, value in variables.items() if value}
 
 
@@ -77,7 +77,13 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
 
 
 def submit_array(
-    folder: Path, run: list[str], words: list[str], numbers: Sequence[int], at_once: int, allowed: list[str]
+    folder: Path,
+    run: list[str],
+    words: list[str],
+    numbers: Sequence[int],
+    at_once: int,
+    allowed: list[str],
+    variables: Sequence[str],
 ) -> str:
     """The same for many runs that need one kind of machine, as an array.
 
@@ -86,6 +92,7 @@ def submit_array(
         run: the subcommand and options of one of them, which tell the machine.
         words: of the command of every task, which is followed by the task's number.
         numbers: of the tasks, at least one. at_once: of these, at most so many at the same time.
+        variables: of the environment, that the tasks need as this command has them.
 
     Raises:
         UserError: as `submit`.
@@ -93,7 +100,8 @@ def submit_array(
     settings = run_command(Parsed, run, allowed).settings
     settings.run = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return hand_over(folder / "job.sh", batch_script(settings, words, allowed, f"{ranges(numbers)}%{at_once}"))
+    script = batch_script(settings, words, allowed, f"{ranges(numbers)}%{at_once}", variables)
+    return hand_over(folder / "job.sh", script)
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -123,13 +131,18 @@ def hand_over(path: Path, script: str) -> str:
 
 
 def batch_script(
-    settings: Namespace, arguments: list[str], allowed: Iterable[str] = (), array: str | None = None
+    settings: Namespace,
+    arguments: list[str],
+    allowed: Iterable[str] = (),
+    array: str | None = None,
+    variables: Sequence[str] = (),
 ) -> str:
     """One task a GPU, as Lightning expects it under srun.
 
     Args:
         arguments: of `python -m maskvlm`.
         array: of sbatch: the numbers of its tasks, each of which is handed to the command last.
+        variables: further ones of the environment that the job needs.
     """
     devices, workers = settings.trainer.devices, settings.data.init_args.get("workers")
     if workers is None:  # as the run will choose: none on a processor
@@ -148,7 +161,7 @@ def batch_script(
         cpus=workers + 2,
         folder=settings.run,
         array=f"\n#SBATCH --array={array}" if array else "",
-        places="".join(f"export {name}={shlex.quote(value)}\n" for name, value in surroundings().items()),
+        places="".join(f"export {name}={shlex.quote(value)}\n" for name, value in surroundings(variables).items()),
         here=shlex.quote(str(Path.cwd())),
         # This very Python: the job's own PATH may lead to another one.
         command=shlex.join([sys.executable, "-m", "maskvlm", *arguments, *allow]) + task,

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import home
-from maskvlm.config.given_options import nearest
+from maskvlm.config.given_options import environment_names, nearest
 from maskvlm.study.definition import Metric, Study, read_study
 from maskvlm.training.failure import process_rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
@@ -64,6 +64,10 @@ def main(arguments: list[str], allowed: list[str]) -> int:
             state = "other options" if other else "finished" if run.finished else run.lost or f"step {step_of(run)}"
             print(f"{number}  {state}  {shlex.join(run.command[2:])}{steps}")
         return ExitCode.DONE
+    if options.task is not None:
+        if not 0 <= options.task < len(chosen):
+            raise UserError("--task", f"there is no run {options.task}", f"Give 0 to {len(chosen) - 1}")
+        become(study, chosen[options.task], root, allowed)
     check_cells(chosen, allowed)
     # A page that was made elsewhere has runs that need not be made again.
     earlier = earlier_runs(options.page, listed) if options.page else {}
@@ -76,16 +80,6 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     check_cells([run for run in chosen if run.spent is not None], allowed)
     for run in every:
         check_same_run(run)
-    if options.task is not None:
-        if not 0 <= options.task < len(chosen):
-            raise UserError("--task", f"there is no run {options.task}", f"Give 0 to {len(chosen) - 1}")
-        run = chosen[options.task]
-        if run.waits_for is not None:
-            todo = "Submit the study again once it is"
-            raise UserError(run.name, f"{run.waits_for}, which it starts from, is not finished", todo)
-        if process_rank() == 0:  # of the several processes of a task
-            run.note(math.nan)  # the task takes this process's place: nobody times it
-        os.execv(sys.executable, run.command)
     if options.submit:
         words = ["study", options.file, *_again(options.only, "--only"), *_again(options.seeds, "--seeds")]
         words += ["--where", options.where] if options.where else []
@@ -98,7 +92,9 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         # the tasks of an array begin in any order: at first only those that the others start from
         ready = [run for run in unfinished if run.waits_for is None]
         numbers = [chosen.index(run) for run in ready]
-        print(submit_array(root, composed_run(ready[0]), words, numbers, options.jobs, allowed), flush=True)
+        variables = environment_names(Path(study_file(options.file)).read_text("utf-8-sig"))
+        told = submit_array(root, composed_run(ready[0]), words, numbers, options.jobs, allowed, variables)
+        print(told, flush=True)
         if len(ready) < len(unfinished):
             print(f"the other {len(unfinished) - len(ready)} start from these: submit again once they are finished")
         return ExitCode.DONE
@@ -115,6 +111,27 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     finally:
         lock.release()
     return failed
+
+
+def become(study: Study, run: "StudyRun", root: Path, allowed: list[str]) -> NoReturn:
+    """Go on as a run of a study, in the place of this process, as a task of an array does.
+
+    Raises:
+        UserError: its options are wrong, its folder holds another run (73), what it starts from is not finished (2).
+    """
+    from maskvlm.study.runs import check_same_run, runs_of
+
+    check_cells([run], allowed)
+    if run.spent is not None:  # of no other cell operations are counted
+        run = next(each for each in runs_of(study, root, {run.cell.name}) if each.name == run.name)
+        check_cells([run], allowed)
+    check_same_run(run)
+    if run.waits_for is not None:
+        todo = "Submit the study again once it is"
+        raise UserError(run.name, f"{run.waits_for}, which it starts from, is not finished", todo)
+    if process_rank() == 0:  # of the several processes of a task
+        run.note(math.nan)  # nobody times it
+    os.execv(sys.executable, run.command)
 
 
 def without(runs: Sequence["StudyRun"], earlier: Mapping[str, "Outcome"]) -> list["StudyRun"]:

@@ -245,6 +245,11 @@ def fill_environment(value: Any, where: str, typed: bool = False, nested: int = 
     return done + value
 
 
+def environment_names(text: str) -> list[str]:
+    """The variables that a text takes from the environment, each once."""
+    return [*dict.fromkeys(re.findall(r"\$\{oc\.env:([A-Za-z_]\w*)", text))]
+
+
 def _closing(text: str, start: int) -> int:
     """Where the brace that opens first after `start` closes; -1 where it does not."""
     depth = 0
