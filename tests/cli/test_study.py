@@ -252,6 +252,21 @@ def test_a_wrong_option_of_any_arm_is_told_before_a_run(plain: Path, capsys: pyt
     assert not (plain / "checkpoints" / "toy" / "all-s0").exists()
 
 
+@pytest.mark.parametrize("cell", ["first", "contrast"])
+def test_a_run_that_would_measure_nothing_is_told_before_a_run(
+    cell: str, plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would never be finished, and what starts from it would wait for ever."""
+    options = {cell: {"trainer.limit_val_batches": 0}}
+    first = {"label": "x", "options": {"data.steps": 1} | options.get("first", {})}
+    arms = {"all": {}, "contrast": {"options": options.get("contrast", {})}}
+    study = yaml.safe_load((plain / "toy.yaml").read_text()) | {"first": first, "arms": arms}
+    (plain / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    assert main(["study", "toy.yaml"]) == ExitCode.USAGE
+    assert capsys.readouterr().err.startswith(f"error: {cell}: trainer.limit_val_batches: 0: its run would measure ")
+    assert not (plain / "checkpoints" / "toy" / "first-s0").exists()
+
+
 def test_two_studies_of_one_name_do_not_meet(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lock = RunLock()
     lock.take(plain / "checkpoints" / "toy")

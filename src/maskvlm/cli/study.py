@@ -227,9 +227,14 @@ def check_cells(runs: Sequence["StudyRun"], allowed: list[str]) -> None:
 
     for run in {run.cell.name: run for run in runs if not run.over}.values():
         try:
-            run_command(Parsed, composed_run(run), allowed)
+            settings = run_command(Parsed, composed_run(run), allowed).settings
         except UserError as error:
             raise UserError(f"{run.cell.name}: {error.where}", error.what, error.todo, error.code) from error
+        if settings.trainer.limit_val_batches == 0:
+            what = "0: its run would measure nothing, and so never count as finished"
+            raise UserError(
+                f"{run.cell.name}: trainer.limit_val_batches", what, "Leave it out; all is measured at the end"
+            )
 
 
 def make_runs(study: Study, runs: Sequence["StudyRun"], jobs: int, allowed: list[str]) -> int:
