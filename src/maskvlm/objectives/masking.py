@@ -126,7 +126,7 @@ def mask_tokens(
     Args:
         token_CT, special_CT, word_CT: as in `Batch`.
         ratio: share of tokens (of words with `whole_word`), 0 to 1, the same in all captions or each caption's own;
-            nearest whole number, at least one.
+            nearest whole number, at least one unless the share is 0.
         uniform: source of random numbers; drawn for `text_length` positions whatever T is, so that the
             draw does not depend on the longest caption of the batch.
         mask_id: the id of [MASK].
@@ -344,8 +344,10 @@ class ChosenPhrases(RandomTokens):
     """In training, a text that holds some of these phrases has them masked and nothing else; other texts are masked as
     by `RandomTokens`. This is for words that say something only together with all the others: how two things stand to
     each other is learned where both are named, and hardly at all where their names are masked, too. At most K tokens of
-    a text are masked, where K is the width of the index tensor: `most` (else `ratio`) of the batch's longest text, or
-    the tokens of the longest phrase.
+    a text are masked, where K is the width of the index tensor: `most` (else `ratio`) of the T tokens that the batch is
+    padded to, start and end included, or as many as the longest phrase has, whichever is more. So what is masked of a
+    text with more phrases than that depends on the longest text of its batch: the last ones are left as they are, one
+    of them perhaps in part. In evaluation all texts are masked as by `RandomTokens`.
 
     Args:
         phrases: words as the captions have them, such as "left of".
