@@ -1,7 +1,7 @@
 """What the data side and the model side agree on: `InputSpec` going in, `Batch` coming out.
 
-Shapes: B images, C captions (training: C = B, one caption an image; evaluation: all captions of each
-image, C >= B), T tokens, H and W pixels.
+Shapes: B images, C captions (training: as many of each image as `PairData(captions)` says; evaluation: all captions of
+each image, C >= B), T tokens, H and W pixels.
 """
 
 from __future__ import annotations

@@ -43,14 +43,17 @@ class PairData(L.LightningDataModule):
         spec: linked from the backbone; not set by hand.
         batch_size: pairs (or examples) in a global batch, over all processes and accumulated passes.
         steps: length of the run in batches; or
-        epochs: in passes over the training images (each with one caption). Exactly one of the two.
+        epochs: in passes over the training images (each with `captions` of its captions). Exactly one of the two.
         seed: of order, captions and augmentation.
         workers: processes that read ahead; 0 reads in the main process. None: with a GPU as many as this process's
-            share of the cores, at most 12; without one 0, as the cores have enough to do.
+            share of the cores (under SLURM its task's cores but two), at most 12; without one 0, as the cores have
+            enough to do.
         eval_batch_size: images (with all their captions) in an evaluation batch.
         accumulate: passes that share a global batch; the same number as trainer.accumulate_grad_batches.
         augment, crop_scale, randaugment, colour, flip, caption_aware: see `train_transform`.
-        captions: captions shown with each image of a training batch.
+        captions: captions shown with each image of a training batch, which follow each other in the image's list. The
+            first of them is another one in each pass, until each caption of the image was it once: in pre-training
+            contrast reads all that are shown, masked words and matching the first alone.
         max_bad_fraction: the run stops when more than this share of the samples could not be read. In a stream a shard
             that cannot be read, or its rest, counts as one sample: how many it holds is not known.
         fraction: train on this part of the training images, chosen by `seed`; a smaller part is inside a larger one.

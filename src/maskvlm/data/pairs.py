@@ -44,7 +44,7 @@ class Sample(TypedDict):
 
 
 class TrainPairs(Dataset[Sample]):
-    """One caption an image (or `captions` of them), others each epoch; augmentation seeded by (seed, epoch, index).
+    """`captions` captions an image, in each epoch another one first; augmentation seeded by (seed, epoch, index).
 
     A row that cannot be read becomes a hole that keeps its place in the batch (blank, without words, weight 0),
     so that processes stay in step and no other sample moves.
