@@ -48,6 +48,13 @@ def test_no_process_is_without_an_evaluation_batch(count: int, most: int, world:
     assert all(mine)
 
 
+@pytest.mark.parametrize(("count", "most", "world"), [(250, 64, 4), (65, 64, 2), (128, 64, 2), (128, 64, 1)])
+def test_batches_stay_those_of_one_process_where_they_suffice(count: int, most: int, world: int) -> None:
+    """Masks and wrong partners depend on what is in a batch: so do the metrics."""
+    assert math.ceil(count / most) >= world
+    assert size_for_all(count, most, world) == most == size_for_all(count, most, 1)
+
+
 @pytest.mark.parametrize("world", [2, 3, 4, 6, 8])
 def test_a_batch_is_dealt_out_to_all_processes_whole(world: int) -> None:
     """Of a rest, one process would have a second batch, which `limit_val_batches: 1` leaves out."""

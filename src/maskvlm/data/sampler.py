@@ -90,8 +90,9 @@ def check_share(batch_size: int, passes: int, world: int) -> None:
 
 
 def size_for_all(count: int, most: int, world: int) -> int:
-    """Rows in an evaluation batch of at most `most`, such that no process is left without a batch: Lightning would end
-    it there, and the others would wait for it for ever.
+    """Rows in an evaluation batch, such that no process is left without a batch: Lightning would end it there, and the
+    others would wait for it for ever. `most` where that gives as many batches as processes, or more: they are then
+    those of one process. Else fewer: the rows shared out, rounded up if that leaves none without.
 
     Raises:
         UserError: there are fewer rows than processes.
@@ -99,6 +100,8 @@ def size_for_all(count: int, most: int, world: int) -> int:
     if count < world:
         what = f"{count} images are fewer than the {world} processes that measure them"
         raise UserError("data", what, "Start fewer processes, or set trainer.limit_val_batches to 0")
-    # At least `world` batches, and no more where that is possible: a limit of batches would leave out the last one.
+    if math.ceil(count / most) >= world:
+        return most
+    # `world` batches, and no more where that is possible: a limit of batches would leave out the last one.
     size = math.ceil(count / world)
-    return min(most, size if math.ceil(count / size) >= world else count // world)
+    return size if math.ceil(count / size) >= world else count // world
