@@ -109,6 +109,17 @@ def test_a_card_that_is_too_small_is_told_with_a_chunk(
     assert "dd --model.chunk 32" in checks["memory"][1]
 
 
+def test_of_shared_weights_no_memory_is_predicted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails where the whole model is taken for what each card holds: it is shared out as it does not fit one."""
+    monkeypatch.setattr(doctor, "images_per_second", lambda _: 30.0)
+    _, checks = run(capsys, "where=sharded8", "--memory", "0.5")
+    assert checks["memory"] == ("look", "not predicted where cards share the weights. See docs/gpus.md, When to shard")
+    assert "pairs/s a card" in checks["speed"][1]
+    assert run(capsys, "where=gpu8", "--memory", "0.5")[1]["memory"][0] == "fails"
+
+
 def test_speed_and_workers_follow_from_the_peak(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ from maskvlm.training.failure import process_rank
 from maskvlm.training.memory_estimate import GIB, StepSimulation, StepWork, copies_gradients, estimate_memory
 from maskvlm.training.precision import alone
 from maskvlm.training.run_record import machine
+from maskvlm.training.sharding import ShardedStrategy
 from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -372,16 +373,13 @@ def predicted_lines(
     cards, chunk = processes(settings.trainer) * settings.trainer.num_nodes, settings.model.chunk
     pairs = pairs_of(settings)
     try:
-        copied = cards > 1 and copies_gradients(settings.trainer.strategy)
-        memory = estimate_memory(simulation, pairs, chunk, card.memory, copied)
+        memory = memory_line(settings, simulation, card)
         phases = simulation.work(pairs, chunk)
     except Exception as error:  # a loss or masking of somebody else's that asks a fake tensor for a value
         todo = "Try it: maskvlm bench with the same words"
         yield Finding("memory", LOOK, f"the step cannot be simulated ({type(error).__name__}: {error})", todo)
         return
-    worse = FAILS if memory.needed > card.memory else LOOK
-    line = f"predicted for {card.name}: {memory}"
-    yield Finding("memory", OK if memory.fits else worse, line, f"{memory.todo[:1].upper()}{memory.todo[1:]}")
+    yield memory
     if card.peak is None:
         yield Finding("speed", LOOK, f"{card.name}: its peak is not known", "Give --peak TFLOPS, or maskvlm bench")
         return
@@ -403,6 +401,19 @@ def predicted_lines(
     yield Finding("speed", OK, line, todo)
     if data is not None:
         yield examined("data workers", lambda: check_workers(settings, data, rate))
+
+
+def memory_line(settings: Namespace, simulation: StepSimulation, card: Card) -> Finding:
+    """Memory of a step on one card; raises as `StepSimulation.memory`."""
+    strategy = settings.trainer.strategy
+    if str(getattr(strategy, "class_path", "")).endswith(f".{ShardedStrategy.__name__}"):
+        # Of the whole model it would say that what is shared out for want of room has none.
+        return Finding("memory", LOOK, "not predicted where cards share the weights", "See docs/gpus.md, When to shard")
+    copied = processes(settings.trainer) * settings.trainer.num_nodes > 1 and copies_gradients(strategy)
+    memory = estimate_memory(simulation, pairs_of(settings), settings.model.chunk, card.memory, copied)
+    worse = FAILS if memory.needed > card.memory else LOOK
+    line, todo = f"predicted for {card.name}: {memory}", f"{memory.todo[:1].upper()}{memory.todo[1:]}"
+    return Finding("memory", OK if memory.fits else worse, line, todo)
 
 
 def format_flops(phases: Sequence[StepWork]) -> str:
