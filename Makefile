@@ -51,7 +51,7 @@ bench:  ## a few training steps of MODEL on DATA: pairs per second, FLOP use, me
 index: $(call installed,-search)  ## make the images of DATA (SPLIT) searchable with the checkpoint FROM
 demo: $(call installed,-demo)  ## a page to try the checkpoints in, on this machine alone; the best pre-trained one first
 study: $(call installed,-study)  ## make the runs of STUDY (a name in studies/, or a file) and compare them (ARGS="--jobs 2")
-	@$(PYTHON) -m maskvlm study '$(subst ','\'',$(or $(STUDY),claims))' $(ARGS)
+	@$(PYTHON) -m maskvlm study $(or $(call typed,STUDY),claims) $(ARGS)
 $(COMPOSED): $(call installed)
 # Its metrics are packages that no other task needs.
 finetune evaluate: $(if $(filter 'captioning',$(call typed,TASK)),$(call installed,-captioning))

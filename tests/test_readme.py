@@ -108,6 +108,14 @@ def test_make_hands_on_variables_of_the_environment() -> None:
     assert done.stdout.rstrip().endswith("maskvlm finetune 'vqa' --model.lr 1")
 
 
+@pytest.mark.parametrize(("target", "ends"), [("study", "maskvlm study claims"), ("pretrain", "maskvlm pretrain")])
+def test_a_stray_variable_of_the_environment_chooses_nothing(target: str, ends: str) -> None:
+    stray = {**os.environ, "STUDY": "recipe", "MODEL": "large", "ARGS": "--jobs 9"}
+    words = ["make", "-n", target, f"PYTHON={sys.executable}"]
+    done = subprocess.run(words, cwd=ROOT, env=stray, capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith(ends)
+
+
 # ---------------------------------------------------------------------- pages
 
 
