@@ -140,7 +140,7 @@ def server_of(app: Any) -> Any:
         server_header=False,
         # X-Forwarded-For would let a visitor choose his own address.
         proxy_headers=False,
-        # Twice as many as pages may stay in touch (`guard.MAX_OPEN`): the others are for questions.
+        # Twice as many as pages may stay in touch (`request_limits.MAX_OPEN`): the others are for questions.
         limit_concurrency=200,
         timeout_keep_alive=10,
         timeout_graceful_shutdown=2,

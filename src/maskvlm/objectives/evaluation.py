@@ -38,8 +38,8 @@ class PretrainingMetrics:
     the mean colour (zeros after normalisation) or a caption without words. Masks depend on the batch's place
     in the data set and on its size (`eval_batch_size`), on what is masked and how, and on the kind of device alone, so
     that every checkpoint of an objective is asked the same, by any number of processes, as long as there are as many
-    batches of that size as processes, the last of them perhaps smaller (`data.sampler.size_for_all`). Objectives of which one masks images and the other does not are
-    asked about other words.
+    batches of that size as processes, the last of them perhaps smaller (`data.sampler.size_for_all`). Objectives of
+    which one masks images and the other does not are asked about other words.
 
     Args:
         rerank_k: candidates a query that matching looks at again.

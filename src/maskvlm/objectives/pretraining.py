@@ -107,10 +107,12 @@ class MaskedPretraining(Task):
         freeze_aligned: true: both encoders and the contrast projections are frozen after the ITC-only phase (false,
             P); their learning rates end with it, and later steps cost less. `image`: only the image encoder is
             frozen; the text encoder and ITC go on learning against fixed image features (LiT, Zhai et al. 2022). The
-            mask token of a ViT that reads all positions does not learn either: it is the mean colour's embedding.
+            mask token of a ViT that reads all positions does not learn either: it is the mean colour's embedding, or
+            a checkpoint's where the run starts from one.
         image_learns: share of the run's steps, above 0 to 1, in which the image encoder learns (1, P); its learning
             rate ends there, and later steps cost less. What comes late, such as how two things stand to each other, is
-            then learned on image features that do not move (docs/results/scenes).
+            then learned on image features that do not move (docs/results/scenes). Not beside `contrast_first`, which
+            has phases of its own.
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
         weight_words: weight of a fifth loss, which the paper does not have (0), see `pretraining_losses.WordsPresent`.

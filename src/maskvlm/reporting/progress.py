@@ -40,8 +40,8 @@ def status_line(
     """`itc 2.31/4.16  itm 0.520/0.637  78 pairs/s  data wait 4 %  3:20 left`.
 
     Args:
-        width: characters that there is room for; chance levels, then the data wait, then the speed are left out where
-            they do not fit. None: any.
+        width: characters that there is room for; chance levels, then the data wait, the speed and the time left are
+            left out where they do not fit. None: any.
     """
     levels = {name: f"/{number(level)}" for name, level in readings.levels.items()}
     losses = [f"{name} {number(loss)}{levels.get(name, '')}" for name, loss in readings.losses.items()]

@@ -124,10 +124,11 @@ class LitModel(L.LightningModule):
         lr_encoders: peak learning rate of the two encoders (1e-5, P).
         weight_decay: of weight matrices (0.05, P).
         betas: of AdamW (C).
-        warmup: share of the run's steps, or a number of steps from 1 on (paper: 5 of 50 epochs).
-        min_lr: where the cosine ends (3e-5, R).
-        stable: share of the steps after warm-up in which the rates keep their peak before the cosine begins, 0 to below
-            1 (warm-up, stable, decay, as in 2404.06395; paper: 0).
+        warmup: share of the steps in which a parameter learns (all of the run, but for tasks with phases, see
+            `Task.late`), or a number of steps from 1 on (paper: 5 of 50 epochs).
+        min_lr: where the cosine ends (3e-5, R); a rate whose peak is lower keeps its peak after warm-up.
+        stable: share of these steps after warm-up in which the rates keep their peak before the cosine begins, 0 to
+            below 1 (warm-up, stable, decay, as in 2404.06395; paper: 0).
         seed: of masks, negatives and dropout; together with the step it determines them.
         lr_cross: peak learning rate of the two cross encoders; None takes `lr` (fine-tuning: the encoders' rate, R).
         random_init: both encoders start from random weights; the command line hands it on to them.
