@@ -69,8 +69,9 @@ class UnknownWords(UserWarning):
 @dataclass
 class MaskVLMOutput(ModelOutput):
     """image_embeds [B, E], text_embeds [C, E]: unit vectors, where the checkpoint has contrast heads.
-    fused [B, 3 * D]: class tokens of row-by-row pairs and their product.
-    match_logits [B]: log-odds that they belong together; `match`, the method, gives the probability.
+    fused [B, 3 * D]: class tokens of row-by-row pairs and their product, where B = C.
+    match_logits [B]: log-odds that they belong together, where the checkpoint has a matching head; `match`, the method,
+    gives the probability.
     """
 
     image_embeds: Tensor | None = None
@@ -315,7 +316,8 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> MaskVLMOutput:
-        """Row-by-row pairs of what `AutoProcessor` makes, or one side alone.
+        """Row-by-row pairs of what `AutoProcessor` makes, or one side alone; of other numbers of images than of texts
+        the unit vectors alone are given.
 
         Args:
             pixel_values: normalised, [B, 3, H, W], of the model's image size. input_ids, attention_mask: [B, T].

@@ -173,7 +173,7 @@ class PretrainingLoss(ABC):
         """Loss of a model that has learned nothing; None: not known (yet).
 
         Args:
-            batch_size: images of the global batch.
+            batch_size: images that meet in one pass, of all processes; the global batch, unless passes are accumulated.
             texts_per_image: captions of an image in a step, 1 or more.
         """
         return None

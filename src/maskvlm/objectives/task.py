@@ -175,7 +175,8 @@ class Task(nn.Module, ABC):
         return {}
 
     def chance_levels(self, batch_size: int) -> dict[str, float]:
-        """Chance level of each loss term, in its unit. batch_size: images of the global batch."""
+        """Chance level of each loss term, in its unit. batch_size: images that meet in one pass, of all processes; the
+        global batch, unless passes are accumulated."""
         return {}
 
     def set_uniform(self, uniform: Uniform) -> None:
