@@ -16,7 +16,7 @@ from PIL import Image
 from toy_examples import bare_backbone, data_for, fit, matters
 from toys import PATCH, SIZE, WIDTH
 
-from maskvlm.cli.embed import device_for, main, process_of
+from maskvlm.cli.embed import device_of_process, main, process_of
 from maskvlm.data.batch import Row
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.inference import vector_files
@@ -209,10 +209,10 @@ def test_processes_are_those_of_torchrun_or_slurm() -> None:
 
 def test_where_chooses_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert [device_for(name, 1) for name in ("auto", "cpu", "gpu")] == ["cpu", "cpu", "cuda"]
+    assert [device_of_process(name, 1) for name in ("auto", "cpu", "gpu")] == ["cpu", "cpu", "cuda"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert [device_for(name, 3) for name in ("auto", "cpu", "gpu")] == ["cuda:1", "cpu", "cuda:1"]
+    assert [device_of_process(name, 3) for name in ("auto", "cpu", "gpu")] == ["cuda:1", "cpu", "cuda:1"]
     assert process_of({"SLURM_NTASKS": "4"}) == (0, 1)  # a shell that waits for srun
 
 

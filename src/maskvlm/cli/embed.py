@@ -68,7 +68,7 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
         todo = "Set data.source.streaming to false, or name another split"
         raise UserError("--split", f"{options.split} is streamed: its images have no places", todo)
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    device = options.device or device_for(str(settings.trainer.accelerator), local)
+    device = options.device or device_of_process(str(settings.trainer.accelerator), local)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=device, allow_import=allowed)
     tell_rest(reader, options.split)
     if options.split == "train" and settings.data.init_args.get("fraction", 1.0) != 1:
@@ -116,7 +116,7 @@ def tell_far(model: PretrainedMaskVLM, pairs: Pairs) -> None:
         print(f"warning: {line}; take its vectors with care", file=sys.stderr, flush=True)
 
 
-def device_for(accelerator: str, local: int) -> str:
+def device_of_process(accelerator: str, local: int) -> str:
     """The device of a process. accelerator: the trainer's. local: the process's number on its machine."""
     if torch.cuda.is_available() and accelerator != "cpu":
         # Where there are more processes than GPUs, some share one.
