@@ -50,9 +50,9 @@ from maskvlm.training.run_record import (
     SaveConfig,
     claim_folder,
     finish_run,
+    foreign_origin,
     give_up_folder,
     read_json,
-    run_origin,
 )
 from maskvlm.training.sharding import is_sharded
 from maskvlm.utils.errors import ExitCode, UserError, check_least
@@ -162,7 +162,7 @@ class LightningCommand(LightningCLI):
         """Take the folder, and find where its run goes on. What is refused has touched nothing."""
         # Every process looks, which touches nothing; the first alone takes the lock.
         named = settings.ckpt_path
-        origin = None if named is None else run_origin(named, folder)
+        origin = None if named is None else foreign_origin(named, folder)
         own = named is not None and origin is None  # one of the folder's checkpoints is asked for
         composed = self.composed()
         if not own:

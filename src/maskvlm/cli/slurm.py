@@ -14,7 +14,7 @@ from maskvlm.checkpoint.integrity import newest_valid
 from maskvlm.cli.lightning import Parsed, built_source, run_command
 from maskvlm.data.streaming.source import Stream
 from maskvlm.training.resume import may_go_on
-from maskvlm.training.run_record import run_origin, write_text
+from maskvlm.training.run_record import foreign_origin, write_text
 from maskvlm.utils.errors import ExitCode, UserError
 
 SCRIPT = """#!/usr/bin/env bash
@@ -62,7 +62,7 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     if not isinstance(source, Stream):  # to look at a stream is to begin it
         source.split("train")
     named = settings.get("ckpt_path")
-    origin = None if named in (None, "last", "best") else run_origin(named, folder)
+    origin = None if named in (None, "last", "best") else foreign_origin(named, folder)
     if named is None or origin is not None:
         may_go_on(folder, command.composed(), origin)
     goes_on, waits = newest_valid(folder), (folder / "job.sh").exists()

@@ -37,7 +37,7 @@ from maskvlm.training.lightning_private import (
     replace_signal_handlers,
 )
 from maskvlm.training.resume import LAST, PREVIOUS
-from maskvlm.training.run_record import run_origin
+from maskvlm.training.run_record import foreign_origin
 from maskvlm.training.sharding import is_sharded, own_part
 from maskvlm.utils.distributed import shared_count
 from maskvlm.utils.errors import ExitCode, UserError, check_least
@@ -103,7 +103,7 @@ class KeepState(Checkpoint):
                 checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience
         for keeper in trainer.checkpoint_callbacks:
             if isinstance(keeper, ModelCheckpoint) and keeper.state_key in checkpoint["callbacks"]:
-                own = run_origin(str(trainer.ckpt_path), self.folder) is None
+                own = foreign_origin(str(trainer.ckpt_path), self.folder) is None
                 follow_folder(checkpoint["callbacks"][keeper.state_key], Path(str(keeper.dirpath)), own)
 
     # ------------------------------------------------------------------ start

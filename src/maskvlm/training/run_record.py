@@ -193,7 +193,7 @@ class RunRecord(L.Callback):
         facts["processes"], facts["precision"] = trainer.world_size, str(trainer.precision)
         facts["data"] = fingerprint() if fingerprint else None
         # The same command, repeated, goes on with what began from the checkpoint that it names.
-        named = run_origin(str(trainer.ckpt_path), folder) if self.goes_on else None
+        named = foreign_origin(str(trainer.ckpt_path), folder) if self.goes_on else None
         if origin := named or read_json(folder / "versions.json").get("origin"):
             facts["origin"] = origin
         write_json(folder / "versions.json", versions() | facts | earlier(folder))
@@ -283,7 +283,7 @@ class SaveConfig(SaveConfigCallback):
         write_text(folder_of(trainer) / f"config-{getattr(stage, 'value', stage)}.yaml", text)
 
 
-def run_origin(checkpoint: str | Path, folder: Path) -> str | None:
+def foreign_origin(checkpoint: str | Path, folder: Path) -> str | None:
     """Path of the other run's checkpoint that a run in this folder begins from; None where it is one of the folder's
     own, which may lie in a folder below. Links to files are not followed: a run may keep its checkpoints elsewhere."""
     path, here = Path(checkpoint), folder.resolve()
