@@ -12,7 +12,8 @@ from toys import SIZE
 from maskvlm.checkpoint.io import load
 from maskvlm.checkpoint.model_spec import ModelSpec
 from maskvlm.cli.commands import COMMANDS
-from maskvlm.cli.lightning import LightningCommand, Parsed, recipe_of_another, run_command
+from maskvlm.cli.from_checkpoint import recipe_of_another
+from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
 from maskvlm.config.compose import PRETRAINING, pretraining, read_words
 from maskvlm.training.lit import LitModel
 from tasks.vqa.task import Vqa
@@ -90,7 +91,7 @@ def test_another_models_recipe_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a model=small:" in (line(checkpoint("vit_tiny_patch16_224", 128)) or "")
     # Files of the user's own: a recipe of such a name, and a model that says nothing of encoders.
     assert recipe_of_another(dino, ["fit", "-c", "mine/pretrain-mine.yaml"]) is None
-    monkeypatch.setattr("maskvlm.cli.lightning.chosen", lambda kind, name: Path("conf/base.yaml"))
+    monkeypatch.setattr("maskvlm.cli.from_checkpoint.chosen", lambda kind, name: Path("conf/base.yaml"))
     assert line(dino) is None
     # One of nobody's has no recipe that could be named.
     assert line(checkpoint("vit_tiny_patch16_224", 64)) is None

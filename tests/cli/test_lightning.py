@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from maskvlm.cli import commands
-from maskvlm.cli.lightning import Parsed, check_interval, explain_interval_error, run_command
+from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.cli.main import main
+from maskvlm.cli.run_length import check_interval, explain_interval_error
 from maskvlm.config.compose import task_folder
 from maskvlm.config.parser import option_names
 from maskvlm.config.safe_yaml import check_yaml

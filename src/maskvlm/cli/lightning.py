@@ -4,13 +4,11 @@
 Every class path in a file is a plug-in: its base class is the whole registry.
 """
 
-import json
 import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,18 +22,24 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from maskvlm.checkpoint.integrity import newest_valid
 from maskvlm.checkpoint.io import load, save
-from maskvlm.checkpoint.model_spec import ModelSpec, backbone_yaml, portable_yaml, task_yaml
+from maskvlm.checkpoint.model_spec import ModelSpec, portable_yaml, task_yaml
 from maskvlm.cli.ask_model import how_to_ask
-from maskvlm.config.compose import choices, chosen
-from maskvlm.config.given_options import config_text, find_place, given_places, options
-from maskvlm.config.old_names import current
+from maskvlm.cli.from_checkpoint import check_same_task, parts_left_behind, recipe_of_another, with_start
+from maskvlm.cli.run_length import (
+    check_interval,
+    check_warmup,
+    explain_interval_error,
+    one_length,
+    refuse_two_lengths,
+    set_length,
+)
+from maskvlm.config.given_options import options
 from maskvlm.config.parse_errors import explain_message
 from maskvlm.config.parser import MODE, CommandParser, Complaint, old_name_lines, parsed, set_up_parsing
-from maskvlm.config.safe_yaml import cut, read_yaml
+from maskvlm.config.safe_yaml import cut
 from maskvlm.data.batch import Source
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.module import PairData
-from maskvlm.inference.rebuild import checked_spec_of, checked_task_of, pretraining_task_of, task_name
 from maskvlm.training.attempts import attempted, forget
 from maskvlm.training.checkpointing import LAST, KeepState, check_finite, ended_by_score
 from maskvlm.training.failure import EARLIER, FIRST, failed_first, process_rank
@@ -62,7 +66,6 @@ from maskvlm.utils.signals import CAUGHT
 from maskvlm.utils.write_errors import writing
 
 COMMANDS = ("fit", "validate", "test")
-RECIPE_FILE = re.compile(r"(?:^|/)pretrain-(\w+)\.yaml$")
 AnyCommand = TypeVar("AnyCommand", bound="LightningCommand")
 
 
@@ -372,55 +375,6 @@ class LightningCommand(LightningCLI):
             HELD.release()
 
 
-def check_interval(settings: Namespace) -> None:
-    """Check the evaluation interval of a run whose length is given in steps, before anything of it is written.
-
-    Raises:
-        UserError: an evaluation was asked for after more steps than there are (2).
-    """
-    trainer, data = settings.trainer, settings.data.get("init_args") or Namespace()
-    batches = (data.get("steps") or 0) * trainer.accumulate_grad_batches
-    evaluates = trainer.limit_val_batches != 0 and trainer.check_val_every_n_epoch is not None
-    interval = trainer.val_check_interval
-    if batches and evaluates and not trainer.fast_dev_run and isinstance(interval, int) and interval > batches:
-        raise interval_too_long(interval, batches)
-
-
-def check_warmup(settings: Namespace) -> None:
-    """The same of a warm-up that is given in steps: the run would end before it has its rate.
-
-    Raises:
-        UserError: it is longer than the run (2).
-    """
-    steps, warmup = (settings.data.get("init_args") or Namespace()).get("steps"), settings.model.warmup
-    if steps and warmup >= 1 and warmup > steps and not settings.trainer.fast_dev_run:
-        raise UserError(
-            "model.warmup", f"{warmup:g}, but the run has {steps} steps", f"Give at most {steps}, or a share"
-        )
-
-
-@contextmanager
-def explain_interval_error() -> Iterator[None]:
-    """The same of a run whose length is given in passes: Lightning knows its batches only once the data is there.
-
-    Raises:
-        UserError: an evaluation was asked for after more steps than there are (2).
-    """
-    try:
-        yield
-    except ValueError as error:
-        match = re.search(r"`val_check_interval` \((\d+)\) must be .*? batches \((\d+)\)", str(error), re.DOTALL)
-        if match is None:
-            raise
-        raise interval_too_long(int(match[1]), int(match[2])) from error
-
-
-def interval_too_long(interval: int, batches: int) -> UserError:
-    """An evaluation after more batches than a run has."""
-    what, todo = f"{interval}, but the run has {batches} batches", f"Give at most {batches}, or 1.0: at the end"
-    return UserError("trainer.val_check_interval", what, todo)
-
-
 LINKED = {
     "model.backbone.start": "from=CHECKPOINT",
     "model.backbone.image.random_init": "--model.random_init",
@@ -456,56 +410,6 @@ def refuse_idle(typed: Collection[str], task: Namespace) -> None:
             if kind and f"model.task.{name}" in typed and arguments.get(name) is not None:
                 what = f"changes nothing: {masking} is {kind['class_path'].rpartition('.')[2]}, which masks by its own"
                 raise UserError(f"--model.task.{name}", what, f"Give it to that: --model.task.{masking}.NAME")
-
-
-def refuse_two_lengths(arguments: list[str]) -> None:
-    """Raises UserError where the command line gives both steps and passes, neither of them null."""
-    values = {option.key: option.value for option in options(arguments)}
-    both = [key for key in ("data.steps", "data.epochs") if values.get(key, "null") != "null"]
-    if len(both) == 2:
-        raise UserError(f"--{both[1]}", f"beside --{both[0]}", "Give one of the two")
-
-
-def one_length(arguments: list[str]) -> list[str]:
-    """The arguments; where steps or passes are typed, the other one, which a file may set, is cleared. So a
-    configuration that is printed has one length, too."""
-    values = {option.key: option.value for option in options(arguments)}
-    for key, other in (("data.steps", "data.epochs"), ("data.epochs", "data.steps")):
-        if values.get(key, "null") != "null" and other not in values:
-            return [*arguments, f"--{other}=null"]
-    return arguments
-
-
-def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
-    """`trainer.max_steps` and `trainer.max_epochs` as the data's `steps` and `epochs`, which the sample order, the
-    learning rate and the progress follow: a run that the trainer alone cut short would end at a high rate.
-
-    Args:
-        typed: keys that the command line gives, of which none may be beaten by another without a word.
-
-    Raises:
-        UserError: two of them are given, or a number of passes below 1.
-    """
-    # The same length in the data's keys and in the trainer's.
-    beside = [key for key in ("data.steps", "data.epochs") if key in typed]
-    length = [key for key in ("trainer.max_steps", "trainer.max_epochs") if key in typed]
-    if beside and length:
-        raise UserError(f"--{length[0]}", f"beside --{beside[0]}", "Give one of the two")
-    trainer, data = settings.trainer, settings.data.get("init_args") or Namespace()
-    passes = 1 if trainer.max_epochs is None else trainer.max_epochs
-    if "steps" not in data or trainer.fast_dev_run:  # a data module of somebody else's, or a trial
-        return
-    if trainer.max_steps > 0 and passes != 1:
-        raise UserError("trainer.max_steps", f"beside {passes} trainer.max_epochs", "Give one of the two")
-    if passes < 1:
-        what, todo = f"{passes} passes over the data", "Give a number from 1 on, or data.steps"
-        raise UserError("trainer.max_epochs", what, todo)
-    if trainer.max_steps > 0:
-        data.steps, data.epochs = trainer.max_steps, None
-    elif passes != 1:
-        data.steps, data.epochs = None, float(passes)
-    # Lightning sees one epoch; `data` ends it. Its own count of epochs is wrong once a run has resumed twice.
-    trainer.max_steps, trainer.max_epochs = -1, 1
 
 
 def stopped_before_its_end(trainer: L.Trainer) -> str | None:
@@ -551,24 +455,6 @@ class Parsed(LightningCommand):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing is run."""
-
-
-def check_same_task(start: ModelSpec | None, path: str, measured: str) -> None:
-    """Whether a fine-tuned checkpoint is measured as what it was fine-tuned as.
-
-    Args:
-        path: of the checkpoint.
-        measured: class path of the task.
-
-    Raises:
-        UserError: it is not (2).
-    """
-    if start is None or start.task is None or start.task["class_path"] == measured:
-        return
-    theirs, measured_name = (task_name(path) for path in (start.task["class_path"], measured))
-    if theirs.startswith("maskvlm."):  # pre-training, which every task may begin from
-        return
-    raise UserError(path, f"was fine-tuned as {theirs}, not as {measured_name}", f"Name its task: evaluate {theirs}")
 
 
 def wrong_trainer(error: Exception) -> UserError:
@@ -690,105 +576,3 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     """`fit`, `validate` or `test`; arguments begin with that."""
     run_command(LightningCommand, arguments, allowed)
     return 0
-
-
-@contextmanager
-def with_start(arguments: list[str], allowed: Iterable[str]) -> Iterator[tuple[list[str], ModelSpec | None]]:
-    """The arguments with the model of `--from CHECKPOINT` as their first file, which every other one overrides. In the
-    place of `--task_from CHECKPOINT` stands its pre-training task as a file. In that of `--settings_from CHECKPOINT`
-    stands what it was fine-tuned with, if that was the task of the files before: else nothing.
-
-    Yields:
-        the arguments, and what the checkpoint of --from says of itself.
-    """
-    starts = [option.value for option in options(arguments) if option.key == "from"]
-    whole = list(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        start = None if not starts or starts[-1] in ("", "null") else checked_spec_of(starts[-1])
-        while (at := _place_of(whole)) is not None:
-            option, _, value = whole[at].partition("=")
-            source, length = (value, 1) if "=" in whole[at] else (whole[at + 1], 2)
-            spec = start if start is not None and source == starts[-1] else checked_spec_of(source)
-            if option == "--task_from":
-                model = {"task": pretraining_task_of(spec, source, allowed)}
-            else:
-                named = find_place("model.task.class_path", given_places(whole[1:at]))
-                same = spec.task is not None and named is not None and spec.task["class_path"] == current(named.value)
-                model = {"backbone": spec.backbone, "task": checked_task_of(spec, source, allowed)} if same else {}
-            # JSON: a class path or a text such as "no" comes back as it was written
-            file = Path(folder, f"{option.removeprefix('--')}.yaml")
-            whole[at : at + length] = ["-c", _file_of(file, json.dumps({"model": model}))] if model else []
-        if start is not None:
-            # Of all that the checkpoint says only its backbone comes through, checked.
-            whole[1:1] = ["-c", _file_of(Path(folder, "model.yaml"), backbone_yaml(start))]
-        yield whole, start
-
-
-def _place_of(arguments: Sequence[str]) -> int | None:
-    """Index of the first `--task_from CHECKPOINT` or `--task_from=CHECKPOINT`, or `--settings_from`; None without."""
-    names = ("--task_from", "--settings_from")
-    places = (at for at, word in enumerate(arguments) if word.partition("=")[0] in names)
-    return next((at for at in places if "=" in arguments[at] or at + 1 < len(arguments)), None)
-
-
-def _file_of(path: Path, text: str) -> str:
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def parts_left_behind(start: ModelSpec | None, task: Namespace) -> Iterator[str]:
-    """A line for each part of the pre-training that made a checkpoint which a run from it does not take over.
-
-    Args:
-        start: what the checkpoint says of itself.
-        task: class_path and init_args of the run's task.
-    """
-    before = {} if start is None or start.task is None else start.task["init_args"]
-    if start is None or start.task is None or start.task["class_path"] != task.get("class_path"):
-        return
-    args = task.get("init_args")
-    now = args.as_dict() if args else {}
-    for name in ("image_masking", "text_masking", "losses"):
-        if (before.get(name) or None) != (now.get(name) or None):
-            was, here = (_class_paths(arguments.get(name)) or "the default" for arguments in (before, now))
-            other = f"the checkpoint's was {was}" if was != here else "the checkpoint's has other settings"
-            way = "right for data of another kind; --task_from CHECKPOINT takes the checkpoint's whole task"
-            yield f"model.task.{name}: {here}; {other} ({way})"
-
-
-def recipe_of_another(start: ModelSpec, arguments: Sequence[str]) -> str | None:
-    """A line where pre-training goes on by the recipe of another model than the checkpoint's, as it does where `model=`
-    is left out: the rates of one that learns drawn scenes are far from those of pretrained encoders.
-
-    Args:
-        start: what the checkpoint says of itself.
-        arguments: the subcommand, and the files and options that it is composed of.
-    """
-    recipe = next((match[1] for word in arguments if (match := RECIPE_FILE.search(word))), None)
-    if arguments[0] != "fit" or recipe is None:
-        return None
-    sizes = {name: _size_in(str(chosen("model", name))) for name in choices("model")}
-    own = [name for name, size in sizes.items() if size == _size_of(start.backbone)]
-    # A file of the user's own may have such a name, too.
-    if not own or recipe in own or recipe not in sizes:
-        return None
-    return f"the recipe is that of model={recipe}, the checkpoint a model={own[0]}: give model={own[0]} beside from="
-
-
-def _size_in(file: str) -> tuple[str, int | None] | None:
-    """The same in a model's file; None for one that says nothing of encoders, or cannot be read: nobody named it."""
-    try:
-        return _size_of(read_yaml(config_text(file), file)["model"]["backbone"])
-    except (UserError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _size_of(backbone: Any) -> tuple[str, int | None]:
-    """Name of the ViT, and its width where that is not the name's."""
-    image = backbone["init_args"]["image"]["init_args"]
-    return image["name"], (image.get("config") or {}).get("embed_dim")
-
-
-def _class_paths(part: Any) -> str:
-    each = part if isinstance(part, list | tuple) else [part]
-    return ", ".join(str(one["class_path"]) for one in each if isinstance(one, dict) and "class_path" in one)
