@@ -351,8 +351,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def test_a_checkpoint_measures_as_its_training_did(chain: Path) -> None:
     trained, measured = load(chain / "f" / "metrics.json"), load(chain / "e" / "metrics.json")
-    assert trained.pop("step") == 2
-    assert measured.pop("step") == 0
+    assert trained["step"] == 2
     assert measured == pytest.approx(trained)
     assert (chain / "f" / "predictions.jsonl").read_text() == (chain / "e" / "predictions.jsonl").read_text()
     names = {path.name for path in (chain / "e").iterdir()}

@@ -395,7 +395,7 @@ def test_a_start_that_goes_on_is_written_once(goes_on: bool, tmp_path: Path) -> 
     """By the command line after the checkpoint is found to fit; in a script, which does not say so, before."""
     trainer: Any = SimpleNamespace(
         state=SimpleNamespace(fn=TrainerFn.FITTING), is_global_zero=True, fast_dev_run=False, world_size=1,
-        precision="32-true", datamodule=None, default_root_dir=str(tmp_path),
+        precision="32-true", datamodule=None, default_root_dir=str(tmp_path), ckpt_path=str(tmp_path / "last.ckpt"),
     )  # fmt: skip
     record, path = RunRecord(), tmp_path / "versions.json"
     record.goes_on = goes_on
