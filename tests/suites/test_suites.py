@@ -271,6 +271,13 @@ def test_aro_reads_both_tests_with_boxes_and_ids_of_coco(tmp_path: Path) -> None
     assert Aro().read(tmp_path, None).notes == ["visual_genome_relation.json is not there"]
 
 
+@pytest.mark.parametrize("suite", [Aro(), SugarCrepe()])
+def test_a_folder_with_none_of_several_files_is_refused(suite: Suite, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none of the files of this suite") as caught:
+        suite.read(tmp_path, None)
+    assert caught.value.code == ExitCode.MISSING_INPUT
+
+
 def test_only_the_box_of_an_image_is_looked_at(tmp_path: Path, model: PretrainedMaskVLM) -> None:
     suite, rows = Aro(), read("aro", tmp_path)
     upper, lower, edge = (scores for scores in suite.ask(model, rows.items, "match"))

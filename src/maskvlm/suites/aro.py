@@ -63,9 +63,8 @@ class Aro(Suite):
                     box = _box(record, where)
                     rows.items.append(SuiteItem((rows.image(image, where),), texts, 0, kind, where, ids, box))
         if not rows.files:
-            raise UserError(
-                path, "none of the files of this suite is here", f"Looked for {' and '.join(FILES.values())}"
-            )
+            todo = f"Looked for {' and '.join(FILES.values())}"
+            raise UserError(path, "none of the files of this suite is here", todo, ExitCode.MISSING_INPUT)
         return rows
 
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:

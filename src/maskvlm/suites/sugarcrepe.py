@@ -52,7 +52,8 @@ class SugarCrepe(Suite):
                     image = rows.image(name, where)
                     rows.items.append(SuiteItem((image,), texts, 0, kind, where, (coco_id(name),)))
         if not rows.files:
-            raise UserError(path, "none of the files of this suite is here", f"Looked for {KINDS[0]}.json and six more")
+            todo = f"Looked for {KINDS[0]}.json and six more"
+            raise UserError(path, "none of the files of this suite is here", todo, ExitCode.MISSING_INPUT)
         return rows
 
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
