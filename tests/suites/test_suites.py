@@ -84,7 +84,7 @@ def sugarcrepe(root: Path) -> Path:
 
 
 def aro(root: Path) -> Path:
-    def item(image: str, box: tuple[int, ...], true: str, false: str, **more: Any) -> dict[str, Any]:
+    def item(image: str, box: tuple[float, ...], true: str, false: str, **more: Any) -> dict[str, Any]:
         keys = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
         names = {"image_id": image, "image_path": f"{image}.jpg", "true_caption": true, "false_caption": false}
         return names | dict(zip(keys, box, strict=True)) | more
@@ -95,7 +95,7 @@ def aro(root: Path) -> Path:
         item("2343", (10, 8, 10, 8), *above, relation_name="above", subject="circle", object="star"),
     ]
     colours = ("the red ring and the blue square", "the blue ring and the red square")
-    attributes = [item("2344", (5, 5, 99, 99), *colours, attributes=["red", "blue"], obj1_name="ring")]
+    attributes = [item("2344", (5.0, 4.6, 99, 99.2), *colours, attributes=["red", "blue"], obj1_name="ring")]
     files = {"visual_genome_relation.json": relations, "visual_genome_attribution.json": attributes}
     files["image_data.json"] = [{"image_id": 2343, "coco_id": 139}, {"image_id": 2344, "coco_id": None}]
     return write(root, files | {f"images/{name}.jpg": picture(n) for n, name in enumerate(("2343", "2344"))})
@@ -403,11 +403,14 @@ ROWS = [
         "item 1: 'caption' holds no word",
     ),
     ("aro", change("visual_genome_relation.json", '"bbox_w": 10', '"bbox_w": 0'), "malformed row", "a box of 0 by 8"),
-    (
-        "aro",
-        change("visual_genome_relation.json", '"bbox_w": 10', '"bbox_w": "9"'),
-        "malformed row",
-        "str instead of int",
+    *(
+        (
+            "aro",
+            change("visual_genome_relation.json", '"bbox_w": 10', f'"bbox_w": {value}'),
+            "malformed row",
+            "'bbox_w' is",
+        )
+        for value in ('"9"', "true", "1e99", "9" * 400)
     ),
     ("aro", change("visual_genome_attribution.json", '["red", ', "["), "malformed row", "has 1 entries instead of two"),
     (

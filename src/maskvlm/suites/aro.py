@@ -15,6 +15,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 LAYOUT = "ARO"
 FILES = {"relation": "visual_genome_relation.json", "attribution": "visual_genome_attribution.json"}
+MOST_PIXELS = 1_000_000  # of a place in an image
 ENOUGH = 25
 """Items of a relation, or of a pair of attributes, that make a figure of its own, as published for attributes."""
 
@@ -104,7 +105,17 @@ def _kind(record: Any, test: str, where: str) -> str:
 
 def _box(record: Any, where: str) -> tuple[int, int, int, int]:
     """Left, top, right and bottom in pixels of the part of the image that the sentence is about."""
-    left, top, width, height = (get(record, f"bbox_{key}", int, where, LAYOUT) for key in ("x", "y", "w", "h"))
+    left, top, width, height = (_pixels(record, f"bbox_{key}", where) for key in ("x", "y", "w", "h"))
     if width < 1 or height < 1:
         raise UserError(where, f"a box of {width} by {height} pixels", "Mend or remove the row", ExitCode.BAD_DATA)
     return left, top, left + width, top + height
+
+
+def _pixels(record: Any, key: str, where: str) -> int:
+    value = get(record, key, object, where, LAYOUT)
+    # `not <=` is also true of NaN
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST_PIXELS:
+        raise UserError(
+            where, f"'{key}' is no number of pixels", f"A file in the {LAYOUT} layout is needed", ExitCode.BAD_DATA
+        )
+    return round(value)

@@ -22,8 +22,8 @@ from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords
 from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.suites.scores import within
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
-from maskvlm.training.run_record import json_ready, write_json, write_text
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import json_ready, write_json, write_text
 
 RESULT, SCORES = "result.json", "scores.jsonl"
 MAX_SCORES = 5_000_000  # of a way that are written, some 100 MB: not every image with every caption of a gallery
