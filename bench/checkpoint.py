@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from maskvlm.checkpoint.io import SafeCheckpointIO
+from maskvlm.training.checkpoint_io import SafeCheckpointIO
 from maskvlm.training.checkpointing import check_finite
 
 WIDTH = 1024  # weights are square matrices of 4 MiB

@@ -40,9 +40,10 @@ from rich.progress import track
 
 from maskvlm.checkpoint.background import SNAPSHOTS, Snapshot
 from maskvlm.checkpoint.integrity import newest_valid
-from maskvlm.checkpoint.io import SafeCheckpointIO, load
+from maskvlm.checkpoint.io import load
 from maskvlm.cli.main import main
 from maskvlm.data.module import PairData
+from maskvlm.training.checkpoint_io import SafeCheckpointIO
 
 ROOT = Path(__file__).resolve().parents[1]
 LATER = (

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from toys import LENGTH, SIZE, VOCAB, tokens, toy_backbone
 
-from maskvlm.checkpoint.io import SafeCheckpointIO
 from maskvlm.data.batch import InputSpec
 from maskvlm.data.examples import AnswerTokens, Example, ExampleBatch, ExampleSource
 from maskvlm.data.module import PairData
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.classification import Classification
 from maskvlm.objectives.task import Task
+from maskvlm.training.checkpoint_io import SafeCheckpointIO
 from maskvlm.training.lit import LitModel
 from maskvlm.utils.distributed import Draw
 from tasks.vqa.task import Vqa

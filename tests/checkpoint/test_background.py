@@ -18,7 +18,8 @@ from guards import Build
 
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.background import Snapshot
-from maskvlm.checkpoint.io import SafeCheckpointIO, load, save
+from maskvlm.checkpoint.io import load, save
+from maskvlm.training.checkpoint_io import SafeCheckpointIO
 from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.integrity import newest_valid, verify_checkpoint
-from maskvlm.checkpoint.io import SafeCheckpointIO, load, save
+from maskvlm.checkpoint.io import load, save
+from maskvlm.training.checkpoint_io import SafeCheckpointIO
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import whole_file
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from transformers import BertConfig
 
-from maskvlm.checkpoint.io import SafeCheckpointIO, load, save
+from maskvlm.checkpoint.io import load, save
 from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
 from maskvlm.data.batch import InputSpec
 from maskvlm.data.example_sets import CollateExamples, EvalExamples
@@ -30,6 +30,7 @@ from maskvlm.data.transforms import eval_transform
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.model.encoders import TextEncoder
 from maskvlm.objectives.answers import ScoredExamples
+from maskvlm.training.checkpoint_io import SafeCheckpointIO
 from maskvlm.utils.errors import ExitCode, UserError
 from tasks.entailment.scenes import SceneHypotheses
 from tasks.vqa.data import VqaV2
@@ -64,7 +65,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer_of_the_same_size(
     assert caught.value.code == ExitCode.BAD_DATA
 
 
-@pytest.mark.guard("maskvlm.checkpoint.io:check_version")
+@pytest.mark.guard("maskvlm.training.checkpoint_io:check_version")
 @pytest.mark.parametrize(
     ("version", "message"),
     [

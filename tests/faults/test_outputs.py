@@ -25,9 +25,9 @@ from maskvlm.training.csv_log import Writer
 from maskvlm.training.failure import report
 from maskvlm.training.peers import FOLDER, Peers
 from maskvlm.training.process_watch import dump_stacks
-from maskvlm.training.run_record import write_json, write_text
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.lock import RunLock
+from maskvlm.utils.whole_files import write_json, write_text
 from maskvlm.utils.write_errors import cannot_write, writing
 
 

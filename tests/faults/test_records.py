@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from maskvlm.training.csv_log import Writer, rows_in
 from maskvlm.training.resume import differences, finished, recorded
-from maskvlm.training.run_record import earlier, finish_run, read_json
+from maskvlm.training.run_record import earlier, finish_run
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import read_json
 
 DAMAGED = [b"", b"\xff{[", b"[]", b"null", b"[" * 5000, b'{"finished": 3}', b'{"finished": {"step": 1e999}}']
 
 
-@pytest.mark.guard("maskvlm.training.run_record:read_json", gives="json.loads(args[0].read_text())")
+@pytest.mark.guard("maskvlm.utils.whole_files:read_json", gives="json.loads(args[0].read_text())")
 @pytest.mark.parametrize("content", DAMAGED[:5])
 def test_a_damaged_record_stops_neither_beginning_nor_end(build: Build, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "versions.json").write_bytes(content)

@@ -18,9 +18,8 @@ import torch
 from guards import HERE, Build, without
 
 from maskvlm.checkpoint.io import save
-from maskvlm.training import run_record
 from maskvlm.training.failure import user_line
-from maskvlm.utils import lock
+from maskvlm.utils import lock, whole_files
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.lock import HELD, NAME, Holder, RunLock, read_holder, state
 from maskvlm.utils.write_errors import writing
@@ -287,7 +286,7 @@ def test_a_folder_that_is_gone_ends_in_one_line(tmp_path: Path, monkeypatch: pyt
 
 
 def write_a_text(folder: Path) -> None:
-    run_record.write_text(folder / "x", "")
+    whole_files.write_text(folder / "x", "")
 
 
 def write_within(folder: Path) -> None:
@@ -309,7 +308,7 @@ def test_an_error_without_a_line_of_its_own_is_no_cause_of_itself(
 
         return fail
 
-    monkeypatch.setattr(run_record, "whole_file", fails(OSError(errno.EINVAL, "strange")))
+    monkeypatch.setattr(whole_files, "whole_file", fails(OSError(errno.EINVAL, "strange")))
     monkeypatch.setattr(torch, "save", fails(RuntimeError("torch's own")))
     with pytest.raises((OSError, RuntimeError)) as raised:
         write(tmp_path)

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from lightning.pytorch.plugins import MixedPrecision
 from toys import SIZE, toy_backbone
 
-from maskvlm.checkpoint.io import SafeCheckpointIO
 from maskvlm.data.module import PairData
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.objectives.image_ablation import ImageAblation
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.reporting.meters import RunningMeans
+from maskvlm.training.checkpoint_io import SafeCheckpointIO
 from maskvlm.training.lit import LitModel
 from maskvlm.training.resume import diverged_at
 from maskvlm.training.run_record import RunRecord

@@ -28,7 +28,7 @@ DANGEROUS = (
     "lightning.pytorch.callbacks.LambdaCallback",
     "lightning.pytorch.cli.instantiate_class",
     "lightning.fabric.utilities.cloud_io.get_filesystem",
-    "maskvlm.training.run_record.write_text",
+    "maskvlm.utils.whole_files.write_text",
     "maskvlm.cli.slurm.submit",
     "maskvlm.config.parser.LightningArgumentParser",
     "maskvlm.model.maskvlm.MaskVLM.load_state_dict",

@@ -100,7 +100,7 @@ def test_a_callable_in_a_file_does_not_run(build: Build, fit: Callable[..., Any]
         {"trainer": {"plugins": ["lightning.pytorch.plugins.TorchCheckpointIO"]}},
         hook("os.system"),
         hook({"class_path": "functools.partial"}),
-        hook("maskvlm.training.run_record.write_text"),
+        hook("maskvlm.utils.whole_files.write_text"),
         hook(HOOK),
         {"model": {"task": {"class_path": "maskvlm.cli.lightning.warn"}}},
         {"model": {"task": {"class_path": "maskvlm.cli.lightning.LightningCommand"}}},

@@ -36,6 +36,7 @@ from maskvlm.checkpoint.weights import read_state
 from maskvlm.inference.hf_config import MaskVLMProcessor
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.model.encoders import ImageEncoder, TextEncoder
+from maskvlm.training.checkpoint_io import SafeCheckpointIO
 from maskvlm.training.resume_check import check_optimizer
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -275,12 +276,14 @@ def test_members_that_overlap_are_refused_before_they_are_read(build: Build, tmp
     assert "overlap" in refused(path, ExitCode.BAD_DATA)
 
 
-@pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.remove_checkpoint", gives="__import__('os').remove(args[1])")
+@pytest.mark.guard(
+    "maskvlm.training.checkpoint_io:SafeCheckpointIO.remove_checkpoint", gives="__import__('os').remove(args[1])"
+)
 def test_a_state_cannot_have_files_of_others_deleted(build: Build, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for name in ("precious.ckpt", "run/notes.txt"):
         (tmp_path / name).write_text("x")
-    io_plugin = checkpoint.SafeCheckpointIO()
+    io_plugin = SafeCheckpointIO()
     for name in ("run/../precious.ckpt", "run/notes.txt"):
         io_plugin.remove_checkpoint(f"{tmp_path}/{name}")
     assert (tmp_path / "precious.ckpt").exists()

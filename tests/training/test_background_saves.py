@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from maskvlm.checkpoint import io as checkpoint
-from maskvlm.checkpoint.io import SafeCheckpointIO, load, save
+from maskvlm.checkpoint.io import load, save
 from maskvlm.training import attempts, checkpointing
+from maskvlm.training.checkpoint_io import SafeCheckpointIO
 from maskvlm.training.checkpointing import KeepState, check_finite
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Stopped
@@ -149,7 +150,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, fails_at: int = 0) -> None:
     monkeypatch.setattr(checkpoint, "_write", wait)
 
 
-@pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.check")
+@pytest.mark.guard("maskvlm.training.checkpoint_io:SafeCheckpointIO.check")
 def test_a_failure_is_told_at_the_end_of_the_next_step(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +165,7 @@ def test_a_failure_is_told_at_the_end_of_the_next_step(
     assert load(tmp_path / "last.ckpt")["global_step"] == 2
 
 
-@pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.end")
+@pytest.mark.guard("maskvlm.training.checkpoint_io:SafeCheckpointIO.end")
 def test_a_failure_of_the_last_save_is_told_at_the_end(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +176,7 @@ def test_a_failure_of_the_last_save_is_told_at_the_end(
     assert load(tmp_path / "previous.ckpt")["global_step"] == 2
 
 
-@pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.finish")
+@pytest.mark.guard("maskvlm.training.checkpoint_io:SafeCheckpointIO.finish")
 def test_who_is_stopped_says_so_when_the_checkpoint_is_there(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +194,7 @@ def test_who_is_stopped_says_so_when_the_checkpoint_is_there(
     assert steps == [3]
 
 
-@pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.end")
+@pytest.mark.guard("maskvlm.training.checkpoint_io:SafeCheckpointIO.end")
 def test_an_error_of_the_training_waits_for_what_was_saved(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +233,7 @@ class Reads(L.Callback):
         self.steps.append((trainer.global_step, load(self.path)["global_step"]))
 
 
-@pytest.mark.guard("maskvlm.checkpoint.io:SafeCheckpointIO.finish")
+@pytest.mark.guard("maskvlm.training.checkpoint_io:SafeCheckpointIO.finish")
 def test_a_run_that_goes_on_reads_its_checkpoint_when_it_is_there(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from maskvlm.cli.lightning import LightningCommand, best_of, run_command
 from maskvlm.training.checkpointing import KeepState
 from maskvlm.training.lightning_private import evaluate_after_whole_steps
 from maskvlm.training.resume import asked_for, finished
-from maskvlm.training.run_record import read_json
+from maskvlm.utils.whole_files import read_json
 
 SMALL = {
     "data.steps": 12,

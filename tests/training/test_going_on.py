@@ -19,9 +19,10 @@ from maskvlm.training.checkpointing import KeepState, follow_folder
 from maskvlm.training.csv_log import rows_in
 from maskvlm.training.lightning_private import reopen_pass
 from maskvlm.training.resume import finished
-from maskvlm.training.run_record import RunRecord, read_json
+from maskvlm.training.run_record import RunRecord
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Finished
+from maskvlm.utils.whole_files import read_json
 
 SMALL = STILL | {"model.lr": 1e-3, "model.lr_encoders": 1e-3, "trainer.val_check_interval": 3}
 

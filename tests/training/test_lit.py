@@ -16,7 +16,7 @@ import torch
 from toys import SIZE, toy_backbone
 
 from maskvlm import MaskVLM
-from maskvlm.checkpoint.io import SafeCheckpointIO, load
+from maskvlm.checkpoint.io import load
 from maskvlm.data.module import PairData
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.text import tokenizer_hash, tokenizer_json
@@ -24,6 +24,7 @@ from maskvlm.objectives.novelty import evenly_spaced, mean_patch
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.task import Task, checked_metrics, checked_terms
 from maskvlm.reporting.progress import StuckLoss
+from maskvlm.training.checkpoint_io import SafeCheckpointIO
 from maskvlm.training.checkpointing import KeepState
 from maskvlm.training.lit import LitModel
 from maskvlm.training.step_guard import StepGuard

@@ -16,8 +16,8 @@ from torch import nn
 from maskvlm.checkpoint.io import load
 from maskvlm.cli.main import main
 from maskvlm.training.lit import LitModel
-from maskvlm.training.run_record import read_json
 from maskvlm.utils.distributed import Draw, RowExchange
+from maskvlm.utils.whole_files import read_json
 
 DEVICES = ("cpu", pytest.param("gpu", marks=pytest.mark.gpu))
 SMALL: dict[str, Any] = {

@@ -24,8 +24,9 @@ from maskvlm.checkpoint.io import load, save
 from maskvlm.checkpoint.provenance import Origin, Provenance
 from maskvlm.cli.lightning import Parsed, find_checkpoint, run_command
 from maskvlm.cli.main import main
-from maskvlm.training.run_record import RunRecord, claim_folder, versions, write_json
+from maskvlm.training.run_record import RunRecord, claim_folder, versions
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {

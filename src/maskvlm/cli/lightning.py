@@ -49,20 +49,13 @@ from maskvlm.training.memory_estimate import AUTOCAST, StepSimulation, copies_gr
 from maskvlm.training.precision import alone, cpu_precision
 from maskvlm.training.process_watch import watch
 from maskvlm.training.resume import may_go_on, newest_of
-from maskvlm.training.run_record import (
-    RunRecord,
-    SaveConfig,
-    claim_folder,
-    finish_run,
-    foreign_origin,
-    give_up_folder,
-    read_json,
-)
+from maskvlm.training.run_record import RunRecord, SaveConfig, claim_folder, finish_run, foreign_origin, give_up_folder
 from maskvlm.training.sharding import is_sharded
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 from maskvlm.utils.lock import HELD
 from maskvlm.utils.process_memory import keep_freed_memory
 from maskvlm.utils.signals import CAUGHT
+from maskvlm.utils.whole_files import read_json
 from maskvlm.utils.write_errors import writing
 
 COMMANDS = ("fit", "validate", "test")

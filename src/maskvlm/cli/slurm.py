@@ -14,8 +14,9 @@ from maskvlm.checkpoint.integrity import newest_valid
 from maskvlm.cli.lightning import Parsed, built_source, run_command
 from maskvlm.data.streaming.source import Stream
 from maskvlm.training.resume import may_go_on
-from maskvlm.training.run_record import foreign_origin, write_text
+from maskvlm.training.run_record import foreign_origin
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import write_text
 
 SCRIPT = """#!/usr/bin/env bash
 #SBATCH --job-name={name}

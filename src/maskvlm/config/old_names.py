@@ -4,7 +4,8 @@ say them keep working."""
 from typing import Any
 
 MOVED = {
-    "maskvlm.checkpoint": "maskvlm.checkpoint.io",
+    "maskvlm.checkpoint": "maskvlm.training.checkpoint_io",
+    "maskvlm.checkpoint.io": "maskvlm.training.checkpoint_io",
     "maskvlm.classification": "maskvlm.objectives.classification",
     "maskvlm.data.prepared": "maskvlm.data.prepared.source",
     "maskvlm.data.scene_examples": "maskvlm.data.scenes.examples",

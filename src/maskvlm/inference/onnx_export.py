@@ -26,8 +26,8 @@ from maskvlm.inference.hf_config import processor_of
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.model.heads import Matching, Projection
 from maskvlm.model.maskvlm import MaskVLM as Backbone
-from maskvlm.training.run_record import write_json
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import write_json
 from maskvlm.utils.write_errors import cannot_write
 
 Format = Literal["onnx", "torch"]

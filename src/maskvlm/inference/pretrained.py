@@ -50,8 +50,8 @@ from maskvlm.model.maskvlm import MaskVLM as Backbone
 from maskvlm.objectives.loaded_model import numbered
 from maskvlm.objectives.novelty import FarFromTraining, KnownRange, distance_to, far_line, fit_range, mean_patch
 from maskvlm.objectives.task import Task
-from maskvlm.training.run_record import write_text
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.whole_files import write_text
 
 log = logging.getLogger(__name__)
 WATCHED = 16  # images or texts of one call that are looked at, evenly spread over it

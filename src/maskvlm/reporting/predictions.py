@@ -17,16 +17,8 @@ from maskvlm.data.text import tokenizer_hash
 from maskvlm.objectives.task import Prediction
 from maskvlm.reporting.callbacks import say, try_drawing
 from maskvlm.reporting.prediction_page import ExampleCell, example_page
-from maskvlm.training.run_record import (
-    SaveConfig,
-    file_suffix,
-    folder_of,
-    json_ready,
-    rows_left_out,
-    versions,
-    write_json,
-    write_text,
-)
+from maskvlm.training.run_record import SaveConfig, file_suffix, folder_of, rows_left_out, versions
+from maskvlm.utils.whole_files import json_ready, write_json, write_text
 
 
 class Predictions(Callback):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from maskvlm.config.compose import PRETRAINING, continued, read_words
 from maskvlm.study.definition import Cell, Study
-from maskvlm.training.run_record import read_json, write_json
 from maskvlm.utils.errors import UserError
+from maskvlm.utils.whole_files import read_json, write_json
 
 FLOPS = "flops.json"
 STEPS = "data.steps"

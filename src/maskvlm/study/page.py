@@ -21,8 +21,7 @@ from maskvlm.study.analysis import Answer, Compared, Interval, answer, frame_of,
 from maskvlm.study.definition import FIRST, Metric, Study
 from maskvlm.study.earlier import REMARK, RUNS, Outcome
 from maskvlm.study.runs import StudyRun
-from maskvlm.training.run_record import write_text
-from maskvlm.utils.whole_files import whole_file
+from maskvlm.utils.whole_files import whole_file, write_text
 
 PAGE = "README.md"
 COLOUR = {"holds": BLUE, "does not hold": ORANGE, "undecided": GREY}

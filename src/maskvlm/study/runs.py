@@ -22,11 +22,10 @@ from typing import NamedTuple
 from maskvlm.study.budget import STEPS, budget_in_steps, spent_by
 from maskvlm.study.definition import Cell, Study
 from maskvlm.training.resume import LAST, asked_for, diverged_at, finished, has_begun
-from maskvlm.training.run_record import read_json, write_json
 from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import STUDY
-from maskvlm.utils.whole_files import open_no_link
+from maskvlm.utils.whole_files import open_no_link, read_json, write_json
 
 ABOUT, LOG, METRICS = "study.json", "study.log", "metrics.json"
 """Files in a run's folder: what it is a run of; what its processes printed; what it measured."""

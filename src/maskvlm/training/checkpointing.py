@@ -21,9 +21,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from maskvlm.checkpoint.io import SafeCheckpointIO
 from maskvlm.config.compose import same_command
 from maskvlm.training.attempts import Attempt
+from maskvlm.training.checkpoint_io import SafeCheckpointIO
 from maskvlm.training.csv_log import RunLog
 from maskvlm.training.lightning_private import (
     batches_that_stepped,
@@ -112,7 +112,7 @@ class KeepState(Checkpoint):
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            todo = "Give Trainer(plugins=[SafeCheckpointIO()]), of maskvlm.checkpoint.io"
+            todo = "Give Trainer(plugins=[SafeCheckpointIO()]), of maskvlm.training.checkpoint_io"
             raise UserError("KeepState", "the trainer's checkpoints are not those that it keeps", todo)
         replace_signal_handlers(trainer, CAUGHT.install)
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # it goes on exactly

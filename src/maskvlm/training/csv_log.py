@@ -11,7 +11,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from maskvlm.training.run_record import write_text
+from maskvlm.utils.whole_files import write_text
 
 Row = dict[str, Any]
 LONGEST = 100_000  # characters of a line; csv itself stops at 131,072 a field

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maskvlm.model.attention_kernel import attend_by_products
-from maskvlm.training.run_record import read_json
+from maskvlm.utils.whole_files import read_json
 
 WORTH = 1.2  # times as fast; for less the rounding is not worth it
 NARROW = 256  # below that width conversions cost more than products gain (measured at 96 and 128)

@@ -12,9 +12,9 @@ from maskvlm.checkpoint.integrity import newest_valid, verify_checkpoint
 from maskvlm.config.given_options import config_text
 from maskvlm.config.safe_yaml import read_yaml
 from maskvlm.training.attempts import BEFORE, check_attempts
-from maskvlm.training.run_record import read_json
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import Finished
+from maskvlm.utils.whole_files import read_json
 
 FREE = (
     "run",

@@ -4,8 +4,6 @@ Everything a run writes lies in `trainer.default_root_dir`, which the command li
 """
 
 import importlib.metadata
-import json
-import math
 import os
 import platform
 import subprocess
@@ -27,8 +25,7 @@ from maskvlm.checkpoint.provenance import Provenance
 from maskvlm.training.attempts import forget
 from maskvlm.utils.cores import cores
 from maskvlm.utils.lock import HELD
-from maskvlm.utils.whole_files import whole_file
-from maskvlm.utils.write_errors import cannot_write
+from maskvlm.utils.whole_files import read_json, write_json, write_text
 
 BAD = "bad_samples.json"
 STARTS_WITH = ("versions.json", "run.lock", "config-fit.yaml", "hparams.yaml", "provenance.json")
@@ -69,43 +66,6 @@ def note_divergence(folder: Path, step: int) -> None:
     """Note in `versions.json` that a run was ended as its steps could not be made: the same command would come to the
     same end. A run that goes on begins the file anew."""
     write_json(folder / "versions.json", read_json(folder / "versions.json") | {"diverged": {"step": step}})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A small file that informs and that nothing depends on; empty where it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a small file whole or not at all, numbers as `json_ready` has them."""
-    write_text(path, json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n")
-
-
-def json_ready(value: Any) -> Any:
-    """Plain data with null in the place of NaN and infinity, at any depth: JSON has neither."""
-    if isinstance(value, Mapping):
-        return {key: json_ready(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_ready(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write any text whole or not at all, as `write_json`. What a name that is no UTF-8 has in the place of a letter is
-    escaped as in JSON. Raises UserError (73, or 74 for a full disk)."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        user_error = cannot_write(error, path)
-        if user_error is None:
-            raise
-        raise user_error from error
 
 
 def versions() -> dict[str, Any]:

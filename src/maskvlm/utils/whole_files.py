@@ -1,11 +1,16 @@
-"""Files and folders: a file that is written whole or not at all, and which files lead out of a folder."""
+"""Files and folders: a file that is written whole or not at all, text and JSON among them, and which files lead out of
+a folder."""
 
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.write_errors import cannot_write
 
 
 @contextmanager
@@ -48,6 +53,43 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a small file whole or not at all, numbers as `json_ready` has them."""
+    write_text(path, json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def json_ready(value: Any) -> Any:
+    """Plain data with null in the place of NaN and infinity, at any depth: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {key: json_ready(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write any text whole or not at all, as `write_json`. What a name that is no UTF-8 has in the place of a letter is
+    escaped as in JSON. Raises UserError (73, or 74 for a full disk)."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        user_error = cannot_write(error, path)
+        if user_error is None:
+            raise
+        raise user_error from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small file that informs and that nothing depends on; empty where it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def open_no_link(path: str | Path, flags: int) -> int:
