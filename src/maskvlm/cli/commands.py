@@ -20,8 +20,8 @@ from maskvlm.config.compose import (
 )
 from maskvlm.config.given_options import config_files
 
-LEARN, DATA, ASK, SEARCH, KEEP = "Learn and measure", "Data", "Ask a model", "Find images", "Checkpoints"
-LIGHTNING, SHELL = "Lightning's own, with files (-c FILE.yaml)", "Shell"
+LEARN, DATA, ASK, SEARCH, KEEP = "Train and evaluate", "Data", "Use a model", "Search images", "Checkpoints"
+LIGHTNING, SHELL = "Lightning's own commands, with -c FILE.yaml", "Shell"
 
 
 class Command(NamedTuple):
@@ -88,10 +88,13 @@ def _lightning(name: str, description: str) -> Command:
 
 LOOK = ("model", "data", "where")
 REGISTRY = (
-    Command("pretrain", LEARN, "learn from image-text pairs", words=PRETRAINING, compose=compose.pretrain_command),
-    Command("finetune", LEARN, "train a task", words=TRAINING, places=("TASK",), compose=compose.finetune_command),
+    Command("pretrain", LEARN, "pre-train on image-text pairs", words=PRETRAINING, compose=compose.pretrain_command),
     Command(
-        "evaluate", LEARN, "measure a checkpoint: on a task, or as pre-training is judged",
+        "finetune", LEARN, "fine-tune on a downstream task",
+        words=TRAINING, places=("TASK",), compose=compose.finetune_command,
+    ),
+    Command(
+        "evaluate", LEARN, "evaluate a checkpoint on a task, or by pre-training's own metrics",
         words=(*TRAINING, "split"), places=("[TASK]",), compose=compose.evaluate_command,
     ),
     Command(
@@ -99,20 +102,23 @@ REGISTRY = (
         words=PRETRAINING, places=("[TASK]",), compose=compose.config_command,
     ),
     Command(
-        "submit", LEARN, "the same as a SLURM job: write its script and submit it", "maskvlm.cli.slurm:submit",
-        PRETRAINING, ("[TASK]",), compose.submit_command,
+        "submit", LEARN, "run pretrain or finetune as a SLURM job: write the script and submit it",
+        "maskvlm.cli.slurm:submit", PRETRAINING, ("[TASK]",), compose.submit_command,
     ),
     Command(
         "bench", LEARN, "time a few training steps", "maskvlm.cli.bench:bench",
         ("model", "recipe", "data", "where", "from", "encoders"), compose=compose.bench_command,
     ),
     Command(
-        "doctor", LEARN, "check machine, weights and data for a run; predict its memory, speed and hours",
+        "doctor", LEARN, "check machine, weights and data before a run; predict memory, speed and hours",
         "maskvlm.cli.doctor:main", PRETRAINING, compose=compose.doctor_command,
     ),
-    Command("study", LEARN, "make many runs and compare them: means, intervals, verdicts", "maskvlm.cli.study:main"),
     Command(
-        "data", DATA, "prepare a data set once, from its files as distributed", "maskvlm.data.prepare.command:main",
+        "study", LEARN, "make the runs of a study and compare them: means, intervals, verdicts",
+        "maskvlm.cli.study:main",
+    ),
+    Command(
+        "data", DATA, "prepare a data set from its original files, once", "maskvlm.data.prepare.command:main",
         ("raw", "name"), ("SET", "[RAW]"), compose.data_command,
     ),
     Command(
@@ -120,39 +126,42 @@ REGISTRY = (
         ("name",), ("SET",), compose.data_check_command,
     ),
     Command(
-        "preview", DATA, "write a contact sheet of images with their texts", "maskvlm.cli.preview:preview", LOOK,
+        "preview", DATA, "write a contact sheet of a data set", "maskvlm.cli.preview:preview", LOOK,
         compose=compose.preview_command,
     ),
-    Command("scene", DATA, "write a drawn scene to try a model with, print its captions", "maskvlm.cli.scene:scene"),
+    Command("scene", DATA, "write a drawn scene to try a model on, and print its captions", "maskvlm.cli.scene:scene"),
     _method("fill", "fill in masked words from the image"),
-    _method("match", "probability that image and text belong together"),
+    _method("match", "probability that image and text match"),
     _method("rank", "order texts for an image, or images for a text"),
-    _method("caption", "write a caption"),
-    _method("score", "pseudo-log-likelihood of texts"),
+    _method("caption", "write a caption for an image"),
+    _method("score", "pseudo-log-likelihood of texts given an image"),
     _method("explain", "show where the model looks for a word"),
     _method("reconstruct", "paint masked patches from the text"),
-    _method("inpaint", "the same in rounds, the most certain patches first"),
-    Command("suite", ASK, "measure a model on a published evaluation suite", "maskvlm.cli.suite:main"),
-    Command("demo", ASK, "a page to try a model in, on this machine alone", "maskvlm.demo.serve:main"),
+    _method("inpaint", "paint masked patches in rounds, the most certain first"),
+    Command("suite", ASK, "evaluate a model on a published suite", "maskvlm.cli.suite:main"),
+    Command("demo", ASK, "serve a web page to try models in, on this machine only", "maskvlm.demo.serve:main"),
     Command(
-        "embed", SEARCH, "write the vectors of a data set as Parquet", "maskvlm.cli.embed:main",
+        "embed", SEARCH, "write the embeddings of a data set as Parquet", "maskvlm.cli.embed:main",
         (*LOOK, "from", "split"), compose=compose.embed_command,
     ),
     Command(
-        "index", SEARCH, "make the images of a data set searchable", "maskvlm.cli.search:make",
+        "index", SEARCH, "build a search index of a data set's images", "maskvlm.cli.search:make",
         (*LOOK, "from", "split"), compose=compose.index_command,
     ),
     Command("search", SEARCH, "find images by a text or an image", "maskvlm.cli.search:main"),
-    Command("convert", KEEP, "a checkpoint to the hub's format, or back", "maskvlm.cli.convert:convert"),
+    Command("convert", KEEP, "convert a checkpoint to a Hugging Face folder, or back", "maskvlm.cli.convert:convert"),
     Command(
-        "publish", KEEP, "upload a model to the hub, in half precision, checked, with its card",
+        "publish", KEEP, "upload a model and its card to the hub, in half precision",
         "maskvlm.cli.publish:main", ("from", "to"), compose=compose.publish_command,
     ),
-    Command("export", KEEP, "ONNX or torch.export files, checked against torch", "maskvlm.inference.onnx_export:main"),
+    Command(
+        "export", KEEP, "export as ONNX or torch.export files, checked against torch",
+        "maskvlm.inference.onnx_export:main",
+    ),
     _lightning("fit", "train"),
-    _lightning("validate", "measure --ckpt_path on the validation split"),
-    _lightning("test", "measure --ckpt_path on the test split"),
-    Command("completion", SHELL, "print what completes these words in bash and zsh", "maskvlm.cli.completion:main"),
+    _lightning("validate", "evaluate --ckpt_path on the validation split"),
+    _lightning("test", "evaluate --ckpt_path on the test split"),
+    Command("completion", SHELL, "print a completion script for bash or zsh", "maskvlm.cli.completion:main"),
 )  # fmt: skip
 COMMANDS = {command.name: command for command in REGISTRY}
 
@@ -168,17 +177,17 @@ TASK_METHODS = {"answer": "vqa", "compare": "nlvr", "entail": "entailment"}
 USAGE = """maskvlm COMMAND [word=value ...] [--key value ...]
 {commands}
 TASK.TOOL and methods of tasks
-  vqa.score, vqa.vocabulary ...  a task's own tool with its own options
-  answer, compare, entail        what a fine-tuned model answers: METHOD --from CHECKPOINT IMAGE "TEXT"
+  vqa.score, vqa.vocabulary ...  a task's own tool, with its own options
+  answer, compare, entail        ask a fine-tuned model: METHOD --from CHECKPOINT IMAGE "TEXT"
 
 Options of every command
-  --allow-import NAME   let files name classes of this package (also MASKVLM_ALLOW_IMPORT=a,b)
+  --allow-import NAME   allow config files to name classes of this package (also MASKVLM_ALLOW_IMPORT=a,b)
   --debug               show tracebacks
-Of those that train and measure
-  --folder FOLDER       where everything of a run is written (also --run, but not under torchrun)
+Options of commands that train or evaluate
+  --folder FOLDER       folder of the run: everything is written here (also --run, but not under torchrun)
   --print_config        print the composed configuration and stop
 
-`maskvlm COMMAND --help` says what a command takes; `maskvlm fit --help` lists all keys."""
+`maskvlm COMMAND --help` shows what a command takes; `maskvlm fit --help` lists all keys."""
 
 
 def overview() -> str:
@@ -192,25 +201,27 @@ def overview() -> str:
 
 WORDS: dict[str, tuple[str, Callable[[], Sequence[str]], str]] = {
     "model": (
-        "its size and encoders; with from= the recipe alone, the model is the checkpoint's",
+        "size, encoders and recipe; with from= only the recipe, as the model is the checkpoint's",
         lambda: choices("model"),
         "tiny",
     ),
-    "recipe": ("another way to train it", lambda: choices("recipe"), "the model's own"),
+    "recipe": ("another training recipe", lambda: choices("recipe"), "the model's own"),
     "data": ("the data set", lambda: [*choices("data"), *prepared()], "scenes"),
     "where": ("the machine", lambda: choices("where"), "auto"),
-    "run": ("folder of the run under checkpoints/", list, "by what is done, and when"),
-    "from": ("the checkpoint to start from, or a folder of the hub's format; finetune: also random", list, ""),
-    "to": ("the name on the hub: owner/name", list, ""),
-    "encoders": ("a folder of pretrained encoders, where there is no connection", list, ""),
-    "split": ("what is measured; index, embed: also train, all", lambda: SPLITS, "val"),
-    "raw": ("the folder or file in which a set is distributed; for hf a name on the hub", list, ""),
-    "name": ("of the prepared set", list, "as the set"),
+    "run": ("folder of the run under checkpoints/", list, "named after the command and the time"),
+    "from": ("checkpoint or Hugging Face folder to start from; finetune: also random", list, ""),
+    "to": ("name on the hub: owner/name", list, ""),
+    "encoders": ("folder of pretrained encoders, to work without a connection", list, ""),
+    "split": ("split to evaluate; index, embed: also train, all", lambda: SPLITS, "val"),
+    "raw": ("folder or file of the set as distributed; for hf: name on the hub", list, ""),
+    "name": ("name of the prepared set", list, "as the set"),
 }
 """Word -> what it says, what it can be (nothing: anything), and what it is where it is left out."""
 
 
-KEYS = "`maskvlm fit --help` lists all keys; they win over all files. Files of your own come on top: -c FILE.yaml"
+KEYS = (
+    "`maskvlm fit --help` lists all keys; keys override files. Your own files override the composed ones: -c FILE.yaml"
+)
 
 
 def help_of(command: Command, places: Sequence[str] = ()) -> str:
@@ -228,7 +239,7 @@ def help_of(command: Command, places: Sequence[str] = ()) -> str:
         can_be = f": {' '.join(among())}" if among() else ""
         if name == "data" and command.places == ("TASK",):
             can_be = ""  # those of pre-training are not a task's
-        lines.append(f"  {name + '=':<9} {description}{can_be}{f' (if left out: {otherwise})' if otherwise else ''}")
+        lines.append(f"  {name + '=':<9} {description}{can_be}{f' (default: {otherwise})' if otherwise else ''}")
         if name == "data":
             named_tasks = [task for task in own_sets if task in places] or own_sets
             lines += [f"            of {task}: {' '.join(compose.sets_of(task))}" for task in named_tasks]

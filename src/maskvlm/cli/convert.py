@@ -21,11 +21,13 @@ def convert(arguments: list[str], allowed: Iterable[str] = ()) -> str:
         UserError: the second is there already (73); as `from_pretrained`.
     """
     parser = OptionParser(
-        "maskvlm convert", description="a checkpoint to a folder of the hub's format, or such a folder to FILE.ckpt"
+        "maskvlm convert", description="convert a checkpoint to a Hugging Face folder, or such a folder to FILE.ckpt"
     )
-    parser.add_argument("source", help="a checkpoint, or a folder or name of the hub")
-    parser.add_argument("target", type=Path, help="a new folder, or a new file whose name ends in .ckpt")
-    parser.add_argument("--dtype", help="of the folder's weights: float16 and bfloat16 halve it (float32)")
+    parser.add_argument("source", help="checkpoint file, Hugging Face folder or hub name")
+    parser.add_argument("target", type=Path, help="new folder, or new file that ends in .ckpt")
+    parser.add_argument(
+        "--dtype", help="precision of the folder's weights: float32, float16 or bfloat16 (default: float32)"
+    )
     options = parser.parse_args(arguments)
     source, target = options.source, options.target
     if target.exists() and (target.is_file() or any(target.iterdir())):

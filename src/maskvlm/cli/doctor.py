@@ -69,10 +69,14 @@ class Card(NamedTuple):
 
 def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
     """Print what was found; 2 where something fails, else 0."""
-    description = "Takes the words and options of `maskvlm pretrain`, and:"
+    description = "Takes the words and options of `maskvlm pretrain`, and these:"
     parser = OptionParser("maskvlm doctor", description=description, allow_abbrev=False)
-    parser.add_argument("--peak", type=float, help="TFLOP/s of a card in bfloat16 (its own, or an A100's 312)")
-    parser.add_argument("--memory", type=float, help="GiB of a card (its own, or an A100's 80)")
+    parser.add_argument(
+        "--peak", type=float, help="bfloat16 TFLOP/s of a card (default: the card's own, or an A100's 312)"
+    )
+    parser.add_argument(
+        "--memory", type=float, help="GiB of memory of a card (default: the card's own, or an A100's 80)"
+    )
     options, rest = parser.parse_known_args(arguments)
     settings = run_command(Parsed, ["fit", *rest], allowed).settings
     failed = False

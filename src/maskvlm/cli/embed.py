@@ -35,14 +35,20 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 def data_parser(command: str, out: str, description: str) -> argparse.ArgumentParser:
     """The options of `embed`, which `index` takes too. Whatever else is given configures the data."""
     parser = OptionParser(f"maskvlm {command}", description=description, allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"the folder, made where needed ({out})")
-    parser.add_argument("--from", dest="source", help=f"a checkpoint, a folder or name of the hub ({DEFAULT})")
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"output folder (default: {out})")
     parser.add_argument(
-        "--split", default="val", help="train, val or test; all: of a prepared set without splits of its own"
+        "--from", dest="source", help=f"checkpoint file, Hugging Face folder or hub name (default: {DEFAULT})"
     )
-    parser.add_argument("--shard", type=int, default=SHARD, help="images a file")
-    parser.add_argument("--no-captions", dest="captions", action="store_false", help="leave out vectors of captions")
-    parser.add_argument("--device", help="such as cpu; left out: what where= says, or a GPU where there is one")
+    parser.add_argument(
+        "--split",
+        default="val",
+        help="train, val or test; all: a prepared set that has no splits (default: %(default)s)",
+    )
+    parser.add_argument("--shard", type=int, default=SHARD, help="images per file (default: %(default)s)")
+    parser.add_argument("--no-captions", dest="captions", action="store_false", help="embed images only")
+    parser.add_argument(
+        "--device", help="torch device, such as cpu (default: as where= says, or a GPU if there is one)"
+    )
     return parser
 
 

@@ -92,11 +92,13 @@ class LightningCommand(LightningCLI):
         return {name: every[name] for name in COMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        description = "the run's folder; {run} in files. torchrun takes --run for an option of its own"
+        description = "folder of the run, {run} in files; write --folder under torchrun, which takes --run for its own"
         parser.add_argument("--run", "--folder", type=str, default="checkpoints/run", help=description)
-        description = "several processes: seconds without a sign of life before one is taken for frozen (default 120)"
+        description = (
+            "with several processes: seconds without a sign of life before one counts as frozen (default: 120)"
+        )
         parser.add_argument("--patience", type=float | None, default=None, help=description)
-        description = "a checkpoint to start from: its model and weights, its tokenizer, the heads that fit the task"
+        description = "checkpoint to start from: its model, weights and tokenizer, and the heads that fit the task"
         parser.add_argument("--from", type=str | None, default=None, help=description)
         parser.link_arguments("from", "model.backbone.init_args.start")
         # What the encoders know goes to the data once; one seed and one number of passes rule both sides.

@@ -35,12 +35,16 @@ def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
             (73).
     """
     parser = OptionParser("maskvlm publish", description="upload a model to the hub", allow_abbrev=False)
-    parser.add_argument("--from", dest="source", required=True, help="a checkpoint, or a folder of the hub's format")
-    parser.add_argument("--to", required=True, help="owner/name; made where it is not there")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the weights ({DTYPES[0]})")
-    parser.add_argument("--private", action="store_true", help="a new repository is private")
-    parser.add_argument("--dry-run", action="store_true", help="upload nothing; ask the hub, tell what would be done")
-    parser.add_argument("--folder", type=Path, help="keep what is uploaded in this new folder")
+    parser.add_argument("--from", dest="source", required=True, help="checkpoint file or Hugging Face folder")
+    parser.add_argument("--to", required=True, help="owner/name on the hub; created if it does not exist")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help=f"precision of the weights (default: {DTYPES[0]})"
+    )
+    parser.add_argument("--private", action="store_true", help="create the repository as private")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check with the hub and report what would be done; upload nothing"
+    )
+    parser.add_argument("--folder", type=Path, help="new folder in which to keep what is uploaded")
     options = parser.parse_args(arguments)
     # What can be refused is refused before a large model is read.
     check_repository(options.to)

@@ -16,9 +16,13 @@ def scene(arguments: list[str], allowed: list[str]) -> str:
     Raises:
         UserError: no such scene, or no ending of an image (2); the file cannot be written (73), the disk is full (74).
     """
-    parser = OptionParser("maskvlm scene", description="write a drawn scene of the built-in world, print its captions")
-    parser.add_argument("number", nargs="?", type=int, default=0, help="of the validation split, from 0 on (0)")
-    parser.add_argument("--out", type=Path, default=Path("scene.png"), help="where the image is written (scene.png)")
+    parser = OptionParser(
+        "maskvlm scene", description="write a drawn scene of the built-in world and print its captions"
+    )
+    parser.add_argument(
+        "number", nargs="?", type=int, default=0, help="number of the scene in the validation split (default: 0)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("scene.png"), help="image file to write (default: scene.png)")
     options = parser.parse_args(arguments)
     check_ending(options.out)
     split = Scenes().split("val")

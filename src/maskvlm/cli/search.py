@@ -22,13 +22,23 @@ OPTION_OF = {"source": "--from", "captions": "--no-captions"}
 
 def make(arguments: list[str], allowed: list[str]) -> int:
     """`index`: embed where no vectors are named, and build; arguments as in the shell."""
-    parser = data_parser("index", "checkpoints/index", "an index of a data set's images, from vectors or a checkpoint")
-    parser.add_argument("--vectors", type=Path, help="a folder that `embed` wrote; without it this embeds first")
+    parser = data_parser(
+        "index",
+        "checkpoints/index",
+        "build an index of a data set's images, from their embeddings or with a checkpoint",
+    )
+    parser.add_argument("--vectors", type=Path, help="folder written by `embed` (default: embed the images first)")
     parser.add_argument(
-        "--kind", default="auto", choices=["auto", *kinds(1, 2)], help="auto: by size and what it finds"
+        "--kind",
+        default="auto",
+        choices=["auto", *kinds(1, 2)],
+        help="kind of FAISS index; auto chooses by size and recall (default: %(default)s)",
     )
     parser.add_argument(
-        "--exact-share", type=float, default=RECALL, help=f"of the 10 nearest by exact search to be found ({RECALL})"
+        "--exact-share",
+        type=float,
+        default=RECALL,
+        help=f"share of the 10 exact nearest neighbours that must be found (default: {RECALL})",
     )
     options, rest = parser.parse_known_args(arguments)
     # Told before hours of embedding, if FAISS is not installed.
@@ -71,18 +81,18 @@ def checkpoint_of_index(index: SearchIndex) -> str:
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """`search`; arguments as in the shell."""
-    parser = OptionParser("maskvlm search", description="images, by a text or an image", allow_abbrev=False)
-    parser.add_argument("query", help="a text, or the file of an image")
-    parser.add_argument("--index", type=Path, help="its folder; the newest of checkpoints/index*, if left out")
+    parser = OptionParser("maskvlm search", description="find images by a text or an image", allow_abbrev=False)
+    parser.add_argument("query", help="a text, or an image file")
+    parser.add_argument("--index", type=Path, help="folder of the index (default: the newest checkpoints/index*)")
     parser.add_argument(
-        "--from", dest="source", help="the checkpoint that the index was made with (taken from the index)"
+        "--from", dest="source", help="checkpoint that the index was built with (default: the one the index names)"
     )
-    parser.add_argument("--k", type=int, default=10, help="how many (10)")
-    parser.add_argument("--rerank", action="store_true", help="order these by matching as well")
-    parser.add_argument("--images", type=Path, help="where the images lie (a folder, a set), for --rerank and --show")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="write a PNG of what was found")
-    parser.add_argument("--json", action="store_true", help="one line of JSON for each")
-    parser.add_argument("--device", help="such as cuda; the CPU if left out")
+    parser.add_argument("--k", type=int, default=10, help="number of results (default: %(default)s)")
+    parser.add_argument("--rerank", action="store_true", help="re-rank the results by matching")
+    parser.add_argument("--images", type=Path, help="folder or prepared set of the images, for --rerank and --show")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="write the results as a PNG")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per result")
+    parser.add_argument("--device", help="torch device, such as cuda (default: cpu)")
     options = parser.parse_args(arguments)
     # A misspelt file name would be searched for as a text.
     check_absent([options.query])

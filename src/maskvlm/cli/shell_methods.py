@@ -38,34 +38,52 @@ METHODS: dict[str, ShellMethod] = {
     "fill": ShellMethod(
         'IMAGE "a [MASK] on the [MASK]"', "fill in masked words from the image", 2, 2, ("--top",), "tokens"
     ),
-    "match": ShellMethod("IMAGE TEXT ...", "probability that image and text belong together", 2, None, head="matching"),
+    "match": ShellMethod("IMAGE TEXT ...", "probability that image and text match", 2, None, head="matching"),
     "rank": ShellMethod(
-        "IMAGE TEXT ...  or  TEXT IMAGE ...", "texts or images, the best first", 2, None, ("--k",), "projection"
+        "IMAGE TEXT ...  or  TEXT IMAGE ...",
+        "order texts for an image, or images for a text, best first",
+        2,
+        None,
+        ("--k",),
+        "projection",
     ),
-    "caption": ShellMethod("IMAGE ...", "write a caption", 1, None, head="tokens"),
-    "score": ShellMethod("IMAGE TEXT ...", "pseudo-log-likelihood of texts, nats", 2, None, head="tokens"),
-    "explain": ShellMethod("IMAGE TEXT WORD", "where the model looks for a word (--out)", 3, 3, ("--out",), "tokens"),
-    "reconstruct": ShellMethod("IMAGE TEXT", "fill in masked patches from the text (--out)", 2, 2, PAINT, "pixels"),
-    "inpaint": ShellMethod("IMAGE TEXT", "the same in rounds, the most certain first (--out)", 2, 2, PAINT, "pixels"),
+    "caption": ShellMethod("IMAGE ...", "write a caption for each image", 1, None, head="tokens"),
+    "score": ShellMethod(
+        "IMAGE TEXT ...", "pseudo-log-likelihood of each text given the image, in nats", 2, None, head="tokens"
+    ),
+    "explain": ShellMethod(
+        "IMAGE TEXT WORD", "show where the model looks for a word; writes an image (--out)", 3, 3, ("--out",), "tokens"
+    ),
+    "reconstruct": ShellMethod(
+        "IMAGE TEXT", "paint masked patches from the text; writes an image (--out)", 2, 2, PAINT, "pixels"
+    ),
+    "inpaint": ShellMethod(
+        "IMAGE TEXT",
+        "paint masked patches in rounds, the most certain first; writes an image (--out)",
+        2,
+        2,
+        PAINT,
+        "pixels",
+    ),
 }
 
 OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "--out": ((), {"type": Path, "help": "where the image is written (by the method: explain.png, ...)"}),
-    "--k": ((), {"type": int, "default": 16, "help": "candidates that matching looks at again (%(default)s)"}),
-    "--top": ((), {"type": int, "default": 5, "help": "guesses for each masked word (%(default)s)"}),
+    "--out": ((), {"type": Path, "help": "image file to write (default: named after the method, such as explain.png)"}),
+    "--k": ((), {"type": int, "default": 16, "help": "candidates to re-rank by matching (default: %(default)s)"}),
+    "--top": ((), {"type": int, "default": 5, "help": "guesses per masked word (default: %(default)s)"}),
     "--mask-ratio": (
         ("--hide",),
         {
             "type": float,
             "default": 0.6,
-            "help": "share of patches masked at random (%(default)s; --hide in earlier versions)",
+            "help": "share of patches to mask at random (default: %(default)s; formerly --hide)",
         },
     ),
     "--box": (
         (),
-        {"help": "or the patches that this box touches: left,top,right,bottom as shares of 0 to 1"},
+        {"help": "mask the patches that touch this box instead: left,top,right,bottom, each from 0 to 1"},
     ),
-    "--seed": ((), {"type": int, "default": 0, "help": "of the patches masked at random (%(default)s)"}),
+    "--seed": ((), {"type": int, "default": 0, "help": "random seed of the mask (default: %(default)s)"}),
 }
 """Options of some methods: other names, and what argparse is told of each."""
 
@@ -73,14 +91,16 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 def method_parser(method: str) -> argparse.ArgumentParser:
     """The options of a method; of one that a task brings those that all have."""
     known = METHODS.get(method)
-    description = known.description if known else "what a fine-tuned model answers: its images, then the text"
+    description = known.description if known else "ask a fine-tuned model: its images, then the text"
     form = known.form if known else "IMAGE ... TEXT"
     parser = OptionParser(f"maskvlm {method}", description=description, allow_abbrev=False)
     parser.usage = f"maskvlm {method} [--from CHECKPOINT] {form} [options]"
     parser.add_argument("inputs", nargs="*", help=form)
-    parser.add_argument("--from", dest="source", help=f"a checkpoint, a folder or name of the hub ({DEFAULT})")
-    parser.add_argument("--json", action="store_true", help="one line of JSON for each answer")
-    parser.add_argument("--device", help="such as cuda; the CPU if left out")
+    parser.add_argument(
+        "--from", dest="source", help=f"checkpoint file, Hugging Face folder or hub name (default: {DEFAULT})"
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per answer")
+    parser.add_argument("--device", help="torch device, such as cuda (default: cpu)")
     for name in known.options if known else ():
         others, keywords = OPTIONS[name]
         parser.add_argument(name, *others, **keywords)

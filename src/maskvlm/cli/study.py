@@ -28,19 +28,21 @@ STUDIES = "studies"
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """Make a study; arguments as in the shell."""
-    parser = OptionParser("maskvlm study", description="Make the runs of a study that are missing, and write its page.")
-    parser.add_argument("file", metavar="FILE", help="a study (docs/studies.md), or its name in studies/")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once on this machine (1)")
+    parser = OptionParser("maskvlm study", description="make the missing runs of a study and write its page")
+    parser.add_argument("file", metavar="FILE", help="YAML file of a study (docs/studies.md), or its name in studies/")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at the same time on this machine (default: %(default)s)"
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="CELL", help="only the runs of these cells")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only the runs of these seeds")
-    parser.add_argument("--where", help="the machine, in the place of the study's own where=")
-    parser.add_argument("--page", type=Path, help="folder of the page (checkpoints/NAME)")
-    parser.add_argument("--page-only", action="store_true", help="write the page of what is there, and make no run")
-    parser.add_argument("--list", action="store_true", help="list the runs and how far each is, and make none")
-    parser.add_argument("--submit", action="store_true", help="as a SLURM array, a run a task, --jobs of them at once")
+    parser.add_argument("--where", help="machine, instead of the study's own where=")
+    parser.add_argument("--page", type=Path, help="folder for the page (default: checkpoints/NAME)")
+    parser.add_argument("--page-only", action="store_true", help="write the page from the runs that exist; start none")
+    parser.add_argument("--list", action="store_true", help="list the runs and their progress; start none")
     parser.add_argument(
-        "--task", type=int, metavar="N", help="only the N-th run of --list, as a task of the array does"
+        "--submit", action="store_true", help="submit a SLURM array, one task per run, --jobs at the same time"
     )
+    parser.add_argument("--task", type=int, metavar="N", help="only the N-th run of --list, as a task of the array")
     options = parser.parse_args(arguments)
     check_least(1, {"--jobs": options.jobs})
     check_installed()

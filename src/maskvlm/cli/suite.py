@@ -19,17 +19,27 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     """Run a suite; arguments as in the shell."""
     name = arguments[0] if arguments and not arguments[0].startswith("-") else ""
     parser = OptionParser(
-        f"maskvlm suite {name}".strip(), description="a published evaluation suite", allow_abbrev=False
+        f"maskvlm suite {name}".strip(), description="evaluate a model on a published suite", allow_abbrev=False
     )
-    parser.add_argument("suite", metavar="NAME", help=f"{', '.join(suite_names())}, or the path of a class")
-    parser.add_argument("--from", dest="source", help=f"a checkpoint, a folder or name of the hub ({DEFAULT})")
-    parser.add_argument("--path", type=Path, help="the suite's folder or file, as it is distributed")
-    parser.add_argument("--images", type=Path, help="the folder of its images (images/ in --path, or --path)")
-    parser.add_argument("--by", nargs="+", default=[], metavar="WAY", help="how the model is asked; all: every way")
-    parser.add_argument("--limit", type=int, help="only so many images, drawn by --seed, with all items of them alone")
-    parser.add_argument("--seed", type=int, default=0, help="of that lot, and of what a suite draws (0)")
-    parser.add_argument("--out", type=Path, help="the folder of result.json and scores.jsonl (checkpoints/suite-...)")
-    parser.add_argument("--device", help="such as cuda; the CPU if left out")
+    parser.add_argument("suite", metavar="NAME", help=f"{', '.join(suite_names())}, or the import path of a class")
+    parser.add_argument(
+        "--from", dest="source", help=f"checkpoint file, Hugging Face folder or hub name (default: {DEFAULT})"
+    )
+    parser.add_argument("--path", type=Path, help="folder or file of the suite, as distributed")
+    parser.add_argument("--images", type=Path, help="folder of its images (default: images/ in --path, or --path)")
+    parser.add_argument(
+        "--by", nargs="+", default=[], metavar="WAY", help="how the model scores an item; all: every way the suite has"
+    )
+    parser.add_argument(
+        "--limit", type=int, help="evaluate this many images only, drawn at random, with all their items"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of --limit and of what a suite draws (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for result.json and scores.jsonl (default: checkpoints/suite-NAME-TIME)"
+    )
+    parser.add_argument("--device", help="torch device, such as cuda (default: cpu)")
     kind = suite_class(name) if name else None
     own = set(inspect.signature(kind).parameters) if kind is not None else set()
     if kind is not None:

@@ -34,15 +34,21 @@ QUIET = {
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """Serve the page; arguments as in the shell, without the command's name."""
-    parser = OptionParser("maskvlm demo", description="a page to try a model in", allow_abbrev=False)
+    parser = OptionParser("maskvlm demo", description="serve a web page to try models in", allow_abbrev=False)
     parser.add_argument(
-        "--from", dest="sources", nargs="+", default=[], help="checkpoints that come first; the others here follow"
+        "--from", dest="sources", nargs="+", default=[], help="checkpoints to list first; others found here follow"
     )
-    parser.add_argument("--index", type=Path, help="a folder to search; if left out the newest of `maskvlm index`")
-    parser.add_argument("--images", type=Path, help="where the index's images lie: a folder, or a prepared set")
-    parser.add_argument("--host", default="127.0.0.1", help="another address lets others in: nobody is asked who he is")
-    parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
-    parser.add_argument("--device", help="such as cuda; the CPU if left out")
+    parser.add_argument(
+        "--index", type=Path, help="folder of the index to search (default: the newest that `maskvlm index` wrote)"
+    )
+    parser.add_argument("--images", type=Path, help="folder or prepared set of the index's images")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; any other than the default lets others in, without a login (default: %(default)s)",
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port; 0: any free one (default: %(default)s)")
+    parser.add_argument("--device", help="torch device, such as cuda (default: cpu)")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("gradio") is None:
         raise UserError(

@@ -133,11 +133,20 @@ def parts_of(model: PretrainedMaskVLM) -> list[ExportPart]:
 
 def main(arguments: list[str], allowed: list[str]) -> int:
     """Export; arguments are what follows the command's name. `allowed`: packages that a task may come from."""
-    parser = OptionParser("maskvlm export", description="ONNX or torch.export files, float32", allow_abbrev=False)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
-    parser.add_argument("--from", dest="source", metavar="CHECKPOINT", help=f"or a folder, or a hub name ({DEFAULT})")
-    parser.add_argument("--format", choices=tuple(SUFFIX), default="onnx", help="onnx, or torch for torch.export")
-    parser.add_argument("--opset", type=int, help=f"of ONNX's operators: {OPSET} (default) to {NEWEST_OPSET}")
+    parser = OptionParser(
+        "maskvlm export", description="export a model as ONNX or torch.export files, float32", allow_abbrev=False
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to create")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="CHECKPOINT",
+        help=f"checkpoint file, Hugging Face folder or hub name (default: {DEFAULT})",
+    )
+    parser.add_argument(
+        "--format", choices=tuple(SUFFIX), default="onnx", help="onnx, or torch for torch.export (default: %(default)s)"
+    )
+    parser.add_argument("--opset", type=int, help=f"ONNX opset, {OPSET} to {NEWEST_OPSET} (default: {OPSET})")
     options = parser.parse_args(arguments)
     check_export(options.folder, options.format, options.opset)  # before a large model is read
     source = options.source or default_model("exported")

@@ -148,11 +148,13 @@ class AroOrder(Suite):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--set", default="flickr8k", help=f"how the captions are kept (flickr8k): {' '.join(SETS)}")
-        parser.add_argument("--split", default="val", help="whose captions (val)")
-        hint = "of your own data the name that it was prepared under, to tell which images a model has seen"
+        parser.add_argument(
+            "--set", default="flickr8k", help=f"format of the captions (default: flickr8k): {' '.join(SETS)}"
+        )
+        parser.add_argument("--split", default="val", help="split whose captions are used (default: val)")
+        hint = "name that your own data was prepared under, to tell which images a model has seen"
         parser.add_argument("--name", help=hint)
-        hint = "ARO's own four shuffles, with NLTK's part-of-speech tagger (three that need none)"
+        hint = "use ARO's own four shuffles, with NLTK's part-of-speech tagger (default: three that need no tagger)"
         parser.add_argument("--tagged", action="store_true", help=hint)
 
     def __init__(

@@ -47,7 +47,9 @@ class Cxc(Suite):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--split", default="test", choices=("val", "test"), help="of Karpathy's (%(default)s)")
+        parser.add_argument(
+            "--split", default="test", choices=("val", "test"), help="Karpathy split (default: %(default)s)"
+        )
 
     def __init__(self, split: str = "test", seed: int = 0) -> None:
         self.split, self.seed = split, seed

@@ -56,7 +56,9 @@ class Pointing(Suite):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--split", default="test", help="a list of photos: test for test.txt; all (%(default)s)")
+        parser.add_argument(
+            "--split", default="test", help="list of photos: test stands for test.txt; or all (default: %(default)s)"
+        )
 
     def __init__(self, split: str = "test") -> None:
         self.split = split

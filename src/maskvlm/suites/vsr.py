@@ -41,7 +41,7 @@ class Vsr(Suite):
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
-            "--split", default="zeroshot/test", help="zeroshot or random, a slash, the part (%(default)s)"
+            "--split", default="zeroshot/test", help="zeroshot or random, a slash, the part (default: %(default)s)"
         )
 
     def __init__(self, split: str = "zeroshot/test") -> None:

@@ -49,9 +49,13 @@ class Zeroshot(Suite):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--template", action="append", help=f"a sentence with {{}} ('{TEMPLATE}'); may be repeated")
-        parser.add_argument("--templates", type=Path, help="a file of such sentences, one a line")
-        parser.add_argument("--names", type=Path, help='a JSON file: {"n01440764": "tench", ...}')
+        parser.add_argument(
+            "--template",
+            action="append",
+            help=f"prompt with {{}} for the class (default: '{TEMPLATE}'); may be repeated",
+        )
+        parser.add_argument("--templates", type=Path, help="file of prompts, one per line")
+        parser.add_argument("--names", type=Path, help='JSON file of class names: {"n01440764": "tench", ...}')
 
     def __init__(
         self, template: Sequence[str] | None = None, templates: Path | None = None, names: Path | None = None

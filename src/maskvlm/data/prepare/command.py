@@ -21,16 +21,22 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 def main(arguments: list[str], allow_import: list[str]) -> int:
     """Prepare a set, or with --look only look at it; the exit status."""
-    parser = OptionParser("maskvlm data", description="Raw files of a data set -> its prepared form, once.")
-    parser.add_argument("set", metavar="SET", help=" ".join([*SETS, "or the path of a class"]))
-    parser.add_argument("raw", metavar="RAW", help="the folder or file as it is distributed; for hf a name on the hub")
-    parser.add_argument("--out", help="folder to make (default: DATA_ROOT/SET); its name is the set's")
-    parser.add_argument("--side", type=int, default=288, help="pixels of the shorter side, at most (%(default)s)")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 100 (%(default)s)")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes (all cores: %(default)s)")
+    parser = OptionParser("maskvlm data", description="prepare a data set from its raw files, once")
+    parser.add_argument("set", metavar="SET", help=" ".join([*SETS, "or the import path of a class"]))
+    parser.add_argument("raw", metavar="RAW", help="folder or file as distributed; for hf: name on the hub")
+    parser.add_argument("--out", help="folder to create; its name becomes the set's (default: DATA_ROOT/SET)")
+    parser.add_argument(
+        "--side", type=int, default=288, help="largest shorter side of a stored image, in pixels (default: %(default)s)"
+    )
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality, 1 to 100 (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=cores(), help="worker processes (default: all cores, %(default)s)"
+    )
     parser.add_argument("--columns", action="append", default=[], metavar="ROLE=COLUMN,...", help=", ".join(ROLES))
-    parser.add_argument("--rows", type=int, default=ROWS, help="of a shard (%(default)s)")
-    parser.add_argument("--look", action="store_true", help=f"only draw {LOOK}, prepare nothing")
+    parser.add_argument("--rows", type=int, default=ROWS, help="rows per shard (default: %(default)s)")
+    parser.add_argument(
+        "--look", action="store_true", help=f"only write {LOOK}, a contact sheet of the first rows; prepare nothing"
+    )
     options = parser.parse_args(arguments)
     # 8: the smallest side of an image that is used
     bounds = [("--side", options.side, 8, 10_000), ("--quality", options.quality, 1, 100)]
@@ -90,10 +96,12 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
 
 def verify_set(arguments: list[str], allow_import: list[str]) -> int:
     """Compare a prepared set with its manifest; 65 where it is not the same."""
-    parser = OptionParser("maskvlm data-check", description="Compare a prepared set with its manifest.")
-    parser.add_argument("root", metavar="ROOT", help="its folder")
-    parser.add_argument("--all", action="store_true", help="decode every image, not a sample")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes (all cores: %(default)s)")
+    parser = OptionParser("maskvlm data-check", description="compare a prepared set with its manifest")
+    parser.add_argument("root", metavar="ROOT", help="folder of the set")
+    parser.add_argument("--all", action="store_true", help="decode every image instead of a sample")
+    parser.add_argument(
+        "--workers", type=int, default=cores(), help="worker processes (default: all cores, %(default)s)"
+    )
     options = parser.parse_args(arguments)
     if options.workers < 1:
         raise UserError("--workers", f"{options.workers} is below 1", "Give another number")
