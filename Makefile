@@ -20,37 +20,37 @@ typed = $(if $(findstring command line,$(origin $1)),$2'$(subst ','\'',$($1))')
 handed = $(strip $(call typed,TASK) $(call typed,SET) $(call typed,MODEL,model=) $(call typed,RECIPE,recipe=) $(call typed,DATA,data=) \
     $(call typed,WHERE,where=) $(call typed,RUN,run=) $(call typed,FROM,from=) $(call typed,ENCODERS,encoders=) \
     $(call typed,SPLIT,split=) $(call typed,RAW,raw=) $(call typed,NAME,name=))
-# A misspelt one would be passed over. Names with _ are the environment's: DATA_ROOT, CUDA_VISIBLE_DEVICES.
+# make ignores a misspelt variable. Names with _ are the environment's: DATA_ROOT, CUDA_VISIBLE_DEVICES.
 known := MODEL RECIPE DATA WHERE RUN FROM ENCODERS SPLIT RAW NAME TASK SET STUDY STREAM ARGS PYTHON PYTHONPATH
 given := $(foreach each,$(filter-out -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(each))),$(each)))
 strange := $(filter-out $(known),$(shell printf '%s\n' $(given) | grep -e '[a-z]' -e '^[A-Z0-9]*$$'))
 $(if $(strange),$(error $(firstword $(strange))=.. is no variable here. There are $(known), in capitals; options go into ARGS))
 names = $(sort $(basename $(notdir $(wildcard $1/*.yaml))))
 
-help:  ## this list
+help:  ## show this list
 	@echo "make TARGET [MODEL=.. DATA=.. WHERE=.. RUN=.. FROM=.. ARGS=\"--model.lr 1e-3 ..\"]"
 	@echo "make finetune|evaluate TASK=.. FROM=checkpoints/first/best.ckpt [DATA=.. SPLIT=val|test ..]"
 	@echo "make data SET=.. RAW=/where/it/was/downloaded [NAME=.. ARGS=--look]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
-	@echo "MODEL   $(call names,conf/model)   (tiny, if left out; ENCODERS=folder: pretrained ones without a connection)"
-	@echo "RECIPE  $(call names,conf/recipe)   (the model's own, if left out)"
-	@echo "DATA    $(call names,conf/data)   (scenes, if left out), or the name of a prepared set"
-	@echo "TASK    $(sort $(patsubst tasks/%/task.py,%,$(wildcard tasks/*/task.py)))   (with DATA=scenes or a YAML file of its folder)"
-	@echo "WHERE   $(call names,conf/where)   (auto, if left out: this machine's GPUs, or else its CPU)"
+	@echo "MODEL   $(call names,conf/model)   (default: tiny; ENCODERS=folder: pretrained encoders, without a connection)"
+	@echo "RECIPE  $(call names,conf/recipe)   (default: the model's own)"
+	@echo "DATA    $(call names,conf/data)   (default: scenes), or the name of a prepared set"
+	@echo "TASK    $(sort $(patsubst tasks/%/task.py,%,$(wildcard tasks/*/task.py)))   (DATA: scenes, or a YAML file in the task's folder)"
+	@echo "WHERE   $(call names,conf/where)   (default: auto, this machine's GPUs, or else its CPU)"
 
-setup: $(call installed)  ## make .venv and install into it (the other targets do it when needed)
-data:  ## prepare SET from its files RAW, once, as DATA_ROOT/NAME (ARGS=--look: only look at it)
+setup: $(call installed)  ## create .venv and install into it (other targets do this when needed)
+data:  ## prepare SET from its original files RAW, once, as DATA_ROOT/NAME (ARGS=--look: only look at it)
 data-check:  ## verify the prepared set SET (or NAME) against its manifest
-pretrain:  ## pre-train, measure, and draw: everything lands in checkpoints/RUN (FROM=: start from a checkpoint)
-finetune:  ## train a downstream TASK from the checkpoint FROM (FROM=random: the control)
-evaluate:  ## measure TASK, or without it pre-training, with the checkpoint FROM as it is (SPLIT=val or test)
+pretrain:  ## pre-train, evaluate and plot; everything is written to checkpoints/RUN (FROM=: start from a checkpoint)
+finetune:  ## fine-tune the checkpoint FROM on a downstream TASK (FROM=random: from scratch, as a control)
+evaluate:  ## evaluate the checkpoint FROM on TASK, or without TASK by pre-training's metrics (SPLIT=val or test)
 config:  ## print the composed configuration of pretrain, or of finetune with TASK and FROM, and stop
-preview:  ## write a contact sheet of DATA: images with their texts
-submit:  ## write the SLURM batch script of the same (WHERE=slurm4x8) and submit it
-bench:  ## a few training steps of MODEL on DATA: pairs per second, FLOP use, memory
-index: $(call installed,-search)  ## make the images of DATA (SPLIT) searchable with the checkpoint FROM
-demo: $(call installed,-demo)  ## a page to try the checkpoints in, on this machine alone; the best pre-trained one first
-study: $(call installed,-study)  ## make the runs of STUDY (a name in studies/, or a file) and compare them (ARGS="--jobs 2")
+preview:  ## write a contact sheet of DATA: images with their captions
+submit:  ## run pretrain, or with TASK finetune, as a SLURM job (WHERE=slurm4x8)
+bench:  ## time a few training steps of MODEL on DATA: pairs per second, FLOP use, memory
+index: $(call installed,-search)  ## build a search index of the images of DATA (SPLIT) with the checkpoint FROM
+demo: $(call installed,-demo)  ## serve a web page to try the checkpoints in, on this machine only
+study: $(call installed,-study)  ## make the runs of STUDY (a name in studies/, or a YAML file) and compare them (ARGS="--jobs 2")
 	@$(PYTHON) -m maskvlm study $(or $(call typed,STUDY),claims) $(ARGS)
 $(COMPOSED): $(call installed)
 # Its metrics are packages that no other task needs.
@@ -60,11 +60,11 @@ $(COMPOSED) index demo:
 test: $(call installed,-test)  ## run the tests (ARGS="-k masking" picks some)
 	@$(PYTHON) -m pytest -n 3 --dist worksteal $(ARGS)
 
-docs: $(call installed,-docs)  ## build this documentation as docs/_build/html; its tutorials are run meanwhile
+docs: $(call installed,-docs)  ## build the documentation in docs/_build/html; this runs its tutorials
 	@$(PYTHON) -m sphinx -q -W --keep-going -j auto $(ARGS) docs docs/_build/html && echo "wrote docs/_build/html/index.html"
-check: $(call installed,-dev)  ## ruff and mypy
+check: $(call installed,-dev)  ## run ruff and mypy
 	@$(PYTHON) -m ruff check . && $(PYTHON) -m mypy
-gpu-check: $(call installed,-test)  ## the tests that need a GPU, then a table of what MODEL=base costs on it (ARGS=--cpu: a trial)
+gpu-check: $(call installed,-test)  ## run the tests that need a GPU, then measure what MODEL=base costs on it (ARGS=--cpu: a trial)
 	@$(PYTHON) -m bench.gpu_check $(ARGS)
 
 # ---- installation -------------------------------------------------------------------------------------------
