@@ -175,7 +175,7 @@ class PretrainingMetrics:
 
         Chance levels end in `_chance`: a random order, word frequencies, the mean colour of a batch's masked patches.
         `score` selects the best checkpoint: the mean of the two R@1 and, with MLM, the masked-word accuracy. With few
-        images, R@1 alone fluctuates by several points, and it does not change at all while contrast is frozen. Without
+        images, R@1 alone moves by points at random, and it does not change at all while contrast is frozen. Without
         contrast, `score` is minus the sum of the losses; with none of the four losses, the run's progress.
         """
         metrics = {}
