@@ -3,12 +3,12 @@
     from maskvlm import MaskVLM
     model = MaskVLM.from_pretrained("checkpoints/first/best.ckpt")
 
-Once MaskVLM is imported, transformers' AutoModel, AutoConfig and AutoProcessor know it, too.
+Importing MaskVLM also registers it with transformers' AutoModel, AutoConfig and AutoProcessor.
 """
 
 from typing import TYPE_CHECKING
 
-# For type checkers alone; at run time `__getattr__` below imports it.
+# For type checkers only; at run time, `__getattr__` below imports it.
 if TYPE_CHECKING:
     from maskvlm.inference.pretrained import PretrainedMaskVLM as MaskVLM
 
@@ -16,7 +16,7 @@ __all__ = ["MaskVLM"]
 
 
 def __getattr__(name: str) -> object:
-    """MaskVLM, imported when it is first asked for: a command with a wrong word must not cost seconds of imports."""
+    """Import MaskVLM lazily, so that a mistyped command does not cost seconds of imports."""
     if name != "MaskVLM":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from maskvlm.inference.pretrained import PretrainedMaskVLM

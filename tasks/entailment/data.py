@@ -1,7 +1,7 @@
 """SNLI-VE: does a photo of Flickr30k entail a sentence? (Xie et al. 2019, github.com/necla-ml/SNLI-VE)
 
-Test labels were found wrong for many `neutral` pairs; corrected ones for validation and test come with e-SNLI-VE 2.0
-(Do et al. 2020, data/gt_labels.csv: pairID, image_link, sentence2, label) and e-ViL (Kayser et al. 2021,
+The test labels of many `neutral` pairs were found to be wrong. Corrected labels for validation and test come with
+e-SNLI-VE 2.0 (Do et al. 2020, data/gt_labels.csv: pairID, image_link, sentence2, label) and e-ViL (Kayser et al. 2021,
 esnlive_dev.csv, esnlive_test.csv: pairID, Flickr30kID, hypothesis, gold_label, explanation).
 """
 
@@ -41,7 +41,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 log = logging.getLogger(__name__)
 
 VERSION = 1
-"""Raise it when the same files give another table."""
+"""Increase this when the same files give a different table."""
 
 LABELS = ("entailment", "neutral", "contradiction")
 NO_LABEL = "-"  # the annotators did not agree
@@ -51,20 +51,20 @@ TODO = "Prepare the set (maskvlm data snli_ve FOLDER), or set data.source.root t
 
 
 class SnliVe(ExampleSource):
-    """SNLI-VE as distributed: one pair a line with `Flickr30K_ID`, `sentence2`, `gold_label` and `pairID`.
+    """SNLI-VE as distributed: one pair per line with `Flickr30K_ID`, `sentence2`, `gold_label` and `pairID`.
 
-    Pairs with the label `-` are left out of every split and counted, as the data set's authors do.
+    Pairs with the label `-` are left out of every split and counted, following the data set's authors.
 
     Args:
-        root: folder of the files as distributed, or of the set that `maskvlm data` made of them.
-        train, val, test: their names; None where there is none.
-        images: folder of Flickr30k's (or Flickr8k's) images, found by the photo's number that starts their names, or
-            of that set prepared; by default the root's own, `images/` in it, or the root.
+        root: folder of the files as distributed, or of the set that `maskvlm data` made from them.
+        train, val, test: their names; None if there is none.
+        images: folder of Flickr30k's (or Flickr8k's) images, whose names start with the photo's number, or of that
+            set prepared; by default the root's own, `images/` in it, or the root.
         corrected: files with labels that replace those of the same pairID in every split, .csv or jsonl, with
-            columns `pairID` and `gold_label` (or `label`); the pairs changed are listed in `skipped`. A line warns
-            where none of them is in a split that is evaluated.
-        cache: where the tables are kept; by default with those of Hugging Face datasets.
-        max_missing: the share of training pairs that may lack their image; they are skipped and listed.
+            columns `pairID` and `gold_label` (or `label`); changed pairs are listed in `skipped`. A warning is logged
+            if none of them is in a split that is evaluated.
+        cache: folder for cached tables; by default next to those of Hugging Face datasets.
+        max_missing: maximum share of training pairs without their image; these are skipped and listed.
     """
 
     labels = LABELS
@@ -91,7 +91,7 @@ class SnliVe(ExampleSource):
         """The pairs of `train`, `val` or `test`.
 
         Raises:
-            UserError: a file or its images are missing, a line is malformed, or a pairID stands there twice.
+            UserError: a file or its images are missing, a line is malformed, or a pairID occurs twice.
         """
         if not (file := self.files.get(name)):
             raise UserError(f"data.source.{name}", "no file is named for this split", "Name one")
@@ -108,9 +108,10 @@ class SnliVe(ExampleSource):
         return choose_rows(table, origin, name, self._images(), self.max_missing)
 
     def _warn_if_missed(self, table: Table, split: str) -> None:
-        """One line a split whose labels no correction is for; told from the table, which may come from the cache.
+        """Log one warning per split that no correction applies to; checks the table, which may come from the cache.
 
-        A file for validation has nothing for training, so that is no mistake; labels thought to be corrected are.
+        A correction file for validation has nothing for training, which is fine; evaluating on labels that one
+        believes to be corrected is not.
         """
         pairs = read_labels(self.corrected).keys()
         if table.notes.get(CORRECTED) or not pairs.isdisjoint(table.rows.data.column("id").to_pylist()):
@@ -121,7 +122,7 @@ class SnliVe(ExampleSource):
         log.warning("warning: none of the %s of %s is in %s; its labels stay as they are", count, files, file)
 
     def _images(self) -> ImagesByKey:
-        """Where two files have the same number, the one that is named by it alone."""
+        """Images by number; if two files have the same number, the one named by the number alone."""
         album = open_album(self.images, self.root)
         named: dict[str, str] = {}
         # False sorts before True: names of digits alone come first, and setdefault keeps the first.
@@ -132,14 +133,14 @@ class SnliVe(ExampleSource):
 
 
 def parse_entailment(origin: RowOrigin, corrected: dict[str, str]) -> ParsedColumns:
-    """The lines of a file as an examples table; a wrong one is an error that names it."""
+    """The lines of a file as an examples table; a malformed line is an error that names it."""
     rows = TableRows(origin, "pairID")
     for where, number, record in json_lines(origin.file):
         pair = get_name(record, "pairID", where, LAYOUT)
         old = get_label(record, "gold_label", (*LABELS, NO_LABEL), where, LAYOUT)
         label = corrected.get(pair, old)
         if label != old:
-            # Counted before pairs without a label are left out: a correction may say `-`, too.
+            # Counted before pairs without a label are left out: a correction may also be `-`.
             rows.note(CORRECTED, number)
         if label == NO_LABEL:
             rows.note("no gold label", number)
@@ -158,10 +159,10 @@ def parse_entailment(origin: RowOrigin, corrected: dict[str, str]) -> ParsedColu
 
 
 def read_labels(files: list[Path]) -> dict[str, str]:
-    """pairID -> label of all files.
+    """pairID -> label from all files.
 
     Raises:
-        UserError: a file has no such columns, a label is none of the classes, or a pair has two different ones.
+        UserError: a file lacks these columns, a label is not one of the classes, or a pair has two different labels.
     """
     labels: dict[str, str] = {}
     for file in files:
@@ -186,14 +187,14 @@ def _correction(record: dict[str, Any], where: str) -> tuple[str, str]:
 
 
 def csv_rows(file: Path) -> Iterator[JsonLine]:
-    """The rows of a comma-separated file by the names in its first line; each with the line that it begins on."""
+    """The rows of a comma-separated file, keyed by the names in its first line, each with the line it starts on."""
     table = CommaTable(file, ",")
     for number, fields, problem in table.records():
         where = f"{file}:{number}"
         if problem:
             what = f"not comma-separated text ({problem[0]}: {problem[1]})"
             raise UserError(where, what, "Mend this line, or fetch the file again", ExitCode.BAD_DATA)
-        # A quote that is closed too late swallows the rows in between, which the format allows.
+        # A quote that is closed too late swallows the rows in between, which is valid CSV.
         if any(line.count(",") >= len(table.columns) - 1 > 0 for field in fields for line in field.split("\n")[1:]):
             what = "a quoted field goes on over what looks like another row"
             raise UserError(where, what, "Close the quote, or put the field on one line", ExitCode.BAD_DATA)

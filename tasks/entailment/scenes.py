@@ -1,13 +1,14 @@
-"""Hypotheses about scenes of the built-in world that are partly behind a curtain, nothing to download.
+"""Hypotheses about partly hidden scenes of the built-in world; no download needed.
 
-Where all can be seen nothing is neutral, so a curtain covers a row or a column of each image. A hypothesis is
-entailed if what is seen makes it true whatever stands behind, contradicted if nothing behind could make it true, else
-neutral. Behind the curtain anything may stand, one thing a place; more than one is never needed to make a hypothesis
-true, so that the world's rule of three things at most never decides.
+If everything is visible, nothing is neutral, so a curtain covers a row or a column of each image. A hypothesis is
+entailed if the visible part makes it true whatever is hidden, contradicted if nothing hidden could make it true, and
+neutral otherwise. Anything may be hidden, one object per cell; a hypothesis never needs more than one hidden object to
+be true, so the world's limit of three objects never matters.
 
-Image and class are drawn first, apart from each other, then a hypothesis of that class: the image alone tells
-nothing. The lots treat all colours, shapes and places alike, and things that are mentioned together lie and look alike
-or not in the same way in every class, so that each hypothesis is as likely in each class: the text alone tells nothing.
+Image and class are drawn first and independently, then a hypothesis of that class, so the image alone is
+uninformative. The draws treat all colours, shapes and places alike, and objects that are mentioned together have the
+same similarities in place and look in every class, so that each hypothesis is equally likely in each class: the text
+alone is uninformative.
 """
 
 import random
@@ -40,14 +41,15 @@ from maskvlm.data.scenes.world import BACKGROUNDS, LINES, PLACES, Scene, Thing, 
 LABELS = ("entailment", "neutral", "contradiction")
 EVERYWHERE = tuple(range(9))
 ACROSS = {"row": ("above", "below"), "column": ("left of", "right of")}
-"""Relations by what the curtain covers: along the curtain, two hidden things could make any relation true."""
-GHOST = Thing("circle", "red", "small", "plain", cell=0)  # what might stand behind, but for what is said of it
+"""Relations by what the curtain covers: along the curtain, two hidden objects could make any relation true."""
+GHOST = Thing("circle", "red", "small", "plain", cell=0)  # a possible hidden object, before the claimed traits are set
 
 
 class Hypothesis(NamedTuple):
-    """There are things that fit the `traits`, each in one of its `cells`, the first in `relation` to the second.
+    """The claim that objects with these `traits` exist, each in one of its `cells`, the first in `relation` to the
+    second.
 
-    `denied` turns it round: there are none. `background` is claimed besides, unless it is None.
+    `denied` negates it: there are none. `background` is claimed as well, unless it is None.
     """
 
     text: str
@@ -59,36 +61,37 @@ class Hypothesis(NamedTuple):
 
 
 def is_so(claim: Hypothesis, things: tuple[Thing, ...]) -> bool:
-    """True where there are such things; looks neither at `denied` nor at `background`."""
+    """True if there are such objects; ignores `denied` and `background`."""
     fit = [
         [thing for thing in things if thing.cell in cells and fits(traits, thing)]
         for traits, cells in zip(claim.traits, claim.cells, strict=True)
     ]
     if claim.relation is None:
-        return all(fit)  # two that are mentioned are never the same thing: their cells differ
+        return all(fit)  # two mentioned objects are never the same one: their cells differ
     return any(one.relates(claim.relation, other) for one, other in product(*fit))
 
 
 def verdict(claim: Hypothesis, view: View) -> str:
-    """One of LABELS: what the seen part of the image says of the claim."""
+    """One of LABELS: what the visible part of the image says about the claim."""
     assert view.curtain is not None
     visible, hidden = view.scene.things, LINES[view.curtain]
     if claim.background not in (None, view.scene.background):
         return "contradiction"
-    # More things never make a claim less true: where all that is spoken of, everywhere behind, is no help, nothing is.
+    # More objects never make a claim less true: if all claimed objects in every hidden cell do not help, nothing does.
     ghosts = [replace(GHOST, cell=cell, dx=0, dy=0, **traits) for cell in hidden for traits in claim.traits]
     certain, possible = is_so(claim, visible), is_so(claim, (*visible, *ghosts))
     if claim.denied:
-        # "There is none": certain where one is impossible, possible where one is not certain.
+        # "There is none": certain if one is impossible, possible if one is not certain.
         certain, possible = not possible, not certain
     return "entailment" if certain else "neutral" if possible else "contradiction"
 
 
 def is_apart(kind: str, curtain: str, cells: Sequence[int]) -> bool:
-    """True where things in these cells allow every class.
+    """True if objects in these cells allow every class.
 
-    A relation needs one thing on each side, or two beyond the curtain one behind the other. Of two places a hidden and
-    a seen one cannot be in the curtain's line, seen ones can: they differ in row and column always, so as not to tell.
+    A relation needs one object on each side, or two beyond the curtain one behind the other. Of two places, a hidden
+    and a visible one cannot share the curtain's line, but two visible ones can: they always differ in row and column,
+    so that this reveals nothing.
     """
     rows, columns = {cell // 3 for cell in cells}, {cell % 3 for cell in cells}
     if kind == "two":
@@ -97,14 +100,14 @@ def is_apart(kind: str, curtain: str, cells: Sequence[int]) -> bool:
 
 
 def unlike(one: Thing, other: Thing) -> bool:
-    """True where neither colour nor shape is the same."""
+    """True if neither colour nor shape is the same."""
     return one.colour != other.colour and one.shape != other.shape
 
 
 def curtain_view(rng: random.Random, split: str, kind: str, names: tuple[str, ...]) -> View:
-    """A curtain over a random line, and one or two things beside it; an image in which every class is possible."""
+    """A curtain over a random line, and one or two objects beside it; an image in which every class is possible."""
     curtain = choose(rng, tuple(LINES))
-    # All things stand beside the curtain; what it hides is left open.
+    # All objects are beside the curtain; what it hides is left open.
     free = [cell for cell in EVERYWHERE if cell not in LINES[curtain]]
 
     def make_pair() -> Scene | None:
@@ -115,7 +118,7 @@ def curtain_view(rng: random.Random, split: str, kind: str, names: tuple[str, ..
     def make() -> Scene:
         cells = shuffled(rng, free)[: choose(rng, (1, 2))]
         first = thing_like(rng, cells[0], {})
-        # Half of the second things are nearly the first.
+        # Half of the second objects are near misses of the first.
         like = near_miss(rng, traits_of(first, names)) if rng.random() < 0.5 else {}
         return scene_of(rng, [first, *(thing_like(rng, cell, like) for cell in cells[1:])])
 
@@ -124,39 +127,39 @@ def curtain_view(rng: random.Random, split: str, kind: str, names: tuple[str, ..
 
 # ---- random hypotheses of any class -----------------------------------------------------------------------
 def near_traits(rng: random.Random, thing: Thing, names: tuple[str, ...], taken: Sequence[str] = ()) -> Traits:
-    """What the thing is like, or nearly that."""
+    """The object's traits, or a near miss."""
     traits = traits_of(thing, names)
     return traits if rng.random() < 0.5 else near_miss(rng, traits, taken)
 
 
 def cell_of(rng: random.Random, thing: Thing) -> int:
-    """The thing's own cell or any."""
+    """The object's own cell, or any."""
     return thing.cell if rng.random() < 0.5 else choose(rng, EVERYWHERE)
 
 
 def two_of(rng: random.Random, view: View, names: tuple[str, ...]) -> tuple[list[Thing], tuple[Traits, Traits]]:
-    """The two things of a scene in any order, and what is said of them: unlike each other, too."""
+    """The two objects of a scene in any order, and their claimed traits, which also differ from each other."""
     one, other = shuffled(rng, view.scene.things)
-    # What is said of one thing never fits the other by accident: colours and shapes are kept apart.
+    # The traits claimed of one never fit the other by accident: colours and shapes are kept apart.
     first = near_traits(rng, one, names, (other.colour, other.shape))
     return [one, other], (first, near_traits(rng, other, names, (first["colour"], first["shape"])))
 
 
 def say_place(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:
-    """A thing is at a place."""
+    """An object is at a place."""
     thing = choose(rng, view.scene.things)
     traits, cell = near_traits(rng, thing, names), cell_of(rng, thing)
     return Hypothesis(f"{a_noun(traits)} is {SENTENCES.place(PLACES[cell])}", (traits,), ((cell,),))
 
 
 def say_region(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:
-    """A thing is in a row or column."""
+    """An object is in a row or column."""
     traits, line = near_traits(rng, choose(rng, view.scene.things), names), choose(rng, tuple(LINES))
     return Hypothesis(f"{a_noun(traits)} is in the {line}", (traits,), (LINES[line],))
 
 
 def say_relation(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:
-    """A thing is left of, right of, above or below another."""
+    """An object is left of, right of, above or below another."""
     assert view.curtain is not None
     _, both_traits = two_of(rng, view, names)
     relation = choose(rng, ACROSS[view.curtain.split()[1]])
@@ -165,14 +168,14 @@ def say_relation(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypo
 
 
 def say_ground(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis:
-    """There is a thing, and the background is so."""
+    """There is an object, and the background is the one named."""
     traits = near_traits(rng, choose(rng, view.scene.things), names)
     background = view.scene.background if rng.random() < 0.5 else choose(rng, BACKGROUNDS)
     return Hypothesis(f"{a_noun(traits)} is on {background}", (traits,), (EVERYWHERE,), background=background)
 
 
 def say_two(rng: random.Random, view: View, names: tuple[str, ...]) -> Hypothesis | None:
-    """Two things are at two places."""
+    """Two objects are at two places."""
     assert view.curtain is not None
     things, both_traits = two_of(rng, view, names)
     cells = [cell_of(rng, thing) for thing in things]
@@ -198,11 +201,11 @@ SAY: dict[str, Callable[[random.Random, View, tuple[str, ...]], Hypothesis | Non
     "two": say_two,
     "empty": say_empty,
 }
-"""Kind -> a hypothesis of that kind, not yet of a class; None where the lot fell on an unfit one."""
+"""Kind -> a hypothesis of that kind, of any class; None if the draw is unsuitable."""
 KINDS = tuple(SAY)
 SHARES = {"place": 8, "region": 2}
-"""How often these kinds occur in training; all others occur once. They teach which words name which places and what
-lies behind the curtain, which the other kinds need. With fewer of them that was learned late or not at all
+"""Relative frequency of these kinds in training; all others have 1. They teach which words name which places and what
+is behind the curtain, which the other kinds need. With fewer of them, that was learned late or not at all
 (docs/results/downstream)."""
 LOTS = lots_of(KINDS, SHARES)
 
@@ -211,7 +214,7 @@ def tell_hypothesis(key: str, split: str, index: int) -> PlannedExample:
     """Example `index`; see `Tell`."""
     rng = random.Random(f"{key}-{index}")
     kind, label = choose(rng, LOTS[split]), choose(rng, LABELS)
-    names = names_by_lot(rng)  # once: drawn again with each hypothesis, it would lean to one class
+    names = names_by_lot(rng)  # once: drawing them again for each hypothesis would be biased towards one class
     view = curtain_view(rng, split, kind, names)
     for _ in range(TRIES):
         claim = SAY[kind](rng, view, names)
@@ -228,7 +231,7 @@ class SceneHypotheses(ExampleSource):
         val: number of validation examples.
         test: number of test examples.
         size: width and height of the images in pixels, at least 12.
-        seed: draws other hypotheses and scenes; the splits share no scene under any pair of seeds.
+        seed: selects other hypotheses and scenes; splits share no scene under any pair of seeds.
     """
 
     def __init__(self, train: int = 100_000, val: int = 2000, test: int = 2000, size: int = 48, seed: int = 0) -> None:
@@ -237,7 +240,7 @@ class SceneHypotheses(ExampleSource):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """`entailment`, `neutral`, `contradiction`, as SNLI-VE writes them."""
+        """`entailment`, `neutral`, `contradiction`, as in SNLI-VE."""
         return LABELS
 
     def split(self, name: str) -> SceneExamples:

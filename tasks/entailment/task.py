@@ -1,4 +1,4 @@
-"""Visual entailment: does the image show that the hypothesis is true, that it is false, or neither? (SNLI-VE)"""
+"""Visual entailment: does the image show that the hypothesis is true, that it is false, or neither (SNLI-VE)?"""
 
 from types import MappingProxyType
 
@@ -23,7 +23,7 @@ class Entailment(Classification):
     )
 
     def extra_metrics(self, scored: list[ScoredExample]) -> dict[str, float]:
-        """`recall/<class>`: percent of a class that is found; `confusion/<truth>_as_<prediction>`: examples."""
+        """`recall/<class>`: recall of a class in percent; `confusion/<truth>_as_<prediction>`: number of examples."""
         known = [one for one in scored if one.truth]
         if not known:
             return {}

@@ -19,7 +19,7 @@ from maskvlm.data.table import (
 from maskvlm.utils.errors import ExitCode, UserError
 
 VERSION = 1
-"""Raise it when the same file gives another table."""
+"""Increase this when the same file gives a different table."""
 
 LABELS = ("False", "True")
 LAYOUT = "NLVR2"
@@ -27,18 +27,18 @@ TODO = "Prepare the set (maskvlm data nlvr2 FOLDER), or set data.source.root to 
 
 
 class Nlvr2(ExampleSource):
-    """NLVR2 as distributed: one example a line with `identifier`, `sentence` and `label`.
+    """NLVR2 as distributed: one example per line with `identifier`, `sentence` and `label`.
 
-    The identifier `dev-850-2-1` says split, set of images, pair and sentence; its photos are `dev-850-2-img0.png`
-    (left) and `dev-850-2-img1.png`, in any folder. The pairs that a sentence is shown with have the same `group`,
-    named by the identifier without the pair, as eval/metrics.py has it for consistency.
+    The identifier `dev-850-2-1` is split, set of images, pair and sentence; its photos are `dev-850-2-img0.png`
+    (left) and `dev-850-2-img1.png`, in any folder. All pairs of a sentence have the same `group`: the identifier
+    without the pair, as eval/metrics.py uses for consistency.
 
     Args:
-        root: folder of the files as distributed, or of the set that `maskvlm data` made of them.
-        train, val, test: their names; None where there is none.
+        root: folder of the files as distributed, or of the set that `maskvlm data` made from them.
+        train, val, test: their names; None if there is none.
         images: folder of the images, or of a prepared set; by default the root's own, `images/` in it, or the root.
-        cache: where the tables are kept; by default with those of Hugging Face datasets.
-        max_missing: the share of training examples that may lack an image; they are skipped and listed.
+        cache: folder for cached tables; by default next to those of Hugging Face datasets.
+        max_missing: maximum share of training examples that lack an image; these are skipped and listed.
     """
 
     labels = LABELS
@@ -61,7 +61,7 @@ class Nlvr2(ExampleSource):
         """The examples of `train`, `val` or `test`.
 
         Raises:
-            UserError: a file or its images are missing, a line is malformed, or an identifier stands there twice.
+            UserError: a file or its images are missing, a line is malformed, or an identifier occurs twice.
         """
         if not (file := self.files.get(name)):
             raise UserError(f"data.source.{name}", "no file is named for this split", "Name one")
@@ -73,12 +73,12 @@ class Nlvr2(ExampleSource):
 
     def _images(self) -> ImagesByKey:
         album = open_album(self.images, self.root)
-        # Found by name in any folder. Backwards: of two files of one name the first one stays.
+        # Found by name in any folder. Backwards, so that the first of two files with the same name is kept.
         return album.images({f"nlvr2 {PurePosixPath(name).stem}": name for name in reversed(album.names)})
 
 
 def parse_nlvr(origin: RowOrigin) -> ParsedColumns:
-    """The lines of a file as an examples table; a wrong one is an error that names it."""
+    """The lines of a file as an examples table; a malformed line is an error that names it."""
     rows = TableRows(origin, "identifier")
     for where, number, record in json_lines(origin.file):
         identifier = get_name(record, "identifier", where, LAYOUT)
@@ -90,7 +90,7 @@ def parse_nlvr(origin: RowOrigin) -> ParsedColumns:
         rows.add(
             place=number,
             id=identifier,
-            # Left, right; an image's name has no sentence in it, as sentences share images.
+            # Left, right; image names have no sentence number, as sentences share images.
             images=[f"nlvr2 {split}-{images}-{pair}-img{side}" for side in (0, 1)],
             text=get(record, "sentence", str, where, LAYOUT),
             answers=[get_label(record, "label", LABELS, where, LAYOUT)],

@@ -8,9 +8,9 @@ from maskvlm.objectives.methods import Method
 
 
 class Nlvr(Classification):
-    """Both images are run with the sentence, the two fused vectors go through two linear layers (paper sec. 4; R).
+    """Each image is fused with the sentence, and the two fused vectors go through two linear layers (paper sec. 4; R).
 
-    Args: as `Classification`; `images_per_example` may be any number, 2 in NLVR2.
+    Args: as in `Classification`; `images_per_example` may be any number, 2 in NLVR2.
     """
 
     name = "nlvr"
@@ -33,17 +33,17 @@ class Nlvr(Classification):
 
 
 def groups_of(scored: list[ScoredExample]) -> list[list[ScoredExample]]:
-    """Examples with a known truth by sentence."""
+    """Examples with a known truth, grouped by sentence."""
     groups: dict[str, list[ScoredExample]] = {}
     for one in scored:
         if one.correct is not None:
-            # An example without a group stands alone.
+            # An example without a group is its own group.
             groups.setdefault(one.example["group"] or one.example["id"], []).append(one)
     return list(groups.values())
 
 
 def consistency(scored: list[ScoredExample]) -> float:
-    """Percent of sentences that are answered correctly with every pair of images they are shown with (NLVR2's)."""
+    """Percent of sentences that are answered correctly for every one of their image pairs (NLVR2's metric)."""
     correct = [all(one.correct == 1 for one in group) for group in groups_of(scored)]
     return 100 * sum(correct) / len(correct) if correct else float("nan")
 

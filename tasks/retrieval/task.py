@@ -1,5 +1,5 @@
-"""Image-text retrieval, fine-tuned: contrast over all captions of the batch, and matching with hard negatives
-(paper sec. 4; heads and weights go on from pre-training).
+"""Fine-tuned image-text retrieval: contrast over all captions of the batch, and matching with hard negatives
+(paper sec. 4; heads and weights start from pre-training).
 
 Shapes: B images and C captions of this process, G and H of all processes, L image positions, T tokens, D width,
 E contrast width, M matching pairs.
@@ -33,8 +33,7 @@ from maskvlm.utils.errors import UserError, check_least
 
 
 class CaptionContrast(NamedTuple):
-    """Unit vectors of this process's rows and of all processes' columns, the scale of their cosines, and what the
-    columns are.
+    """Unit vectors of this process's rows and of all processes' columns, the scale of their cosines, and the targets.
 
     image_BE ... text_HE: unit vectors. image_targets: [B, H] of images; text_targets: [C, G] of captions.
     """
@@ -56,22 +55,22 @@ class HardNegatives(NamedTuple):
 
 
 class Retrieval(Task):
-    """ITC + ITM, and recall both ways.
+    """ITC + ITM, and recall in both directions.
 
     Args:
-        weight_itc, weight_itm: weight of each loss; 0 skips it. Without ITC the contrast that picks candidates stays
-            as it was inherited; without ITM retrieval is by contrast alone.
-        contrast_dim: width of the projections; None takes that of the checkpoint it starts from, else 256 (C).
-        temperature: start value, as in pre-training.
-        rerank_k: candidates a query that matching scores again (C; ALBEF: 256 for COCO, 128 for Flickr30k).
-        sweep: match every image with every caption, and give R@1 for k = 0, 1, 2, 4, ... up to all.
-        chunk: pairs at once in the cross encoders when retrieval is measured; a bound on memory.
-        image_ablation: the control: noise in the place of every image.
-        rerank_contrast: how much the contrast's logit counts beside the log-odds of matching (0: matching alone, C;
+        weight_itc, weight_itm: weight of each loss; 0 skips it. Without ITC, the contrast that picks candidates stays
+            as loaded from the checkpoint; without ITM, retrieval is by contrast alone.
+        contrast_dim: width of the projections; None: that of the initial checkpoint, otherwise 256 (C).
+        temperature: initial value, as in pre-training.
+        rerank_k: candidates per query that matching re-scores (C; ALBEF: 256 for COCO, 128 for Flickr30k).
+        sweep: match every image with every caption, and report R@1 for k = 0, 1, 2, 4, ... up to all.
+        chunk: pairs per pass of the cross encoders in retrieval evaluation; bounds memory.
+        image_ablation: control experiment: replace every image by noise.
+        rerank_contrast: weight of the ITC logit that is added to the matching log-odds (0: matching alone, C;
             1: see `rerank.score_gallery`).
 
     Raises:
-        UserError: a negative weight, both weights 0, a size below 1; projections of another width are inherited.
+        UserError: a negative weight, both weights 0, a size below 1, or a contrast_dim other than the checkpoint's.
     """
 
     source_kind = Source
@@ -106,12 +105,12 @@ class Retrieval(Task):
         self.compares_examples = True
         self.pairs_at_once: int | None = None  # in training
         self.encodings: list[EncodedBatch] = []
-        self.captions_per_image = 1.0  # captions an image in training, for the chance levels
+        self.captions_per_image = 1.0  # captions per image in training, for the chance levels
         self.measured: dict[str, Any] = {}
 
     def build(self, backbone: MaskVLM) -> None:
-        """The heads of `MaskedPretraining`, by the same names. What no loss reaches is frozen."""
-        # Also without ITC: contrast picks the candidates that matching looks at.
+        """The heads of `MaskedPretraining`, with the same names. What no loss reaches is frozen."""
+        # Also without ITC: contrast picks the candidates for matching.
         self._project((self.contrast_dim or 256, backbone.width), backbone.width)
         if self.weights["itm"]:
             self.matching = Matching(backbone.width)
@@ -124,8 +123,8 @@ class Retrieval(Task):
         self.projection.requires_grad_(bool(self.weights["itc"]))
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
-        """The projections take the checkpoint's width, and read what they read there: left random they would cost the
-        contrast it has learned."""
+        """Also give the projections the checkpoint's width and inputs: random ones would lose the contrast that it has
+        learned."""
         theirs, own = heads.get("projection.image.weight"), self.projection.image
         if theirs is not None and theirs.shape != own.weight.shape:
             if self.contrast_dim is not None and len(theirs) != own.out_features:
@@ -140,13 +139,13 @@ class Retrieval(Task):
         self.pairs_at_once = size
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
-        # Texts are gathered, and a gather needs one shape in all processes.
+        # Texts are gathered, which needs the same shape in all processes.
         if world_size() > 1:
             batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
         self.captions_per_image = len(batch.owner_C) / len(batch.valid_B)
         if self.blind is not None:
             batch = batch._replace(image_BCHW=self.blind(batch.image_BCHW, self.uniform))
-        # Noise differs in each step and unreadable images are blank: neither may be cached.
+        # Noise differs in each step and unreadable images are blank: cache neither.
         row_B = None if self.blind is not None else batch.index_B.masked_fill(~batch.valid_B, -1)
         size, image, token, attention = self.pairs_at_once, batch.image_BCHW, batch.token_CT, batch.attention_CT
         image_BLD = chunks.encoded_in_chunks(
@@ -155,7 +154,7 @@ class Retrieval(Task):
         text_CTD = chunks.encoded_in_chunks(
             backbone.text, size, len(token), lambda rows: (token[rows], attention[rows])
         )
-        # ITC and ITM read the same features: each encoder has run once.
+        # ITC and ITM use the same features: each encoder runs once.
         contrast = self.contrast(batch, image_BLD, text_CTD)
         terms = {}
         if self.weights["itc"]:
@@ -167,7 +166,7 @@ class Retrieval(Task):
         return terms
 
     def contrast(self, batch: Batch, image_BLD: Tensor, text_CTD: Tensor) -> CaptionContrast:
-        """Contrast vectors of this process's batch and of the global one, and which belong together."""
+        """Contrast vectors of this process's batch and of the global batch, and their targets."""
         if self.training:
             self.projection.clamp_temperature()
         image_BE = self.projection.embed_image(image_BLD)
@@ -185,7 +184,7 @@ class Retrieval(Task):
 
     @torch.no_grad()
     def negatives(self, contrast: CaptionContrast) -> HardNegatives:
-        """Out of the global batch; never of the same image, the same words, or what could not be read."""
+        """Draw from the global batch, but never the same image, the same words, or unreadable images."""
         image, text, image_all, text_all, scale, image_targets, text_targets = contrast
         drawn = []
         # A hard text for each image, (B, H), then a hard image for each text, (C, G).
@@ -195,7 +194,7 @@ class Retrieval(Task):
         return HardNegatives(*drawn)
 
     def matching_loss(self, backbone: MaskVLM, batch: Batch, rows: MatchingRows, hard: HardNegatives) -> Tensor:
-        """ITM: of M = 2C + B pairs the first C belong together, the others are hard negatives: (image, its caption),
+        """ITM over M = 2C + B pairs, the first C matching and the others hard negatives: (image, its caption),
         (hard image, caption), (image, hard caption)."""
         weight_B, device = batch.valid_B.float(), batch.valid_B.device
         weight_C = weight_B[batch.owner_C]
@@ -204,24 +203,24 @@ class Retrieval(Task):
         text_M = torch.cat([own_C, own_C, rows.hard_text_B])
         weight_M = torch.cat([weight_C, weight_C * hard.image.weight_B, weight_B * hard.text.weight_B])
         match_M = torch.arange(len(weight_M), device=device) < len(weight_C)
-        # Here, since of what is computed again the processes may not exchange anything.
+        # Here, since processes must not communicate while chunks are recomputed.
         count = shared_count(weight_M.sum())
 
-        # The tensor is not read: it tells torch, which computes again, whose random numbers to draw again (dropout's).
+        # The tensor is unused: it tells torch which device's random state to restore for recomputation (dropout).
         def of(pairs: slice, image_ULD: Tensor) -> Tensor:
             fused_m = cross(backbone, rows, image_M[pairs], text_M[pairs])
             return formulas.matching(self.matching(fused_m.product_MD), match_M[pairs], weight_M[pairs], count)
 
         if self.pairs_at_once is None:
             return of(slice(None), rows.image_ULD)
-        # Of each image there are about as many pairs of each kind: three times its pairs.
+        # There are about as many pairs of each of the three kinds, so a chunk has three times its pairs.
         parts = chunks.slices(len(weight_M), 3 * self.pairs_at_once)
         return torch.stack([chunks.computed_again(of, pairs, rows.image_ULD) for pairs in parts]).sum()
 
     def chance_levels(self, batch_size: int) -> dict[str, float]:
         """Chance level of each loss. ITC: log of the number of columns, mean of both directions. ITM: entropy
-        of its class prior, m of 2m + 1 pairs with m captions an image (0.6365 for one)."""
-        # Of M = 2C + B pairs C belong together, C = m * B.
+        of its class prior, m of 2m + 1 pairs with m captions per image (0.6365 for one)."""
+        # Of M = 2C + B pairs, C match, with C = m * B.
         share = self.captions_per_image / (2 * self.captions_per_image + 1)
         itc = math.log(max(batch_size, 1)) + math.log(self.captions_per_image) / 2
         itm = -share * math.log(share) - (1 - share) * math.log(1 - share)
@@ -236,33 +235,33 @@ class Retrieval(Task):
     def update(self, backbone: MaskVLM, batch: Batch) -> None:
         image = batch.image_BCHW
         if self.blind is not None:
-            # From the batch's place in the split alone: every checkpoint sees the same noise.
+            # Depends only on the batch's position in the split, so that every checkpoint sees the same noise.
             image = self.blind(image, Draw(EVAL_SEED, int(batch.index_B[0]), image.device).local)
         image_BLD, text_CTD = backbone.image(image), backbone.text(batch.token_CT, batch.attention_CT)
         self.encodings.append(offload(self.projection, batch, image_BLD, text_CTD, matched=bool(self.weights["itm"])))
 
     @torch.no_grad()
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
-        """Recall@1/5/10 in percent, their sum (`rsum`), by contrast alone (`itc_`) and re-ranked; `k<k>_` and
+        """Recall@1/5/10 in percent and their sum (`rsum`), by contrast alone (`itc_`) and re-ranked; `k<k>_` and
         `k_all_` with the sweep."""
-        # Gather what all processes encoded, and forget the own share.
+        # Gather what all processes encoded, and discard this process's share.
         gallery, self.encodings = gather_gallery(self.encodings), []
         self.predictions = []
         if gallery is None:
             return {}
         matched = bool(self.weights["itm"])
-        # k beyond the larger side is all of it; without matching k is 0.
+        # k is capped at the larger gallery; without matching it is 0.
         most = max(len(gallery.owner_C), len(gallery.index_B))
         k, head = min(self.rerank_k, most) if matched else 0, self.matching if matched else None
         added = self.rerank_contrast * float(self.projection.logit_scale)
         scores = score_gallery(backbone, head, gallery, None if self.sweep else k, self.chunk, added)
-        # Every pair has been matched where there is a sweep, so that each k only orders anew.
+        # A sweep has matched every pair, so that each k only needs re-sorting.
         swept = sweep_ks(max(scores.contrast_BC.shape)) if self.sweep and matched else {}
         ranks = rankings(scores, sorted({0, k, *swept.values()}))
         self.predictions = predictions(gallery, ranks[k])
         self.measured = {"rerank_k": k, "captions_a_picture": round(len(gallery.owner_C) / len(gallery.index_B), 2)}
         metrics = retrieval_metrics(scores, ranks, k) | rsum(ranks[0], "itc_") | (rsum(ranks[k], "") if k else {})
-        # At each k of the sweep R@1 alone, both ways.
+        # At each k of the sweep, only R@1, in both directions.
         for name, at in swept.items():
             metrics |= named(recall_of(ranks[at].text, [1]), f"{name}_tr")
             metrics |= named(recall_of(ranks[at].image, [1]), f"{name}_ir")
@@ -275,10 +274,10 @@ class Retrieval(Task):
 
 
 def cross(backbone: MaskVLM, rows: MatchingRows, image_M: Tensor, text_M: Tensor) -> Fused:
-    """One pass of each cross encoder over M pairs, by the numbers of their rows."""
+    """One pass of each cross encoder over M pairs, given their row indices."""
     image, text, attention = rows.image_ULD, rows.text_VTD, rows.attention_VT
     if len(image_M) < len(image):
-        # A part of the pairs: the rows they need, not all.
+        # A subset of the pairs: pass only the rows that they need.
         image, text, attention = image[image_M], text[text_M], attention[text_M]
         image_M = text_M = torch.arange(len(image_M), device=image.device)
     image_side, text_side = RowPool(image, None), RowPool(text, attention)
@@ -300,14 +299,14 @@ def rsum(directions: Rankings, name: str) -> dict[str, float]:
 
 
 def predictions(gallery: Gallery, directions: Rankings) -> list[Prediction]:
-    """The image found for every caption, then the caption found for every image; right: R@1.
+    """The image retrieved for every caption, then the caption retrieved for every image; right: R@1.
 
-    `index` has the image that was found, then the true one. All captions of an image are true: the truth beside one
-    of them is itself, beside a wrong one the first. `image ROW` gets the photo's id when it is written out.
+    `index` has the retrieved image, then the true one. All captions of an image are true: the truth of a correct
+    prediction is that caption, of a wrong one the image's first. `image ROW` is replaced by the photo's id on writing.
     """
     owner, images = gallery.owner_C.tolist(), [f"image {index}" for index in gallery.index_B.tolist()]
     captions = [text or f"caption {row}" for row, text in enumerate(gallery.texts)]
-    # Backwards, so that the first caption of an image is the one that stays.
+    # Backwards, so that an image's first caption is kept.
     first = {image: captions[row] for row, image in reversed(list(enumerate(owner)))}
     lines = []
     for row, (at, right) in enumerate(_firsts(directions.image)):
@@ -321,7 +320,7 @@ def predictions(gallery: Gallery, directions: Rankings) -> list[Prediction]:
 
 
 def _firsts(ranking: Ranking) -> list[tuple[int, float]]:
-    """First item of each query, with 1 where it is relevant, else 0."""
+    """First item of each query, with 1 if it is relevant, else 0."""
     return list(zip(ranking.top_Q.tolist(), (ranking.rank_Q == 0).double().tolist(), strict=True))
 
 

@@ -46,7 +46,8 @@ from tasks.vqa.vocabulary import (
 )
 
 VERSION = 4
-"""Raise it when the same files give another table or vocabulary, also where answers are normalised otherwise."""
+"""Increase this when the same files give a different table or vocabulary, including changes to answer
+normalisation."""
 
 LAYOUT = "VQA v2"
 TODO = "Prepare the set (maskvlm data vqav2 FOLDER), or set data.source.root to the folder of its files"
@@ -54,23 +55,23 @@ VOCABULARY_TODO = "Lower data.source.min_count, or set data.source.answers"
 
 
 class VqaV2(ExampleSource):
-    """Questions about COCO images, with the answers of ten people each.
+    """Questions about COCO images, with ten human answers each.
 
     A part such as `mscoco_train2014` is `v2_OpenEnded_mscoco_train2014_questions.json` with
-    `v2_mscoco_train2014_annotations.json`; its images are found by the number that ends their names. `labels` are
+    `v2_mscoco_train2014_annotations.json`; its images are found by the number at the end of their names. `labels` are
     the answers of the vocabulary.
 
     Args:
-        root: folder of the files as distributed, or of the set that `maskvlm data` made of them.
-        train: parts to train on; with val's the model trains on all answers that are published.
-        val, test: parts to evaluate on; None where there is none. Without annotations, `test` has no answers.
+        root: folder of the files as distributed, or of the set that `maskvlm data` made from them.
+        train: parts to train on; add val's to train on all published answers.
+        val, test: parts to evaluate on; None if there is none. Without annotations, `test` has no answers.
         images: folder of the images, or of a prepared set; by default the root's own, `images/` in it, or the root.
-        visual_genome: a `question_answers.json` whose questions are added to training, `<id>.jpg` somewhere beside it,
-            and `image_data.json`, which tells which of them are COCO's photos (also those that are evaluated on).
-        answers: file with the vocabulary; by default that of the training parts' annotations.
-        min_count: questions that must share an answer for it to be in the vocabulary.
-        cache: where the tables are kept; by default with those of Hugging Face datasets.
-        max_missing: the share of a training part's questions that may lack their image; they are skipped and listed.
+        visual_genome: a `question_answers.json` whose questions are added to training, with `<id>.jpg` files next to it
+            or below, and `image_data.json`, which lists the photos shared with COCO (including evaluated ones).
+        answers: file with the vocabulary; by default, it is built from the training parts' annotations.
+        min_count: number of questions that must share an answer for it to be in the vocabulary.
+        cache: folder for cached tables; by default next to those of Hugging Face datasets.
+        max_missing: maximum share of a training part's questions without their image; these are skipped and listed.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class VqaV2(ExampleSource):
         max_missing: float = 0.01,
     ) -> None:
         self.root, self.images, self.answers = Path(root).expanduser(), images, answers
-        # A single name is a list of one, not of its letters.
+        # A single name is a list of one, not a sequence of letters.
         listed = [train] if isinstance(train, str) else [*train]
         self.parts = {"train": listed, "val": [val] if val else [], "test": [test] if test else []}
         self.visual_genome = Path(visual_genome).expanduser() if visual_genome else None
@@ -95,15 +96,15 @@ class VqaV2(ExampleSource):
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """The vocabulary: given, or made of the training parts' annotations and kept."""
+        """The vocabulary: given, or built from the training parts' annotations and cached."""
         if self.answers is not None:
             return read_vocabulary(self.answers)
         tables = [self._table(part, answered=True) for part in self.parts["train"]]
         for part, table in zip(self.parts["train"], tables, strict=True):
-            # From the table, so that a cached one is checked as well.
+            # From the table, so that a cached one is also checked.
             ids, majorities = (table.rows.data.column(name).to_pylist() for name in ("id", "majority"))
             check_majorities(ids, majorities, self._annotations(part))
-        # Table names follow from file contents: the kept vocabulary is found again only for the same ones.
+        # Table names depend on file contents: the cached vocabulary is found only for the same files.
         key = hashed("vqa-answers", self.min_count, *(table.name for table in tables))
         vocabulary_table = cached_table(key, self.cache, {"answer": "string"}, lambda: self._vocabulary(tables))
         return tuple(vocabulary_table.rows.data.column("answer").to_pylist())
@@ -113,27 +114,27 @@ class VqaV2(ExampleSource):
         return frozenset(self.labels)
 
     def targets(self, answers: list[str]) -> dict[str, float]:
-        """Answers of the vocabulary with what the official accuracy gives for them."""
+        """Answers in the vocabulary, with their official accuracy."""
         return {answer: weight for answer, weight in soft_targets(answers).items() if answer in self._inside}
 
     def shares(self, answers: list[str]) -> dict[str, float]:
-        """Weights for a head that writes answers."""
+        """Weights for a generative head."""
         return {answer: share for answer, share in answer_shares(answers).items() if answer in self._inside}
 
     def split(self, name: str) -> "Joined":
         """The questions of `train`, `val` or `test`.
 
-        Training skips questions none of whose answers is in the vocabulary, and lists them.
+        Training skips questions without an answer in the vocabulary, and lists them.
 
         Raises:
-            UserError: files or images are missing, a file is malformed, questions and annotations do not fit
-                together, or a question_id stands there twice.
+            UserError: files or images are missing, a file is malformed, questions and annotations do not belong
+                together, or a question_id occurs twice.
         """
         if not (parts := self.parts.get(name)):
             raise UserError(f"data.source.{name}", "no part is named for this split", "Name one")
         tables, absent = [], Absent()
         for part in parts:
-            # Missing files of all parts are told in one error.
+            # Missing files of all parts are reported in one error.
             with absent.noted():
                 tables.append(self._table(part, answered=name != "test"))
         absent.check()
@@ -169,7 +170,7 @@ class VqaV2(ExampleSource):
         for file in (origin.file, annotations):
             check_below(file, self.root)
         files = [origin.file, annotations] if answered or annotations.is_file() else [origin.file]
-        # With the part's family, which its image ids begin with.
+        # With the part's family, the prefix of its image ids.
         key = f"vqa-{EXAMPLE_VERSION}.{VERSION}-{part.split('_')[0]}-{digest_of(*files, todo=TODO)[:32]}"
         columns = {**EXAMPLE_COLUMNS, "majority": "string"}
         return cached_table(key, self.cache, columns, lambda: parse_vqa(origin, part, files[1] if files[1:] else None))
@@ -183,7 +184,7 @@ class VqaV2(ExampleSource):
         table = cached_table(key, self.cache, EXAMPLE_COLUMNS, lambda: parse_genome(origin, coco_ids))
         album = Album(file.parent)
         names = genome_files(album.names, coco_ids)
-        # A prepared set keeps a photo that both have once, by COCO's name.
+        # A prepared set stores a photo that both have only once, under COCO's name.
         own = {*names.values()}
         others = [name for name in album.names if name not in own]
         for part in chain.from_iterable(self.parts.values()):
@@ -201,7 +202,7 @@ class VqaV2(ExampleSource):
         return ParsedColumns({"answer": answers}, {})
 
     def _known(self, table: Table) -> np.ndarray:
-        """Whether an answer of the row is in the vocabulary (N), kept beside the table."""
+        """Whether an answer of each row is in the vocabulary, [N], cached with the table."""
         key = hashed("vqa-known", table.name, *self.labels)
         known_table = cached_table(
             key, self.cache, {"known": "bool"}, lambda: ParsedColumns({"known": self._look_up(table)}, {})
@@ -209,9 +210,9 @@ class VqaV2(ExampleSource):
         return np.asarray(known_table.rows.data.column("known").to_numpy())
 
     def _look_up(self, table: Table) -> list[bool]:
-        """Each different answer is looked up once: ten people to a question give few different ones."""
+        """Look up each distinct answer once: ten answers to a question have few distinct ones."""
         answers_N = table.rows.data.column("answers").combine_chunks()
-        # All answers one after the other, the different ones among them, and which of these are in the vocabulary.
+        # All answers in a row, the distinct ones among them, and which of these are in the vocabulary.
         flat = pc.list_flatten(answers_N)
         different = pc.unique(flat)
         inside = pa.array([bool(self.targets([answer])) for answer in different.to_pylist()], pa.bool_())
@@ -223,7 +224,7 @@ class VqaV2(ExampleSource):
 
 
 class Joined:
-    """Several lists of examples as one, in their order (an `Examples`)."""
+    """The concatenation of several lists of examples (an `Examples`)."""
 
     def __init__(self, lists: list[TableExamples], where: Path) -> None:
         self.lists = lists
@@ -233,7 +234,7 @@ class Joined:
         for each in lists:
             for reason, places in each.skipped.items():
                 self.skipped.setdefault(reason, []).extend(places)
-        # Each part was checked alone; here they meet.
+        # Each part was checked separately; here they are combined.
         counted = pc.value_counts(self.column("id"))
         if twice := counted.field("values").filter(pc.greater(counted.field("counts"), 1)).to_pylist():
             ids = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
@@ -245,27 +246,27 @@ class Joined:
         return self._end[-1]
 
     def __getitem__(self, index: int, /) -> Example:
-        # The range brings list rules: numbers below 0 count from the end, others outside are an IndexError.
+        # The range follows list rules: negative indices count from the end, others outside are an IndexError.
         position = range(len(self))[index]
         number = bisect_right(self._end, position)
         return self.lists[number][position - self._end[number]]  # counted from its end
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Column of all lists, one after the other."""
+        """Column of all lists, concatenated."""
         return pa.chunked_array([chunk for each in self.lists for chunk in each.column(name).chunks])
 
     @property
     def image_identity(self) -> str:
-        """As `TableExamples.image_identity`, of all lists."""
+        """As `TableExamples.image_identity`, for all lists."""
         return " ".join(each.image_identity for each in self.lists)
 
     def image_ids(self) -> Iterator[str]:
-        """Ids of all its images, each once for each list."""
+        """Ids of all images, each once per list."""
         return chain.from_iterable(each.image_ids() for each in self.lists)
 
 
 def hashed(name: str, *parts: object) -> str:
-    """The name of what depends on these parts alone."""
+    """Cache name of something that depends only on these parts."""
     return f"{name}-{VERSION}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
 
 
@@ -273,10 +274,10 @@ def hashed(name: str, *parts: object) -> str:
 
 
 def parse_vqa(origin: RowOrigin, part: str, annotations: Path | None) -> ParsedColumns:
-    """Questions in their file's order with the answers to them.
+    """Questions in file order, with their answers.
 
     Raises:
-        UserError: names file and position of what is malformed or has no partner in the other file.
+        UserError: names file and position of what is malformed or has no counterpart in the other file.
     """
     answered = {each.question_id: each for each in read_annotations(annotations)} if annotations else {}
     rows = TableRows(origin, "question_id", "majority")
@@ -286,7 +287,7 @@ def parse_vqa(origin: RowOrigin, part: str, annotations: Path | None) -> ParsedC
         where = origin.full(place)
         number = get(record, "question_id", int, where, LAYOUT)
         image = get(record, "image_id", int, where, LAYOUT)
-        # Without annotations a question has no answers; with them it must have its own.
+        # Without annotations, a question has no answers; with them, it must have an annotation.
         entry = answered.get(number) or Annotation(number, [], "", "", "", "")
         if annotations and number not in answered:
             what = f"question {number} has no annotation in {annotations}"
@@ -297,13 +298,13 @@ def parse_vqa(origin: RowOrigin, part: str, annotations: Path | None) -> ParsedC
             id=str(number),
             images=[f"{family_of(part)} {image}"],
             text=get(record, "question", str, where, LAYOUT),
-            # Of VQA v2 as people wrote them, which the official accuracy asks for. Of a set with one answer a question
-            # that accuracy would compare the raw texts: `garbage_bin`, which no head is taught to say.
+            # For VQA v2, as people wrote them, as the official accuracy requires. For a set with one answer per
+            # question, it would compare the raw texts, such as `garbage_bin`, which no head is trained to say.
             answers=entry.answers if family_of(part) == "coco" else [normalise(each) for each in entry.answers],
             kind=entry.question_type,
             majority=entry.majority if family_of(part) == "coco" else normalise(entry.majority),
         )
-    # And the other way round: an annotation without a question means files of two parts.
+    # And vice versa: an annotation without a question means that the files are of different parts.
     for each in answered.values():
         if str(each.question_id) not in rows:
             what = f"question {each.question_id} is not in {origin.file}"

@@ -13,14 +13,14 @@ from maskvlm.model.text_decoder import TextDecoder
 
 
 class AnswerDecoder(TextDecoder):
-    """Reads image and question, writes an answer token by token.
+    """Generates an answer token by token, given image and question.
 
-    The fusion block queries with the text cross encoder's output and looks at the image cross encoder's; the decoder
-    looks at the fusion block's.
+    The fusion block queries with the text cross encoder's output and attends to the image cross encoder's; the decoder
+    attends to the fusion block's output.
 
     Args:
-        backbone: fits the widths; its text cross encoder is copied.
-        length: longest answer in tokens, start and end included.
+        backbone: sets the widths; its text cross encoder is copied.
+        length: maximum answer length in tokens, including start and end.
     """
 
     fusion: CrossEncoder
@@ -29,7 +29,8 @@ class AnswerDecoder(TextDecoder):
         super().__init__(backbone, length, {"fusion": backbone.new_cross(1)})
 
     def read(self, backbone: MaskVLM, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor) -> Context:
-        """Image and question, whole, through both cross encoders and the fusion block: what the decoder looks at."""
+        """Run the unmasked image and question through both cross encoders and the fusion block: the decoder's
+        context."""
         image = backbone.cross_image(image_BLD, backbone.cross_image.context(text_BTD, attention_BT)).full_RLD
         text = backbone.cross_text(text_BTD, backbone.cross_text.context(image_BLD), attention_BT).full_RLD
         # Queries are the text's positions, keys and values the image's: (B, T, D).
@@ -62,18 +63,18 @@ class AnswerDecoder(TextDecoder):
         most: int,
         chunk: int = 512,
     ) -> tuple[Tensor, Tensor]:
-        """Candidates of each question, [B, M], and their log probabilities.
+        """Candidates for each question, [B, M], and their log probabilities.
 
-        The `most` candidates with the likeliest first word are compared whole (ALBEF's rule); exact for K <= most.
+        The `most` candidates with the likeliest first word are compared in full (ALBEF's rule); exact for K <= most.
         """
         device = token_KS.device
-        # First words of all candidates from one pass: each question with the start token alone.
+        # First words of all candidates in one pass: each question with only the start token.
         start_B1 = token_KS[:1, :1].expand(rows, 1)
         first_BV = self(backbone, question, start_B1, torch.arange(rows, device=device))[:, 0].float().log_softmax(-1)
         # (B, V) -> (B, K) by each candidate's first word -> (B, M)
         chosen_BM = first_BV[:, token_KS[:, 1]].topk(min(most, len(token_KS)), dim=1).indices
-        # X = B * M whole answers, in chunks that fit the memory: the logits of 512, with 8 tokens at most and 50,000
-        # entries in the vocabulary, have 0.8 GB.
+        # X = B * M full answers, in chunks that fit into memory: the logits of 512, with at most 8 tokens and 50,000
+        # vocabulary entries, take 0.8 GB.
         owner_X = torch.arange(rows, device=device).repeat_interleave(chosen_BM.shape[1])
         parts = []
         for picked, owner in zip(chosen_BM.flatten().split(chunk), owner_X.split(chunk), strict=True):

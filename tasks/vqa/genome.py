@@ -1,4 +1,4 @@
-"""The questions of Visual Genome (Krishna et al. 2017, visualgenome.org), which VQA v2 may be trained with."""
+"""The questions of Visual Genome (Krishna et al. 2017, visualgenome.org), which can be added to VQA v2 training."""
 
 from collections.abc import Mapping
 
@@ -12,13 +12,13 @@ LAYOUT = "Visual Genome"
 
 
 def parse_genome(origin: RowOrigin, coco_ids: Mapping[int, int]) -> ParsedColumns:
-    """Visual Genome's questions with their only answer; `vg` marks ids, which VQA v2 also counts from 1.
+    """Visual Genome's questions with their single answer; ids start with `vg`, as VQA v2's also count from 1.
 
     Args:
-        origin: of the rows.
-        coco_ids: numbers of images -> COCO's numbers of those that are COCO's, too.
+        origin: origin of the rows.
+        coco_ids: image number -> COCO number, for images that are also in COCO.
     """
-    # `place` counts questions through the whole file, as errors name them.
+    # `place` counts questions over the whole file, as in error messages.
     rows, place = TableRows(origin, "qa_id"), 0
     with opened(origin.file) as stream:
         document = load_json(stream.read(), origin.file)

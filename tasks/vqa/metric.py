@@ -1,7 +1,7 @@
-"""The official VQA v2 accuracy, in plain Python: answers are brought into one form, then compared with people's.
+"""The official VQA v2 accuracy, in plain Python: answers are normalised, then compared with human answers.
 
 Rules and tables from github.com/GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py at commit a013f00,
-with its slips, because published numbers contain them. Where its authors' text and their code differ, the code counts.
+including its mistakes, because published numbers contain them. If its authors' text and code differ, the code counts.
 """
 
 import re
@@ -16,7 +16,7 @@ NUMBERS = {
     **{"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"},
     **{"five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"},
 }
-# Every word that is made of one of these by leaving out one apostrophe becomes it: `dont`, `couldnt've`, `couldn'tve`.
+# Any word that equals one of these with one apostrophe left out becomes it: `dont`, `couldnt've`, `couldn'tve`.
 CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -27,53 +27,53 @@ CONTRACTED = """
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 MARK = re.compile("'")
-# The original's forms of "I" (`Im`, `Ive`) are left out: words are in lower case by then and never meet them.
+# The original's forms of "I" (`Im`, `Ive`) are left out: words are in lower case by then and never match them.
 CONTRACTIONS = {
     word[: at.start()] + word[at.end() :]: word for word in CONTRACTED.split() for at in MARK.finditer(word)
 }
-CONTRACTIONS["somebody'd"] = "somebodyd"  # the wrong way round in the original
+CONTRACTIONS["somebody'd"] = "somebodyd"  # reversed in the original
 
-# The original means to spare decimals on both sides but misspells the look-behind: only a digit after it saves a point.
+# The original intends to keep points between digits but misspells the look-behind: any point before a digit is kept.
 POINT = re.compile(r"\.(?!\d)")
 MOST_POINTS = 32  # the value of re.UNICODE, which the original passes where the count belongs
 DIGIT_COMMA = re.compile(r"\d,\d")
-FULL = 3  # so many other people with the same answer make it right
+FULL = 3  # an answer is right if this many other people gave it
 
 
 class Mean(NamedTuple):
-    """Mean accuracy in percent, not rounded (the original rounds to two digits), and of how many questions."""
+    """Mean accuracy in percent, unrounded (the original rounds to two digits), and the number of questions."""
 
     percent: float
     questions: int
 
 
 class VqaAccuracy(NamedTuple):
-    """Accuracy over all questions and by type; each question counts alike."""
+    """Accuracy over all questions and by type; each question counts equally."""
 
     overall: Mean
     by_question_type: dict[str, Mean]
     by_answer_type: dict[str, Mean]
 
 
-@lru_cache(2**16)  # the 2.4 million answers of a validation run are few different ones
+@lru_cache(2**16)  # the 2.4 million answers of a validation run have few distinct ones
 def normalise(answer: str) -> str:
     """The form in which answers are compared: `The dog's toys, 2.` -> `dog's toys 2`.
 
-    Case, articles and most punctuation go, number words become digits, forgotten apostrophes come back. What is left
-    may be empty (of `the`).
+    Case, articles and most punctuation are removed, number words become digits, missing apostrophes are restored. The
+    result may be empty (for `the`).
     """
     return _words(_punctuation(_tidy(answer)))
 
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """How far one answer is that of people, 0 to 1: see `credit`.
+    """Agreement of one answer with the human answers, 0 to 1: see `credit`.
 
-    Answers are normalised only where people differ. Where all gave the same, the prediction has to be that very text,
-    so that what stands written in an image is not changed (the authors, issue 14 of their repository).
+    Answers are normalised only if the human answers differ. If they are all the same, the prediction must be exactly
+    that text, so that text in an image is not changed (the authors, issue 14 of their repository).
 
     Args:
         prediction: the model's answer.
-        answers: people's, ten in VQA v2.
+        answers: human answers, ten in VQA v2.
 
     Raises:
         ValueError: there are no answers.
@@ -85,21 +85,21 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def credit(matches: int, people: int) -> float:
-    """What an answer is worth that `matches` of so many people gave: of ten, 0 to 4 make 0, 0.3, 0.6, 0.9 and 1.
+    """Accuracy of an answer that `matches` of `people` gave: with ten people, 0 to 4 give 0, 0.3, 0.6, 0.9 and 1.
 
-    Each person is left out in turn; the others make the answer right by min(matches among them / 3, 1); the mean.
-    Where the others are fewer than three, which the original does not foresee, all of them are needed instead of
+    Each person is left out in turn, the others score the answer as min(matches among them / 3, 1), and the scores are
+    averaged. With fewer than three others, which the original does not foresee, all of them are needed instead of
     three, and a single person decides alone: an answer that everybody gave is always worth 1.
 
     Raises:
-        ValueError: nobody was asked.
+        ValueError: there are no people.
     """
     if people < 1:
         raise ValueError("an accuracy needs at least one answer to compare with")
     if people == 1:
         return float(matches)
     need = min(FULL, people - 1)
-    # Who gave the answer leaves one match fewer behind; who did not leaves all.
+    # Leaving out someone who gave the answer leaves one match fewer; leaving out anyone else leaves all.
     total = matches * min(matches - 1, need) + (people - matches) * min(matches, need)
     return total / (people * need)
 
@@ -110,10 +110,10 @@ def vqa_accuracy(
     question_types: Sequence[str],
     answer_types: Sequence[str],
 ) -> VqaAccuracy:
-    """Accuracies of many questions; all arguments in the same order. The type "" is not listed.
+    """Accuracies over many questions; all arguments in the same order. The type "" is not listed.
 
     Raises:
-        ValueError: no questions, one without answers, or lists of unequal length.
+        ValueError: no questions, a question without answers, or lists of unequal length.
     """
     if not predictions:
         raise ValueError("an accuracy needs at least one question")
@@ -137,7 +137,8 @@ def _tidy(answer: str) -> str:
 
 
 def _punctuation(answer: str) -> str:
-    """Each mark goes; a space takes its place, unless one is beside it somewhere or the text has a comma as in 1,5."""
+    """Replace each mark by a space, or remove it if it is next to a space anywhere or the text has a comma as in
+    1,5."""
     close = DIGIT_COMMA.search(answer) is not None
     places = ["" if close or f"{mark} " in answer or f" {mark}" in answer else " " for mark in PUNCTUATION]
     bare = answer.translate(dict(zip(map(ord, PUNCTUATION), places, strict=True)))

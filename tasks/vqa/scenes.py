@@ -1,8 +1,8 @@
-"""Questions about scenes of the built-in world, each with one true answer, nothing to download.
+"""Questions about scenes of the built-in world, each with one true answer; no download needed.
 
-Kind and answer are drawn first, each uniformly, then the words, then a scene that bears the answer out: within a
-kind no word tells anything of the answer, and a model that does not look is right as often as chance says.
-A question names one thing only, and whatever else stands in the scene is often nearly that.
+Kind and answer are drawn first, each uniformly, then the words, then a scene for which the answer is true: within a
+kind, no word reveals anything about the answer, and a model that ignores the image is at chance level. A question
+refers to exactly one object, and the other objects in the scene are often near misses.
 """
 
 import random
@@ -42,7 +42,7 @@ from maskvlm.data.scenes.world import (
     shuffled,
 )
 
-NUMBERS = ("none", "one", "two", "three")  # words: a tokenizer trained on captions has no digits, and no z of "zero"
+NUMBERS = ("none", "one", "two", "three")  # words: a tokenizer trained on captions lacks digits, and the z of "zero"
 YES_NO = ("yes", "no")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 ANSWERS: dict[str, tuple[str, ...]] = {
@@ -56,33 +56,34 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "existence": YES_NO,
     "relation": YES_NO,
 }
-"""Kind of question -> its answers, each as likely."""
+"""Kind of question -> its answers, all equally likely."""
 
 
 class Query(NamedTuple):
-    """A question in words, and how to make a scene (of any split; None: try again) in which `answer` is true."""
+    """A question in words, and a function that makes a scene in which the answer is true (of any split; None: try
+    again)."""
 
     text: str
     make: Callable[[], Scene | None]
 
 
 def only(traits: Traits, scene: Scene) -> bool:
-    """True where exactly one thing is meant."""
+    """True if exactly one object fits the traits."""
     return sum(fits(traits, thing) for thing in scene.things) == 1
 
 
 def company(rng: random.Random, traits: Traits, most: int = 2) -> list[Traits]:
-    """Up to `most` more things, each one random or nearly what was said."""
+    """Up to `most` more objects, each random or a near miss of the named traits."""
     number = choose(rng, range(most + 1))
     return [near_miss(rng, traits) if rng.random() < 0.5 else {} for _ in range(number)]
 
 
 def ask_attribute(rng: random.Random, kind: str, answer: str) -> Query:
-    """What colour, shape, pattern or size the one thing of the said traits has."""
-    # What is asked for is never said.
+    """What colour, shape, pattern or size the one object with the named traits has."""
+    # The attribute in question is never named.
     basis = {"colour": ("shape",), "shape": ("colour",)}.get(kind, ("colour", "shape"))
     more = () if rng.random() < 0.5 else (choose(rng, [name for name in ("size", "pattern") if name != kind]),)
-    # One in four names a place instead of a thing.
+    # One in four names a place instead of an object.
     if kind in ("colour", "shape") and rng.random() < 0.25:
         return ask_at_place(rng, kind, answer)
     traits = traits_by_lot(rng, (*more, *basis))
@@ -95,14 +96,14 @@ def ask_attribute(rng: random.Random, kind: str, answer: str) -> Query:
 
     def make() -> Scene | None:
         scene = scene_like(rng, [traits | {kind: answer}, *company(rng, traits)])
-        # None where the company fits the words, too: a question must mean one thing.
+        # None if another object also fits the words: a question must be unambiguous.
         return scene if only(traits, scene) else None
 
     return Query(text, make)
 
 
 def ask_at_place(rng: random.Random, kind: str, answer: str) -> Query:
-    """What colour or shape the thing at a place has."""
+    """What colour or shape the object at a place has."""
     place = choose(rng, range(9))
     text = f"what {kind} is the thing {SENTENCES.place(PLACES[place])}"
 
@@ -115,13 +116,13 @@ def ask_at_place(rng: random.Random, kind: str, answer: str) -> Query:
 
 
 def ask_place(rng: random.Random, kind: str, answer: str) -> Query:
-    """Where the one thing of the said traits is."""
+    """Where the one object with the named traits is."""
     traits = traits_by_lot(rng, names_by_lot(rng))
 
     def make() -> Scene | None:
         scene = scene_like(rng, [traits, *company(rng, traits)])
         matches = [thing for thing in scene.things if fits(traits, thing)]
-        # The place was drawn with the scene, so most tries fail: first_of_split goes on trying.
+        # The place is drawn with the scene, so most tries fail: first_of_split keeps trying.
         return scene if len(matches) == 1 and matches[0].place == answer else None
 
     return Query(f"where is the {noun(traits)}", make)
@@ -134,14 +135,14 @@ def ask_background(rng: random.Random, kind: str, answer: str) -> Query:
 
 
 def ask_count(rng: random.Random, kind: str, answer: str) -> Query:
-    """How many of three things have a colour, a shape or a pattern."""
+    """How many of three objects have a colour, a shape or a pattern."""
     name = choose(rng, ("colour", "shape", "pattern"))
     traits = traits_by_lot(rng, (name,))
     text = f"how many {noun(traits)}{'es' if traits.get('shape') == 'cross' else 's'} are there"
     number = NUMBERS.index(answer)
 
     def make() -> Scene | None:
-        # Always three things: how many there are in all tells nothing of the answer.
+        # Always three objects, so that their total reveals nothing about the answer.
         things = [traits] * number + [near_miss(rng, traits) for _ in range(3 - number)]
         return scene_like(rng, things)
 
@@ -149,11 +150,11 @@ def ask_count(rng: random.Random, kind: str, answer: str) -> Query:
 
 
 def ask_existence(rng: random.Random, kind: str, answer: str) -> Query:
-    """Whether there is such a thing; where there is none, one that differs in one attribute stands instead."""
+    """Whether there is such an object; if not, one that differs in one attribute takes its place."""
     traits = traits_by_lot(rng, names_by_lot(rng))
 
     def make() -> Scene | None:
-        # The company is like what stands there, with either answer.
+        # The other objects resemble the first one, whatever the answer.
         first = traits if answer == "yes" else near_miss(rng, traits)
         scene = scene_like(rng, [first, *company(rng, first)])
         return scene if any(fits(traits, thing) for thing in scene.things) == (answer == "yes") else None
@@ -162,9 +163,9 @@ def ask_existence(rng: random.Random, kind: str, answer: str) -> Query:
 
 
 def ask_relation(rng: random.Random, kind: str, answer: str) -> Query:
-    """Whether one thing is left of, right of, above or below another; both are there in any case.
+    """Whether one object is left of, right of, above or below another; both always exist.
 
-    Where not, the opposite is true: were things in one line a "no", the image alone would lean to it.
+    If the answer is "no", the opposite relation holds: if aligned objects were a "no", the image alone would hint it.
     """
     first = traits_by_lot(rng, ("colour", "shape"))
     second = strangers(rng, ("colour", "shape"), first.values())
@@ -175,7 +176,7 @@ def ask_relation(rng: random.Random, kind: str, answer: str) -> Query:
         scene = scene_like(rng, [first, second, *company(rng, first, most=1)])
         if not (only(first, scene) and only(second, scene)):
             return None
-        # Each is the only one of its kind here, so the first that fits is it.
+        # Each is the only one that fits, so take the first.
         one, other = (next(thing for thing in scene.things if fits(traits, thing)) for traits in (first, second))
         return scene if one.relates(true, other) else None
 
@@ -194,7 +195,7 @@ ASK: dict[str, Callable[[random.Random, str, str], Query]] = {
 
 def tell_question(key: str, split: str, index: int) -> PlannedExample:
     """Question `index`; see `Tell`."""
-    # A generator for each example: any worker makes it alike. Python hashes a text seed the same in every process.
+    # A generator per example, so that every worker makes the same one; Python seeds from text identically everywhere.
     rng = random.Random(f"{key}-{index}")
     kind = choose(rng, tuple(ANSWERS))
     answer = choose(rng, ANSWERS[kind])
@@ -211,7 +212,7 @@ class SceneQuestions(ExampleSource):
         val: number of validation questions.
         test: number of test questions.
         size: width and height of the images in pixels, at least 12.
-        seed: draws other questions and scenes; the splits share no scene under any pair of seeds.
+        seed: selects other questions and scenes; splits share no scene under any pair of seeds.
     """
 
     def __init__(self, train: int = 100_000, val: int = 2000, test: int = 2000, size: int = 48, seed: int = 0) -> None:

@@ -1,6 +1,6 @@
 """`maskvlm vqa.score RESULTS.json ANNOTATIONS.json`: the official accuracy of a file of answers.
 
-Results are in the form that the VQA v2 server takes: [{"question_id": 458752000, "answer": "net"}, ...].
+Results are in the VQA v2 server's format: [{"question_id": 458752000, "answer": "net"}, ...].
 """
 
 import json
@@ -38,17 +38,17 @@ def main(arguments: list[str]) -> int:
 
 
 def score_answers(results: Path, annotations: Path, questions: Path | None = None) -> VqaAccuracy:
-    """The accuracy of a file of answers; every question of the annotations counts, none may be left out.
+    """The accuracy of a file of answers; every question of the annotations counts, and none may be left out.
 
     Raises:
-        UserError: a file is missing, of another form, or speaks of other questions than the annotations do.
+        UserError: a file is missing, has another format, or covers other questions than the annotations.
     """
     records = list(read_annotations(annotations))
     if not records:
         raise UserError(annotations, "no annotations", "Take the complete file", ExitCode.BAD_DATA)
     # A dict for its order: errors name the first question of the file.
     known = dict.fromkeys(annotation.question_id for annotation in records)
-    # All three files must speak of the same questions: a missing answer is an error and no 0.
+    # All three files must cover the same questions: a missing answer is an error, not a 0.
     if questions is not None:
         compare(read_questions(questions), questions, known, annotations, "annotation")
     answers = read_results(results)
@@ -65,7 +65,7 @@ def read_results(path: Path) -> dict[int, str]:
     """question_id -> answer.
 
     Raises:
-        UserError: names the file and the position of what is not as the server wants it.
+        UserError: names the file and the position of what does not match the server's format.
     """
     entries = read_json_file(path)
     if not isinstance(entries, list):
@@ -90,7 +90,7 @@ def read_questions(path: Path) -> dict[int, int]:
 
 
 def compare(source_ids: Collection[int], source: Path, path_ids: Collection[int], path: Path, what: str) -> None:
-    """Refuse a file that lacks questions of the other one, or has more.
+    """Raise UserError if a file lacks questions of the other one, or has more.
 
     Args:
         source_ids: ids that `source` has.
@@ -107,7 +107,7 @@ def compare(source_ids: Collection[int], source: Path, path_ids: Collection[int]
 
 
 def as_json(measured: VqaAccuracy) -> dict[str, object]:
-    """Accuracies in percent, not rounded, under the keys of the official code, and the number of questions."""
+    """Unrounded accuracies in percent, under the keys of the official code, and the number of questions."""
 
     def percent(by: Mapping[str, Mean]) -> dict[str, float]:
         return {kind: mean.percent for kind, mean in by.items()}
@@ -121,7 +121,7 @@ def as_json(measured: VqaAccuracy) -> dict[str, object]:
 
 
 def as_table(measured: VqaAccuracy) -> Table:
-    """Overall, by answer type, by question type; two digits as the original, the most frequent types first."""
+    """Overall, by answer type, by question type; two decimals as in the original, most frequent types first."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("VQA accuracy", no_wrap=True)
     table.add_column("%", justify="right", no_wrap=True)
@@ -137,5 +137,5 @@ def as_table(measured: VqaAccuracy) -> Table:
 
 
 def cells(mean: Mean) -> tuple[str, str]:
-    """Percent with two digits, as VQA is reported, and the number of questions."""
+    """Percent with two decimals, as VQA is reported, and the number of questions."""
     return f"{mean.percent:.2f}", f"{mean.questions:,}"

@@ -1,6 +1,6 @@
-"""VQA: answer a question about an image, by writing the answer or by choosing among known ones (paper sec. 4).
+"""VQA: answer a question about an image, by generating the answer or choosing from a vocabulary (paper sec. 4).
 
-Shapes: B questions, A answers of all, S answer tokens, L image positions, T tokens, D width, K labels.
+Shapes: B questions, A answers in total, S answer tokens, L image positions, T tokens, D width, K labels.
 """
 
 import json
@@ -32,7 +32,7 @@ from tasks.vqa.metric import accuracy, normalise
 
 log = logging.getLogger(__name__)
 
-SHOWN = 3  # groups of labels that are named in a line, and labels of each
+SHOWN = 3  # groups of labels shown in a log line, and labels per group
 
 
 class Vqa(Classification):
@@ -41,11 +41,11 @@ class Vqa(Classification):
     Args:
         labels: the answer vocabulary; linked from the data, not set by hand.
         head: `generate` (paper; R) or `classify` (C).
-        decode: of the generative head: `rank` chooses the likeliest of the vocabulary (ALBEF's rule, C), `free` writes
-            whatever is likeliest word by word.
-        candidates: answers with the likeliest first word that `rank` compares whole (128, C).
-        answer_length: longest answer in tokens, start and end included.
-        hidden, dropout, image_ablation: as `Classification`.
+        decode: decoding of the generative head: `rank` chooses the likeliest answer of the vocabulary (ALBEF's rule,
+            C), `free` generates word by word, greedily.
+        candidates: number of answers, by likeliest first word, that `rank` compares in full (128, C).
+        answer_length: maximum answer length in tokens, including start and end.
+        hidden, dropout, image_ablation: as in `Classification`.
     """
 
     name = "vqa"
@@ -75,18 +75,18 @@ class Vqa(Classification):
     def build(self, backbone: MaskVLM) -> None:
         if not self.generates:
             super().build(backbone)
-            # One of K answers is true. Where each starts at even odds, the first hundred steps learn nothing else.
+            # One of K answers is true. If each starts at even odds, the first hundred steps learn nothing else.
             nn.init.constant_(self.head.last.bias, -math.log(max(1, len(self.labels) - 1)))
             return
         self.answer = AnswerDecoder(backbone, self.answer_length)
         backbone.freeze_for_task(backbone.image.mask_token)
 
     def heads_of_labels(self) -> tuple[str, ...]:
-        # An answer that is written knows no vocabulary.
+        # The generative head does not depend on the vocabulary.
         return () if self.generates else super().heads_of_labels()
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
-        """Take over the token head of pre-training into the generative head, whose decoder has its weights already."""
+        """Load the token head of pre-training into the generative head, whose decoder already has its weights."""
         if not self.generates:
             return super().warm_start(heads)
         own_heads, copied = heads_to_start_from("answer", heads, self.state_dict())
@@ -101,7 +101,7 @@ class Vqa(Classification):
         token_AS, attention_AS, owner_A, weight_A = shortened(batch.answers, self.answer_length)
         likelihood_A = self.answer.log_likelihood(backbone, question, token_AS, attention_AS, owner_A)
         valid_B = batch.valid_B.float()
-        # Weights of a question's answers add up to 1, so that each question counts alike.
+        # Weights of a question's answers sum to 1, so that each question counts equally.
         share_A = weight_A / torch.zeros_like(valid_B).index_add(0, owner_A, weight_A)[owner_A].clamp(min=1e-6)
         loss = -(likelihood_A * share_A * valid_B[owner_A]).sum()
         return {self.name: loss / shared_count(valid_B.sum()).clamp(min=1)}
@@ -143,32 +143,32 @@ class Vqa(Classification):
         return self.spelt_out(backbone, self.written(backbone, question, rows))
 
     def written(self, backbone: MaskVLM, question: Context, rows: int) -> Tensor:
-        """Tokens of the answers that are decoded freely, [B, S]."""
+        """Tokens of freely decoded answers, [B, S]."""
         tokenizer: Any = backbone.text.tokenizer
         start, end = self.ends(backbone)
-        # The end token ends the answer; no other special token belongs in one.
+        # The end token ends the answer; no other special token may occur.
         forbidden = [token for token in no_words(tokenizer, backbone.text.vocab_size) if token != end]
         return self.answer.search(backbone, question, rows, start, end, forbidden).token_BS
 
     def spelt_out(self, backbone: MaskVLM, token_BS: Tensor) -> list[str]:
-        """The texts of answers that were written."""
+        """The texts of generated answers."""
         _, end = self.ends(backbone)
         return [self.words(row, end, backbone.text.tokenizer) for row in token_BS.tolist()]
 
     def ends(self, backbone: MaskVLM) -> tuple[int, int]:
-        """Ids of the start and the end token: every label begins and ends with them."""
+        """Ids of the start and end tokens, with which every label begins and ends."""
         token_KS, attention_KS = self.vocabulary(backbone)
         return int(token_KS[0, 0]), int(token_KS[0, int(attention_KS[0].sum()) - 1])
 
     def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[LabelPrediction]:
-        """Answers of the vocabulary with their probability; of free decoding what was written, with its own."""
+        """Answers of the vocabulary with their probabilities; with free decoding, the generated answer with its own."""
         if not self.generates:
             return super().decisions(backbone, batch)
         device, rows = batch.image_BPCHW.device, len(batch.valid_B)
         question = self.read(backbone, batch, Draw(EVAL_SEED, 0, device).local)
         if self.decode == "free":
             token_BS = self.written(backbone, question, rows)
-            # Up to the first end token and with it: (B, S)
+            # Up to and including the first end token: (B, S)
             ends_BS = token_BS == self.ends(backbone)[1]
             attention_BS = ends_BS.cumsum(1) - ends_BS.long() == 0
             own = torch.arange(rows, device=device)
@@ -187,16 +187,16 @@ class Vqa(Classification):
         return logits_BK.sigmoid()
 
     def words(self, tokens: list[int], end: int, tokenizer: Any) -> str:
-        """The label with these tokens, or else the tokens as text: a tokenizer need not give back a label's spaces."""
-        # Without start token, and up to the end token if there is one.
+        """The label with these tokens, otherwise the decoded tokens: decoding need not restore a label's spaces."""
+        # Without the start token, and up to the end token if there is one.
         inner = tokens[1 : tokens.index(end, 1)] if end in tokens[1:] else tokens[1:]
         assert self.table is not None
         label = self.spelt.get(tuple(inner))
         return label if label is not None else str(tokenizer.decode(inner)).strip()
 
     def vocabulary(self, backbone: MaskVLM) -> tuple[Tensor, Tensor]:
-        """Tokens of every label and their padding mask, [K, S] each; made once. Labels with the same tokens, which no
-        answer can tell apart, are named and counted."""
+        """Tokens of every label and their padding mask, [K, S] each; computed once. Labels with the same tokens, which
+        no answer can distinguish, are logged and counted."""
         if self.table is None:
             label_tokens = Captioner(backbone.text.tokenizer, self.answer_length)(list(self.labels))  # type: ignore[arg-type]
             self.table = label_tokens.token_CT, label_tokens.attention_CT
@@ -216,15 +216,15 @@ class Vqa(Classification):
         return accuracy(prediction, answers) if answers else None
 
     def extra_metrics(self, scored: list[ScoredExample]) -> dict[str, float]:
-        """`accuracy_prior`: of the most frequent answer to everything. `accuracy_ceiling`: of choosing the best answer
-        that the vocabulary has."""
+        """`accuracy_prior`: of always giving the most frequent answer. `accuracy_ceiling`: of always choosing the best
+        answer in the vocabulary."""
         known = [one for one in scored if one.example["answers"]]
         if not known:
             return {}
         usual = Counter(one.truth for one in known).most_common(1)[0][0]
-        # Ceiling: the best that the vocabulary allows. Prior: one answer to all questions.
+        # Ceiling: the best that the vocabulary allows. Prior: the same answer to all questions.
         labels, all_answers = set(self.labels), [one.example["answers"] for one in known]
-        # An answer counts as it is written and as the vocabulary writes it.
+        # An answer counts both as written and in the vocabulary's normalised form.
         named = [{*answers, *map(normalise, answers)} & labels for answers in all_answers]
         best = [
             max((accuracy(one, answers) for one in choices), default=0.0)
@@ -234,7 +234,7 @@ class Vqa(Classification):
         return {"accuracy_prior": 100 * sum(prior) / len(known), "accuracy_ceiling": 100 * sum(best) / len(known)}
 
     def files(self) -> dict[str, str]:
-        """What the VQA server takes, where ids are its numbers; and the answer vocabulary."""
+        """A submission for the VQA server, if ids are its numbers; and the answer vocabulary."""
         contents = {"answers.json": json.dumps(list(self.labels), ensure_ascii=False, indent=0) + "\n"}
         if all(one["id"].isdecimal() for one in self.predictions):
             results = [{"question_id": int(one["id"]), "answer": one["prediction"]} for one in self.predictions]
@@ -251,18 +251,19 @@ class Vqa(Classification):
         return super().card() | settings
 
     def chance_levels(self, batch_size: int) -> dict[str, float]:
-        """Classes: one answer is true, all as likely. Generated ones have no such level: their length varies."""
+        """Classes: one of K equally likely answers is true. Generated answers have no chance level: their length
+        varies."""
         others = len(self.labels) - 1
         # K sigmoids at 1 / K, one of them true: log K + (K - 1) log(K / (K - 1)).
         return {} if self.generates else {self.name: math.log1p(others) + others * math.log1p(1 / max(1, others))}
 
 
 def alike_line(alike: Sequence[Sequence[str]], labels: int) -> str:
-    """Says which labels have the same tokens.
+    """A log line that says which labels have the same tokens.
 
     Args:
-        alike: labels by their tokens, two or more each.
-        labels: how many there are in all.
+        alike: groups of two or more labels with the same tokens.
+        labels: total number of labels.
     """
     shown = "; ".join(" = ".join(map(describe_value, group[:SHOWN])) for group in alike[:SHOWN])
     more = ", ..." if len(alike) > SHOWN or any(len(group) > SHOWN for group in alike) else ""
@@ -271,8 +272,8 @@ def alike_line(alike: Sequence[Sequence[str]], labels: int) -> str:
 
 
 def shortened(answers: AnswerTokens, length: int) -> AnswerTokens:
-    """Answers cut to at most `length` tokens; a longer one loses its last words, but not its end token, as the answers
-    of the vocabulary do."""
+    """Cut answers to at most `length` tokens; like the answers of the vocabulary, a longer one loses its last words but
+    keeps its end token."""
     token_AT, attention_AT = answers.token_AT[:, :length], answers.attention_AT[:, :length]
     size_A = answers.attention_AT.sum(1)
     # (A, T) -> (A, 1): the end token is the last one of an answer.

@@ -1,8 +1,8 @@
-"""The answers that a VQA head chooses from, how much each is worth in training, and the reader of annotations.
+"""The answer vocabulary of a VQA head, the weight of each answer in training, and the reader of annotations.
 
-The rule of the usual list of 3,129 answers is that of github.com/hengyuan-hu/bottom-up-attention-vqa,
-tools/compute_softscore.py: the `multiple_choice_answer` of each question of train and val is normalised, and kept if
-at least nine questions have it. Run as a command, this file writes such a list.
+The usual list of 3,129 answers follows the rule of github.com/hengyuan-hu/bottom-up-attention-vqa,
+tools/compute_softscore.py: the `multiple_choice_answer` of each question in train and val is normalised, and kept if
+at least nine questions have it. As a command, this module writes such a list.
 """
 
 import re
@@ -20,18 +20,18 @@ from maskvlm.utils.errors import ExitCode, UserError, check_least
 from tasks.vqa.metric import credit, normalise
 
 LAYOUT = "VQA v2"
-BROKEN = re.compile("[\ud800-\udfff]")  # JSON can hold halves of surrogate pairs; no file or terminal takes them
+BROKEN = re.compile("[\ud800-\udfff]")  # JSON can contain unpaired surrogates, which no file or terminal accepts
 SAME_PART = "Take questions and annotations of the same part"
 OPTIONAL = ("multiple_choice_answer", "question_type", "answer_type")
 
 
 class Annotation(NamedTuple):
-    """What people answered to one question.
+    """The human answers to one question.
 
     Attributes:
         origin: file and position, for messages.
-        majority: `multiple_choice_answer`; like the types, "" where the file has none.
-        image_id: as it stands in the file, None where it has none; to be compared with the question's.
+        majority: `multiple_choice_answer`; like the types, "" if the file has none.
+        image_id: as in the file, None if it has none; compared with the question's.
     """
 
     question_id: int
@@ -44,13 +44,13 @@ class Annotation(NamedTuple):
 
 
 def build_vocabulary(answers: Iterable[str], min_count: int = 9) -> tuple[str, ...]:
-    """Answers in their normalised form, the most frequent first, equally frequent ones in alphabetical order.
+    """Normalised answers, most frequent first, equally frequent ones in alphabetical order.
 
-    The usual list also has "", which is left of answers such as "a"; so has this one.
+    Like the usual list, this one includes "", the normalised form of answers such as "a".
 
     Args:
-        answers: one of each question, its `multiple_choice_answer`.
-        min_count: questions that must share an answer.
+        answers: one per question, its `multiple_choice_answer`.
+        min_count: number of questions that must share an answer.
     """
     check_least(1, {"min_count": min_count})
     counts = Counter(map(normalise, answers))
@@ -59,31 +59,32 @@ def build_vocabulary(answers: Iterable[str], min_count: int = 9) -> tuple[str, .
 
 
 def soft_targets(answers: Sequence[str]) -> dict[str, float]:
-    """Each normalised answer and what the official accuracy gives for it: 0.3, 0.6, 0.9, from four of ten people on 1.
+    """Each normalised answer with its official accuracy: 0.3, 0.6, 0.9, and 1 from four of ten people.
 
-    The usual code counts answers as they are written, so that "two" does not help "2", although the metric compares
-    normalised ones; here both count. An only answer, as Visual Genome has, is worth 1 (see `metric.credit`).
+    The usual code counts answers as written, so that "two" does not count towards "2", although the metric compares
+    normalised answers; here both count. A single answer, as in Visual Genome, is worth 1 (see `metric.credit`).
     """
     counts = Counter(map(normalise, answers))
     return {answer: credit(count, len(answers)) for answer, count in counts.items()}
 
 
 def answer_shares(answers: Sequence[str]) -> dict[str, float]:
-    """Each normalised answer and the share of people who gave it; the weights of a head that writes answers.
+    """Each normalised answer with the share of people who gave it: the weights for a generative head.
 
-    ALBEF weighs its decoder's loss so (dataset/vqa_dataset.py of salesforce/ALBEF; Visual Genome's answers get 0.5).
+    ALBEF weights its decoder's loss this way (dataset/vqa_dataset.py of salesforce/ALBEF; Visual Genome's answers get
+    0.5).
     """
     counts = Counter(map(normalise, answers))
     return {answer: count / len(answers) for answer, count in counts.items()}
 
 
 def read_vocabulary(path: str | Path) -> tuple[str, ...]:
-    """A given list: `.json` with a list or `{answer: index}`, any other file with one answer a line.
+    """Read an answer list: `.json` with a list or `{answer: index}`, or any other file with one answer per line.
 
-    Answers are taken as they stand; `soft_targets` never names one that is not in normalised form.
+    Answers are used as they are; `soft_targets` never returns one that is not in normalised form.
 
     Raises:
-        UserError: missing or unreadable, not a list of texts, an answer twice, or indices that are not 0, 1, 2, ...
+        UserError: missing or unreadable, not a list of texts, a duplicate answer, or indices that are not 0, 1, 2, ...
     """
     path = Path(path).expanduser()
     if path.suffix.lower() != ".json":
@@ -108,7 +109,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _by_index(entries: dict[str, Any], path: Path) -> list[str]:
-    """Answers in the order of their indices, which say which output of a trained head each one has."""
+    """Answers in the order of their indices, which are the outputs of a trained head."""
     answers: dict[int, str] = {}
     for answer, index in entries.items():
         # bool is an int to Python. A branch without `continue` ends in the error below.
@@ -124,7 +125,7 @@ def _by_index(entries: dict[str, Any], path: Path) -> list[str]:
 
 
 def _unique(entries: Iterable[tuple[int, Any]], path: Path, sign: str) -> tuple[str, ...]:
-    """The answers, numbered by line or position; only json can say that an answer is empty."""
+    """The answers, numbered by line or position; only JSON can express an empty answer."""
     number_of: dict[str, int] = {}
     for number, answer in entries:
         if not isinstance(answer, str):
@@ -148,10 +149,10 @@ def _unique(entries: Iterable[tuple[int, Any]], path: Path, sign: str) -> tuple[
 
 
 def read_annotations(path: Path) -> Iterator[Annotation]:
-    """The answers of each question, from a file in the layout of VQA v2 (`v2_mscoco_val2014_annotations.json`).
+    """The answers to each question, from a file in VQA v2's layout (`v2_mscoco_val2014_annotations.json`).
 
     Raises:
-        UserError: names the file and the position of what is missing, of the wrong type, empty, or there twice.
+        UserError: names the file and the position of what is missing, of the wrong type, empty, or duplicated.
     """
     positions: dict[int, int] = {}
     for position, entry in enumerate(get(read_json_file(path), "annotations", list, str(path), LAYOUT)):
@@ -169,7 +170,7 @@ def read_annotations(path: Path) -> Iterator[Annotation]:
 
 
 def check_majorities(ids: Sequence[str], majorities: Sequence[str], file: Path) -> None:
-    """Refuse annotations in which a question has no `multiple_choice_answer`: the list would silently lack it."""
+    """Raise UserError if a question has no `multiple_choice_answer`: the vocabulary would silently lack it."""
     without = [number for number, majority in zip(ids, majorities, strict=True) if not majority]
     if without:
         have = "1 question has" if len(without) == 1 else f"{len(without)} questions have"
@@ -179,7 +180,7 @@ def check_majorities(ids: Sequence[str], majorities: Sequence[str], file: Path) 
 
 
 def check_image(annotation: Annotation, image: int, where: str) -> None:
-    """Refuse an annotation that names another image than its question does, which stands at `where`."""
+    """Raise UserError if an annotation names another image than its question, which is at `where`."""
     if annotation.image_id not in (None, image):
         named = repr(annotation.image_id)[:80]
         what = f"image_id of question {annotation.question_id} is {named} here and {image} in {where}"
@@ -187,7 +188,7 @@ def check_image(annotation: Annotation, image: int, where: str) -> None:
 
 
 def number_once(entry: Any, where: str, position: int, positions: dict[int, int]) -> int:
-    """The `question_id` of an entry, which no earlier one may have; `positions`: id -> position, filled here."""
+    """The `question_id` of an entry, which must be unique; `positions`: id -> position, updated here."""
     question_id = get(entry, "question_id", int, where, LAYOUT)
     if question_id in positions:
         what = f"question_id {question_id} is also that of position {positions[question_id]}"
@@ -197,7 +198,7 @@ def number_once(entry: Any, where: str, position: int, positions: dict[int, int]
 
 
 def get_text(record: Any, key: str, where: str) -> str:
-    """A text of a json object, one that can be printed and written to files again."""
+    """A text of a JSON object, which can be printed and written to files."""
     text = get(record, key, str, where, LAYOUT)
     if BROKEN.search(text):
         what = f"'{key}' is {text[:80]!r}, with half a surrogate pair"
@@ -206,7 +207,7 @@ def get_text(record: Any, key: str, where: str) -> str:
 
 
 def read_json_file(path: Path) -> Any:
-    """The content of a json file; it is the user's error if there is none."""
+    """The content of a JSON file; raises UserError if it does not exist."""
     with opened(path) as stream:
         return load_json(stream.read(), path)
 
@@ -223,7 +224,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.out.suffix.lower() != ".json":
         raise UserError("--out", f"'{options.out}' does not end in .json", "Name a .json file")
-    # A generator: one file of annotations is in memory at a time.
+    # A generator: only one annotation file is in memory at a time.
     answers = build_vocabulary(_majorities(options.annotations), options.min_count)
     if not answers:
         what = f"no answer is shared by {options.min_count} questions"

@@ -1,1 +1,1 @@
-"""What a trained model is asked."""
+"""Using a trained model."""

@@ -1,5 +1,4 @@
-"""What can be asked of a loaded model: its methods, in plain Python. What they compute is in `embeddings`, `infill` and
-`saliency`.
+"""The methods of a loaded model, in plain Python; `embeddings`, `infill` and `saliency` implement them.
 
 Shapes: B images, C texts, E contrast width, N patches.
 """
@@ -35,15 +34,15 @@ from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import UserError
 
 Mask = Sequence[Sequence[bool]] | np.ndarray[Any, Any] | Tensor
-"""[rows, columns] of patches, true where one is masked."""
+"""[rows, columns] of patches, true where a patch is masked."""
 Map = np.ndarray[Any, np.dtype[np.float32]]
 LENGTHS = range(3, 17)
-"""Captions of so many tokens are written, and the best one is given."""
+"""Lengths in tokens of the captions that are generated, of which the best is returned."""
 
 
 class Explained(NamedTuple):
-    """Maps over the patches, [rows, columns], each adding up to 1 (or 0 everywhere): the word's attention, and Grad-CAM
-    on it. image: Grad-CAM as a warm layer over the image, at the image's own size."""
+    """Maps over the patches, [rows, columns], each summing to 1 (or 0 everywhere): the word's attention, and Grad-CAM
+    on it. image: Grad-CAM as a heat map over the image, at the image's own size."""
 
     attention: Map
     gradcam: Map
@@ -51,8 +50,8 @@ class Explained(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some of the pairs that a method is asked about: images (None: without one), their numbers among those given, from
-    1 on, and texts."""
+    """A batch of a method's input pairs: images (None: text only), their numbers in the input, counted from 1, and
+    texts."""
 
     images: list[Any]
     numbers: list[int]
@@ -62,14 +61,14 @@ class Part(NamedTuple):
 class ModelMethods(nn.Module):
     """The methods of a backbone with the heads of its task.
 
-    A method takes one image or text and gives one answer, or takes lists and gives lists. Which methods there are
-    depends on the heads: a pre-training checkpoint has all of these; one that is fine-tuned has those of its task.
-    Images are paths, bytes, open files, Pillow images, arrays [H, W, 3] or tensors [3, H, W], grey ones [H, W]: 8-bit
-    integers from 0 to 255, or floats from 0 to 1. An empty list gives an empty one, but `rank` wants a query and
-    candidates.
+    A method takes one image or text and returns one result, or takes lists and returns lists. Which methods are
+    available depends on the heads: a pre-training checkpoint has all of these, a fine-tuned one those of its task.
+    Images are paths, bytes, open files, Pillow images, arrays [H, W, 3] or tensors [3, H, W], greyscale ones [H, W]:
+    8-bit integers from 0 to 255, or floats from 0 to 1. An empty list returns an empty list, but `rank` needs a query
+    and candidates.
 
-    Every method raises UserError for what is no image or no text (65, 66 where the file is not there), for lists of
-    different lengths, and where the checkpoint has no head for it.
+    Every method raises UserError for an invalid image or text (65, or 66 if the file does not exist), for lists of
+    different lengths, and if the checkpoint lacks the required head.
 
     Attributes:
         backbone, task: in evaluation mode.
@@ -82,8 +81,8 @@ class ModelMethods(nn.Module):
 
     @property
     def batch_size(self) -> int:
-        """Images, texts or pairs computed at once, 1 or more. A bound on memory, but `match` and `rank` keep the
-        encoders' features of all that they pair. Raises UserError where it is set to anything else."""
+        """Images, texts or pairs computed at once, 1 or more. Bounds memory, except that `match` and `rank` keep the
+        encoders' features of all that they pair. Raises UserError if set to anything else."""
         return self._batch_size
 
     @batch_size.setter
@@ -95,7 +94,7 @@ class ModelMethods(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
-        """Unit vectors for contrast (ITC), [B, E] or of a single image [E], float32. Their product with those of
+        """Unit vectors for contrast (ITC), [B, E], or [E] for a single image, float32. Their product with those of
         `encode_text` is the cosine, -1 to 1."""
         image_list, single = self._images(images)
         vector_BE = embeddings.encode(self, image_list, True).vector_XE
@@ -103,26 +102,26 @@ class ModelMethods(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
-        """Unit vectors for contrast (ITC), [C, E] or of a single text [E], float32. A text longer than the model reads
-        is cut."""
+        """Unit vectors for contrast (ITC), [C, E], or [E] for a single text, float32. Texts longer than the model's
+        maximum are truncated."""
         text_list, single = self._texts(texts)
         vector_CE = embeddings.encode(self, text_list, False).vector_XE
         return vector_CE[0] if single else vector_CE
 
     @torch.no_grad()
     def match(self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]) -> float | list[float]:
-        """Probability that image and text belong together (ITM), 0 to 1.
+        """Probability that image and text match (ITM), 0 to 1.
 
-        Two lists are paired row by row; a single one is paired with each of the other list.
+        Two lists are paired row by row; a single image or text is paired with each item of the other list.
 
         Raises:
-            UserError: two lists of different lengths, or a checkpoint without this head.
+            UserError: the lists differ in length, or the checkpoint does not have this head.
         """
         (image_list, one_image), (text_list, one_text) = self._images(images), self._texts(texts)
         pairs = embeddings.pair_up("match", len(image_list), len(text_list))
-        # A missing head is told before anything is encoded.
+        # Report a missing head before encoding anything.
         self.head("matching", "match")
-        # Each image and text is encoded once, however many pairs it is in; the cross encoders run for each pair.
+        # Encode each image and text once, however many pairs it is in; the cross encoders run for each pair.
         image, text = embeddings.image_features(self, image_list), embeddings.text_features(self, text_list)
         probabilities = embeddings.match(self, [image[i] for i, _ in pairs], [text[t] for _, t in pairs]).tolist()
         return probabilities[0] if one_image and one_text else probabilities
@@ -134,29 +133,29 @@ class ModelMethods(nn.Module):
         candidates: Sequence[ImageInput] | Sequence[str],
         k: int = 16,
     ) -> list[Ranked] | list[list[Ranked]]:
-        """All candidates, the best first: by cosine (ITC), of which the k best are ordered by their match (ITM).
+        """Rank all candidates, best first: by cosine (ITC), with the k best re-ranked by matching (ITM).
 
         Args:
-            query: an image for texts, or a text for images, or a list of such. Of two strings the one that is a file
-                is the image.
+            query: an image to rank texts, or a text to rank images, or a list of either. Of two strings, the one that
+                names a file is the image.
             candidates: texts or images.
-            k: how many are re-ranked; 0 for none.
+            k: number of candidates to re-rank; 0 for none.
 
         Returns:
-            Of each query; `place` is the candidate's in the list.
+            The ranking of each query; `place` is the candidate's index in the list.
 
         Raises:
-            UserError: candidates that are no list, none of them, or both sides of one kind.
+            UserError: candidates that are not a list, an empty list, or query and candidates of the same kind.
         """
         queries, single = as_list(cast(Any, query))
         gallery, one = as_list(_listed(candidates))
         if one:
             raise UserError("rank", f"{type(candidates).__name__} as candidates", "Give a list of texts or of images")
         check_whole("rank", "k", k, 0)
-        # The first of each side decides what that side is.
+        # The first item decides the kind of each side.
         images = bool(queries) and is_image(queries[0])
         if not queries or not gallery or images == is_image(gallery[0]):
-            # A misspelt file name looks like a text: that is told first.
+            # A misspelt file name looks like a text: report that first.
             check_absent([*queries, *gallery])
             what = f"{'images' if images else 'texts'} on both sides"
             if not queries or not gallery:
@@ -173,15 +172,15 @@ class ModelMethods(nn.Module):
     def fill_mask(
         self, image: ImageInput | Sequence[ImageInput | None] | None, text: str | Sequence[str], top_k: int = 5
     ) -> list[list[Guess]] | list[list[list[Guess]]]:
-        """The likeliest words for each [MASK] of the text, seen the whole image (MLM).
+        """The likeliest words for each [MASK] in the text, given the whole image (MLM).
 
         Args:
-            image: None for the text alone (an image of the mean colour).
-            text: with [MASK] where a word is masked.
-            top_k: guesses for each.
+            image: None for the text alone (uses an image of the mean colour).
+            text: text with [MASK] in place of each masked word.
+            top_k: guesses per [MASK].
 
         Returns:
-            For each masked word its guesses, the likeliest first; probabilities among all words, 0 to 1.
+            For each masked word, its guesses, likeliest first; probabilities over all words, 0 to 1.
         """
         check_whole("fill_mask", "top_k", top_k, 1)
         parts, single = self._parts("fill_mask", image, text)
@@ -190,24 +189,24 @@ class ModelMethods(nn.Module):
 
     @torch.no_grad()
     def caption(self, image: ImageInput | Sequence[ImageInput], lengths: Sequence[int] = LENGTHS) -> str | list[str]:
-        """A caption written from nothing: all words masked, then the most certain one filled in again and again.
+        """Caption an image from scratch: start with all words masked, and repeatedly fill in the most certain one.
 
-        Captions of several lengths (in tokens) are written so, and the one that matches the image best is given
-        (mask-predict, Ghazvininejad et al. 2019). A checkpoint that was fine-tuned for captioning writes from left to
-        right with the decoder of that task, and asks for no lengths.
+        Captions of several lengths (in tokens) are generated this way, and the one that matches the image best is
+        returned (mask-predict, Ghazvininejad et al. 2019). A checkpoint that was fine-tuned for captioning instead
+        generates from left to right with that task's decoder, and ignores `lengths`.
 
         Args:
-            lengths: in tokens, without start and end; those that are longer than the model reads are passed over.
+            lengths: in tokens, without start and end; those beyond the model's maximum are skipped.
 
         Raises:
-            UserError: none of the lengths can be read.
+            UserError: none of the lengths is possible.
         """
         image_list, single = self._images(image)
         own = self.task.methods.get("caption")
         if own is not None:
             written = [str(answer[0]) for answer in own.run(self.task, self, [(each,) for each in image_list])]
             return written[0] if single else written
-        # The start and the end token take two places.
+        # The start and end tokens take two positions.
         longest = self.backbone.text.text_length - 2
         lengths = list(lengths) if isinstance(lengths, Iterable) else [lengths]
         for length in lengths:
@@ -224,11 +223,11 @@ class ModelMethods(nn.Module):
         self, image: ImageInput | Sequence[ImageInput | None] | None, text: str | Sequence[str]
     ) -> float | list[float]:
         """Pseudo-log-likelihood of a text given the image: the sum of log p(word | other words, image) over its
-        words, in nats, at most 0; higher is likelier (Salazar et al. 2020). It compares texts of one length, such as
-        one with two words swapped. Of a text longer than the model reads the first words count alone.
+        words, in nats, at most 0; higher is likelier (Salazar et al. 2020). Use it to compare texts of the same length,
+        such as a text and its copy with two words swapped. Texts longer than the model's maximum are truncated.
 
         Args:
-            image: None for the text alone (an image of the mean colour).
+            image: None for the text alone (uses an image of the mean colour).
         """
         parts, single = self._parts("score", image, text)
         scores = [float(one_T.sum()) for part in parts for one_T in infill.log_likelihood(self, *part)]
@@ -241,20 +240,21 @@ class ModelMethods(nn.Module):
         2017; on cross-attention as in ALBEF, Li et al. 2021).
 
         Args:
-            word: of the text, or several that follow each other; one for all texts, for each one, or several of one.
+            word: a word of the text, or several consecutive ones. Give one for all texts, one per text, or several for
+                a single text.
 
         Raises:
-            UserError: as many words as neither one nor texts; a word that its text does not have.
+            UserError: the number of words fits neither of these; a word is not in its text.
         """
         parts, single = self._parts("explain", image, text)
         rows = [row for part in parts for row in zip(*part, strict=True)]
         words, one_word = as_list(word)
         if len(words) != len(rows) and 1 not in (len(words), len(rows)):
             raise UserError("explain", f"{len(words)} words for {len(rows)} texts", "Give one, or one for each")
-        # A single pair is asked about every word, a single word about every pair.
+        # A single pair is repeated for every word, a single word for every pair.
         size = max(len(rows), len(words)) if rows and words else 0
         rows, words = (each * (size if len(each) == 1 else 1) for each in (rows, words))
-        # A pair at a time: each word needs a backward pass of its own.
+        # One pair at a time: each word needs its own backward pass.
         explanations = [
             self._explained(open_image(each, f"image {number}"), text, one)
             for (each, number, text), one in zip(rows, words, strict=True)
@@ -273,16 +273,16 @@ class ModelMethods(nn.Module):
     def reconstruct(
         self, image: ImageInput | Sequence[ImageInput], mask: Mask | Sequence[Mask], text: str | Sequence[str]
     ) -> Image.Image | list[Image.Image]:
-        """The image with its masked patches filled in at once, from the rest and the whole text (MIM).
+        """Fill in the masked patches of an image in one pass, from the rest and the whole text (MIM).
 
         Args:
-            mask: [rows, columns] of patches (`model.grid`), true where one is masked; a list of such for several.
-            image, mask, text: of a list each one; a single one goes with all of the others, as one image with several
-                texts.
+            mask: [rows, columns] of patches (`model.grid`), true where a patch is masked; a list for several.
+            image, mask, text: lists are paired row by row; a single item is used with all others, such as one image
+                with several texts.
 
         Returns:
-            At the model's resolution (`model.image_size`). A model that was trained with `pixel_norm` knows patches up
-            to their mean and contrast; those are taken from the image, masked or not.
+            The image at the model's resolution (`model.image_size`). A model that was trained with `pixel_norm`
+            predicts patches up to their mean and contrast; these are taken from the image, masked or not.
         """
         return self._paint(image, mask, text, None)
 
@@ -294,11 +294,11 @@ class ModelMethods(nn.Module):
         text: str | Sequence[str],
         steps: int = STEPS,
     ) -> Image.Image | list[Image.Image]:
-        """As `reconstruct`, in rounds: the patches that the model is most certain of are painted first, and seen when
-        the next ones are.
+        """As `reconstruct`, in rounds: the patches that the model is most certain of are painted first and are visible
+        in later rounds.
 
         Args:
-            steps: rounds, 1 or more.
+            steps: number of rounds, 1 or more.
         """
         check_whole("inpaint", "steps", steps, 1)
         return self._paint(image, mask, text, steps)
@@ -325,18 +325,18 @@ class ModelMethods(nn.Module):
     def _painted(
         self, image_BCHW: Tensor, mask_BN: Tensor, texts: Sequence[str], steps: int | None
     ) -> list[Image.Image]:
-        """Images painted at once, or in as many rounds."""
-        # Trained with `pixel_norm`, the pixel head predicts patches without their mean and contrast.
+        """Paint images in one pass, or in `steps` rounds."""
+        # If trained with `pixel_norm`, the pixel head predicts patches without their mean and contrast.
         true_statistics = bool(getattr(getattr(self.task, "masked_pixels", None), "norm", False))
         if steps is None:
             painted_BCHW = infill.reconstruct_images(self, image_BCHW, mask_BN, texts, true_statistics)
         else:
             painted_BCHW = infill.inpaint_images(self, image_BCHW, mask_BN, texts, steps, true_statistics)
-        # Pillow takes bytes, colours last: (B, 3, H, W) -> (B, H, W, 3)
+        # Pillow expects bytes, channels last: (B, 3, H, W) -> (B, H, W, 3)
         rgb_BHWC = (to_rgb(self.backbone, painted_BCHW) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(each) for each in rgb_BHWC]
 
-    # ------------------------------------------------------------------ what the methods stand on
+    # ------------------------------------------------------------------ building blocks of the methods
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -350,36 +350,36 @@ class ModelMethods(nn.Module):
 
     @property
     def words(self) -> MarkedTexts:
-        """Tokenizer and text length. Raises UserError where the checkpoint holds no tokenizer."""
+        """Tokenizer and text length. Raises UserError if the checkpoint has no tokenizer."""
         tokenizer, text_length = self.backbone.text.tokenizer, self.backbone.text.text_length
         if tokenizer is None:
             raise UserError("tokenizer", "the checkpoint holds none", "Give one that training wrote")
-        # Kept: it holds a copy of the tokenizer, which takes a tenth of a second to make of 30,000 words.
+        # Cached: copying a tokenizer of 30,000 words takes a tenth of a second.
         if self._words is None or (self._words.tokenizer, self._words.text_length) != (tokenizer, text_length):
             self._words = MarkedTexts(tokenizer, text_length)
         return self._words
 
     def _images(self, images: Any) -> tuple[list[Any], bool]:
-        """A list of the images that were given to a method, and whether it was a single one."""
+        """A method's images as a list, and whether a single one was passed."""
         image_list, single = as_list(images)
         return self.notice_images(image_list), single
 
     def _texts(self, texts: Any) -> tuple[list[Any], bool]:
-        """A list of the texts that were given to a method, and whether it was a single one."""
+        """A method's texts as a list, and whether a single one was passed."""
         text_list, single = as_list(texts)
         self.notice_texts(text_list)
         return text_list, single
 
     def notice_texts(self, texts: list[Any]) -> None:
-        """Is told of the texts of each call, before they are encoded; here it does nothing."""
+        """Hook that gets the texts of each call before they are encoded; does nothing here."""
 
     def notice_images(self, images: list[Any]) -> list[Any]:
-        """Is told of the images of each call, before they are encoded, and may open them; here it does nothing."""
+        """Hook that gets the images of each call before they are encoded, and may open them; does nothing here."""
         return images
 
     def pixels(self, images: ImageInput | Sequence[ImageInput], numbers: Sequence[int] | None = None) -> Tensor:
-        """Normalised [B, 3, H, W] on the model's device, in its precision; as evaluation prepares images. numbers: what
-        errors call images that have no name, 1 to B if left out."""
+        """Normalised images [B, 3, H, W] on the model's device, in its precision, prepared as in evaluation. numbers:
+        how error messages refer to images without a name, 1 to B if left out."""
         transform, images = eval_transform(self.backbone.input_spec), as_list(images)[0]
         named = zip(images, numbers or range(1, len(images) + 1), strict=True)
         tensors = [transform(open_image(each, f"image {number}")) for each, number in named]
@@ -395,7 +395,7 @@ class ModelMethods(nn.Module):
         rows, columns = self.grid
         todo = f"Give [{rows}, {columns}] of true (masked) and false"
         try:
-            # The copy matters: torch refuses negative strides (a flipped mask) and warns of read-only arrays.
+            # The copy matters: torch rejects negative strides (a flipped mask) and warns about read-only arrays.
             tensor = torch.from_numpy(np.array(np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)))
         except (ValueError, TypeError) as error:
             raise UserError("mask", f"{type(mask).__name__} is no mask", todo) from error
@@ -408,7 +408,7 @@ class ModelMethods(nn.Module):
         return mask_RC.flatten().to(next(self.backbone.parameters()).device)
 
     def head(self, name: str, method: str) -> Any:
-        """A head of the task. Raises UserError where the checkpoint has none of that name."""
+        """A head of the task, by name. Raises UserError if the checkpoint does not have it."""
         head = getattr(self.task, name, None)
         if head is None:
             what = f"this checkpoint, of {type(self.task).__name__}, has no head for it ({name})"
@@ -416,9 +416,9 @@ class ModelMethods(nn.Module):
         return head
 
     def _parts(self, method: str, image: Any, text: Any) -> tuple[list[Part], bool]:
-        """Images with their texts, at most `batch_size` at a time, and whether there was a single one of both."""
+        """Images with their texts, at most `batch_size` at a time, and whether a single one of each was passed."""
         (images, one_image), (texts, one_text) = self._images(image), self._texts(text)
-        # Paired first and cut into parts then, so that a single image or text is repeated.
+        # Paired first and then cut into batches, so that a single image or text is repeated.
         pairs = embeddings.pair_up(method, len(images), len(texts))
         rows = [(images[i], i + 1, check_text(texts[t])) for i, t in pairs]
         parts = [Part(*map(list, zip(*part, strict=True))) for part in embeddings.in_batches(rows, self.batch_size)]
@@ -426,13 +426,13 @@ class ModelMethods(nn.Module):
 
 
 def _listed(inputs: Any) -> Any:
-    """A list of what can be gone through; what is a single image or text as it is."""
+    """Iterables as a list; a single image or text unchanged."""
     single = isinstance(inputs, str | bytes | bytearray | memoryview | IOBase | Tensor | np.ndarray)
     return list(inputs) if isinstance(inputs, Iterable) and not single else inputs
 
 
 def _is_one_mask(mask: Any) -> bool:
-    """Whether it is a mask, perhaps of a wrong shape, and no list of masks."""
+    """Whether it is a single mask, perhaps of a wrong shape, rather than a list of masks."""
     dimensions = _dimensions(mask)
     return dimensions != 3 and not (dimensions == 0 and isinstance(mask, list | tuple))
 
@@ -440,7 +440,7 @@ def _is_one_mask(mask: Any) -> bool:
 def _dimensions(mask: Any) -> int:
     """Number of dimensions: 2 for one mask, 3 for a list of masks, 0 for a list of masks of different shapes."""
     shapes = [tuple(each.shape) for each in mask if isinstance(each, Tensor)] if isinstance(mask, list | tuple) else []
-    if shapes:  # numpy reads no tensors of a card
+    if shapes:  # numpy cannot read GPU tensors
         return 1 + len(shapes[0]) if len(shapes) == len(mask) and len({*shapes}) == 1 else 0
     try:
         return mask.dim() if isinstance(mask, Tensor) else np.ndim(mask)

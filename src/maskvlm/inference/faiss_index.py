@@ -1,6 +1,6 @@
-"""Indexes of unit vectors by FAISS: which kind, how well it is tuned, its file. Searched by inner product, the cosine.
+"""FAISS indexes of unit vectors: their kind, tuning and file. Searched by inner product, which is the cosine.
 
-Shapes: N vectors, Q queries, K found, E contrast width.
+Shapes: N vectors, Q queries, K results, E contrast width.
 """
 
 import errno
@@ -18,12 +18,13 @@ from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import whole_file
 
 Array = np.ndarray[Any, Any]
-FLAT_UP_TO = 50_000  # vectors: comparing with all of them takes milliseconds and misses none
-RECALL = 0.96  # of the 10 nearest, on average: a little over what is promised, 0.95, as other queries differ
+FLAT_UP_TO = 50_000  # vectors: exhaustive search takes milliseconds and misses none
+RECALL = 0.96  # of the 10 nearest, on average: slightly above the promised 0.95, as other queries differ
 
 
 class IndexKind(NamedTuple):
-    """A kind of index: for `faiss.index_factory`; what trades time for recall in a query, and its values."""
+    """A kind of index: its `faiss.index_factory` string, and the parameter that trades query time for recall, with its
+    values."""
 
     factory: str
     knob: str | None = None
@@ -31,22 +32,22 @@ class IndexKind(NamedTuple):
 
 
 def kinds(count: int, width: int) -> dict[str, IndexKind]:
-    """What there is for so many vectors of this width; bench/search.py measures them."""
+    """The kinds of index for `count` vectors of this width; bench/search.py measures them."""
     # About 2 * sqrt(N) lists, as a power of two; each holds sqrt(N) / 2 vectors on average.
     lists = 2 ** max(0, round(math.log2(2 * math.sqrt(count))))
-    # Steps are 2, 3, 4, 6, 8, 12 ...: each 1.3 to 1.5 times the one before.
+    # Steps are 2, 3, 4, 6, 8, 12 ...: each 1.3 to 1.5 times the previous one.
     pieces, steps = width // 2 if width % 2 == 0 else width, [n * 2**power for power in range(15) for n in (2, 3)]
     return {
         "flat": IndexKind("Flat"),
         "ivf": IndexKind(f"IVF{lists},Flat", "nprobe", (1, *(step for step in steps if step <= lists // 8))),
-        # 4 bits for each piece of two dimensions; RFlat re-scores k * k_factor_rf candidates with whole vectors.
+        # 4 bits per piece of two dimensions; RFlat re-scores k * k_factor_rf candidates with the full vectors.
         "pq": IndexKind(f"PQ{pieces}x4fs,RFlat", "k_factor_rf", tuple(steps[2:19:2])),  # 4 to 1024
         "hnsw": IndexKind("HNSW32,Flat", "efSearch", tuple(steps[6:17:2])),  # 16 to 512
     }
 
 
 def faiss_module() -> Any:
-    """Raises UserError: it is not installed (69)."""
+    """The faiss module. Raises UserError: it is not installed (69)."""
     try:
         import faiss
     except ImportError:
@@ -56,33 +57,33 @@ def faiss_module() -> Any:
 
 
 def trained_index(kind: IndexKind, vector_NE: Array) -> Any:
-    """An empty index that knows how vectors like these are spread."""
+    """An empty index that is trained on the distribution of these vectors."""
     faiss, (count, width) = faiss_module(), vector_NE.shape
     index = faiss.index_factory(width, kind.factory, faiss.METRIC_INNER_PRODUCT)
-    # 50 vectors a list: k-means in FAISS warns below 39, and more costs time.
+    # 50 vectors per list: FAISS's k-means warns below 39, and more costs time.
     most = 50 * faiss.extract_index_ivf(index).nlist if kind.knob == "nprobe" else 65_536
     try:
         index.train(vector_NE[np.sort(np.random.default_rng(0).choice(count, min(most, count), replace=False))])
-    except RuntimeError:  # k-means wants more points than it has centres
+    except RuntimeError:  # k-means needs more points than centres
         raise UserError("index", f"{count} vectors are too few for {kind.factory}", "Take --kind flat") from None
     return index
 
 
 def turn(index: Any, knob: str | None, value: int | None) -> None:
-    """Set the knob by which an index trades speed for recall; flat ones have none."""
+    """Set the parameter that trades speed for recall; flat indexes have none."""
     if knob is not None:
         faiss_module().ParameterSpace().set_index_parameter(index, knob, value)
 
 
 def tune(index: Any, kind: IndexKind, vector_NE: Array, query_QE: Array, least: float) -> tuple[int | None, float]:
-    """Turn the knob up until enough of the 10 nearest of these queries are found; returns its value and the recall.
-    What is as near as the tenth counts as found: vectors may be equal."""
+    """Raise the parameter until enough of the 10 nearest neighbours of these queries are found; returns its value and
+    the recall. Results as near as the tenth count as found, since vectors may be equal."""
     faiss, k, value, recall = faiss_module(), min(10, len(vector_NE)), None, 0.0
     tenth_Q1 = faiss.knn(query_QE, vector_NE, k, faiss.METRIC_INNER_PRODUCT)[0][:, -1:]  # exact: (Q, 1)
     for value in kind.values or (None,):
         turn(index, kind.knob, value)
         similarity_QK, position_QK = index.search(query_QE, k)
-        # 1e-5 is room for rounding: the index and the exact search may add up in another order.
+        # 1e-5 allows for rounding: the index and the exact search may sum in a different order.
         recall = float(((similarity_QK >= tenth_Q1 - 1e-5) & (position_QK >= 0)).mean())
         if recall >= least:
             break
@@ -90,7 +91,7 @@ def tune(index: Any, kind: IndexKind, vector_NE: Array, query_QE: Array, least: 
 
 
 def milliseconds(index: Any, query_QE: Array) -> Array:
-    """Search time of each query, asked alone, in milliseconds, [Q]."""
+    """Search time of each query, run one at a time, in milliseconds, [Q]."""
     times = [time.perf_counter()]
     for query_1E in query_QE[:, None]:
         index.search(query_1E, 10)
@@ -99,10 +100,10 @@ def milliseconds(index: Any, query_QE: Array) -> Array:
 
 
 def build_index(vector_NE: Array, query_QE: Array, name: str = "auto", least: float = RECALL) -> tuple[Any, Facts]:
-    """An index of unit vectors, and what `index.json` says of it.
+    """Build an index of unit vectors; returns it with its entries for `index.json`.
 
-    `auto` is flat up to 50,000 vectors, above that IVF; where IVF, looking at an eighth of its lists, misses too much,
-    as with vectors that do not cluster, PQ with exact re-scoring is made too, and the better one taken.
+    `auto` is flat up to 50,000 vectors and IVF above. If IVF misses too much even when it searches an eighth of its
+    lists, as with vectors that do not cluster, PQ with exact re-scoring is also built, and the better one is kept.
     """
     known, auto = kinds(*vector_NE.shape), ["ivf", "pq"] if len(vector_NE) > FLAT_UP_TO else ["flat"]
     indexes: dict[float, tuple[Any, Facts]] = {}
@@ -113,7 +114,7 @@ def build_index(vector_NE: Array, query_QE: Array, name: str = "auto", least: fl
         value, recall = tune(index, kind, vector_NE, query_QE, least)
         about: Facts = {"kind": each, "factory": kind.factory, "knob": kind.knob, "value": value}
         about |= {"share_of_exact_10": round(recall, 4), "build_seconds": round(time.perf_counter() - start, 3)}
-        # By recall: where no kind finds enough, the best one is taken.
+        # By recall: if no kind finds enough, the best one is kept.
         indexes[recall] = index, about
         if recall >= least:
             break
@@ -123,12 +124,12 @@ def build_index(vector_NE: Array, query_QE: Array, name: str = "auto", least: fl
 
 
 def write_index(index: Any, path: Path) -> None:
-    """Its file, whole or not at all. Raises UserError (73, or 74 for a full disk)."""
+    """Write an index file atomically. Raises UserError (73, or 74 for a full disk)."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             faiss_module().write_index(index, str(temporary))
-    except (RuntimeError, OSError) as error:  # FAISS has its own, which ends with what the system said
+    except (RuntimeError, OSError) as error:  # FAISS raises its own, which ends with the system's message
         full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
         reason = "disk full" if full else getattr(error, "strerror", None) or first_line(error)
         todo = "Free some space, or choose another folder; whole files stay"

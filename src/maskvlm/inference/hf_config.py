@@ -1,6 +1,6 @@
-"""What lies beside the weights in a folder of the hub: configuration and processor; the card is of `model_card.py`.
+"""Configuration and processor, stored next to the weights in a hub folder; the card is in `model_card.py`.
 
-`hf_folder.py` reads such a folder; here are the classes that transformers needs to know.
+`hf_folder.py` reads such a folder; this module has the classes that transformers needs.
 """
 
 import re
@@ -25,7 +25,7 @@ from maskvlm.data.inputs import as_list, open_image
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import check_inside
 
-BICUBIC = 3  # Pillow's number
+BICUBIC = 3  # Pillow's constant
 
 
 class MaskVLMConfig(PreTrainedConfig):
@@ -33,10 +33,10 @@ class MaskVLMConfig(PreTrainedConfig):
 
     Attributes:
         backbone, task: class_path and init_args.
-        labels: what the task's head decides among; None for pre-training.
-        lineage: the data that the weights have seen, first to last, without ids.
-        evaluation: card and metrics of the run, as `card.json` and `metrics.json` hold them.
-        step: of the optimiser.
+        labels: the classes of the task's head; None for pre-training.
+        lineage: the data that the weights were trained on, first to last, without ids.
+        evaluation: card and metrics of the run, as in `card.json` and `metrics.json`.
+        step: optimiser step.
     """
 
     model_type = "maskvlm"
@@ -50,12 +50,12 @@ class MaskVLMConfig(PreTrainedConfig):
 
 
 class MaskVLMImageProcessor(ViTImageProcessorPil):
-    """Images as evaluation prepares them. With a name of its own, because Auto classes would choose torchvision's
-    resizing for a ViT's, which differs."""
+    """Prepares images as in evaluation. It has its own name because, for a ViT's, Auto classes would choose
+    torchvision's resizing, which differs."""
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
-        """Prepare images as transformers does. Pillow images and files are made upright 8-bit RGB first, as photos are
-        often stored on their side. Arrays are left to transformers."""
+        """Prepare images as transformers does. Pillow images and files are first converted to upright 8-bit RGB, as
+        photos are often stored rotated. Arrays are left to transformers."""
         image_list, single = as_list(images)
         opened = [
             open_image(each) if isinstance(each, str | Path | bytes | Image.Image) else each for each in image_list
@@ -68,7 +68,7 @@ TRIPLE = Listed(Real(-10, 10), 3, 3)
 
 
 class Size:
-    """Height and width, the same: images are square here."""
+    """Height and width, which are equal: images are square here."""
 
     def says(self) -> str:
         return f"height and width, each {SIDE.says()}"
@@ -79,13 +79,13 @@ class Size:
 
 
 IMAGES = Record({"size": Size(), "image_mean": TRIPLE, "image_std": Listed(Real(1e-3, 10), 3, 3)})
-"""What is read of `processor_config.json`."""
+"""The part of `processor_config.json` that is read."""
 
 
 class MaskVLMProcessor(ProcessorMixin):
-    """Images and texts to the model's inputs: `processor(images=..., text=..., return_tensors="pt", padding=True)`.
+    """Converts images and texts to model inputs: `processor(images=..., text=..., return_tensors="pt", padding=True)`.
 
-    Images come out as evaluation prepares them (bicubic by Pillow, the whole image).
+    Images are prepared as in evaluation (bicubic resizing with Pillow, the whole image).
     """
 
     # transformers finds the parts of a processor by the names of these arguments.
@@ -94,20 +94,21 @@ class MaskVLMProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **hub: Any) -> Self:  # type: ignore[override]
-        """Load the processor of a folder that this project wrote, or of a name on the hub. The method of transformers
-        takes class names from the files; this one does not.
+        """Load the processor from a folder that this project wrote, or by a name on the hub. Unlike transformers' own
+        method, this one does not take class names from the files. It reads only the size, mean and standard deviation
+        of images, and the tokenizer.
 
         Raises:
-            UserError: as `hf_folder.read_folder`; only size, mean and deviation of images are read, and the tokenizer.
+            UserError: as `hf_folder.read_folder`.
         """
         place = folder_of_hub(str(path), hub)
-        # Links and sums before anything is parsed.
+        # Check links and checksums before parsing anything.
         check_links(place)
         check_sums(place)
         file = place / PROCESSOR
         content = load_json(file_text(file).encode(), file)
         images = content.get("image_processor") if isinstance(content, dict) else None
-        # Other settings, such as another way of resizing, are not taken over. What is no mapping the schema refuses.
+        # Other settings, such as another resizing method, are ignored. The schema rejects anything but a mapping.
         read = {key: images[key] for key in IMAGES.needed if key in images} if isinstance(images, dict) else images
         settings = IMAGES.read(read, str(file), AGAIN)
         tokenizer: Any = read_tokenizer(place)
@@ -115,27 +116,27 @@ class MaskVLMProcessor(ProcessorMixin):
             raise UserError(place, "holds no tokenizer.json", "Get the whole folder", ExitCode.MISSING_INPUT)
         named = place / "tokenizer_config.json"
         length = load_json(file_text(named).encode(), named).get("model_max_length") if named.is_file() else None
-        # A tokenizer without a limit has 1e30 there, which does not fit.
+        # A tokenizer without a limit has 1e30 here, which does not fit.
         if Whole(1, 100_000).fits(length):
             tokenizer.model_max_length = length
         return cls(MaskVLMImageProcessor(resample=BICUBIC, do_convert_rgb=True, **settings), tokenizer)
 
 
 def processor_of(spec: InputSpec) -> MaskVLMProcessor:
-    """The processor that does what the encoders expect."""
+    """The processor that matches the encoders."""
     side = {"height": spec.image_size, "width": spec.image_size}
     images = MaskVLMImageProcessor(
         size=side, resample=BICUBIC, image_mean=list(spec.mean), image_std=list(spec.std), do_convert_rgb=True
     )
     tokenizer: Any = spec.tokenizer
-    # `truncation=True` then cuts where training did.
+    # So that `truncation=True` cuts where training did.
     tokenizer.model_max_length = spec.text_length
     return MaskVLMProcessor(images, tokenizer)
 
 
 def configuration(spec: ModelSpec, origin: Start, evaluation: Mapping[str, Any] | None, step: int) -> MaskVLMConfig:
-    """The configuration of a model with this spec (a portable one) and history. It is made to be passed on: of paths on
-    this machine their last names stay."""
+    """The configuration of a model with this (portable) spec and history. It is meant to be shared: absolute paths are
+    reduced to their last component."""
     return MaskVLMConfig(
         backbone=spec.backbone,
         task=spec.task,
@@ -147,19 +148,20 @@ def configuration(spec: ModelSpec, origin: Start, evaluation: Mapping[str, Any] 
 
 
 def without_folders(value: Any) -> Any:
-    """Plain data with each absolute path in its texts cut to its last name: `data=/home/me/mine` to `data=mine`."""
+    """Plain data with each absolute path in its strings cut to its last component: `data=/home/me/mine` becomes
+    `data=mine`."""
     if isinstance(value, dict):
         return {key: without_folders(each) for key, each in value.items()}
     if isinstance(value, list):
         return [*map(without_folders, value)]
-    # Not within an address (https://...), nor within a relative path.
+    # Not within a URL (https://...), nor within a relative path.
     return re.sub(r"(?<![\w.~:/-])/(?:[^/\s]+/)+(?=[^/\s])", "", value) if isinstance(value, str) else value
 
 
 def evaluation_beside(path: Path) -> dict[str, Any] | None:
-    """`card.json` and `metrics.json` of a checkpoint's run, where they are.
+    """`card.json` and `metrics.json` of a checkpoint's run, if they exist.
 
-    They are for people: a damaged one is told, and the model loads.
+    They are only informative: a damaged one gives a warning, and the model still loads.
     """
     evaluation = {}
     for name in ("card", "metrics"):
@@ -181,12 +183,12 @@ def _read_mapping(file: Path) -> dict[str, Any]:
 
 
 def write_beside(folder: Path, origin: Start, spec: InputSpec) -> None:
-    """Tokenizer, image processing, ids of the images seen, features of known ones."""
+    """Write tokenizer, image processing, ids of the training images, and features of a sample of known images."""
     processor_of(spec).save_pretrained(folder)
-    # What another model saw and knew may lie there, and would be taken for this one's.
+    # The folder may have those of another model, which would be taken for this one's.
     for name in (LINEAGE, KNOWN):
         (folder / name).unlink(missing_ok=True)
-    # By place in the history: an entry without ids leaves its number out.
+    # By index in the history: an entry without ids is skipped.
     ids = {str(n): entry.ids for n, entry in enumerate(origin.history) if entry.ids is not None}
     if ids:
         save_file(ids, folder / LINEAGE)

@@ -1,8 +1,8 @@
-"""Joint masked modelling put to use: masked words and patches filled in, whole captions and regions written from
-nothing, the most certain part first, and how likely a text is word by word.
+"""Applications of joint masked modelling: fill in masked words and patches, generate whole captions and regions from
+scratch, most certain part first, and score a text word by word.
 
 The paper trains both conditionals, words given the whole image and patches given the whole text (sec. 3); nothing
-here is trained beyond that. Writing from nothing goes beyond what training masks (30 % of words, 60 % of patches).
+here needs further training. Generating from scratch goes beyond what training masks (30 % of words, 60 % of patches).
 
 Shapes: B rows, T tokens, K masked positions, V vocabulary, N patches, P values of a patch, L positions, D width.
 """
@@ -25,22 +25,23 @@ STEPS = 8  # rounds in which masked patches are painted
 
 
 class Guess(NamedTuple):
-    """A word for a masked place and its probability."""
+    """A word for a masked position and its probability."""
 
     word: str
     probability: float
 
 
 class SeenImages(NamedTuple):
-    """image_XLD: features of different images. which: of each image asked about, its row there."""
+    """image_XLD: features of the distinct images. which: row of each input image in it."""
 
     image_XLD: Tensor
     which: list[int]
 
 
 def look(model: Model, images: Sequence[Any | None], numbers: Sequence[int]) -> SeenImages:
-    """Features of the different ones of these images; of the mean colour for None. numbers: what errors call them."""
-    # By identity: an image that is given with several texts is encoded once.
+    """Features of the distinct images; None is an image of the mean colour. numbers: how error messages refer to
+    them."""
+    # By identity: an image that is paired with several texts is encoded once.
     each = {id(image): image for image in images}
     named = {id(image): number for number, image in zip(numbers, images, strict=True)}
     order = {known: number for number, known in enumerate(each)}
@@ -55,7 +56,7 @@ def look(model: Model, images: Sequence[Any | None], numbers: Sequence[int]) -> 
 
 
 class PairRows(NamedTuple):
-    """Texts about images. image_XLD: features. image_B: each row's image. token_BT, attention_BT: its text."""
+    """Image-text pairs. image_XLD: image features. image_B: each row's image. token_BT, attention_BT: its text."""
 
     image_XLD: Tensor
     image_B: Tensor
@@ -68,7 +69,7 @@ class PairRows(NamedTuple):
 
 
 def pair_rows(model: Model, image_XLD: Tensor, image_B: Sequence[int], texts: Sequence[Tensor]) -> PairRows:
-    """Token ids of texts, [T] each, padded to the longest."""
+    """Image-text pairs with the token ids of `texts`, [T] each, padded to the longest."""
     device = device_of(model)
     token_BT = pad_sequence(list(texts), batch_first=True, padding_value=model.backbone.text.pad_id).to(device)
     length_B1 = torch.tensor([[len(text)] for text in texts], device=device)
@@ -78,14 +79,14 @@ def pair_rows(model: Model, image_XLD: Tensor, image_B: Sequence[int], texts: Se
 
 
 def text_cross(model: Model, rows: PairRows) -> Iterator[tuple[Tensor, Tensor]]:
-    """Which rows, some at a time, and what the token head reads of them, [B, T, D]: a large vocabulary's logits of all
-    rows would not fit."""
+    """Batches of rows and the token head's input for them, [B, T, D]: with a large vocabulary, the logits of all rows
+    would not fit into memory."""
     backbone = model.backbone
     for chosen_B in torch.arange(len(rows.token_BT), device=rows.token_BT.device).split(model.batch_size):
         part = rows.only(chosen_B)
-        used_X, own_B = part.image_B.unique(return_inverse=True)  # a few of many images
+        used_X, own_B = part.image_B.unique(return_inverse=True)  # only the images of this batch
         text_BTD = backbone.text(part.token_BT, part.attention_BT)
-        # Keys and values once an image; own_B is the row of each text's image among them.
+        # Keys and values once per image; own_B is the row of each text's image among them.
         context = backbone.cross_text.context(part.image_XLD[used_X], None, own_B)
         yield chosen_B, backbone.cross_text(text_BTD, context, part.attention_BT).full_RLD
 
@@ -93,18 +94,18 @@ def text_cross(model: Model, rows: PairRows) -> Iterator[tuple[Tensor, Tensor]]:
 def fill_mask(
     model: Model, images: Sequence[Any | None], numbers: Sequence[int], texts: Sequence[str], top_k: int
 ) -> list[list[list[Guess]]]:
-    """The likeliest words for each [MASK] of each text, given its image; each masked place is filled by itself."""
+    """The likeliest words for each [MASK] of each text, given its image; each [MASK] is filled independently."""
     head = model.head("tokens", "fill_mask")
     rows = pair_rows(model, *look(model, images, numbers), [model.words.masked(text) for text in texts])
     guesses = []
     for chosen_B, text_BTD in text_cross(model, rows):
         for token_T, text_TD in zip(rows.token_BT[chosen_B], text_BTD, strict=True):
-            # Masked positions alone reach the head: (T, D) -> (K, D) -> (K, V).
+            # Only masked positions reach the head: (T, D) -> (K, D) -> (K, V).
             logits_KV = forbid(model, head(text_TD[token_T == model.backbone.text.mask_id]).float())
             top = logits_KV.softmax(-1).topk(min(top_k, logits_KV.shape[1]))
             guesses.append(
                 [
-                    # What is forbidden has none.
+                    # Forbidden tokens have probability 0.
                     [Guess(model.words.decode([token]), p) for token, p in zip(ids, ps, strict=True) if p > 0]
                     for ids, ps in zip(top.indices.tolist(), top.values.tolist(), strict=True)
                 ]
@@ -113,36 +114,36 @@ def fill_mask(
 
 
 def forbid(model: Model, logits_KV: Tensor) -> Tensor:
-    """Start, end, padding and mask token are no words, nor is what the head has more of than the tokenizer."""
+    """Exclude start, end, padding and mask tokens, and rows of the head beyond the tokenizer: they are not words."""
     forbidden = no_words(model.words.tokenizer, logits_KV.shape[-1])
     return logits_KV.index_fill(-1, torch.tensor(forbidden, device=logits_KV.device), float("-inf"))
 
 
 class Written(NamedTuple):
-    """A caption, and the mean log probability (nats) of its words when each was written."""
+    """A caption, and the mean log probability (nats) of its words, each at the time it was filled in."""
 
     text: str
     certainty: float
 
 
 def write_captions(model: Model, seen_images: SeenImages, lengths: Sequence[int]) -> list[list[Written]]:
-    """One caption of each length for each image; lengths are in tokens, without start and end. All words are masked at
-    first, and each round writes the most certain masked one (mask-predict's order; Ghazvininejad et al. 2019)."""
+    """One caption of each length for each image; lengths are in tokens, without start and end. All words start masked,
+    and each round fills in the most certain one (mask-predict's order; Ghazvininejad et al. 2019)."""
     head, mask = model.head("tokens", "caption"), model.backbone.text.mask_id
     start, end = model.words.ends
-    # A row for each length of each image, all of them in one batch.
+    # A row for each length of each image, all in one batch.
     blank = [torch.tensor([start, *[mask] * length, end]) for length in lengths]
     which = [number for number in seen_images.which for _ in lengths]
     rows = pair_rows(model, seen_images.image_XLD, which, blank * len(seen_images.which))
     total_B = torch.zeros(len(rows.token_BT), device=rows.token_BT.device)
-    # A round writes one token in every row that has a masked one left; short captions are done first.
+    # A round fills in one token in every row with a masked one left; short captions finish first.
     for _ in range(max(lengths)):
         open_B = (rows.token_BT == mask).any(1).nonzero().flatten()
         for chosen_B, text_BTD in text_cross(model, rows.only(open_B)):
             now_B = open_B[chosen_B]
-            masked_BT = rows.token_BT[now_B] == mask  # a large vocabulary's logits of the others cost as much again
+            masked_BT = rows.token_BT[now_B] == mask  # with a large vocabulary, logits of the others would be costly
             likeliest = forbid(model, head(text_BTD[masked_BT]).float()).log_softmax(-1).max(-1)
-            # (masked,) -> (B, T); -inf where nothing is masked, so that argmax finds a masked place.
+            # (masked,) -> (B, T); -inf at unmasked positions, so that argmax finds a masked one.
             value_BT = total_B.new_full(masked_BT.shape, float("-inf")).masked_scatter(masked_BT, likeliest.values)
             word_BT = torch.zeros_like(rows.token_BT[now_B]).masked_scatter(masked_BT, likeliest.indices)
             at_B1 = value_BT.argmax(1, keepdim=True)
@@ -157,7 +158,7 @@ def write_captions(model: Model, seen_images: SeenImages, lengths: Sequence[int]
 
 
 def best_captions(model: Model, images: Sequence[Any], numbers: Sequence[int], lengths: Sequence[int]) -> list[str]:
-    """The best matching caption of each image, of one for each length; without a matching head the most certain one."""
+    """The best-matching caption of each image among one for each length; without a matching head, the most certain."""
     seen_images = look(model, images, numbers)
     # Tokens can decode to an empty text.
     written = [[one for one in each if one.text.strip()] for each in write_captions(model, seen_images, lengths)]
@@ -167,7 +168,7 @@ def best_captions(model: Model, images: Sequence[Any], numbers: Sequence[int], l
         return [max(each, key=lambda one: one.certainty).text if each else "" for each in written]
     pairs = [(row, one.text) for row, each in zip(seen_images.which, written, strict=True) for one in each]
     texts = embed.text_features(model, [text for _, text in pairs])
-    # One probability a pair, used up in the order of `pairs`.
+    # One probability per pair, consumed in the order of `pairs`.
     likely = iter(embed.match(model, [seen_images.image_XLD[row] for row, _ in pairs], texts).tolist())
     return [
         max(((next(likely), one.text) for one in each), default=(0, ""), key=lambda pair: pair[0])[1]
@@ -184,7 +185,7 @@ def log_likelihood(
     inner = [len(token_T) - 2 for token_T in whole]
     if not all(inner):
         raise UserError("text", f"'{texts[inner.index(0)]}' holds nothing that the tokenizer knows", "Write words")
-    # A row for each token of each text: that token is masked there, all others are visible.
+    # A row for each token of each text, with that token masked and all others visible.
     text_B = [number for number, words in enumerate(inner) for _ in range(words)]
     place_B = torch.tensor([place for words in inner for place in range(1, words + 1)], device=device_of(model))
     image_XLD, which = look(model, images, numbers)
@@ -194,7 +195,7 @@ def log_likelihood(
     rows.token_BT[row_B, place_B] = mask
     parts = []
     for chosen_B, text_BTD in text_cross(model, rows):
-        # One position a row: (B, T, D) -> (B, D)
+        # One position per row: (B, T, D) -> (B, D)
         hidden_BD = text_BTD[torch.arange(len(chosen_B), device=place_B.device), place_B[chosen_B]]
         log_p_BV = head(hidden_BD).float().log_softmax(-1)
         parts.append(log_p_BV.gather(1, target_B[chosen_B, None])[:, 0])
@@ -205,12 +206,12 @@ def log_likelihood(
 
 
 def patches(model: Model, image_BCHW: Tensor, mask_BN: Tensor, text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
-    """Predicted values of every patch, [B, N, P], float32, normalised as the images are: of masked ones from the
-    visible ones and the whole text."""
+    """Predicted values of every patch, [B, N, P], float32, normalised like the images: masked patches are predicted
+    from the visible ones and the whole text."""
     backbone, task = model.backbone, model.head("pixels", "reconstruct")
     image_BLD = backbone.image(image_BCHW, mask_BN)
     crossed_BLD = backbone.cross_image(image_BLD, backbone.cross_image.context(text_BTD, attention_BT)).full_RLD
-    # Every patch is predicted, visible ones too; `paste` takes the masked ones.
+    # Every patch is predicted, including visible ones; `paste` uses the masked ones.
     every_BN = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN)
     return task(crossed_BLD, text_BTD, attention_BT, every_BN).float()
 
@@ -218,7 +219,7 @@ def patches(model: Model, image_BCHW: Tensor, mask_BN: Tensor, text_BTD: Tensor,
 def reconstruct_images(
     model: Model, image_BCHW: Tensor, mask_BN: Tensor, texts: Sequence[str], true_statistics: bool
 ) -> Tensor:
-    """Images with their masked patches filled in at once, normalised [B, 3, H, W].
+    """Images with their masked patches filled in in one pass, normalised [B, 3, H, W].
 
     Args:
         true_statistics: the model predicts each patch up to its mean and contrast, which are taken from the image.
@@ -230,22 +231,22 @@ def reconstruct_images(
     if true_statistics:
         values_BNP = denormalise(values_BNP, patchify(image_BCHW.float(), size))
     every_BN = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN)
-    # Pasted in float32: predictions are not rounded to the model's precision.
+    # Pasted in float32, so that predictions are not rounded to the model's precision.
     return paste(image_BCHW.float(), values_BNP, every_BN, mask_BN.float(), size)
 
 
 def inpaint_images(
     model: Model, image_BCHW: Tensor, mask_BN: Tensor, texts: Sequence[str], steps: int, true_statistics: bool
 ) -> Tensor:
-    """Paint as `reconstruct` does, but in rounds: the most certain masked patches are painted and seen from then on.
+    """Paint as `reconstruct` does, but in rounds: the most certain masked patches are painted and visible from then on.
 
-    Squared error gives no probability, so a patch counts as certain where three predictions agree, each made with a
-    different quarter of the visible patches masked, too.
+    Pixel prediction gives no probability, so a patch counts as certain if three predictions agree, each made with a
+    different quarter of the visible patches also masked.
     """
     painted_BCHW, remaining_BN = image_BCHW.float(), mask_BN.clone()
     tokens = model.tokens(texts)
     text_BTD = model.backbone.text(tokens.token_CT, tokens.attention_CT)
-    # Drawn on the CPU: the same masks on every device.
+    # Drawn on the CPU, so that masks are the same on every device.
     generator = torch.Generator().manual_seed(0)
     size, total_B = model.backbone.image.patch_size, mask_BN.sum(1)
     for step in range(steps):
@@ -256,16 +257,16 @@ def inpaint_images(
         values_BNP = patches(model, current_BCHW, remaining_BN, text_BTD, tokens.attention_CT)
         others = []
         for _ in range(3):
-            # One for all images: an image's does not depend on those beside it.
+            # One mask for all images, so that an image's result does not depend on the rest of the batch.
             more_N = torch.rand(mask_BN.shape[1], generator=generator).to(mask_BN.device) < 0.25
             others.append(patches(model, current_BCHW, remaining_BN | more_N, text_BTD, tokens.attention_CT))
-        # Variance of the predictions, (3, B, N, P) -> (B, N); -1 sorts visible patches behind all masked ones.
+        # Variance of the predictions, (3, B, N, P) -> (B, N); -1 sorts visible patches after all masked ones.
         doubt_BN = torch.stack(others).var(0).mean(-1).masked_fill(~remaining_BN, -1.0)
-        # argsort of argsort is the place of each patch in that order.
-        rank_BN = doubt_BN.argsort(dim=1, descending=True).argsort(dim=1)  # the most doubtful first
+        # argsort of argsort is the rank of each patch in that order.
+        rank_BN = doubt_BN.argsort(dim=1, descending=True).argsort(dim=1)  # most uncertain first
         stay_BN = remaining_BN & (rank_BN < keep_B[:, None])
         now_BN = remaining_BN & ~stay_BN
-        # Mean and contrast are those of the given image, not of what is painted so far.
+        # Mean and contrast are those of the input image, not of what has been painted.
         if true_statistics:
             values_BNP = denormalise(values_BNP, patchify(image_BCHW.float(), size))
         every_BN = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN)

@@ -1,6 +1,6 @@
-"""The hub's `README.md` of a model: what it is, what it has seen and so knows, how it was measured, how to use it.
+"""The `README.md` of a model on the hub: what it is, its training data and scope, its evaluation, and how to use it.
 
-It says what the checkpoint tells, and where that tells nothing it says so.
+It states only what the checkpoint records, and says so where nothing is recorded.
 """
 
 import json
@@ -12,11 +12,11 @@ from maskvlm.data.batch import InputSpec
 from maskvlm.inference.hf_config import MaskVLMConfig
 
 UNNAMED = "THIS_FOLDER_OR_HUB_NAME"
-"""Placeholder in a card for the folder or hub name, where neither is known yet."""
+"""Placeholder in a card for the folder or hub name if neither is known yet."""
 DRAWN = re.compile(r"(maskvlm\.data|tasks\.\w+)\.scenes\.[\w.]+")
-"""Sources that this project draws: the built-in world, and the tasks' questions about it."""
+"""Synthetic sources: the built-in world that this project draws, and the tasks' questions about it."""
 UNKNOWN = "unknown"
-"""The source that an older checkpoint's history has (`warm_start.training_history_of`)."""
+"""Source name in the history of older checkpoints (`warm_start.training_history_of`)."""
 USES = {
     "MaskedPretraining": 'model.fill_mask("image.jpg", "a [MASK] dog")',
     "Retrieval": 'model.rank("image.jpg", ["a dog", "a cat"])',
@@ -25,7 +25,7 @@ USES = {
     "Entailment": 'model.entail("image.jpg", "a dog sleeps")',
     "Captioning": 'model.caption("image.jpg")',
 }
-"""What a model is asked, by its task."""
+"""Example call by task."""
 USES_DRAWN = {
     "MaskedPretraining": 'model.fill_mask("scene.png", "a [MASK] star at the top")  # `maskvlm scene 6` draws one',
     "Retrieval": 'model.rank("scene.png", ["a blue star", "a red square"])',
@@ -34,19 +34,19 @@ USES_DRAWN = {
     "Entailment": 'model.entail("scene.png", "the star is blue")',
     "Captioning": 'model.caption("scene.png")',
 }
-"""The same of one that knows drawn scenes alone."""
+"""The same for models that know only drawn scenes."""
 
 
 class KnownSet(NamedTuple):
-    """A training set by name. licence: in words, as its manifest tells it; "not known" where nothing does."""
+    """A training set by name. licence: in words, from its manifest; "not known" if it is not recorded."""
 
     title: str
     licence: str
 
 
 class RunFacts(NamedTuple):
-    """What the files beside a checkpoint tell of its run. card: of the evaluation. versions: of the packages, with
-    command and commit. metrics: numbers by name."""
+    """What the files next to a checkpoint record about its run. card: of the evaluation. versions: of the packages,
+    with command and commit. metrics: numbers by name."""
 
     card: dict[str, Any]
     versions: dict[str, Any]
@@ -54,7 +54,7 @@ class RunFacts(NamedTuple):
 
 
 def run_facts(config: MaskVLMConfig) -> RunFacts:
-    """Those of a model. They may be a stranger's: what is not of the form in which they are written is left out."""
+    """The run facts of a model. They are untrusted: anything not in the expected form is left out."""
 
     def mapping(value: Any) -> dict[str, Any]:
         return value if isinstance(value, dict) else {}
@@ -66,24 +66,24 @@ def run_facts(config: MaskVLMConfig) -> RunFacts:
     right = isinstance(command, list) and all(isinstance(word, str) for word in command)
     versions = {**versions, "command": command if right else None, "packages": mapping(versions.get("packages"))}
     items = mapping(evaluation.get("metrics")).items()
-    # A whole number may be too large for a float.
+    # An integer may be too large for a float.
     numbers = {name: value for name, value in items if type(value) in (int, float) and abs(value) < 1e300}
     return RunFacts(card, versions, numbers)
 
 
 def model_card(config: MaskVLMConfig, spec: InputSpec, name: str, sets: Mapping[str, KnownSet]) -> str:
-    """The text.
+    """The text of the card.
 
     Args:
         spec: image size and texts of the model.
-        name: by which it is loaded; UNNAMED where that is not known.
-        sets: training sets that are known by name, by the hash in the history.
+        name: the name to load it by; UNNAMED if not known.
+        sets: training sets with known names, by their hash in the history.
     """
     task = str((config.task or {}).get("class_path", "unknown"))
     lineage = config.lineage or []
     uses = USES_DRAWN if knows_drawn_alone(lineage) else USES
     lines = [
-        # What is between the dashes the hub reads as YAML.
+        # The hub reads the part between the dashes as YAML.
         "---",
         "library_name: maskvlm",
         *_licence(config),
@@ -133,22 +133,22 @@ def model_card(config: MaskVLMConfig, spec: InputSpec, name: str, sets: Mapping[
 
 
 def knows_drawn_alone(lineage: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the weights have seen scenes that this project draws, and nothing else."""
+    """Whether the weights were trained only on scenes that this project draws."""
     return bool(lineage) and all(DRAWN.fullmatch(str(entry["source"])) for entry in lineage)
 
 
 def is_unknown(lineage: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a part of the history is not told, or all of it."""
+    """Whether part or all of the history is not recorded."""
     return not lineage or any(entry["source"] == UNKNOWN for entry in lineage)
 
 
 def limits(lineage: Sequence[Mapping[str, Any]]) -> str:
-    """What it knows and what not, as far as its history tells."""
+    """What the model knows and does not know, as far as its history records it."""
     if is_unknown(lineage):
         return "A part of what it was trained on is not told: what it knows, and what not, is unknown."
-    # The same data trained on twice is counted once; different sets may share images.
+    # Data used twice is counted once; different sets may share images.
     images = {entry["sha"]: entry.get("pictures") or 0 for entry in lineage}
-    # A set that is streamed has no count.
+    # A streamed set has no count.
     count = "" if 0 in images.values() else f"at most {sum(images.values()):,} different "
     if knows_drawn_alone(lineage):
         return (
@@ -159,7 +159,7 @@ def limits(lineage: Sequence[Mapping[str, Any]]) -> str:
 
 
 def shape_of_pretrained(config: MaskVLMConfig) -> str:
-    """The name of the image encoder, where it has the shape of published weights; "" where it has one of its own."""
+    """The name of the image encoder if it has the shape of published weights; "" if it has its own."""
     image = (config.backbone or {}).get("init_args", {}).get("image", {}).get("init_args", {})
     return "" if image.get("config") else str(image.get("name", ""))
 
@@ -185,12 +185,12 @@ def _data_line(entry: Mapping[str, Any], sets: Mapping[str, KnownSet]) -> str:
 
 
 def is_free(config: MaskVLMConfig) -> bool:
-    """Whether everything that the weights are made of is this project's own."""
+    """Whether everything that the weights derive from is this project's own."""
     return knows_drawn_alone(config.lineage or []) and not shape_of_pretrained(config)
 
 
 def terms(config: MaskVLMConfig) -> str:
-    """What is known of the terms of the weights."""
+    """What is known about the licence terms of the weights."""
     if is_free(config):
         return "Apache-2.0: code, weights and the scenes that they were trained on are this project's."
     return (
@@ -201,7 +201,7 @@ def terms(config: MaskVLMConfig) -> str:
 
 
 def _licence(config: MaskVLMConfig) -> list[str]:
-    # `other` is the hub's word for terms that the card tells.
+    # `other` is the hub's value for terms described in the card.
     return ["license: apache-2.0"] if is_free(config) else ["license: other", "license_name: see-the-card"]
 
 
@@ -209,7 +209,7 @@ def _licence(config: MaskVLMConfig) -> list[str]:
 
 
 def _made_by(versions: Mapping[str, Any]) -> list[str]:
-    """The command and the versions that a run's card tells."""
+    """The command and the versions that a run's card records."""
     if not versions["command"]:
         return []
     command, torch = " ".join(versions["command"]), versions["packages"].get("torch")
@@ -217,18 +217,18 @@ def _made_by(versions: Mapping[str, Any]) -> list[str]:
 
 
 def _evaluation(config: MaskVLMConfig) -> list[str]:
-    """A table of the run's metrics, each beside its chance level, and what they were measured on."""
+    """A table of the run's metrics, each with its chance level, and what they were measured on."""
     card, _, metrics = run_facts(config)
     if not metrics:
         return ["None came with this checkpoint."]
     step = metrics.get("step")
-    # A folder's config.json is sorted by key, a run's files are not: the card is the same of both.
+    # A folder's config.json is sorted by key, a run's files are not: the card must be the same for both.
     facts = {key: card[key] for key in ("data", "split", "sha", "examples", "pictures") if card.get(key)}
     where = [f"- {key}: {json.dumps(value, sort_keys=True, ensure_ascii=False)}" for key, value in facts.items()]
-    # metrics.json is of the run's last weights; those of best.ckpt may be of an earlier step.
+    # metrics.json belongs to the run's last weights; best.ckpt may be from an earlier step.
     if step is not None and step != config.step:
         where.append(f"- measured at step {step:,} of the same run; these weights are of step {config.step:,}")
-    # A level stands in its metric's row, not in a row of its own.
+    # A chance level goes in its metric's row, not in its own row.
     ends = ("_chance", "_majority")
     rows = []
     for key, value in sorted(metrics.items(), key=_numbered):
@@ -239,5 +239,5 @@ def _evaluation(config: MaskVLMConfig) -> list[str]:
 
 
 def _numbered(row: tuple[str, Any]) -> list[str | int]:
-    """Orders r1, r5, r10 so."""
+    """Sort key that orders r1, r5, r10 numerically."""
     return [int(each) if each.isdecimal() else each for each in re.split(r"(\d+)", row[0])]

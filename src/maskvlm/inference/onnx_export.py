@@ -1,8 +1,8 @@
-"""`maskvlm export --from CHECKPOINT FOLDER`: a model as ONNX or torch.export files, measured against torch.
+"""`maskvlm export --from CHECKPOINT FOLDER`: a model as ONNX or torch.export files, compared with torch.
 
-Three files, float32, of any batch size and text length: `image_encoder`, `text_encoder` and `fusion_scorer`, which
-reads the features of both. Beside them tokenizer, image processing, and `export.json`: inputs, outputs, versions, and
-the difference from torch. ONNX needs neither torch nor this project to be run.
+Three files, float32, for any batch size and text length: `image_encoder`, `text_encoder` and `fusion_scorer`, whose
+inputs are the features of both. The folder also has the tokenizer, image processing, and `export.json`: inputs,
+outputs, versions, and the difference from torch. Running ONNX files needs neither torch nor this project.
 
 Shapes: B images, texts or row-by-row pairs, L image positions, T tokens, D width, E contrast width.
 """
@@ -32,13 +32,13 @@ from maskvlm.utils.write_errors import cannot_write
 
 Format = Literal["onnx", "torch"]
 Shapes = dict[str, list[str | int]]
-"""Shape of each tensor by name, in order; `batch` and `length` vary."""
+"""Shape of each tensor by name, in order; `batch` and `length` are dynamic."""
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 OPSET, NEWEST_OPSET = 18, 22
-"""The lowest is what torch writes without converting, and most runtimes read. From 23 on attention is one node, with
-which onnxruntime refuses a mask that is alike for all queries."""
+"""The lowest is what torch writes without conversion, and what most runtimes read. From 23, attention is a single node,
+for which onnxruntime rejects a mask that is the same for all queries."""
 LIMIT = 1e-4
-"""Largest difference from torch, in any value of any output."""
+"""Largest allowed difference from torch, in any value of any output."""
 PACKAGES = ("maskvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -56,7 +56,8 @@ class ImagePart(nn.Module):
 
 
 class TextPart(nn.Module):
-    """Ids and attention [B, T], int64, to features [B, T, D] (at padding they mean nothing) and unit vectors [B, E]."""
+    """Ids and attention [B, T], int64, to features [B, T, D] (undefined at padding) and, with contrast heads, unit
+    vectors [B, E]."""
 
     def __init__(self, backbone: Backbone, projection: Projection | None) -> None:
         super().__init__()
@@ -72,16 +73,16 @@ class TextPart(nn.Module):
 
 
 class FusionPart(nn.Module):
-    """Features of row-by-row pairs to fused vectors [B, 3 * D] and, with a matching head, log-odds of a match [B]."""
+    """Features of row-by-row pairs to fused vectors [B, 3 * D] and, with a matching head, matching log-odds [B]."""
 
     def __init__(self, backbone: Backbone, matching: Matching | None) -> None:
         super().__init__()
         self.cross_image, self.cross_text, self.matching = backbone.cross_image, backbone.cross_text, matching
 
     def forward(self, image_features: Tensor, text_features: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """Features of both sides to what the class's docstring lists."""
-        # `fuse` reads nothing but the two cross encoders, which are here by the same names.
-        # With the backbone itself in here a .pt2 file would hold the encoders' weights, too.
+        """Features of both modalities to the outputs listed in the class docstring."""
+        # `fuse` uses only the two cross encoders, which have the same names here.
+        # If the backbone itself were included, a .pt2 file would also have the encoders' weights.
         fused = Backbone.fuse(self, image_features, text_features, attention_mask.bool())  # type: ignore[arg-type]
         if self.matching is None:
             return (fused.joined_MX,)
@@ -90,7 +91,7 @@ class FusionPart(nn.Module):
 
 
 class ExportPart(NamedTuple):
-    """What becomes a file."""
+    """A part of the model that becomes a file."""
 
     name: str
     module: nn.Module
@@ -99,10 +100,10 @@ class ExportPart(NamedTuple):
 
 
 def parts_of(model: PretrainedMaskVLM) -> list[ExportPart]:
-    """The three parts, with the heads that the model has.
+    """The three parts, with the model's heads.
 
     Raises:
-        UserError: it has neither contrast heads nor a matching head (65).
+        UserError: the model has neither contrast heads nor a matching head (65).
     """
     backbone, image, task = model.backbone, model.backbone.image, model.task
     projection, matching = getattr(task, "projection", None), getattr(task, "matching", None)
@@ -113,7 +114,7 @@ def parts_of(model: PretrainedMaskVLM) -> list[ExportPart]:
     words: Shapes = {"input_ids": ["batch", "length"], "attention_mask": ["batch", "length"]}
     image_shapes: Shapes = {"image_features": ["batch", 1 + image.num_patches, backbone.width]}
     text_shapes: Shapes = {"text_features": ["batch", "length", backbone.width]}
-    # Copied before the unit vectors are added below: the scorer reads features alone.
+    # Copied before the unit vectors are added below: the scorer uses only features.
     pair = image_shapes | text_shapes | {"attention_mask": words["attention_mask"]}
     fused: Shapes = {"fused": ["batch", 3 * backbone.width]}
     fused |= {} if matching is None else {"match_logits": ["batch"]}
@@ -121,7 +122,7 @@ def parts_of(model: PretrainedMaskVLM) -> list[ExportPart]:
         image_shapes |= {"image_embeds": ["batch", projection.image.out_features]}
         text_shapes |= {"text_embeds": ["batch", projection.text.out_features]}
     return [
-        # A new wrapper is in train mode, whatever the modules within it are in.
+        # A new wrapper is in training mode, whatever the mode of its modules.
         ExportPart("image_encoder", ImagePart(backbone, projection).eval(), pixels, image_shapes),
         ExportPart("text_encoder", TextPart(backbone, projection).eval(), words, text_shapes),
         ExportPart("fusion_scorer", FusionPart(backbone, matching).eval(), pair, fused),
@@ -132,7 +133,7 @@ def parts_of(model: PretrainedMaskVLM) -> list[ExportPart]:
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
-    """Export; arguments are what follows the command's name. `allowed`: packages that a task may come from."""
+    """Export; arguments: what follows the command's name. `allowed`: packages that a task may come from."""
     parser = OptionParser(
         "maskvlm export", description="export a model as ONNX or torch.export files, float32", allow_abbrev=False
     )
@@ -158,7 +159,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 
 
 def export_lines(folder: Path, report: Mapping[str, Any]) -> Iterator[str]:
-    """What was written, for people."""
+    """Summary lines of what was written."""
     for part in report["files"].values():
         largest = part["max_difference"]
         unknown = "not compared with torch, as onnxruntime is not installed (pip install onnxruntime)"
@@ -166,7 +167,7 @@ def export_lines(folder: Path, report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_export(folder: Path, kind: Format, opset: int | None) -> None:
-    """What can be said before there is a model; raises as `export`."""
+    """Checks that do not need a model; raises the same errors as `export`."""
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise UserError(folder, "is there already", "Name another one", ExitCode.CANNOT_CREATE)
     if kind == "torch" and opset is not None:
@@ -181,20 +182,20 @@ def check_export(folder: Path, kind: Format, opset: int | None) -> None:
 def export(
     model: PretrainedMaskVLM, folder: str | Path, kind: Format = "onnx", opset: int | None = None
 ) -> dict[str, Any]:
-    """Write the three parts, and what is needed beside them, as a whole or not at all.
+    """Write the three parts and the files that they need, all or nothing.
 
     Args:
-        model: of float32, on the CPU; it is left in evaluation mode.
-        folder: to be made; an empty one will do.
+        model: float32, on the CPU; it is left in evaluation mode.
+        folder: folder to create; may exist if it is empty.
         kind: onnx, or torch for torch.export.
-        opset: version of ONNX's operators, OPSET to NEWEST_OPSET; None for the first.
+        opset: ONNX opset version, OPSET to NEWEST_OPSET; None: OPSET.
 
     Returns:
         The content of `export.json`.
 
     Raises:
-        UserError: another precision or device (2), a model without heads (65), a package is missing (69), the folder is
-            there or cannot be written, or the model cannot be exported, or not without a difference above LIMIT (73).
+        UserError: another precision or device (2), a model without heads (65), a missing package (69), the folder
+            already exists or cannot be written, the model cannot be exported, or its difference exceeds LIMIT (73).
     """
     folder = Path(folder)
     check_export(folder, kind, opset)
@@ -204,10 +205,10 @@ def export(
             raise UserError("export", what, "Load the model without dtype and device")
     parts, longest = parts_of(model.eval()), model.words.text_length
     inputs = [random_inputs(model, *size) for size in sizes(longest)]
-    near = next(parent for parent in folder.absolute().parents if parent.exists())  # a rename crosses no file system
+    near = next(parent for parent in folder.absolute().parents if parent.exists())  # a rename stays on one file system
     try:
         with TemporaryDirectory(prefix=".export-", dir=near) as temporary:
-            # A folder within, since the temporary one is removed at the end.
+            # An inner folder, since the temporary one is removed at the end.
             inner = Path(temporary) / "made"
             inner.mkdir()
             report = {
@@ -223,7 +224,7 @@ def export(
             write_json(inner / "export.json", report)
             processor_of(model.backbone.input_spec).save_pretrained(inner)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # Takes the place of an empty folder, never of one that holds something.
+            # Replaces an empty folder, never one with content.
             os.replace(inner, folder)
     except OSError as error:
         message = f"cannot be written ({first_line(error)})"
@@ -235,17 +236,18 @@ def export(
 def write_part(
     part: ExportPart, inputs: Sequence[Mapping[str, Tensor]], longest: int, folder: Path, kind: Format, opset: int
 ) -> dict[str, Any]:
-    """Write one part, measure it, and return what `export.json` says of it; raises as `export`."""
+    """Write one part, compare it with torch, and return its entry for `export.json`; raises the same errors as
+    `export`."""
     path, todo = folder / (part.name + SUFFIX[kind]), "Try another --format or --opset"
     try:
         save_program(part, [inputs[0][name] for name in part.inputs], longest, path, kind, opset)
         largest = difference(path, part, inputs)
-    # `export` tells a full disk from a model that cannot be traced.
+    # `export` distinguishes a full disk from a model that cannot be traced.
     except OSError:
         raise
-    except Exception as error:  # each library has its own, and there are encoders that they cannot follow
+    except Exception as error:  # each library has its own errors, and some encoders cannot be traced
         raise UserError(path.name, f"fails ({first_line(error)})", todo, ExitCode.CANNOT_CREATE) from error
-    if largest is not None and not largest <= LIMIT:  # nor is NaN
+    if largest is not None and not largest <= LIMIT:  # also catches NaN
         what = f"differs from torch by {largest:.1e}, more than {LIMIT:.0e}, and nothing is written"
         raise UserError(path.name, what, todo, ExitCode.CANNOT_CREATE)
     return {"file": path.name, "inputs": part.inputs, "outputs": part.outputs, "max_difference": largest}
@@ -255,12 +257,12 @@ def write_part(
 def save_program(
     part: ExportPart, example: Sequence[Tensor], longest: int, path: Path, kind: Format, opset: int
 ) -> None:
-    """Trace one part on an example and write it; of more than 2 GB, ONNX's weights lie in a second file."""
-    # Batch and length stay free in the file; all other sizes are constants.
+    """Trace one part on an example and write it; above 2 GB, ONNX weights are in a second file."""
+    # Batch and length are dynamic; all other sizes are constants.
     dims = {"batch": torch.export.Dim("batch"), "length": torch.export.Dim("length", max=longest)}
     vary = {name: {n: dims[d] for n, d in enumerate(shape) if d in dims} for name, shape in part.inputs.items()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the libraries' insides; what comes out is measured
+        warnings.simplefilter("ignore")  # about library internals; the result is compared with torch
         program = torch.export.export(part.module, tuple(example), dynamic_shapes=vary)
         if kind == "torch":
             torch.export.save(program, path)
@@ -271,17 +273,18 @@ def save_program(
         )  # fmt: skip
 
 
-# ---------------------------------------------------------------------- measured against torch
+# ---------------------------------------------------------------------- comparison with torch
 
 
 def sizes(longest: int) -> list[tuple[int, int]]:
-    """Batch sizes and lengths that are compared; the first is traced, where a size of 1 would become a constant."""
+    """Batch sizes and lengths to compare; the first is traced and has no size of 1, which would become a constant."""
     return [(3, max(2, longest - 1)), (1, longest), (2, min(3, longest)), (5, 1 + longest // 2), (1, 1)]
 
 
 @torch.no_grad()
 def random_inputs(model: PretrainedMaskVLM, batch: int, length: int) -> dict[str, Tensor]:
-    """Inputs of all parts by name: noise, random words with padding in all rows but the last, the features of both."""
+    """Inputs of all parts by name: noise, random words with padding in all rows but the last, and the features of
+    both."""
     generator, (image, text) = torch.Generator().manual_seed(batch), (model.backbone.image, model.backbone.text)
     tokens_B = torch.randint(1, length + 1, (batch,), generator=generator)
     tokens_B[-1] = length
@@ -290,14 +293,14 @@ def random_inputs(model: PretrainedMaskVLM, batch: int, length: int) -> dict[str
     token_BT[~attention_BT] = text.pad_id
     pixels_BCHW = torch.randn(batch, 3, image.image_size, image.image_size, generator=generator)
     words = {"input_ids": token_BT, "attention_mask": attention_BT.long()}
-    # What the encoders give, not noise: the scorer is measured on values that it will see.
+    # The encoders' outputs rather than noise: the scorer is tested on realistic values.
     features = {"image_features": image(pixels_BCHW), "text_features": text(token_BT, attention_BT)}
     return {"pixel_values": pixels_BCHW} | words | features
 
 
 @torch.no_grad()
 def difference(path: Path, part: ExportPart, inputs: Sequence[Mapping[str, Tensor]]) -> float | None:
-    """Largest difference between a file and the part it was made of; None where there is nothing to run it."""
+    """Largest difference between a file and the part it was exported from; None if there is no runtime for it."""
     if (run := runner(path, part)) is None:
         return None
     gaps = []
@@ -308,9 +311,9 @@ def difference(path: Path, part: ExportPart, inputs: Sequence[Mapping[str, Tenso
 
 
 def runner(path: Path, part: ExportPart) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
-    """A file, ready to be run; None for ONNX without onnxruntime."""
+    """A function that runs a file; None for ONNX without onnxruntime."""
     if path.suffix == SUFFIX["torch"]:
-        # Written a moment ago by this process: a stranger's .pt2 file can run code as it is loaded.
+        # Just written by this process: an untrusted .pt2 file could run code when loaded.
         loaded: Any = torch.export.load(path).module()
         return lambda values: loaded(*values)
     if find_spec("onnxruntime") is None:
@@ -318,7 +321,7 @@ def runner(path: Path, part: ExportPart) -> Callable[[Sequence[Tensor]], Sequenc
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4  # its errors are raised, too
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4  # errors are raised anyway
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(values: Sequence[Tensor]) -> list[Tensor]:

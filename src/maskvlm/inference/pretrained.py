@@ -1,10 +1,10 @@
-"""The model for those who use it: loaded from a checkpoint, a folder or the hub, and asked in plain Python.
+"""The user-facing model: load it from a checkpoint, a folder or the hub, and use it in plain Python.
 
     from maskvlm import MaskVLM
     model = MaskVLM.from_pretrained("checkpoints/first/best.ckpt")
     model.fill_mask("dog.jpg", "a [MASK] dog on the grass")
 
-It is a Hugging Face model as well: `AutoModel` and `AutoProcessor` know it once `maskvlm.MaskVLM` is imported.
+It is also a Hugging Face model: importing `maskvlm.MaskVLM` registers it with `AutoModel` and `AutoProcessor`.
 
 Shapes: B images, C texts, E contrast width, T tokens, D width.
 """
@@ -54,10 +54,10 @@ from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import write_text
 
 log = logging.getLogger(__name__)
-WATCHED = 16  # images or texts of one call that are looked at, evenly spread over it
+WATCHED = 16  # images or texts checked per call, evenly spaced over it
 KEYWORDS = ("device", "dtype", "allow_import", "revision", "token", "cache_dir", "local_files_only")
-DESCRIBED_MODELS: set[str] = set()  # models of which it was said what they know
-MOST_WARNINGS = 1_000  # warnings and unknown words that are remembered
+DESCRIBED_MODELS: set[str] = set()  # models whose training data has already been logged
+MOST_WARNINGS = 1_000  # warnings and unknown words to remember
 MESSAGE = "Upload a MaskVLM model"
 TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
@@ -68,10 +68,10 @@ class UnknownWords(UserWarning):
 
 @dataclass
 class MaskVLMOutput(ModelOutput):
-    """image_embeds [B, E], text_embeds [C, E]: unit vectors, where the checkpoint has contrast heads.
-    fused [B, 3 * D]: class tokens of row-by-row pairs and their product, where B = C.
-    match_logits [B]: log-odds that they belong together, where the checkpoint has a matching head; `match`, the method,
-    gives the probability.
+    """image_embeds [B, E], text_embeds [C, E]: unit vectors, if the checkpoint has contrast heads.
+    fused [B, 3 * D]: class tokens of row-by-row pairs and their product, if B = C.
+    match_logits [B]: log-odds that the pair matches, if the checkpoint has a matching head; the method `match` returns
+    the probability.
     """
 
     image_embeds: Tensor | None = None
@@ -83,13 +83,13 @@ class MaskVLMOutput(ModelOutput):
 class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
     """A backbone with the heads of its task. `from maskvlm import MaskVLM` is this class.
 
-    Its methods are those of `ModelMethods`, and what a fine-tuned task brings (`model.answer` with a VQA checkpoint).
-    Of an image that is unlike its training data it warns (`FarFromTraining`), where the checkpoint tells of these.
+    Its methods are those of `ModelMethods`, plus those of a fine-tuned task (`model.answer` with a VQA checkpoint).
+    It warns about images that are unlike its training data (`FarFromTraining`), if the checkpoint has a sample of it.
 
     Attributes:
-        known: the range of the images that it knows; None where the checkpoint does not tell it.
+        known: range of the training images' features; None if the checkpoint does not record it.
         far_warnings: the latest of these warnings, each once; at most 1,000.
-        warned_words: words that it has been asked with and does not know; each was warned of once (`UnknownWords`).
+        warned_words: unknown words in inputs so far; each was warned about once (`UnknownWords`).
     """
 
     config_class = MaskVLMConfig
@@ -101,8 +101,8 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         self.known = known_of(backbone, origin)
         self.far_warnings: deque[str] = deque(maxlen=MOST_WARNINGS)
         self.warned_words: deque[str] = deque(maxlen=MOST_WARNINGS)
-        self.most_far = 0.0  # of the images looked at in a call with many the highest share that was warned of
-        # It sets what save_pretrained reads, and would draw weights by `_init_weights`, which does nothing here.
+        self.most_far = 0.0  # highest share warned about so far, among the images checked in calls with many
+        # Sets what save_pretrained reads; would initialise weights with `_init_weights`, which does nothing here.
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -118,38 +118,38 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         allow_import: Iterable[str] = (),
         **hub: Any,
     ) -> Self:
-        """Load a model, in evaluation mode. When one is first loaded a line of the log says what it knows.
+        """Load a model, in evaluation mode. The first time a model is loaded, a log line says what it was trained on.
 
         Args:
-            path: a checkpoint of a run, a folder that `save_pretrained` wrote, a name on the hub, or `scenes-tiny`, the
-                model of the built-in world that comes along.
-            device, dtype: where to, and in which precision; None for the CPU and float32.
-            allow_import: packages beside this project's that its task may come from.
+            path: a run's checkpoint, a folder written by `save_pretrained`, a name on the hub, or `scenes-tiny`, the
+                bundled model of the built-in world.
+            device, dtype: device and precision; None for the CPU and float32.
+            allow_import: packages besides this project's that its task may come from.
             hub: revision, token, cache_dir, local_files_only, as elsewhere in transformers.
 
         Raises:
-            UserError: not there (66), damaged or of another kind (65), it would run code (77), no such device (69) or
-                precision.
+            UserError: not found (66), damaged or not a MaskVLM model (65), it would run code (77), no such device (69)
+                or precision.
         """
         for name in hub:
-            # Others may be transformers' own, which `AutoModel` hands on.
+            # Others may be transformers' own, which `AutoModel` passes on.
             if name not in KEYWORDS and (near := nearest(name, KEYWORDS, 0.75)):
                 what = f"there is no argument {name} (did you mean {near}?)"
                 raise UserError("from_pretrained", what, "Correct or remove it")
-        # transformers' own names for device and dtype are understood, too.
+        # transformers' own names for device and dtype also work.
         device = hub.get("device_map") if device is None and isinstance(hub.get("device_map"), str) else device
         device, dtype = usable_device(device), check_dtype(hub.get("torch_dtype") if dtype is None else dtype)
         if not str(path).strip():
             raise UserError("from_pretrained", "no name", "Give a checkpoint, a folder or a name on the hub")
         place = folder_of_hub(str(path), hub)
-        # Content, then the spec that it states, then modules: each step refuses what the one before let through.
+        # Content, then its spec, then modules: each step rejects what the previous one let through.
         content = read_content(place)
         origin, spec = start_of(content, str(place)), model_spec_of(content, place)
         backbone, task = build_model(spec, origin, allow_import)
-        # A folder brings its card and metrics along; those of a checkpoint lie beside the file.
+        # A folder contains its card and metrics; those of a checkpoint are next to the file.
         evaluation = content.get("evaluation") or (None if place.is_dir() else evaluation_beside(place))
         config = configuration(portable(spec, backbone.text.config), origin, evaluation, content.get("global_step", 0))
-        # The modules hold the tensors by now: what is kept of the origin is its history.
+        # The modules hold the tensors now: only the history of the origin is kept.
         model = cls(config, backbone, task, origin._replace(backbone={}, heads={})).eval()
         if str(path) not in DESCRIBED_MODELS:
             DESCRIBED_MODELS.add(str(path))
@@ -158,11 +158,11 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
 
     @classmethod
     def from_modules(cls, backbone: Backbone, task: Task) -> Self:
-        """A model out of modules that a script has built and trained, in evaluation mode. It shares them.
+        """A model from modules that a script has built and trained, in evaluation mode. The modules are shared.
 
         Raises:
-            UserError: they cannot be told in a configuration: a class of one's own as backbone or encoder, or an
-                object among the task's arguments; a task without heads.
+            UserError: they cannot be described in a configuration (a custom class as backbone or encoder, or an object
+                among the task's arguments), or the task has no heads.
         """
         spec = spec_of_modules(backbone, task)
         if spec is None or spec.task is None:
@@ -181,18 +181,18 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
 
     @property
     def knows(self) -> str:
-        """What it was trained on and so knows, in a sentence, as far as the checkpoint tells."""
+        """One sentence on what it was trained on and so knows, as far as the checkpoint records it."""
         return limits(self.config.lineage or [])
 
     def notice_images(self, images: list[Any]) -> list[Any]:
-        """See `ModelMethods.notice_images`. Of a few images it warns of those that are unlike the training data, by
-        their names where they have some: the encoder runs once more for that. Of many it looks at a few."""
+        """See `ModelMethods.notice_images`. For a few images, warn about each that is unlike the training data, by its
+        name if it has one; this runs the encoder once more. Of many images, only a few are checked."""
         if self.known is None:
             return images
         if len(images) > WATCHED:
             self._notice_some(images)
             return images
-        # Each is opened once; an image that is given several times stays one.
+        # Each image is opened once, even if it is passed several times.
         opened = {
             id(each): open_image(each, f"image {number}") for number, each in enumerate(images, 1) if each is not None
         }
@@ -200,21 +200,21 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         for number, image in enumerate(images, 1):
             if (line := far.get(id(image))) is None:
                 continue
-            # A file's name may be anybody's.
+            # File names are untrusted.
             message = f"{cut(str(image), 300)}: {line}" if isinstance(image, str | Path) else line
             if message not in self.far_warnings:
                 self.far_warnings.append(message)
-            # Of several images without names the warning says which.
+            # For several images without names, the warning says which one.
             which = f"image {number}: " if message == line and len(images) > 1 else ""
             warnings.warn(which + message, FarFromTraining, stacklevel=calls_within())
         return [opened.get(id(each)) for each in images]
 
     def _notice_some(self, images: list[Any]) -> None:
-        """Warn where some of many images are unlike the training data, of later calls where it is a larger share."""
+        """Warn if some of many images are unlike the training data; in later calls, only if the share is larger."""
         if self.most_far == 1:
             return
         sample = [image for image in some_of(images) if image is not None]
-        with suppress(UserError):  # of an image that cannot be read; told, by its name, where it is encoded
+        with suppress(UserError):  # an unreadable image is reported by name when it is encoded
             far = sum(line is not None for line in self.far(sample))
             message = f"{far} of {len(sample)} images that were looked at, of {len(images):,}, are unlike those that"
             message += " the model was trained on; take the answers with care"
@@ -224,23 +224,23 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 warnings.warn(message, FarFromTraining, stacklevel=calls_within())
 
     def notice_texts(self, texts: list[Any]) -> None:
-        """See `ModelMethods.notice_texts`. Names the words that the tokenizer does not know, of many texts those of a
-        few."""
+        """See `ModelMethods.notice_texts`. Warn about words that the tokenizer does not know; of many texts, only a few
+        are checked."""
         new = [word for word in self.unknown_words(some_of(texts)) if word not in self.warned_words]
         if new:
             self.warned_words += new
             warnings.warn(unknown_line(new), UnknownWords, stacklevel=calls_within())
 
     def unknown_words(self, texts: Sequence[Any]) -> list[str]:
-        """The words of some texts that the tokenizer does not know, or knows by their letters alone; each once. Of a
-        text longer than the model reads the first words count alone."""
-        # What is no text is told later.
+        """The words in these texts that the tokenizer does not know, or only as single letters; each once. Of a text
+        longer than the model's maximum, only the first words count."""
+        # Inputs that are not text are reported later.
         return list(dict.fromkeys(word for text in texts for word in self.words.unknown_words(str(text))))
 
     @torch.no_grad()
     def far(self, images: ImageInput | Sequence[ImageInput]) -> list[str | None]:
-        """For each image a line that says how unlike the training data it is; None where it is not unlike, or where the
-        model has no sample of its training data."""
+        """For each image, a line that says how unlike the training data it is; None if it is similar, or if the model
+        has no sample of its training data."""
         image_list, lines = as_list(images)[0], list[str | None]()
         for part in numbered(image_list, self.batch_size):
             lines += self._far(self.pixels(*part))
@@ -263,24 +263,24 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         **to_hub: Any,
     ) -> None:
         """Write the hub's format: safetensors, config.json, tokenizer, image processing, model card; no pickle. A model
-        that lies in the folder is replaced.
+        in the folder is replaced.
 
         Args:
-            push_to_hub: upload the folder, by its own name or as `repo_id`.
-            name: by which the card loads the model; that on the hub, where it is uploaded.
-            sets: what the card says of training data whose history does not name them, by their hash.
-            to_hub: repo_id, commit_message, private, token, revision, create_pr, as of `push_to_hub`. Nothing else that
-                transformers knows: weights lie in one file.
+            push_to_hub: upload the folder, under its own name or as `repo_id`.
+            name: the name that the card uses to load the model; the hub name if it is uploaded.
+            sets: titles and licences for the card of training sets that the history does not name, by their hash.
+            to_hub: repo_id, commit_message, private, token, revision, create_pr, as for `push_to_hub`. No other
+                arguments of transformers: weights are stored in one file.
 
         Raises:
-            UserError: another argument, a file instead of a folder, or a model without tokenizer.
+            UserError: an unknown argument, a file instead of a folder, or a model without tokenizer.
         """
         folder = Path(save_directory)
         if other := next((key for key in to_hub if key not in TO_HUB), None):
             raise UserError("save_pretrained", f"there is no argument {other}", f"There are: {', '.join(TO_HUB)}")
         if folder.is_file():
             raise UserError(folder, "is a file", "Name a folder")
-        # Before anything is written: a model without tokenizer could not be loaded again.
+        # Checked before writing: a model without tokenizer could not be loaded again.
         _ = self.words
         folder.mkdir(parents=True, exist_ok=True)
         repository = (to_hub.pop("repo_id", None) or folder.resolve().name) if push_to_hub else None
@@ -289,17 +289,17 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         write_text(folder / "README.md", model_card(config, spec, repository or name, sets or {}))
         with quiet():
             super().save_pretrained(folder)
-        # Last, as the sums are of all other files in the folder.
+        # Last, as the checksums cover all other files in the folder.
         write_sums(folder)
         if repository is not None:
             message = to_hub.pop("commit_message", None) or MESSAGE
             upload(folder, repository, message, to_hub)
 
     def push_to_hub(self, repo_id: str, *, commit_message: str = MESSAGE, **settings: Any) -> str:  # type: ignore[override]
-        """Upload what `save_pretrained` writes, the model card included; returns the commit's address.
+        """Upload what `save_pretrained` writes, including the model card; returns the commit's URL.
 
         Args:
-            repo_id: `owner/name`; made where it is not there.
+            repo_id: `owner/name`; created if it does not exist.
             settings: private, token, revision (a branch), create_pr.
 
         Raises:
@@ -316,15 +316,15 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> MaskVLMOutput:
-        """Row-by-row pairs of what `AutoProcessor` makes, or one side alone; of other numbers of images than of texts
-        the unit vectors alone are given.
+        """Run on row-by-row pairs from `AutoProcessor`, or on one modality alone; if the numbers of images and texts
+        differ, only unit vectors are returned.
 
         Args:
-            pixel_values: normalised, [B, 3, H, W], of the model's image size. input_ids, attention_mask: [B, T].
+            pixel_values: normalised, [B, 3, H, W], with the model's image size. input_ids, attention_mask: [B, T].
 
         Raises:
-            UserError: a tensor of another shape or type, token ids that the model does not have, or more of them than
-                it reads.
+            UserError: a tensor of the wrong shape or type, token ids outside the vocabulary, or more tokens than the
+                model's maximum.
         """
         self._check_inputs(pixel_values, input_ids, attention_mask)
         out, image_BLD, text_BTD = MaskVLMOutput(), None, None
@@ -336,7 +336,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
             attention = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             text_BTD = self.backbone.text(input_ids, attention.bool())
             out.text_embeds = projection.embed_text(text_BTD, attention.bool()) if projection else None
-        # As many images as texts are pairs; of other numbers unit vectors alone are given.
+        # Equal numbers of images and texts are pairs; otherwise only unit vectors are returned.
         if image_BLD is not None and text_BTD is not None and len(image_BLD) == len(text_BTD):
             fused = self.backbone.fuse(image_BLD, text_BTD, attention.bool())
             out.fused = fused.joined_MX
@@ -366,7 +366,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
             if input_ids.shape[1] > text.text_length:
                 what = f"{input_ids.shape[1]} tokens, the model reads {text.text_length}"
                 raise UserError("input_ids", what, f"{todo}, with truncation=True")
-            # Only on a CPU: a card's host would wait for the numbers.
+            # Only on a CPU: on a GPU, the host would have to wait for the values.
             on_cpu = input_ids.device.type == "cpu" and input_ids.numel()
             if on_cpu and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < text.vocab_size:
                 what = f"ids {int(input_ids.min())} to {int(input_ids.max())}, the model has 0 to {text.vocab_size - 1}"
@@ -380,7 +380,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Through __dict__: `self.task` would end here again while there is no task yet.
+            # Through __dict__: while there is no task yet, `self.task` would recurse into this method.
             task = self.__dict__.get("_modules", {}).get("task")
             if task is None:
                 raise
@@ -395,8 +395,8 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
 
 
 def calls_within() -> int:
-    """The `stacklevel` at which a warning of the calling function names the user's line: the first outside of this
-    project and of torch, whose decorators stand between."""
+    """The `stacklevel` at which a warning in the calling function points to the user's line: the first frame outside
+    this project and torch, whose decorators are in between."""
     frame, calls = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("maskvlm", "tasks", "torch"):
         frame, calls = frame.f_back, calls + 1
@@ -404,18 +404,19 @@ def calls_within() -> int:
 
 
 def some_of(items: list[Any]) -> list[Any]:
-    """All of a few, or WATCHED of many at even distances."""
+    """All items if there are few, otherwise WATCHED evenly spaced ones."""
     count = min(len(items), WATCHED)
     return [items[place * len(items) // count] for place in range(count)]
 
 
 def unknown_line(words: Sequence[str]) -> str:
-    """The line for people."""
+    """The warning message."""
     return f"words that the model's tokenizer does not know: {', '.join(words)}; take the answers with care"
 
 
 def known_of(backbone: Backbone, origin: Start) -> KnownRange | None:
-    """What a model knows, by its checkpoint. Raises UserError: the features do not fit its image encoder (65)."""
+    """Range of a model's training images, from its checkpoint. Raises UserError: the features do not fit its image
+    encoder (65)."""
     if origin.known_images is None:
         return None
     width, its = origin.known_images.shape[1], backbone.image.width
@@ -426,7 +427,7 @@ def known_of(backbone: Backbone, origin: Start) -> KnownRange | None:
 
 
 def asking(model: PretrainedMaskVLM, name: str) -> Callable[..., Any]:
-    """A method of the task as Python shows one: with its name, its signature and its help."""
+    """A task's method as a regular Python method, with its name, signature and docstring."""
     method = model.task.methods[name]
 
     def call(*inputs: Any) -> Any:
@@ -444,7 +445,7 @@ def asking(model: PretrainedMaskVLM, name: str) -> Callable[..., Any]:
 
 
 def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
-    """A method of the task: its images and its text, each a single one or a list."""
+    """Call a task's method with its images and its text, each a single one or a list."""
     method = model.task.methods[name]
     if len(inputs) != method.inputs:
         raise UserError(name, f"{len(inputs)} inputs", f"Give {method.form}")
@@ -459,7 +460,7 @@ def ask(model: PretrainedMaskVLM, name: str, *inputs: Any) -> Any:
         return []
     if any(len(rows) not in (1, size) for rows, _ in lists):
         raise UserError(name, f"lists of {', '.join(str(len(rows)) for rows, _ in lists)}", "Give lists of one length")
-    # A single image or text goes with every row of the others.
+    # A single image or text is used with every row of the others.
     columns = [rows * (size if len(rows) == 1 else 1) for rows, _ in lists]
     with torch.no_grad():
         answers = method.run(model.task, model, list(zip(*columns, strict=True)))
@@ -475,15 +476,15 @@ def usable_device(device: str | torch.device | None) -> torch.device | None:
             "device meta", "holds no numbers", "Give cpu, or cuda where there is a GPU", ExitCode.UNAVAILABLE
         )
     try:
-        # torch.device alone accepts "cuda" where there is none; an empty tensor must find it.
+        # torch.device accepts "cuda" even without a GPU; creating an empty tensor does not.
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # the second: built without CUDA
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # AssertionError: no CUDA build
         what, todo = f"cannot be used here ({first_line(error)})", "Give cpu, or cuda where there is a GPU"
         raise UserError(f"device {device}", what, todo, ExitCode.UNAVAILABLE) from None
 
 
 def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A precision to compute in; None and "auto" leave it at float32. Raises UserError."""
+    """A supported dtype; None and "auto" leave it at float32. Raises UserError."""
     precision = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if precision is None and dtype in (None, "auto"):
         return None
@@ -493,10 +494,10 @@ def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def register() -> None:
-    """Make transformers' Auto classes know this model."""
+    """Register this model with transformers' Auto classes."""
     AutoConfig.register(MaskVLMConfig.model_type, MaskVLMConfig, exist_ok=True)
     AutoModel.register(MaskVLMConfig, PretrainedMaskVLM, exist_ok=True)
-    # Under both names the same class, as torchvision's resizing differs from Pillow's.
+    # The same class under both names, as torchvision's resizing differs from Pillow's.
     names: dict[str, type] = {"pil": MaskVLMImageProcessor, "torchvision": MaskVLMImageProcessor}
     AutoImageProcessor.register(MaskVLMConfig, image_processor_classes=names, exist_ok=True)
     AutoProcessor.register(MaskVLMConfig, MaskVLMProcessor, exist_ok=True)

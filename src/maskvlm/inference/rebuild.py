@@ -1,7 +1,7 @@
-"""Modules out of a checkpoint's model spec and tensors.
+"""Rebuild modules from a checkpoint's model spec and tensors.
 
-The spec is somebody else's data (see `model_spec.py`). The model is first laid out without memory, on torch's meta
-device, and compared with the tensors, name by name and shape by shape: what does not fit them is never allocated.
+The spec is untrusted (see `model_spec.py`). The model is first built without memory, on torch's meta device, and
+compared with the tensors by name and shape: a model that does not fit them is never allocated.
 """
 
 import importlib
@@ -48,9 +48,9 @@ from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
 
 OURS = (r"maskvlm\.objectives\.pretraining\.[A-Z]\w*", r"tasks\.[a-z]\w*\.task\.[A-Z]\w*")
-"""Tasks of this project: pre-training, and one folder each."""
+"""Tasks of this project: pre-training, and one per folder."""
 PARTS: tuple[type, ...] = (PretrainingLoss, ImageMasking, TextMasking)
-"""What a task's settings may hold beside plain values."""
+"""What a task's settings may contain besides plain values."""
 OUR_PARTS = (r"maskvlm\.objectives\.(masking|pretraining_losses)\.[A-Z]\w*",)
 SIMPLE: dict[Any, Kind] = {bool: Flag(), int: Whole(-(10**9), 10**9), float: Real(), str: Text(), type(None): NOTHING}
 Instance = TypeVar("Instance")
@@ -60,13 +60,13 @@ def build_model(spec: ModelSpec, origin: Start, allowed: Iterable[str] = ()) -> 
     """Modules with the weights, tokenizer and heads of a checkpoint, in evaluation mode.
 
     Args:
-        spec: of the checkpoint.
+        spec: model spec of the checkpoint.
         origin: its tensors.
-        allowed: packages beside this project's that its task may come from.
+        allowed: packages besides this project's that its task may come from.
 
     Raises:
-        UserError: a class or a setting that a checkpoint may not name (77), weights that do not fit, or heads that are
-            missing (65).
+        UserError: a class or setting that a checkpoint may not name (77), weights that do not fit, or missing heads
+            (65).
     """
     if spec.task is None:
         what = "does not say which task it was trained for, and there is no config-fit.yaml beside it"
@@ -75,10 +75,10 @@ def build_model(spec: ModelSpec, origin: Start, allowed: Iterable[str] = ()) -> 
     args = read_arguments(kind, spec.task["init_args"], f"{origin.path}: task", allowed)
     if origin.labels is not None:
         args["labels"] = list(origin.labels)
-    # Laid out without memory first: what does not fit is refused before anything large is allocated.
+    # Built without memory first: a model that does not fit is rejected before anything large is allocated.
     check_model_size(spec, origin, lambda: kind(**args))
     backbone, task = new_backbone(spec), _construct(lambda: kind(**args), origin.path)
-    # Tokenizer and backbone first: `build` and `warm_start` of a task may read them.
+    # Tokenizer and backbone first: a task's `build` and `warm_start` may need them.
     backbone.take_over(origin)
     task.build_once(backbone)
     task.warm_start(origin.heads)
@@ -86,7 +86,7 @@ def build_model(spec: ModelSpec, origin: Start, allowed: Iterable[str] = ()) -> 
 
 
 def checked_spec_of(path: str) -> ModelSpec:
-    """The model spec of a checkpoint, whose backbone is checked against its tensors.
+    """The model spec of a checkpoint, with its backbone checked against its tensors.
 
     Raises:
         UserError: as `read_content`, `model_spec_of` and `check_model_size`.
@@ -98,14 +98,14 @@ def checked_spec_of(path: str) -> ModelSpec:
 
 
 def checked_task_of(spec: ModelSpec, path: str, allowed: Iterable[str] = ()) -> dict[str, Any]:
-    """class_path and init_args of the task that a checkpoint was made with.
+    """class_path and init_args of the task that a checkpoint was trained with.
 
     Args:
-        path: of the checkpoint, for errors.
-        allowed: packages beside this project's that the task and its parts may come from.
+        path: path of the checkpoint, for errors.
+        allowed: packages besides this project's that the task and its parts may come from.
 
     Raises:
-        UserError: the checkpoint tells no task (66); a class or a setting that a checkpoint may not name (77).
+        UserError: the checkpoint names no task (66); a class or setting that a checkpoint may not name (77).
     """
     if spec.task is None:
         raise UserError(path, "does not say how it was trained", "Name the files of its run", ExitCode.MISSING_INPUT)
@@ -115,7 +115,7 @@ def checked_task_of(spec: ModelSpec, path: str, allowed: Iterable[str] = ()) -> 
 
 
 def pretraining_task_of(spec: ModelSpec, path: str, allowed: Iterable[str] = ()) -> dict[str, Any]:
-    """As `checked_task_of`, of a checkpoint of pre-training. Raises UserError (2) for one of a downstream task, too."""
+    """As `checked_task_of`, for a pre-training checkpoint. Also raises UserError (2) for one of a downstream task."""
     task = checked_task_of(spec, path, allowed)
     kind = task_class(task["class_path"], path, allowed)
     if not issubclass(kind, MaskedPretraining):
@@ -125,30 +125,30 @@ def pretraining_task_of(spec: ModelSpec, path: str, allowed: Iterable[str] = ())
 
 
 def task_name(class_path: str) -> str:
-    """Name of a task as `finetune` takes it: `vqa` for `tasks.vqa.task.Vqa`."""
+    """Name of a task on the `finetune` command line: `vqa` for `tasks.vqa.task.Vqa`."""
     return class_path.rpartition(".")[0].removesuffix(".task").removeprefix("tasks.")
 
 
 def check_model_size(spec: ModelSpec, origin: Start, new_task: Any = None) -> None:
-    """Lay the model out without memory, and hold it against the checkpoint's tensors.
+    """Build the model without memory, and compare it with the checkpoint's tensors.
 
     Args:
-        spec: of the checkpoint.
+        spec: model spec of the checkpoint.
         origin: its tensors.
-        new_task: makes its task; None where only the backbone is wanted.
+        new_task: function that creates its task; None to check only the backbone.
 
     Raises:
-        UserError: it cannot be built, or its tensors are others (65); it has more tensors than the checkpoint (77).
+        UserError: it cannot be built, or its tensors differ (65); it has more tensors than the checkpoint (77).
     """
     count = len(origin.backbone) + len(origin.heads)
     with torch.device("meta"), at_most(count, origin.path):
         backbone = _construct(lambda: new_backbone(spec), origin.path)
         check_fit(backbone, origin.backbone, origin.path)
         if new_task is not None:
-            # `build` must come before `warm_start`, as in `build_model`; tensors on meta have shapes and no values.
+            # `build` must come before `warm_start`, as in `build_model`; meta tensors have shapes but no values.
             task = _construct(new_task, origin.path)
             _construct(lambda: task.build(backbone), origin.path)
-            shapes = {name: value.to("meta") for name, value in origin.heads.items()}  # torch warns of values
+            shapes = {name: value.to("meta") for name, value in origin.heads.items()}  # torch warns about real values
             _construct(lambda: task.warm_start(shapes), origin.path)  # a head may take its width from the checkpoint
             _check_heads(task, origin)
 
@@ -167,8 +167,8 @@ def _check_heads(task: Task, origin: Start) -> None:
 
 @contextmanager
 def at_most(tensors: int, path: str) -> Iterator[None]:
-    """While a model is laid out: stop when it registers more parameters than there are tensors for it."""
-    budget = 2 * tensors + 100  # what is made and thrown away again, such as pooling layers, counts too
+    """While a model is built: stop if it registers more parameters than the checkpoint has tensors for."""
+    budget = 2 * tensors + 100  # parts that are created and discarded, such as pooling layers, also count
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         nonlocal budget
@@ -185,22 +185,22 @@ def at_most(tensors: int, path: str) -> Iterator[None]:
 
 
 def new_backbone(spec: ModelSpec) -> MaskVLM:
-    """Backbone with random weights, built by the constructors of this project alone."""
-    # The constructors are named here: a spec's class paths never choose what is called.
+    """Backbone with random weights, built only by constructors of this project."""
+    # The constructors are named here: a spec's class paths never determine what is called.
     args = dict(spec.backbone["init_args"])
     image, text = (args.pop(name)["init_args"] for name in ("image", "text"))
     return MaskVLM(ImageEncoder(**image), TextEncoder(**text), **args)
 
 
 def _construct(make: typing.Callable[[], Instance], path: str) -> Instance:
-    """What a constructor makes; whatever it thinks of its settings is said in one line."""
+    """Call a constructor; any error about its settings becomes one line."""
     try:
         return make()
     except UserError as error:
         code = error.code if error.code == ExitCode.REFUSED else ExitCode.BAD_DATA
         where = error.where if error.where.startswith(path) else f"{path}: {error.where}"
         raise UserError(where, error.what, TODO, code) from error
-    except Exception as error:  # each library underneath has its own
+    except Exception as error:  # each underlying library has its own errors
         raise UserError(path, f"cannot be built ({first_line(error)})", TODO, ExitCode.BAD_DATA) from error
 
 
@@ -208,30 +208,30 @@ def _construct(make: typing.Callable[[], Instance], path: str) -> Instance:
 
 
 def task_class(name: str, path: str, allowed: Iterable[str]) -> type[Task]:
-    """The class of a task by its path: one of this project, or of a package that the user allows.
+    """The class of a task by its path: from this project, or from a package that the user allows.
 
     Raises:
-        UserError: it is neither, or no task (77).
+        UserError: it is neither, or not a task (77).
     """
     return class_of(name, path, Task, OURS, allowed)  # type: ignore[type-abstract]
 
 
 def class_of(name: str, path: str, base: type[Instance], ours: Iterable[str], allowed: Iterable[str]) -> type[Instance]:
-    """A class that a stranger's file names.
+    """A class named in an untrusted file.
 
     Args:
         name: the class path. path: the file, for errors.
-        base: what it must be a subclass of.
-        ours: patterns of class paths of this project that may be named.
-        allowed: packages of the user's choice; any class of theirs with that base may be named.
+        base: required base class.
+        ours: patterns of this project's class paths that may be named.
+        allowed: packages that the user trusts; any of their classes with this base may be named.
 
     Raises:
-        UserError: it may not be named, is not there, or is of another kind (77).
+        UserError: it may not be named, does not exist, or has another base (77).
     """
     module, _, last = name.rpartition(".")
     package = name.partition(".")[0]
     trusted = [allowed] if isinstance(allowed, str) else allowed
-    # A name allows the package and all below it, or the one class that it spells out.
+    # An entry allows a package with everything in it, or a single class if it spells one out.
     is_trusted = any(name == each or name.startswith(f"{each}.") for each in trusted)
     kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", base.__name__).lower()  # PretrainingLoss -> pretraining loss
     if not (any(re.fullmatch(pattern, name) for pattern in ours) or is_trusted):
@@ -241,7 +241,7 @@ def class_of(name: str, path: str, base: type[Instance], ours: Iterable[str], al
     if package == "tasks" and importlib.util.find_spec("tasks") is None:
         find_tasks()
     try:
-        # Importing runs the module, so only names that passed the check above come so far.
+        # Importing runs the module, so only names that passed the check above get here.
         candidate = getattr(importlib.import_module(module), last)
     except (ImportError, AttributeError, ValueError) as error:
         todo = "Install the package that it comes from, or run the command where tasks/ is"
@@ -254,20 +254,20 @@ def class_of(name: str, path: str, base: type[Instance], ours: Iterable[str], al
 
 
 def read_arguments(kind: type, args: Mapping[str, Any], where: str, allowed: Iterable[str] = ()) -> dict[str, Any]:
-    """Settings for a class, checked by the types of its signature: plain values, and parts of `PARTS` that are made of
-    class_path and init_args in the same way.
+    """Settings for a class, checked against the types in its signature: plain values, and instances of `PARTS`, built
+    from class_path and init_args in the same way.
 
     Args:
-        allowed: packages beside this project's that parts may come from.
+        allowed: packages besides this project's that parts may come from.
 
     Raises:
-        UserError: a setting that it does not have, or of another type (77).
+        UserError: an unknown setting, or one of the wrong type (77).
     """
     hints = hints_of(kind)
     # Labels come with the checkpoint's tensors (`build_model`), not with its settings.
     names = [name for name in hints if name != "labels"]
     parts = {name: base for name in names if (base := kind_of_part(hints.get(name))) is not None}
-    # Settings of any other type have no kind here, so that naming one is refused.
+    # Settings of any other type have no kind here, so naming one is an error.
     kinds: dict[str, Kind] = {name: maybe(Tree()) for name in parts}
     kinds |= {n: plain_kind for n in names if n not in parts and (plain_kind := kind_of_hint(hints.get(n))) is not None}
     for name in args:
@@ -275,7 +275,7 @@ def read_arguments(kind: type, args: Mapping[str, Any], where: str, allowed: Ite
             todo = f"Annotate it where {kind.__name__} is written, such as `{name}: float`"
             raise UserError(f"{where}.{name}", "its class does not say of which type it is", todo, ExitCode.REFUSED)
     read = Record({}, kinds, ExitCode.REFUSED).read(dict(args), where, TODO)
-    # Parts are made last, of mappings that have passed the schema.
+    # Parts are built last, from mappings that have passed the schema.
     for name, base in parts.items():
         content = read.get(name)
         if isinstance(content, list):
@@ -286,8 +286,8 @@ def read_arguments(kind: type, args: Mapping[str, Any], where: str, allowed: Ite
 
 
 def hints_of(kind: type) -> dict[str, Any]:
-    """Arguments of a class with their types, None where one is not annotated. What it hands on as `**kwargs` are those
-    of the class above it."""
+    """Arguments of a class with their types, None if not annotated. `**kwargs` stands for the arguments of its base
+    class."""
     arguments: dict[str, Any] = {}
     for each in kind.__mro__:
         if "__init__" not in vars(each) or each is object:
@@ -305,13 +305,13 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 
 def kind_of_part(hint: Any) -> type | None:
-    """Which of `PARTS` an annotated type asks for: one of them, or none, or several."""
+    """The class from `PARTS` in an annotated type, such as X, X | None or a sequence of X; None if there is none."""
     bases = [base for arg in (hint, *typing.get_args(hint)) for base in PARTS if arg is base]
     return bases[0] if bases else None
 
 
 def make_part(value: Any, base: type[Instance], where: str, allowed: Iterable[str]) -> Instance:
-    """A part of a task out of its class_path and init_args, see `class_of`."""
+    """Build a part of a task from its class_path and init_args, see `class_of`."""
     record = Record({"class_path": Text(200)}, {"init_args": maybe(Tree())}, ExitCode.REFUSED).read(value, where, TODO)
     kind = class_of(record["class_path"], where, base, OUR_PARTS, allowed)
     args = read_arguments(kind, record.get("init_args") or {}, where, allowed)
@@ -319,14 +319,14 @@ def make_part(value: Any, base: type[Instance], where: str, allowed: Iterable[st
 
 
 def kind_of_hint(hint: Any) -> Kind | None:
-    """What a plain value of an annotated type looks like; None for types that are not plain."""
+    """Schema of the plain values of an annotated type; None for types that are not plain."""
     if hint in SIMPLE:
         return SIMPLE[hint]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return OneOf(args)
     parts = [kind for arg in args if arg is not Ellipsis and (kind := kind_of_hint(arg)) is not None]
-    # One of the types of a union must be plain; all the types of a container must be.
+    # At least one type of a union must be plain; all types of a container must be.
     if origin in (typing.Union, types.UnionType):
         return AnyOf(tuple(parts)) if parts else None
     if len(parts) < len([arg for arg in args if arg is not Ellipsis]) or not parts:

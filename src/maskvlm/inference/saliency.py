@@ -19,27 +19,27 @@ from maskvlm.utils.errors import UserError
 
 class WordSaliency(NamedTuple):
     """attention_N: share of the word's attention on each patch, mean over heads. gradcam_N: attention weighted by how
-    much it speaks for the word (positive gradients), 0 where nothing does; both sum to 1 or are 0."""
+    much it supports the word (positive gradients), 0 where nothing does. Both sum to 1 or are 0."""
 
     attention_N: Tensor
     gradcam_N: Tensor
 
 
 class Traced(NamedTuple):
-    """every_BTD: as the encoder gives it. probabilities: of each block, [B, H, T, L]."""
+    """every_BTD: output of the encoder. probabilities: attention of each block, [B, H, T, L]."""
 
     every_BTD: Tensor
     probabilities: list[Tensor]
 
 
 def trace(encoder: CrossEncoder, x_BTD: Tensor, context_BLD: Tensor, attention_BT: Tensor) -> Traced:
-    """A cross encoder's forward pass that keeps its cross-attention; the fused kernel does not tell it."""
+    """Forward pass of a cross encoder that keeps its cross-attention, which the fused kernel does not return."""
     mask = attention_BT[:, None, None, :]
     shares = []
     for block in encoder.blocks:
         own: Attention = block.self_attention  # type: ignore[assignment]
         other: Attention = block.cross_attention  # type: ignore[assignment]
-        # The steps of CrossBlock.forward: no dropout in evaluation, and g_txt has no query positions.
+        # As CrossBlock.forward: no dropout in evaluation, and g_txt has no query positions.
         x_BTD = block.norms[0](x_BTD + own(x_BTD, own.keys_values(x_BTD), mask))  # type: ignore[index, operator]
         query, (key, value) = other._split(other.query(x_BTD)), other.keys_values(context_BLD)
         # (B, H, T, D / H) and (B, H, D / H, L) -> (B, H, T, L); no mask, as an image has no padding.
@@ -52,23 +52,23 @@ def trace(encoder: CrossEncoder, x_BTD: Tensor, context_BLD: Tensor, attention_B
 
 
 def word_places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
-    """Tokens of a text, [T], and where among them the first occurrence of a word (or of several) stands, [K]. A part of
-    a word is none: `circle` is not in `circles`.
+    """Tokens of a text, [T], and the positions of the first occurrence of a word (or several), [K]. Parts of words do
+    not match: `circle` is not in `circles`.
 
     Raises:
-        UserError: the text does not hold the word, or the tokenizer does not know it.
+        UserError: the word is not in the text, or the tokenizer does not know it.
     """
     check_text(word)
     captioner = model.words.captioner
     tokens = model.tokens([text])
     token_T, word_T = tokens.token_CT[0], tokens.word_CT[0].tolist()
     whole = token_T.tolist()
-    # A place between two tokens of the same word is no border; start and end token (-1) are words of their own.
+    # A position between two tokens of the same word is not a border; start and end token (-1) are separate words.
     inside = {at for at in range(1, len(whole)) if word_T[at - 1] == word_T[at] >= 0}
     borders = {*range(len(whole) + 1)} - inside
     for spelt in (word, f" {word}"):  # byte-level tokenizers keep the space before a word
         inner = captioner.inner(spelt)
-        # All unknown words are one token: it would be found where another one stands.
+        # All unknown words map to one token, which would match any other unknown word.
         if captioner.unknown in inner:
             raise UserError("word", f"the model's tokenizer does not know '{word}'", "Ask about another word")
         for start in range(len(whole) - len(inner) + 1):
@@ -81,10 +81,10 @@ def word_places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
 
 
 def explain_word(model: Model, image: Any, text: str, word: str, block: int = -1) -> WordSaliency:
-    """The word is masked and filled in from the image; where the model looked for it.
+    """Mask the word and fill it in from the image; return where the model looked.
 
     Args:
-        block: of the text cross encoder whose attention is shown; the last for -1.
+        block: block of the text cross encoder whose attention is shown; -1 for the last.
     """
     backbone, head = model.backbone, model.head("tokens", "explain")
     token_T, at_K = word_places(model, text, word)
@@ -94,15 +94,15 @@ def explain_word(model: Model, image: Any, text: str, word: str, block: int = -1
     with torch.enable_grad():
         image_1LD = backbone.image(model.pixels([image])).detach()
         text_1TD = backbone.text(masked_T[None], attention_1T).detach()
-        # The graph begins at the text's features: the encoders need no gradient.
+        # The graph starts at the text features: the encoders need no gradient.
         share = trace(backbone.cross_text, text_1TD.requires_grad_(), image_1LD, attention_1T)
         logits_KV = head(share.every_BTD[0, at_K]).float()
-        # log p of all tokens of the word; Grad-CAM weighs each attention share by its slope.
+        # log p of all tokens of the word; Grad-CAM weights each attention share by its gradient.
         evidence = logits_KV.log_softmax(-1).gather(1, token_T[at_K, None]).sum()
         (slope,) = torch.autograd.grad(evidence, share.probabilities[block])
     chosen_HKL = share.probabilities[block].detach()[0][:, at_K].float()
     cam_HKL = chosen_HKL * slope[0][:, at_K].float().clamp(min=0)
-    # Mean over heads and tokens, and without the class token: (H, K, L) -> (N,)
+    # Mean over heads and tokens, without the class token: (H, K, L) -> (N,)
     return WordSaliency(*(_shared(map_HKL.mean((0, 1))[1:]) for map_HKL in (chosen_HKL, cam_HKL)))
 
 
@@ -112,11 +112,11 @@ def _shared(map_N: Tensor) -> Tensor:
 
 
 def overlay(image: Image.Image, map_RC: Any) -> Image.Image:
-    """A map over the patches as a warm layer on an image, at its own size: where the map is highest, 70 % of the
-    colour is the layer's."""
+    """A map over the patches as a heat map on an image, at the image's own size. Where the map is highest, the heat map
+    has 70 % opacity."""
     top = float(map_RC.max())
     level_RC = np.rint(255 * np.asarray(map_RC, dtype=np.float32) / (top or 1.0)).astype(np.uint8)
-    # Bytes throughout, some ten a pixel where floats take a hundred: photos have up to 50 million pixels.
+    # Bytes throughout, about ten per pixel instead of a hundred with floats: photos have up to 50 million pixels.
     level = Image.fromarray(level_RC).resize(image.size, Image.Resampling.BICUBIC)
     layer = level.copy()
     layer.putpalette((colormaps["inferno"](np.arange(256), bytes=True)[:, :3]).tobytes())

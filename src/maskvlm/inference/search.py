@@ -1,10 +1,11 @@
-"""`maskvlm index` and `search`: images found among many, by a text or an image.
+"""`maskvlm index` and `search`: find images in a large collection by a text or an image.
 
-An index is a folder: `index.json` says what it is, `index.faiss` holds the vectors, `ids.parquet` whose they are. It is
-searched by inner product of unit vectors, the cosine. There is no pickle in it, `index.json` passes a closed schema and
-knows the files' hashes; but FAISS reads its own file in C++ without distrust: take none from a stranger.
+An index is a folder: `index.json` describes it, `index.faiss` has the vectors, `ids.parquet` the images that they
+belong to. It is searched by inner product of unit vectors, which is the cosine. It contains no pickle, and `index.json`
+is checked against a closed schema and has the files' hashes; but FAISS's C++ reader trusts its file: do not load an
+index from an untrusted source.
 
-Shapes: N vectors, Q queries, K found, E contrast width.
+Shapes: N vectors, Q queries, K results, E contrast width.
 """
 
 import math
@@ -42,32 +43,33 @@ INDEX_SCHEMA = Record({
     "knob": OneOf((None, *(kind.knob for kind in kinds(1, 2).values() if kind.knob))), "value": maybe(Whole(0, 10**6)),
     "checkpoint": Text(), "data": Text(), "split": Text(100), "source": maybe(Tree()),
 })  # fmt: skip
-"""What is read of `index.json`."""
+"""The part of `index.json` that is read."""
 
 
 def index_folder(vectors: Path, out: Path, name: str = "auto", least: float = RECALL) -> Facts:
-    """Index a folder of vectors; returns what `index.json` says. Raises UserError: a shard is missing or damaged."""
+    """Index a folder of vectors; returns the content of `index.json`. Raises UserError: a shard is missing or
+    damaged."""
     facts = facts_of(vectors)
     parts, width = range(facts["shards"]), facts["width"]
     if not parts:
         raise UserError(vectors, "holds no vectors: nothing was embedded", "Embed another split", ExitCode.BAD_DATA)
-    # Some captions are enough to ask with.
+    # A sample of the captions is enough for queries.
     caption_parts = parts[:: math.ceil(len(parts) / 8)] if facts.get("captions") else []
     images = [read_vectors(file_of(vectors, part, len(parts)), width) for part in parts]
     captions = [read_vectors(file_of(vectors, part, len(parts), "captions"), width)[1] for part in caption_parts]
     vector_NE = np.concatenate([vector_NE for _, vector_NE in images])
     if not len(vector_NE):
         raise UserError(vectors, "holds no image that could be read", "See its bad_samples.json", ExitCode.BAD_DATA)
-    # Captions are what an index will be asked with; without them its own vectors must do.
+    # Captions are realistic queries for tuning; without them, the index's own vectors are used.
     query_NE = np.concatenate(captions) if sum(map(len, captions)) else vector_NE
     chosen = np.random.default_rng(0).choice(len(query_NE), min(500, len(query_NE)), replace=False)
     index, about = build_index(vector_NE, query_NE[chosen], name, least)
-    (out / ABOUT).unlink(missing_ok=True)  # of an older one: without it the folder is no index
+    (out / ABOUT).unlink(missing_ok=True)  # of an older index: without it, the folder is not an index
     write_file(out / IDS, pa.concat_tables([table.select(IMAGE_COLUMNS.names) for table, _ in images]))
     write_index(index, out / VECTORS)
     about |= {"asked": "pictures" if query_NE is vector_NE else "captions", "count": len(vector_NE)}
     about |= {name: facts.get(name) for name in ("width", "weights", "checkpoint", "data", "split", "source")}
-    # Last, with the sums of both files: a run that breaks off leaves no index.
+    # Last, with the checksums of both files: an interrupted run leaves no index.
     write_file(out / ABOUT, about | {"sha256": {name: sha256_of(out / name) for name in (VECTORS, IDS)}})
     return about
 
@@ -76,7 +78,7 @@ def read_vectors(path: Path, width: int) -> tuple[pa.Table, Array]:
     """A shard and its vectors, [N, E]. Raises UserError (65)."""
     try:
         table = pq.read_table(path)
-        # Lists of E numbers are one flat array in Arrow: (N * E,) -> (N, E)
+        # Arrow stores lists of E numbers as one flat array: (N * E,) -> (N, E)
         return table, table["vector"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, width)
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         todo = "Start the same `embed` again; if the file is there, delete it first"
@@ -84,7 +86,7 @@ def read_vectors(path: Path, width: int) -> tuple[pa.Table, Array]:
 
 
 class SearchResult(NamedTuple):
-    """An image: its row in the split, its file or None, the cosine with the query, the probability of a match."""
+    """An image: its row in the split, its file or None, the cosine with the query, the match probability."""
 
     row: int
     id: str
@@ -96,22 +98,23 @@ class SearchResult(NamedTuple):
 
 
 class SearchIndex:
-    """An index in memory; `about` is what is read of its `index.json`, `images` the folder that the user named."""
+    """An index in memory; `about` is the part of its `index.json` that is read, `images` the folder that the user
+    named."""
 
     def __init__(self, index: Any, ids: pa.Table, about: Facts, images: Path | None = None) -> None:
         self.index, self.ids, self.about, self.images = index, ids, about, images
-        self.model: PretrainedMaskVLM | None = None  # that was checked
+        self.model: PretrainedMaskVLM | None = None  # the model that has been checked
 
     @classmethod
     def load(cls, folder: str | Path, images: str | Path | None = None) -> "SearchIndex":
         """Read an index.
 
         Args:
-            folder: that `index` made.
-            images: where its images lie: a folder of files, or a prepared set; needed only to open them.
+            folder: folder made by `index`.
+            images: location of its images: a folder of files, or a prepared set; needed only to open them.
 
         Raises:
-            UserError: no index (66), or damaged (65).
+            UserError: not an index (66), or damaged (65).
         """
         place, faiss = Path(folder), faiss_module()
         if not (place / ABOUT).is_file():
@@ -130,7 +133,7 @@ class SearchIndex:
         )
         INDEX_SCHEMA.read(about, str(file), "Make it again")
         try:
-            # Sums come first: FAISS reads its file in C++, and trusts it.
+            # Checksums first: FAISS's C++ reader trusts its file.
             if any(sha256_of(place / name) != about["sha256"].get(name) for name in (VECTORS, IDS)):
                 raise ValueError(f"a file is not the one that {ABOUT} knows")
             index, ids = faiss.read_index(str(place / VECTORS)), pq.read_table(place / IDS)
@@ -146,10 +149,10 @@ class SearchIndex:
         return cls(index, ids, about, None if images is None else Path(images))
 
     def search(self, vector_QE: Array | Tensor, k: int = 10) -> tuple[Array, Array]:
-        """The k nearest of each query, the nearest first: cosines and positions, [Q, K]; position -1 where IVF found
-        fewer in the lists it looked at."""
+        """The k nearest of each query, nearest first: cosines and positions, [Q, K]; position -1 where IVF found fewer
+        in the lists it searched."""
         check_whole("search", "k", k, 1)
-        # FAISS takes rows of float32 that lie one after another.
+        # FAISS needs contiguous float32 rows.
         query_QE = np.ascontiguousarray(np.atleast_2d(np.asarray(vector_QE, np.float32)))
         if query_QE.shape[1] != self.index.d:
             what = f"vectors of width {query_QE.shape[1]}, the index has {self.index.d}"
@@ -158,12 +161,12 @@ class SearchIndex:
         return hits
 
     def open_images(self, hits: list[SearchResult]) -> list[ImageInput]:
-        """The images themselves: files or a prepared set in the folder that the user named, or what the built-in world
-        draws. An index may be anybody's: what it says of files is held against that folder, and nothing else is opened.
+        """Open the images: files or a prepared set in the folder that the user named, or scenes of the built-in world.
+        The index is untrusted: its file paths are checked against that folder, and nothing else is opened.
 
         Raises:
-            UserError: no folder was named (66), an image leads out of it (77) or is gone (66), or the data set is
-                another one by now (65).
+            UserError: no folder was named (66), an image is outside it (77) or missing (66), or the data set has
+                changed (65).
         """
         if self.images is None or (self.images / MANIFEST).is_file():
             pairs = self.pairs(hits)
@@ -171,7 +174,7 @@ class SearchIndex:
                 what = f"{IDS} names rows that the data set does not have"
                 raise UserError("search", what, "Index it again", ExitCode.BAD_DATA)
             return [pairs[each.row]["image"] for each in hits]
-        # Links are followed on both sides, so that none leads out unseen.
+        # Resolve links on both sides, so that none leads out of the folder.
         root = os.path.realpath(self.images)
         for each in hits:
             if each.path is None:
@@ -186,10 +189,10 @@ class SearchIndex:
         return [Path(str(each.path)) for each in hits]
 
     def pairs(self, hits: list[SearchResult]) -> Pairs:
-        """The split of the data set that was indexed; raises as `open_images`."""
+        """The split of the data set that was indexed; raises the same errors as `open_images`."""
         settings = self.about["source"] or {}
         name, args = current(str(settings.get("class_path"))), settings.get("init_args") or {}
-        # Where the data lie says the user alone (`images`), never the index.
+        # Only the user (`images`) determines where the data are, never the index.
         plain = {key: value for key, value in args.items() if key != "root"} if isinstance(args, dict) else {}
         where = f"{ABOUT}: source"
         source: Source
@@ -215,13 +218,13 @@ class SearchIndex:
 def search_index(
     index: SearchIndex, model: PretrainedMaskVLM, query: ImageInput, k: int = 10, rerank: bool = False
 ) -> list[SearchResult]:
-    """The k nearest images of a text or an image (of strings those that name a file), the nearest first.
+    """The k nearest images to a text or an image, nearest first; a string that names a file is an image.
 
-    rerank: these ordered as `rank` orders, by their match (ITM) and, where the model's task re-ranks by both, the
-    cosine of what is matched: a text with the images themselves, an image with their captions, of which the best
+    rerank: order them as `rank` does, by matching (ITM) and, if the model's task re-ranks by both, the cosine of the
+    matched pair. A text is matched with the images themselves, an image with their captions, of which the best
     counts. Raises UserError: the index was not made with this model (65).
     """
-    # That hashes all weights, so a model that has passed is remembered.
+    # `identity` hashes all weights, so remember a model that has passed.
     if model is not index.model and identity(model) != index.about["weights"]:
         todo = f"Give {index.about['checkpoint']}, or make the index again"
         raise UserError(model.origin.path, "is not the checkpoint of the index", todo, ExitCode.BAD_DATA)
@@ -233,11 +236,11 @@ def search_index(
     vector_E = model.encode_image(query) if by_image else model.encode_text(str(query))
     (similarity_K,), (position_K,) = index.search(vector_E.cpu(), k)
     rows = index.ids.take(position_K[position_K >= 0]).to_pylist()
-    # FAISS puts -1 last: the first cosines are those of the rows that are left.
+    # FAISS puts -1 last, so the first cosines belong to the remaining rows.
     hits = [SearchResult(**row, similarity=value) for row, value in zip(rows, similarity_K.tolist(), strict=False)]
     if not rerank:
         return hits
-    # A match is of an image and a text: of an image that is asked about, with the captions of what was found.
+    # Matching needs an image and a text: a query image is matched with the captions of the results.
     images = [query] if by_image else index.open_images(hits)
     texts = [caption for each in hits for caption in each.captions] if by_image else [str(query)]
     image, text = encode(model, images, True), encode(model, texts, False)
@@ -246,11 +249,11 @@ def search_index(
     text_features = features_of(model, text, range(len(texts)))
     odds_M = log_odds(model, [image_features[i] for i, _ in pairs], [text_features[t] for _, t in pairs]).cpu()
     cosine_M = (image.vector_XE @ text.vector_XE.T).flatten().cpu()
-    # Each pair's place among what was found: an image's captions share theirs, and the best one counts.
+    # Each pair's index among the results: captions of an image share its index, and the best one counts.
     places = [place for place, each in enumerate(hits) for _ in each.captions] if by_image else list(range(len(hits)))
     best: dict[int, float] = {}
     for at in by_match(model, odds_M, cosine_M):
         best.setdefault(places[at], float(odds_M[at].sigmoid()))
-    # What has no caption cannot be matched, and comes last.
+    # Results without captions cannot be matched and come last.
     best |= {place: 0.0 for place in range(len(hits)) if place not in best}
     return [hits[place]._replace(match=match) for place, match in best.items()]

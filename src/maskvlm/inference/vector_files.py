@@ -1,10 +1,10 @@
-"""`maskvlm embed`: the vectors of a data set's images and captions, as Parquet files, a shard each.
+"""`maskvlm embed`: the vectors of a data set's images and captions, as Parquet files, one per shard.
 
     maskvlm embed --from checkpoints/first/best.ckpt --out vectors --split val -c conf/base.yaml -c ...
 
-A file is written under another name and renamed, so that what exists is whole; a second start makes the shards that are
-missing. Under torchrun or srun process r of W takes every W-th shard. Nothing passes between processes: there is no
-process group, none waits for another, and the next start may have another number of them.
+Files are written under a temporary name and renamed, so existing files are complete; running the command again makes
+the missing shards. Under torchrun or srun, process r of W takes every W-th shard. Processes do not communicate: there
+is no process group, none waits for another, and the next run may use a different number of them.
 
 Shapes: B images, C captions, E contrast width, N rows of all shards.
 """
@@ -45,22 +45,22 @@ FACTS, BAD = "vectors.json", "bad_samples.json"
 SHARD = 4096  # images
 SAME = {"weights": "another checkpoint", "data": "other data", "split": "another split"}
 SAME |= {"shard": "shards of another size", "captions": "or without captions"}
-"""What a second start must agree in, and what it is told where it does not."""
+"""What a second run must have in common with the first, and how an error names the difference."""
 Facts = dict[str, Any]
 Process = tuple[int, int]
-"""This one's number, and how many there are."""
+"""This process's number, and the number of processes."""
 
 
 def identity(model: PretrainedMaskVLM) -> str:
-    """sha256 of what a vector depends on: tensors, image size, normalisation, tokenizer. A checkpoint and the hub's
-    folder made of it are the same model, a copy in another precision is not."""
+    """sha256 of what a vector depends on: tensors, image size, normalisation, tokenizer. A checkpoint and the hub
+    folder made from it count as the same model; a copy in another precision does not."""
     spec = model.backbone.input_spec
     words = None if spec.tokenizer is None else tokenizer_hash(spec.tokenizer)
     facts = (spec.image_size, [round(float(part), 6) for part in (*spec.mean, *spec.std)], spec.text_length, words)
     digest = hashlib.sha256(repr(facts).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        # As bytes, since numpy has no bfloat16.
+        # Viewed as bytes, since numpy has no bfloat16.
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -69,13 +69,13 @@ def identity(model: PretrainedMaskVLM) -> str:
 
 TEXTS = dict.fromkeys(("id", "origin", "path"), pa.string())
 IMAGE_COLUMNS = pa.schema({"row": pa.int64(), **TEXTS, "captions": pa.list_(pa.string())})
-"""Columns of an image beside its vector: row in the split, id, origin, file (null without one), captions."""
+"""Columns of an image besides its vector: row in the split, id, origin, file (null without one), captions."""
 CAPTION = pa.schema({"row": pa.int64(), "id": pa.string(), "caption": pa.string()})
-"""Columns of a caption beside its vector; row and id are its image's."""
+"""Columns of a caption besides its vector; row and id are those of its image."""
 
 
 class RowsToEmbed(Dataset[dict[str, Any]]):
-    """What IMAGE_COLUMNS names of a row, and `image` as the model reads it; or else `bad`: (reason, message)."""
+    """The IMAGE_COLUMNS of a row, plus `image` as the model's input, or `bad`: (reason, message)."""
 
     def __init__(self, pairs: Pairs, model: PretrainedMaskVLM) -> None:
         self.pairs, self.transform = pairs, eval_transform(model.backbone.input_spec)
@@ -101,22 +101,22 @@ def embed(
     captions: bool = True,
     process: Process = (0, 1),
 ) -> str:
-    """Write this process's missing shards of a split's vectors; returns one line on what is there now.
+    """Write this process's missing shards of a split's vectors; returns a one-line summary of what now exists.
 
-    `details` goes into `vectors.json`: `split`, and what else shall be known later; `shard` is images a file.
+    `details` goes into `vectors.json`: `split`, and anything else to record; `shard` is the number of images per file.
 
     Raises:
-        UserError: the folder holds other vectors, or cannot be written (73, 74); the checkpoint has no contrast head.
+        UserError: the folder has other vectors, or cannot be written (73, 74); the checkpoint has no contrast head.
     """
     projection = model.head("projection", "embed")
     width, count = projection.image.out_features, math.ceil(len(pairs) / shard)
     facts = {"weights": identity(model), "data": pairs.fingerprint, "pictures": len(pairs), "shard": shard}
     claim_vectors(folder, {**facts, "width": width, "captions": captions, "shards": count, **details})
-    # What this process has to do: its own shards, without those that are there.
+    # This process's shards, without those that already exist.
     mine = [part for part in range(count)[process[0] :: process[1]] if not file_of(folder, part, count).exists()]
     ranges = [range(part * shard, min((part + 1) * shard, len(pairs))) for part in mine]
     batches = [[list(rows) for rows in in_batches(whole, model.batch_size)] for whole in ranges]
-    # One loader for all shards: its workers read on across their ends. On a CPU the model needs the cores.
+    # One loader for all shards, so that workers read ahead across shards. On a CPU, the model needs the cores.
     loader = DataLoader(
         RowsToEmbed(pairs, model),
         batch_sampler=[rows for part in batches for rows in part],
@@ -125,7 +125,7 @@ def embed(
     )
     line, reading = EmbedProgress(sum(map(len, ranges)), process), iter(loader)
     for part, parts in zip(mine, batches, strict=True):
-        # The empty first part is for a shard of which no image could be read.
+        # The empty first part is for a shard without readable images.
         good, bad, vectors = [], [], [torch.zeros(0, width)]
         for _ in parts:
             rows = next(reading)
@@ -136,9 +136,9 @@ def embed(
             good += [row for row in rows if "bad" not in row]
             bad += [row["bad"] for row in rows if "bad" in row]
             line.advance(len(rows))
-        if captions:  # first: a shard counts as done when its images are there
+        if captions:  # first: a shard counts as done once its images exist
             write_file(file_of(folder, part, count, "captions"), captions_table(model, good))
-        # What failed is kept in the shard itself, where whichever process ends last finds it.
+        # Failures are stored in the shard itself, where the process that finishes last finds them.
         table = table_of(good, IMAGE_COLUMNS, torch.cat(vectors))
         write_file(file_of(folder, part, count), table.replace_schema_metadata({"bad": json.dumps(bad)}))
     line.bar.close()
@@ -152,15 +152,15 @@ def captions_table(model: PretrainedMaskVLM, images: list[dict[str, Any]]) -> pa
 
 
 def table_of(rows: list[dict[str, Any]], kinds: pa.Schema, vector_XE: Tensor) -> pa.Table:
-    """Rows of these kinds with a column of their vectors, [N, E], float32."""
-    # Arrow's lists of a fixed size are one flat array: (N, E) -> (N * E,)
+    """Rows with this schema and a column of their vectors, [N, E], float32."""
+    # Arrow stores fixed-size lists as one flat array: (N, E) -> (N * E,)
     flat = pa.array(vector_XE.numpy().reshape(-1), pa.float32())
     vectors = pa.FixedSizeListArray.from_arrays(flat, vector_XE.shape[1])
     return pa.Table.from_pylist(rows, kinds).append_column("vector", vectors)
 
 
 class EmbedProgress:
-    """Images a second and time left: a bar on a terminal, elsewhere a line every half minute."""
+    """Images per second and time left: a bar on a terminal, otherwise a line every half minute."""
 
     def __init__(self, total: int, process: Process) -> None:
         self.total, self.done, self.started, self.last_report = total, 0, time.monotonic(), time.monotonic()
@@ -168,7 +168,7 @@ class EmbedProgress:
         self.bar = StatusBar(self.name, total, Console(), process[0] == 0)
 
     def advance(self, images: int) -> None:
-        """So many more images are done."""
+        """Record that `images` more images are done."""
         self.done, now = self.done + images, time.monotonic()
         if now - self.last_report < (0.2 if self.bar.drawn else 30.0) and self.done < self.total:
             return
@@ -181,12 +181,13 @@ class EmbedProgress:
 
 
 def file_of(folder: Path, part: int, count: int, kind: str = "pictures") -> Path:
-    """Where shard `part` of `count` lies; kind: "pictures" or "captions"."""
+    """Path of shard `part` of `count`; kind: "pictures" or "captions"."""
     return folder / f"{kind}-{part:05}-of-{count:05}.parquet"
 
 
 def claim_vectors(folder: Path, facts: Facts) -> None:
-    """Write `vectors.json`, or hold it against these facts. Raises UserError where it is of other vectors."""
+    """Write `vectors.json`, or compare an existing one with these facts. Raises UserError if it describes other
+    vectors."""
     if (folder / FACTS).exists():
         there = facts_of(folder)
         for name, other in SAME.items():
@@ -198,7 +199,7 @@ def claim_vectors(folder: Path, facts: Facts) -> None:
 
 
 def facts_of(folder: Path) -> Facts:
-    """What `vectors.json` says. Raises UserError: none is there (66), or it is damaged (65)."""
+    """Content of `vectors.json`. Raises UserError: it does not exist (66), or is damaged (65)."""
     path = folder / FACTS
     if not path.is_file():
         raise UserError(folder, f"holds no {FACTS}", "Make it with `maskvlm embed`", ExitCode.MISSING_INPUT)
@@ -210,13 +211,13 @@ def facts_of(folder: Path) -> Facts:
 
 
 def shards_there(folder: Path, count: int) -> list[Path]:
-    """Paths of the image shards that are written already, of `count` in all."""
+    """Paths of the image shards that already exist, of `count` in total."""
     paths = [file_of(folder, part, count) for part in range(count)]
     return [path for path in paths if path.exists()]
 
 
 def rows_not_embedded(shards: Iterable[Path]) -> dict[str, list[str]]:
-    """What these shards could not embed: reason -> messages."""
+    """Rows that could not be embedded in these shards: reason -> messages."""
     listed: dict[str, list[str]] = {}
     for path in shards:
         for reason, message in json.loads((pq.read_schema(path).metadata or {}).get(b"bad", b"[]")):
@@ -225,7 +226,8 @@ def rows_not_embedded(shards: Iterable[Path]) -> dict[str, list[str]]:
 
 
 def close(folder: Path, pairs: Pairs, count: int) -> str:
-    """Lists in `bad_samples.json` what is left out of the shards that are there, whoever made them; returns a line."""
+    """List in `bad_samples.json` what the existing shards leave out, whichever process wrote them; returns a summary
+    line."""
     left_out = {reason: list(places) for reason, places in getattr(pairs, "skipped", {}).items() if places}
     there = shards_there(folder, count)
     while True:
@@ -234,7 +236,7 @@ def close(folder: Path, pairs: Pairs, count: int) -> str:
             counts = {reason: len(messages) for reason, messages in listed.items()}
             content = {"samples": len(pairs), "problems": counts, "examples": listed, "left_out": left_out}
             write_file(folder / BAD, content)
-        # Who writes last must have seen all: whoever has written looks again for shards that came in the meantime.
+        # The last writer must have seen all shards: check again for shards that were written in the meantime.
         before, there = there, shards_there(folder, count)
         if there == before:
             break
@@ -245,17 +247,17 @@ def close(folder: Path, pairs: Pairs, count: int) -> str:
 
 
 def write_file(path: Path, content: pa.Table | Facts) -> None:
-    """A Parquet or JSON file, whole or not at all. Raises UserError (73, or 74 for a full disk)."""
+    """Write a Parquet or JSON file atomically. Raises UserError (73, or 74 for a full disk)."""
     own = f".{process_rank()}" if isinstance(content, dict) else ""  # all processes write the same JSON files
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, own) as temporary:
             if isinstance(content, dict):
                 text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-                # A file's name that is no UTF-8 is escaped, as JSON has it.
+                # File names that are not UTF-8 are escaped as in JSON.
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
             else:
-                # Vectors hardly repeat: a dictionary of them would save nothing.
+                # Vectors hardly ever repeat, so a dictionary would save nothing.
                 pq.write_table(content, temporary, use_dictionary=False)
     except OSError as error:
         message = f"cannot be written ({first_line(error)})"

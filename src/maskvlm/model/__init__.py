@@ -1,5 +1,5 @@
 """The two encoders, the two cross encoders, the heads.
 
-Behind a value (P) says that the paper states it, (R) that its readers report it, (C) that it is the field's convention,
-where neither is known.
+Marks after a default value: (P) stated in the paper, (R) reported by its readers, (C) the field's convention, where
+neither is known.
 """

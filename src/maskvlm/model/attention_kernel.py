@@ -1,4 +1,4 @@
-"""Which kernel attention runs in. Elsewhere torch chooses; for bfloat16 on a CPU its choice is the slower one."""
+"""Choice of the attention kernel: torch's default, except for bfloat16 on a CPU, where its choice is slower."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, by_pr
 
     Args:
         query: [B, H, L, D]. key, value: [B, H, S, D].
-        mask: bool, broadcast to [B, H, L, S], True where a query may attend; each to one position at least.
-        by_products: two matrix products and a softmax, [B, H, L, S] in memory; False: torch's fused kernel.
+        mask: bool, broadcast to [B, H, L, S], True where a query may attend; at least one position per query.
+        by_products: use two matrix products and a softmax, with [B, H, L, S] in memory; False: torch's fused kernel.
 
     Returns:
         [B, H, L, D].
@@ -28,10 +28,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, by_pr
 
 
 def attend_by_products(model: nn.Module) -> None:
-    """Let all attention of the model, timm's and transformers' too, be two matrix products and a softmax.
+    """Compute all attention in the model, including timm's and transformers', as two matrix products and a softmax.
 
-    For bfloat16 on a CPU, where torch's fused kernel takes 1.8 to 6.5 times as long, forwards and backwards
-    (bench/attention.py). In float32 that kernel is the faster one for images.
+    For bfloat16 on a CPU, where torch's fused kernel takes 1.8 to 6.5 times as long, forward and backward
+    (bench/attention.py). In float32, the fused kernel is faster for images.
     """
     module: Any
     for module in model.modules():

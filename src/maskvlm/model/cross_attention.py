@@ -1,6 +1,6 @@
 """The cross-modality encoder: blocks of self-attention, cross-attention and feed-forward (paper sec. 3, fig. 2).
 
-Shapes: B pairs, L positions of the querying side, U rows and S positions of the other side, D width, H heads.
+Shapes: B pairs, L positions of the querying modality, U rows and S positions of the other, D width, H heads.
 """
 
 from collections.abc import Callable
@@ -23,19 +23,19 @@ class KeyValue(NamedTuple):
     value: Tensor
 
     def rows(self, index_B: Tensor | None) -> "KeyValue":
-        """The rows of these pairs; all of them, in order, for None."""
+        """The rows of these pairs; None: all, in order."""
         return self if index_B is None else KeyValue(*(part.index_select(0, index_B) for part in self))
 
 
 class Context(NamedTuple):
-    """What is looked at: keys and values for every block, the padding mask, and which row each pair uses."""
+    """What is attended to: keys and values for every block, the padding mask, and the row that each pair uses."""
 
     blocks: list[KeyValue]
     attention_US: Tensor | None
     index_B: Tensor | None
 
     def mask(self, rows: slice) -> Tensor | None:
-        """Mask [B, 1, 1, S] of the pairs in `rows` for attention."""
+        """Attention mask [B, 1, 1, S] of the pairs in `rows`."""
         if self.attention_US is None:
             return None
         picked = self.attention_US if self.index_B is None else self.attention_US[self.index_B]
@@ -44,21 +44,21 @@ class Context(NamedTuple):
 
 
 class CrossOutput(NamedTuple):
-    """full_RLD: features of the first R pairs at all positions, or at those that were asked for. cls_BD: features of
-    all pairs at the first position (class token); of the first R pairs at the first position that was asked for."""
+    """full_RLD: features of the first R pairs at all positions, or at the requested ones. cls_BD: features of all pairs
+    at the first position (class token); for the first R pairs, at the first requested position."""
 
     full_RLD: Tensor
     cls_BD: Tensor
 
 
 Asking = slice | Tensor
-"""Which positions get new features in a block: those of a slice, or of an index [B, K]."""
+"""Which positions get new features in a block: a slice, or an index [B, K]."""
 ALL, FIRST = slice(None), slice(0, 1)
-"""All positions; the class token alone."""
+"""All positions; only the class token."""
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values can be kept (for cached re-ranking).
+    """Multi-head attention whose keys and values can be cached (for re-ranking).
 
     Attributes:
         by_products: see `attention_kernel.attend`.
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         self, x_BLD: Tensor, context: KeyValue, mask: Tensor | None, position_LD: Tensor | None = None
     ) -> Tensor:
         """Attend from the queries [B, L, D] to S keys and values, [B, L, D]. mask: bool, broadcast to [B, H, L, S],
-        True where a query may attend. position_LD: added to the queries alone."""
+        True where a query may attend. position_LD: added to the queries only."""
         asking_BLD = x_BLD if position_LD is None else x_BLD + position_LD
         mixed = attend(self._split(self.query(asking_BLD)), *context, mask, self.by_products)
         # (B, H, L, D/H) -> (B, L, D)
@@ -113,16 +113,16 @@ class CrossBlock(nn.Module):
         asking: Asking = ALL,
         position_LD: Tensor | None = None,
     ) -> Tensor:
-        """New features of the positions `asking`: exact, and cheaper in a last block of which few are read.
+        """New features of the positions `asking`: exact, and cheaper in a last block if only a few are needed.
 
-        position_LD: added to what queries are made of, in both attentions.
+        position_LD: added to the input of the query projections, in both attentions.
         """
-        # Called on the class: in a sharded block the object's methods would gather its weights, which are here already.
+        # Called on the class: a sharded block's bound methods would gather its weights, which are already here.
         x = CrossBlock.attend_self(self, x_BLD, self_mask, asking, position_LD)
         return CrossBlock.attend_other(self, x, context, context_mask, asking, position_LD)
 
     def keys_values(self, context_USD: Tensor) -> KeyValue:
-        """Keys and values that the cross-attention makes of its context, [U, H, S, D / H] each."""
+        """Keys and values that the cross-attention computes from its context, [U, H, S, D / H] each."""
         return self.cross_attention.keys_values(context_USD)
 
     def attend_self(
@@ -130,15 +130,15 @@ class CrossBlock(nn.Module):
     ) -> Tensor:
         """The first part of the block, self-attention. It does not depend on the context, so a row that several pairs
         share needs it only once."""
-        # Keys and values of all positions, also where only some of them ask.
+        # Keys and values of all positions, even if only some of them query.
         own = self.self_attention.keys_values(x_BLD)
         x, place = positions_of(x_BLD, asking), places_of(position_LD, asking)
         # Post-norm (R): each sum is normalised.
         return self.norms[0](x + self.dropout(self.self_attention(x, own, self_mask, place)))
 
     def attend_past(self, x_BLD: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """`attend_self` for new positions, which see the earlier ones and each other. Returns their features, and keys
-        and values of all positions. past: keys and values of the earlier positions; None where there are none."""
+        """`attend_self` for new positions, which attend to the earlier ones and each other. Returns their features, and
+        keys and values of all positions. past: keys and values of the earlier positions; None if there are none."""
         own = self.self_attention.keys_values(x_BLD)
         known = own if past is None else KeyValue(*(torch.cat(pair, 2) for pair in zip(past, own, strict=True)))
         return self.norms[0](x_BLD + self.dropout(self.self_attention(x_BLD, known, None))), known
@@ -158,33 +158,32 @@ class CrossBlock(nn.Module):
 
 
 def positions_of(x_BLD: Tensor, asking: Asking) -> Tensor:
-    """The positions that ask, [B, K, D]."""
+    """The querying positions, [B, K, D]."""
     return x_BLD[:, asking] if isinstance(asking, slice) else gather_positions(x_BLD, asking)
 
 
 def places_of(position_LD: Tensor | None, asking: Asking) -> Tensor | None:
-    """Position embeddings of the positions that ask, [K, D] or [B, K, D]."""
+    """Position embeddings of the querying positions, [K, D] or [B, K, D]."""
     return None if position_LD is None else position_LD[asking]
 
 
 def gather_positions(x_BLD: Tensor, index_BK: Tensor) -> Tensor:
     """The positions `index_BK` of each row, [B, K, D]."""
-    # (B, K) -> (B, K, D): gather wants an index for each value.
+    # (B, K) -> (B, K, D): gather needs an index for each value.
     return x_BLD.gather(1, index_BK[..., None].expand(-1, -1, x_BLD.shape[-1]))
 
 
 class CrossEncoder(nn.Module):
-    """One modality's features informed by the other's (paper: 3 blocks for each of g_im, g_txt and the decoder).
+    """One modality's features, attending to the other's (paper: 3 blocks for each of g_im, g_txt and the decoder).
 
     Args:
-        width, context_width: of the querying side and of the other side.
+        width, context_width: widths of the querying modality and of the other.
         layers, heads: number of blocks and of attention heads.
-        dropout: on each residual branch, 0 to 1.
+        dropout: dropout rate on each residual branch, 0 to 1.
         checkpointing: recompute activations in the backward pass to save memory.
-        grid: rows and columns of patches, where every query is to know its place: a learned position of each, and of
-            the class token, is then added to what queries are made of in every block (as Conditional DETR gives its
-            queries a spatial part, 2108.06152). Else what a masked patch asks for depends on its place only through
-            features.
+        grid: rows and columns of patches, to add a learned position embedding of each patch, and of the class token,
+            to the input of the query projections in every block (like the spatial part of Conditional DETR's queries,
+            2108.06152). None: a masked patch's query depends on its position only through its features.
     """
 
     def __init__(
@@ -199,21 +198,21 @@ class CrossEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
-        self.groups_texts = True  # on a CPU; False where all processes must compute with a block equally often
+        self.groups_texts = True  # on a CPU; False if all processes must run each block equally often
         self.grid, self.pos_embed = grid, None
         if grid is not None:
-            # (1, 1 + N, D); MaskVLM fills it with sine and cosine.
+            # (1, 1 + N, D); MaskVLM initialises it with sine and cosine.
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], width))
         blocks = [CrossBlock(width, context_width, heads, dropout) for _ in range(layers)]
-        # Matching reads what leaves the last block, and its scores are compared.
+        # Matching uses the output of the last block, and its scores are compared.
         blocks[-1].norms[2] = LastNorm(width)
         self.blocks = nn.ModuleList(blocks)
 
     def context(
         self, context_USD: Tensor, attention_US: Tensor | None = None, index_B: Tensor | None = None
     ) -> Context:
-        """Project the other side once; `index_B` names its row for each pair (None: row by row)."""
-        # Each block has projections of its own: one KeyValue a block.
+        """Project the other modality once; `index_B`: its row for each pair (None: row by row)."""
+        # Each block has its own projections: one KeyValue per block.
         blocks: list[CrossBlock] = list(self.blocks)  # type: ignore[arg-type]
         return Context([block.keys_values(context_USD) for block in blocks], attention_US, index_B)
 
@@ -229,15 +228,15 @@ class CrossEncoder(nn.Module):
         """Run all pairs in one pass.
 
         Args:
-            x_ULD: the querying side.
+            x_ULD: the querying modality.
             context: from `context`.
-            attention_UL: padding mask of the querying side.
-            num_full: the last block gives all positions of the first `num_full` pairs only (None: of all pairs);
-                of the others just the first position, which is all that matching reads.
-            row_B: the row of `x_ULD` that each pair asks with; None: row by row, U = B. What pairs share is computed
-                once: the self-attention of the first block.
-            read_RK: the positions [R, K] of the first `num_full` pairs that are read; `full_RLD` then has these alone,
-                in that order.
+            attention_UL: padding mask of the querying modality.
+            num_full: the last block computes all positions only for the first `num_full` pairs (None: for all pairs);
+                for the others just the first position, which is all that matching needs.
+            row_B: the row of `x_ULD` that each pair queries with; None: row by row, U = B. The self-attention of the
+                first block, which pairs with the same row share, is computed once.
+            read_RK: the positions [R, K] of the first `num_full` pairs to return; `full_RLD` then has only these, in
+                that order.
         """
         pair_B = x_ULD if row_B is None else row_B
         grouped = self.groups_texts and read_RK is None
@@ -255,14 +254,14 @@ class CrossEncoder(nn.Module):
         full: list[Tensor] = []
         first: list[Tensor] = []
         for pair_G, longest in length_groups(lengths_of(attention_UL)[row_B]):
-            # Pairs of which all positions are read stand in front, in every group.
+            # In every group, pairs whose positions are all needed come first.
             pair_G = pair_G[(pair_G >= num_full).argsort(stable=True)]
             row_H, of_G = row_B[pair_G].unique(return_inverse=True)
             group_context = context._replace(index_B=context_row_B[pair_G])
             asking, mask = x_ULD[row_H, :longest], attention_UL[row_H, :longest]
             out = self._forward(asking, group_context, mask, int((pair_G < num_full).sum()), of_G, None)
             groups.append(pair_G)
-            # Zeros at padding, whose features mean nothing.
+            # Zeros at padding, whose features are not used.
             full.append(nn.functional.pad(out.full_RLD, (0, 0, 0, x_ULD.shape[1] - longest)))
             first.append(out.cls_BD)
         pair_B = torch.cat(groups)
@@ -291,14 +290,14 @@ class CrossEncoder(nn.Module):
             x_BLD = x_BLD.index_select(0, row_B)
         num_full = x_BLD.shape[0] if num_full is None else num_full
         self_mask, context_mask = key_mask(attention_BL), context.mask(slice(None))
-        # All blocks but the last: every position of every pair.
+        # All blocks except the last: every position of every pair.
         for block, key_value in zip(blocks[:-1], context.blocks[:-1], strict=True):
             context_args = (key_value.rows(context.index_B), context_mask, ALL, place_LD)
             if shared and block is blocks[0]:
                 x_BLD = self.run_part(block.attend_other, x_BLD, *context_args)
             else:
                 x_BLD = self.run_part(block, x_BLD, self_mask, *context_args)
-        # The last block in two parts: what is read of the first `num_full` pairs, the first position of the others.
+        # The last block in two parts: the needed positions of the first `num_full` pairs, the first one of the others.
         last = context.blocks[-1].rows(context.index_B)
         parts: list[Tensor] = []
         read = ALL if read_RK is None else read_RK
@@ -309,13 +308,13 @@ class CrossEncoder(nn.Module):
                 parts.append(self.run_part(blocks[-1], x_BLD[rows], mask, picked, context.mask(rows), asking, place_LD))
         # (num_full, L, D) and (B, D); a batch without pairs leaves `parts` empty.
         whole = parts[0] if num_full else x_BLD[:0]
-        # The sum over one position is that position; where nothing is read there is none, and it is 0.
+        # The sum over one position is that position; if no position is needed, the sum is 0.
         return CrossOutput(whole, torch.cat([part[:, :1].sum(1) for part in parts or [x_BLD]]))
 
     def run_part(self, compute: Callable[..., Tensor], *args: object) -> Tensor:
-        """A block, or a part of one; with `checkpointing` its activations are recomputed in the backward pass."""
+        """Run a block, or part of one; with `checkpointing`, its activations are recomputed in the backward pass."""
         if self.checkpointing and self.training:
-            # The reentrant kind does not see tensors inside a tuple, so KeyValue would get no gradient.
+            # The reentrant variant ignores tensors inside tuples, so KeyValue would get no gradient.
             return checkpoint(compute, *args, use_reentrant=False)
         return compute(*args)
 

@@ -1,7 +1,7 @@
 """The two unimodal encoders: any timm ViT with a class token, any Hugging Face masked language model.
 
-Both are built with random weights. Unless random ones are asked for, `load_pretrained` must follow (for both
-at once: `weights.load_pretrained`); until then forward refuses.
+Both are built with random weights. Without `random_init`, call `load_pretrained` next (for both at once:
+`weights.load_pretrained`); until then, `forward` raises an error.
 
 Shapes: B rows, C channels, H and W pixels, N patches, L = 1 + N positions (class token first), T tokens,
 D width.
@@ -56,12 +56,12 @@ NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
 
 
 class Encoder(nn.Module):
-    """Base of both encoders: the check that weights are loaded, and the output width.
+    """Base class of both encoders: checks that weights are loaded, and sets the output width.
 
     Attributes:
         width: D.
-        detached: whether the encoder runs without gradient at the moment, see `encoders_frozen`.
-        arguments: that it was built with.
+        detached: whether the encoder currently runs without gradient, see `encoders_frozen`.
+        arguments: the arguments that it was built with.
     """
 
     width: int
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
 
     @property
     def stands_still(self) -> bool:
-        """Whether features of whole inputs have no gradient now: detached, and without an adapter to train."""
+        """Whether features of whole inputs currently have no gradient: detached, and without a trainable adapter."""
         return self.detached and not any(True for _ in self.adapter.parameters())
 
     def _detached_if_frozen(self, compute: Callable[[], Tensor]) -> Tensor:
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         return without_gradient(compute, self) if self.detached else compute()
 
     def adapt(self, width: int) -> None:
-        """Give features of this width from now on; where the encoder has another one, a linear layer is added."""
+        """Set the output width; adds a linear layer if the encoder's own width differs."""
         if width != self.width:
             self.adapter, self.width = nn.Linear(self.width, width), width
             init_xavier(self.adapter)
@@ -98,7 +98,7 @@ class Encoder(nn.Module):
 
 @contextmanager
 def encoders_frozen(encoders: Iterable[Encoder], on: bool) -> Iterator[None]:
-    """Context in which, if `on`, these encoders run without gradient; their features are unchanged."""
+    """Context in which, if `on`, these encoders run without gradient; their features do not change."""
     encoders = list(encoders)
     for encoder in encoders:
         encoder.detached = on
@@ -110,41 +110,41 @@ def encoders_frozen(encoders: Iterable[Encoder], on: bool) -> Iterator[None]:
 
 
 def _mark_ready(module: nn.Module, _: Any) -> None:
-    """A checkpoint of the whole model brings the encoders' weights too."""
+    """A checkpoint of the whole model also contains the encoders' weights."""
     module.ready = True  # type: ignore[assignment]
 
 
 class ImageEncoder(Encoder):
-    """f_im: a timm ViT with a learnable token in the place of masked patches (paper: ViT-B/16).
+    """f_im: a timm ViT with a learnable token in place of masked patches (paper: ViT-B/16).
 
     Args:
-        name: of the timm model, with or without the tag of its weights (`vit_base_patch16_224.augreg_in21k`).
+        name: name of the timm model, with or without its weights tag (`vit_base_patch16_224.augreg_in21k`).
         image_size: side of the square input in pixels, a multiple of the patch size.
-        weights: a file or folder of weights; None takes those that timm names for the model.
+        weights: file or folder of weights; None: those that timm lists for the model.
         random_init: keep random weights; excludes `weights`.
         config: the ViT's shape, such as patch_size, embed_dim, depth, num_heads: see `model_spec.vit_kinds`.
         normalisation: mean and standard deviation of the input: those that the weights were trained with,
             or CLIP's, or ImageNet's (C).
-        drop_path: rate of stochastic depth.
+        drop_path: stochastic depth rate.
         checkpointing: recompute activations in the backward pass.
-        frozen: the first so many blocks, and patches and positions before them, are not trained; `all`: the whole ViT.
-            The mask token is fixed, too, unless masked_patches is left_out: to the patch embedding of a mean-colour
-            patch where pretrained weights are loaded, else as it is (a checkpoint's, or random).
+        frozen: number of leading blocks to freeze, along with the patch and position embeddings; `all`: the whole ViT.
+            Unless masked_patches is left_out, the mask token is fixed too: to the patch embedding of a mean-colour
+            patch if pretrained weights are loaded, otherwise at its value (from a checkpoint, or random).
         masked_patches: token: masked patches enter the ViT as the mask token (P). left_out: the ViT runs on the
-            visible patches only, and mask tokens are inserted after it (MAE, He et al. 2022); cheaper the more is
-            masked. Inserted tokens have no position unless `query_positions` is set.
-        feature_cache: a folder where outputs of the frozen blocks are kept: each training image passes through them
-            once; only without augmentation.
+            visible patches only, and mask tokens are inserted after it (MAE, He et al. 2022); cheaper at higher mask
+            ratios. Inserted tokens have no position unless `query_positions` is set.
+        feature_cache: folder that caches the outputs of the frozen blocks, so that each training image passes through
+            them once; only without augmentation.
 
     Attributes:
-        width: D. grid: patches down and across. num_patches: N. patch_size: side of a patch in pixels.
-        mean, std: of the normalised input, by channel, for RGB in [0, 1].
+        width: D. grid: rows and columns of patches. num_patches: N. patch_size: side of a patch in pixels.
+        mean, std: input normalisation by channel, for RGB in [0, 1].
         vit: the timm model. mask_token: the learnable token, [1, 1, D].
         frozen_blocks: the part of the ViT that is not trained.
 
     Raises:
-        UserError: no such model, no class token, an image_size that does not hold whole patches, weights beside
-            random_init, a ViT of whose patches none can be left out, or as `FrozenBlocks`.
+        UserError: unknown model, no class token, an image_size that is not a whole number of patches, weights together
+            with random_init, a ViT that does not support left_out, or as `FrozenBlocks`.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class ImageEncoder(Encoder):
         check_vit(
             self.config, "model.backbone.image.config", ANY_SIZE, "Set what it knows: a checkpoint holds nothing else"
         )
-        # Pooling by the class token keeps the last norm in `vit.norm`; timm moves it behind an average.
+        # Class token pooling keeps the last norm in `vit.norm`; with average pooling, timm moves it after the average.
         settings = {"img_size": image_size, "drop_path_rate": drop_path, "global_pool": "token"}
         self.vit = create_vit(name, settings | self.config)
         self.width = self.vit.embed_dim
@@ -178,10 +178,10 @@ class ImageEncoder(Encoder):
         self.num_patches: int = self.vit.patch_embed.num_patches
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
         self._check_size()
-        # `model` is no key of NORMALISATIONS: then the weights' own mean and deviation are taken.
+        # `model` is not a key of NORMALISATIONS: the weights' own mean and standard deviation are used.
         facts = self.vit.pretrained_cfg
         self.mean, self.std = NORMALISATIONS.get(normalisation, (tuple(facts["mean"]), tuple(facts["std"])))
-        # (1, 1, D) of the ViT itself, before any adapter.
+        # (1, 1, D), with the ViT's own width, before any adapter.
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.vit.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.vit.set_grad_checkpointing(checkpointing)
@@ -189,11 +189,11 @@ class ImageEncoder(Encoder):
         self.left_out = masked_patches == "left_out"
         if self.left_out:
             self.check_plain("model.backbone.image.masked_patches", "Set it to token")
-        # In front of frozen blocks the token is fixed; behind the ViT it is learned, frozen blocks or not.
+        # Before frozen blocks the token is fixed; after the ViT it is trained, with or without frozen blocks.
         self.mask_token.requires_grad_(self.left_out or not self.frozen_blocks)
 
     def check_plain(self, where: str, todo: str) -> None:
-        """Raises UserError where patches cannot be left out, as in a ViT that adds positions in every block."""
+        """Raises UserError if patches cannot be left out, as in a ViT that adds positions in every block."""
         if type(self.vit) is not VisionTransformer:
             raise UserError(where, f"patches can be left out of a plain ViT alone, which {self.name} is not", todo)
 
@@ -214,26 +214,26 @@ class ImageEncoder(Encoder):
         """Features of every position after the final norm.
 
         Masked patches enter as the mask token, after the patch embedding and before the position embedding
-        (C, SimMIM's way): the ViT knows where they are, and every position passes through it (P). Or they do not enter,
-        see `masked_patches`.
+        (C, as in SimMIM): the ViT knows where they are, and every position passes through it (P). Alternatively they
+        are left out, see `masked_patches`.
 
         Args:
             image_BCHW: normalised RGB, H = W = image_size.
             mask_BN: True on masked patches, row by row from the top left.
-            row_W: rows in the training split of the first W images, which are unmasked; what the frozen blocks give
-                for them may be cached (-1: not cached). None: W = 0.
+            row_W: rows in the training split of the first W images, which are unmasked; the frozen blocks' outputs for
+                them may be cached (-1: not cached). None: W = 0.
             visible: upper bound on the visible patches of the remaining images; None reads it from the device.
-            subset_WV: for the first W images the numbers of the patches that the trained blocks see; the other
+            subset_WV: for the first W images, the indices of the patches that the trained blocks see; the other
                 positions get the mask token. None: all.
 
         Returns:
-            image_BLD: the class token, then the patches; other prefix tokens of the ViT are left out.
+            image_BLD: the class token, then the patches, without other prefix tokens of the ViT.
         """
         self._check_ready()
-        # The paper's way: whole and masked images in one pass.
+        # As in the paper: whole and masked images in one pass.
         if subset_WV is None and (mask_BN is None or not self.left_out):
             return self._adapted(lambda: self._features(image_BCHW, mask_BN, row_W))
-        # Else the two kinds have sequences of different length: two passes, whole images first, as they came.
+        # Otherwise sequence lengths differ: two passes, whole images first, as in the input.
         whole, parts = 0 if row_W is None else len(row_W), []
         if subset_WV is not None:
             features_WLD = self._adapted(lambda: self._forward_subset(image_BCHW[:whole], row_W, subset_WV))
@@ -250,7 +250,7 @@ class ImageEncoder(Encoder):
         return torch.cat([part.to(parts[0].dtype) for part in parts])
 
     def _adapted(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Features of the wanted width, [B, L, D]; `compute` runs the ViT."""
+        """Features with the output width, [B, L, D]; `compute` runs the ViT."""
         features_BLD: Tensor = self.adapter(self._detached_if_frozen(compute))
         return features_BLD
 
@@ -258,9 +258,9 @@ class ImageEncoder(Encoder):
         """Run the ViT on the visible patches only and insert mask tokens at the masked positions, [B, 1 + N, D]. Rows
         with fewer visible patches are padded with masked ones, which attention ignores."""
         if visible is None:
-            # This waits for the device; a masking that gives its bound avoids it.
+            # This waits for the device; a masking that sets `visible` avoids it.
             visible = int((~mask_BN).sum(1).max())
-        # (B, N) -> (B, V): the visible patches first, in their order, then masked ones where a row has fewer.
+        # (B, N) -> (B, V): the visible patches first, in order, then masked ones if a row has fewer.
         visible_BV = mask_BN.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
         is_visible_BV = ~mask_BN.gather(1, visible_BV)
         features_BLD = self._adapted(lambda: self._forward_patches(image_BCHW, visible_BV, is_visible_BV))
@@ -269,22 +269,22 @@ class ImageEncoder(Encoder):
     def _insert_mask_tokens(
         self, features_BLD: Tensor, visible_BV: Tensor, is_visible_BV: Tensor | None = None
     ) -> Tensor:
-        """Features [B, 1 + N, D]: the class token, the patches `visible_BV` at their places, and the mask token at all
-        others and where `is_visible_BV` is False."""
-        # The token has the ViT's width, the features have the adapter's.
+        """Features [B, 1 + N, D]: the class token, the patches `visible_BV` at their positions, and the mask token at
+        all others and where `is_visible_BV` is False."""
+        # The token has the ViT's width, the features the adapter's.
         token_D = self.adapter(self.mask_token[0, 0]).to(features_BLD.dtype)
         # (B, 1 + V, D) -> (B, V, D)
         known_BVD = features_BLD[:, 1:]
         if is_visible_BV is not None:
             known_BVD = torch.where(is_visible_BV[..., None], known_BVD, token_D)
         every_BND = token_D.expand(len(visible_BV), self.num_patches, -1)
-        # (B, V, D) -> (B, N, D): known patches at their places, the token in all others.
+        # (B, V, D) -> (B, N, D): known patches at their positions, the token at all others.
         every_BND = every_BND.scatter(1, visible_BV[..., None].expand_as(known_BVD), known_BVD)
         return torch.cat([features_BLD[:, :1], every_BND], 1)
 
     def _forward_subset(self, image_BCHW: Tensor, row_B: Tensor | None, subset_BV: Tensor) -> Tensor:
-        """Features of whole images, [B, 1 + V, own D]: frozen blocks see all patches, the others `subset_BV`."""
-        # A cached row holds the frozen blocks' output for all patches: each step can pick others from it.
+        """Features of whole images, [B, 1 + V, own D]: frozen blocks see all patches, trained blocks `subset_BV`."""
+        # A cached row holds the frozen blocks' output for all patches, so each step can pick a different subset.
         cache = self._cache_for(row_B)
         hidden_BLD = (
             self.frozen_blocks.forward_frozen(image_BCHW)
@@ -304,9 +304,9 @@ class ImageEncoder(Encoder):
         """Features of the class token and of the patches `visible_BV`, [B, 1 + V, own D]; attention ignores those where
         `is_visible_BV` is False."""
         vit = self.vit
-        # As timm's forward_features; patches are left out after they got their positions.
+        # As timm's forward_features; patches are left out after positions are added.
         hidden_BLD = vit.norm_pre(self._with_prefix(vit._pos_embed(vit.patch_embed(image_BCHW)), visible_BV))
-        # Prefix tokens are always seen: no row of the mask is all -inf, whose softmax would be NaN.
+        # Prefix tokens are always visible, so no row of the mask is all -inf, whose softmax would be NaN.
         looks_BL = torch.cat([is_visible_BV.new_ones(len(is_visible_BV), vit.num_prefix_tokens), is_visible_BV], 1)
         # Added to the attention logits: (B, 1, 1, L), the same for all heads and queries.
         added_BL = torch.zeros_like(looks_BL, dtype=hidden_BLD.dtype).masked_fill(~looks_BL, float("-inf"))
@@ -323,13 +323,13 @@ class ImageEncoder(Encoder):
         if cache is not None and row_W is not None:
             hidden_BLD = self._features_cached(cache, image_BCHW, mask_BN, row_W)
         else:
-            # timm's own forward: it fits every ViT, and checkpoints activations where that is set.
+            # timm's own forward: works for every ViT, with activation checkpointing if enabled.
             with self._masked(mask_BN):
                 hidden_BLD = self.vit.forward_features(image_BCHW)
         return self._drop_extra_prefix(hidden_BLD)
 
     def _cache_for(self, row_W: Tensor | None) -> FeatureCache | None:
-        # In evaluation the rows are those of another split.
+        # In evaluation, rows belong to another split.
         return self.frozen_blocks.cache if self.training and row_W is not None else None
 
     def _features_cached(
@@ -339,22 +339,22 @@ class ImageEncoder(Encoder):
         whole = len(row_W)
         lower = [cache.get(row_W, lambda at_M: self.frozen_blocks.forward_frozen(image_BCHW[:whole][at_M]))]
         if whole < len(image_BCHW):
-            # Masked images differ in each step: computed anew, and in float32 as the cached ones are.
+            # Masked images differ in each step: recomputed, in float32 like the cached ones.
             with self._masked(None if mask_BN is None else mask_BN[whole:]):
                 lower.append(self.frozen_blocks.forward_frozen(image_BCHW[whole:]).float())
         return self.frozen_blocks.forward_trained(torch.cat(lower))
 
     @torch.no_grad()
     def set_mask_token_to_mean_colour(self) -> None:
-        """Set the mask token to the embedding of a mean-colour patch: a frozen ViT cannot learn a new token."""
+        """Set the mask token to the embedding of a mean-colour patch: a frozen ViT cannot train a new one."""
         # Normalised pixels of the mean colour are 0.
         blank = self.mask_token.new_zeros(1, 3, self.image_size, self.image_size)
         self.mask_token.copy_(self.vit.patch_embed(blank).reshape(-1, self.vit.embed_dim)[0])
 
     @contextmanager
     def _masked(self, mask_BN: Tensor | None) -> Iterator[None]:
-        """Context in which the mask token replaces masked patches. A hook behind the patch embedding fits every ViT of
-        timm, whatever its blocks and positions are; timm's `forward_features` takes no mask."""
+        """Context in which the mask token replaces masked patches. A hook after the patch embedding works for every
+        timm ViT, whatever its blocks and positions; timm's `forward_features` takes no mask."""
         if mask_BN is None:
             yield
             return
@@ -363,7 +363,7 @@ class ImageEncoder(Encoder):
             mask = mask_BN.view(*patch.shape[:-1], 1)  # [B, N, 1], or [B, rows, columns, 1] in some ViTs
             return torch.where(mask, self.mask_token.view(-1).to(patch.dtype), patch)
 
-        # Removed also where the pass fails: the next pass may have no mask.
+        # Removed even if the pass fails: the next pass may have no mask.
         hook = self.vit.patch_embed.register_forward_hook(put_mask_token)
         try:
             yield
@@ -371,19 +371,19 @@ class ImageEncoder(Encoder):
             hook.remove()
 
     def load_pretrained(self) -> Provenance:
-        """Load the weights wanted, whatever their resolution; with random_init there are none.
+        """Load the configured weights at any resolution; with random_init there are none.
 
         Raises:
-            Unreachable: not on this machine, and the hub cannot be asked.
-            UserError: they do not fit, or cannot be read.
+            Unreachable: not on this machine, and the hub cannot be reached.
+            UserError: the weights do not fit, or cannot be read.
         """
         if self.random_init:
             return Provenance()
         stored, state = read_vit_state(self.name, self.weights, self.vit)
-        # The shapes on disk: timm's conversion has resampled positions already, and the report is to say so.
+        # The shapes on disk: timm's conversion has already resampled positions, which the report must mention.
         was = {name: value.shape for name, value in stored.tensors.items()}
         loaded = load_state(self.vit, state, stored.source, unused=HEADS, was=was)
-        # After the weights: the token follows from the loaded patch embedding.
+        # After loading: the token is computed from the loaded patch embedding.
         if self.frozen_blocks and not self.left_out:
             self.set_mask_token_to_mean_colour()
         self.ready = True
@@ -394,23 +394,22 @@ class TextEncoder(Encoder):
     """f_txt: a Hugging Face encoder without its heads (paper: RoBERTa-base).
 
     Args:
-        name: of a model on the hub, a folder that save_pretrained wrote, or with random_init a model type
-            such as `bert`.
-        text_length: longest sequence in tokens, start and end token included (30, C).
+        name: name of a model on the hub, a folder written by save_pretrained, or, with random_init, a model type such
+            as `bert`.
+        text_length: maximum sequence length in tokens, including start and end token (30, C).
         random_init: keep random weights.
-        config: settings in the place of the model's own, such as hidden_size.
-        tokenizer: name or folder; None takes the model's own. A model with random weights that is no folder
-            has none: it is trained on the captions and handed to `set_tokenizer`.
-        vocab_size: rows of the token embedding; None leaves it to the model, with random_init to the
-            tokenizer.
+        config: settings that override the model's own, such as hidden_size.
+        tokenizer: name or folder; None: the model's own. A model with random weights that is not a folder has none: it
+            is trained on the captions and passed to `set_tokenizer`.
+        vocab_size: rows of the token embedding; None: set by the model, or with random_init by the tokenizer.
         checkpointing: recompute activations in the backward pass.
 
     Attributes:
-        width: D. text_length, vocab_size, tokenizer: as above; tokenizer is None where it is yet to be
-            trained. model: the Hugging Face model.
+        width: D. text_length, vocab_size, tokenizer: as above; tokenizer is None until it is trained. model: the
+            Hugging Face model.
 
     Raises:
-        UserError: no such model, no masked language model, text_length beyond its positions.
+        UserError: unknown model, not a masked language model, or text_length beyond its positions.
     """
 
     def __init__(
@@ -431,13 +430,13 @@ class TextEncoder(Encoder):
         settings = dict(config or {}) | ({} if vocab_size is None else {"vocab_size": vocab_size})
         self.config = read_text_config(name, random_init, settings)
         if random_init:
-            # Before the model is built: its config must have a row for each entry and each position.
+            # Before building the model: its config must have a row for each entry and each position.
             own = random_tokenizer(name, tokenizer)
             fit_config(self.config, own, text_length, settings, keep_positions=not is_type(name))
         self.model = build_text_encoder(self.config, checkpointing)
         self.width = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
-        # Now, because a position out of range fails only at the first text that long.
+        # Checked now, because an out-of-range position fails only at the first text of that length.
         check_positions(self.model, text_length)
         if random_init and own is not None:
             self.set_tokenizer(own)
@@ -450,27 +449,27 @@ class TextEncoder(Encoder):
 
     @property
     def pad_id(self) -> int:
-        """Id at padding."""
+        """Id of the padding token."""
         assert self.tokenizer is not None, "the tokenizer is set before the first step"
         return int(self.tokenizer.pad_token_id)
 
     def ids_of(self, words: str) -> list[int]:
-        """Token ids of words, without start and end; none where the tokenizer does not know all of them."""
+        """Token ids of words, without start and end; empty if the tokenizer does not know all of them."""
         assert self.tokenizer is not None, "the tokenizer is set before the first step"
         ids: list[int] = self.tokenizer.encode(words, add_special_tokens=False)
         return [] if self.tokenizer.unk_token_id in ids else ids
 
     @property
     def word_embeddings(self) -> Tensor:
-        """One row a token of the vocabulary, [V, own width]."""
+        """One row per token of the vocabulary, [V, own width]."""
         table: Tensor = self.model.get_input_embeddings().weight
         return table
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Take over the tokenizer that was trained on the captions, or that a checkpoint brings.
+        """Set the tokenizer that was trained on the captions, or that comes with a checkpoint.
 
         Raises:
-            UserError: it does not fit the model, or a different one is in place.
+            UserError: it does not fit the model, or a different one is already set.
         """
         check_tokenizer(tokenizer, self.config)
         if self.tokenizer is not None and tokenizer_hash(self.tokenizer) != tokenizer_hash(tokenizer):
@@ -483,18 +482,18 @@ class TextEncoder(Encoder):
         """Features of every token.
 
         Args:
-            token_BT: ids, at padding the tokenizer's padding id; T up to text_length.
+            token_BT: ids, padded with the tokenizer's padding id; T up to text_length.
             attention_BT: True on tokens, False on padding.
 
         Returns:
-            text_BTD: values at padding mean nothing.
+            text_BTD: features; values at padding are undefined.
         """
         self._check_ready()
         features_BTD: Tensor = self.adapter(self._detached_if_frozen(lambda: self._features(token_BT, attention_BT)))
         return features_BTD
 
     def _features(self, token_BT: Tensor, attention_BT: Tensor) -> Tensor:
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # for any number of rows
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # must work for any number of rows
         if self.model.config.model_type in IGNORE_PADDING and worth_grouping(attention_BT, token_BT):
             return self._by_length(token_BT, attention_BT)
         mask = attention_BT
@@ -510,13 +509,13 @@ class TextEncoder(Encoder):
             token_GT, attention_GT = token_BT[row_G, :longest], attention_BT[row_G, :longest]
             hidden_GTD = self.model(input_ids=token_GT, attention_mask=attention_GT).last_hidden_state
             groups.append(row_G)
-            # (G, longest, D) -> (G, T, D): zeros at padding, whose features mean nothing.
+            # (G, longest, D) -> (G, T, D): zeros at padding, whose features are not used.
             parts.append(nn.functional.pad(hidden_GTD, (0, 0, 0, token_BT.shape[1] - longest)))
         # Back to the order of the batch: argsort of a permutation is its inverse.
         return torch.cat(parts)[torch.cat(groups).argsort()]
 
     def load_pretrained(self) -> Provenance:
-        """Load weights and tokenizer; with random_init there are none to load. Raises as ImageEncoder's."""
+        """Load weights and tokenizer; with random_init there are none. Raises the same errors as ImageEncoder's."""
         if self.random_init:
             return Provenance()
         state = read_text_state(self.name, self.config)

@@ -1,5 +1,5 @@
-"""Parts of a transformer block that keep less for the backward pass on a GPU. In float32 their results equal those of
-the parts that they replace, and their parameters have the same names.
+"""Transformer block parts that save fewer activations for the backward pass on a GPU. In float32, their results equal
+those of the parts they replace, and their parameters have the same names.
 
 Shapes: B rows, L positions, D width.
 """
@@ -16,14 +16,14 @@ from maskvlm.utils.on_cpu import on_cpu
 
 
 def recompute_in_backward(compute: Callable[[Tensor], Tensor], x: Tensor, random: bool = False) -> Tensor:
-    """Result of `compute` for x. On a GPU no intermediate tensor is kept: the backward pass computes them again, up to
-    the last one that it needs, so that a matrix product at the end is not made twice.
+    """Result of `compute` for x. On a GPU, no intermediate tensors are kept: the backward pass recomputes them, up to
+    the last one it needs, so that a final matrix product is not computed twice.
 
     Args:
         compute: cheap operations, followed by a matrix product.
         random: whether `compute` draws random numbers.
     """
-    # A CPU has the memory and lacks the time; compiled code chooses by itself what it keeps.
+    # A CPU has the memory but not the time; compiled code decides by itself what to keep.
     if on_cpu(x) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return compute(x)
     result: Tensor = checkpoint(compute, x, use_reentrant=False, preserve_rng_state=random)
@@ -31,11 +31,11 @@ def recompute_in_backward(compute: Callable[[Tensor], Tensor], x: Tensor, random
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's LayerNorm, except on a GPU under autocast: there input and output have autocast's type, and only sums
-    are in float32. PyTorch's own keeps its input in float32, and each product that reads its output keeps a copy."""
+    """PyTorch's LayerNorm, except on a GPU under autocast: there, input and output have autocast's dtype, and only sums
+    are in float32. PyTorch's own keeps its input in float32, and each product that uses its output keeps a copy."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # A CPU would also sum the gradients of weight and bias in autocast's type, with an error of one percent.
+        # A CPU would also sum the gradients of weight and bias in autocast's dtype, with an error of one percent.
         # Meta tensors have no autocast.
         if on_cpu(x) or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
@@ -43,15 +43,15 @@ class LayerNorm(nn.LayerNorm):
 
 
 class LastNorm(nn.LayerNorm):
-    """PyTorch's LayerNorm in the type of its weights, also under autocast: for features whose scores are compared."""
+    """PyTorch's LayerNorm in the dtype of its weights, even under autocast: for features whose scores are compared."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU, linear, [B, L, D] -> [B, L, D]. The backward pass keeps the input of GELU (4 * D wide) and computes
-    its output again."""
+    """Linear, GELU, linear, [B, L, D] -> [B, L, D]. The backward pass keeps the input of GELU (width 4 * D) and
+    recomputes its output."""
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -62,7 +62,7 @@ class FeedForward(nn.Sequential):
 
 
 class LeanMlp(Mlp):
-    """timm's `Mlp`, which keeps as little for the backward pass as `FeedForward`."""
+    """timm's `Mlp`, keeping as little for the backward pass as `FeedForward`."""
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         return self.drop2(recompute_in_backward(self._after_first, self.fc1(x_BLD), random=self.drop1.p > 0))
@@ -75,7 +75,7 @@ LEAN = {Mlp: LeanMlp, timm.layers.LayerNorm: LayerNorm, nn.LayerNorm: LayerNorm}
 
 
 def keep_less(blocks: nn.Module) -> None:
-    """Replace the parts of timm's blocks by those of this file, in place."""
+    """Replace the parts of timm's blocks by those of this module, in place."""
     for part in blocks.modules():
-        # By the exact type: a subclass computes something else. Nothing but `forward` differs, so the type is changed.
+        # Match the exact type: a subclass computes something else. Only `forward` differs, so changing the class works.
         part.__class__ = LEAN.get(type(part), type(part))

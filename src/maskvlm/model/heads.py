@@ -1,4 +1,4 @@
-"""Heads that read the backbone's features; each is built to the backbone's widths by the task that uses it."""
+"""Heads on the backbone's features; each is built by the task that uses it, to match the backbone's widths."""
 
 import math
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from maskvlm.utils.errors import UserError
 
 
 def linear_in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer in float32, also under autocast: the order of its outputs matters, and in bfloat16 many scores of
-    a large gallery would be equal."""
+    """A linear layer in float32, even under autocast: the order of its outputs matters, and in bfloat16 many scores of
+    a large gallery would tie."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
@@ -23,11 +23,11 @@ class Projection(nn.Module):
     """Unit vectors for contrast from the two class tokens, with a learnable temperature (ITC).
 
     Args:
-        image_width, text_width: of the two encoders.
-        dim: of the shared space (256, C).
-        temperature: start value (0.07, C); kept within [0.001, 0.5] as in ALBEF.
-        mean: read the mean patch and the mean token beside the class tokens (false, P). A text encoder that was trained
-            for sentences has its meaning there (Sentence-BERT, Reimers and Gurevych 2019).
+        image_width, text_width: widths of the two encoders.
+        dim: width of the shared space (256, C).
+        temperature: initial value (0.07, C); kept within [0.001, 0.5] as in ALBEF.
+        mean: also use the mean patch and the mean token, besides the class tokens (false, P). Text encoders trained as
+            sentence encoders represent the meaning there (Sentence-BERT, Reimers and Gurevych 2019).
     """
 
     # Temperatures of 0.5 and 0.001.
@@ -40,15 +40,15 @@ class Projection(nn.Module):
         self.mean = mean
         self.image = nn.Linear((1 + mean) * image_width, dim)
         self.text = nn.Linear((1 + mean) * text_width, dim)
-        # The log is learned: the scale is then positive, and steps change it by a factor.
+        # The log is trained, so that the scale is positive and steps change it by a factor.
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
     @classmethod
     def shaped_as(cls, shape: Sequence[int], width: int, temperature: float = 0.07) -> "Projection":
-        """New projections (Xavier) of the shape that those of a checkpoint have.
+        """New projections (Xavier) with the shape of a checkpoint's.
 
         Args:
-            shape: of its image projection's weight, [E, D], or [E, 2D] where contrast reads the means, too.
+            shape: shape of its image projection's weight, [E, D], or [E, 2D] if contrast also uses the means.
             width: D, of both encoders.
         """
         projection = cls(width, width, shape[0], temperature, mean=shape[1] == 2 * width)
@@ -62,8 +62,8 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Clamp the parameter itself before a step. `logit_scale` clamps as well, so outside the bounds the gradient is
-        0 and the parameter would never return (ALBEF does the same)."""
+        """Clamp the parameter itself before a step. `logit_scale` also clamps, so the gradient outside the bounds is 0
+        and the parameter would never return (ALBEF does the same)."""
         self.log_scale.clamp_(*self.LOG_BOUNDS)
 
     def embed_image(self, image_BLD: Tensor, subset_BV: Tensor | None = None) -> Tensor:
@@ -71,7 +71,7 @@ class Projection(nn.Module):
 
         Args:
             image_BLD: the class token, then the patches.
-            subset_BV: int64 in [0, N), counted without the class token: the patches whose mean is read; None: all.
+            subset_BV: int64 in [0, N), counted without the class token: the patches to average; None: all.
         """
         read_BX = image_BLD[:, 0]
         if self.mean:
@@ -94,13 +94,13 @@ class Projection(nn.Module):
 
 def masked_mean(text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
     """Mean over the tokens that are not padding, [B, D]."""
-    # The sum is never 0: even an empty text has its start and end token.
+    # The divisor is never 0: even an empty text has its start and end token.
     there_BT1 = attention_BT[..., None]
     return (text_BTD * there_BT1).sum(1) / there_BT1.sum(1)
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse a temperature of contrast beyond the bounds that training keeps it in. Raises UserError."""
+    """Raise UserError if a contrast temperature is outside the bounds that training keeps it in."""
     hot, cold = (math.exp(-bound) for bound in Projection.LOG_BOUNDS)
     if not cold - 1e-9 <= temperature <= hot + 1e-9:
         todo = f"Give {cold:.3g} to {hot:.3g}"
@@ -108,25 +108,25 @@ def check_temperature(temperature: float) -> None:
 
 
 class Matching(nn.Module):
-    """Match or not, from the product of the two class tokens after the cross encoders (ITM, R)."""
+    """Classifies match or mismatch from the product of the two class tokens after the cross encoders (ITM, R)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.classify = nn.Linear(width, 2)
 
     def forward(self, fused_MD: Tensor) -> Tensor:
-        """Fused vectors [M, D] to logits [M, 2] in float32: no match, match."""
+        """Fused vectors [M, D] to logits [M, 2] in float32: mismatch, match."""
         return linear_in_float32(self.classify, fused_MD)
 
 
 class Classifier(nn.Module):
-    """Two linear layers on the fused vectors of one image or of several (NLVR2, SNLI-VE; R).
+    """Two linear layers on the fused vectors of one or more images (NLVR2, SNLI-VE; R).
 
     Args:
-        width: of the input: of fused vectors 3 * D for each image.
-        hidden: width between the two.
-        labels: K, classes.
-        dropout: before the second layer, 0 to 1.
+        width: input width; for fused vectors, 3 * D per image.
+        hidden: width between the two layers.
+        labels: K, number of classes.
+        dropout: dropout rate before the second layer, 0 to 1.
     """
 
     def __init__(self, width: int, hidden: int, labels: int, dropout: float = 0.0) -> None:
@@ -137,7 +137,7 @@ class Classifier(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer that gives the labels' logits."""
+        """The layer that outputs the logits of the labels."""
         return self.layers[-1]  # type: ignore[return-value]
 
     def forward(self, fused_BD: Tensor) -> Tensor:
@@ -154,10 +154,10 @@ class TokenHead(nn.Module):
 
     @torch.no_grad()
     def init_from_embeddings(self, words_VD: Tensor) -> None:
-        """Start from word embeddings, so that words of similar meaning have similar rows from the first step on.
+        """Initialise from word embeddings, so that words of similar meaning have similar rows from the first step.
 
         Raises:
-            UserError: they have another width.
+            UserError: the widths differ.
         """
         if words_VD.shape != self.vocabulary.weight.shape:
             what = f"words are {words_VD.shape[1]} wide, the token head reads {self.vocabulary.in_features}"
@@ -167,14 +167,14 @@ class TokenHead(nn.Module):
 
     @torch.no_grad()
     def init_bias_from_counts(self, count_V: Tensor) -> None:
-        """Start from the frequencies of words: the bias is the log of each one's share, with one occurrence more.
+        """Initialise from word frequencies: the bias is the log of each word's share, with add-one smoothing.
 
         Args:
-            count_V: of the tokenizer's entries, of which there may be fewer than rows of the head.
+            count_V: counts of the tokenizer's entries, which may be fewer than the rows of the head.
         """
         # Rows beyond the tokenizer's entries count as never seen.
         count_V = nn.functional.pad(count_V, (0, len(self.vocabulary.bias) - len(count_V)))
-        # One occurrence more, so that no log is -inf.
+        # Add-one smoothing, so that no log is -inf.
         share_V = (count_V + 1).double() / (count_V + 1).sum()
         self.vocabulary.bias.copy_(share_V.log())
 
@@ -184,9 +184,9 @@ class TokenHead(nn.Module):
 
 
 class WordDetector(nn.Module):
-    """Logits that a position of the image shows each word of the vocabulary: one linear layer, [B, L, V].
+    """Logits for each image position showing each word of the vocabulary: one linear layer, [B, L, V].
 
-    Nearly all words are absent from nearly all positions: the bias starts there.
+    Nearly all words are absent from nearly all positions, which the initial bias reflects.
     """
 
     def __init__(self, width: int, vocab_size: int) -> None:
@@ -202,14 +202,14 @@ class WordDetector(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Pixels of every patch: cross-attention blocks on the unmasked text, then one linear layer (P).
+    """Predicts the pixels of patches: cross-attention blocks on the unmasked text, then one linear layer (P).
 
     The text is the text encoder's output (C), as for the cross encoders.
 
     Args:
-        blocks: as of a cross encoder (paper: 3).
-        width: of the image features.
-        values: P, of a patch: 3 x its side squared.
+        blocks: blocks as in a cross encoder (paper: 3).
+        width: width of the image features.
+        values: P, the values of a patch: 3 x its side squared.
     """
 
     def __init__(self, blocks: CrossEncoder, width: int, values: int) -> None:
@@ -219,7 +219,7 @@ class PixelDecoder(nn.Module):
 
     def forward(self, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor, index_BK: Tensor) -> Tensor:
         """Predicted values [B, K, P] of the patches at `index_BK`, int64 in [0, N), counted without the class token.
-        Values are normalised pixels, or normalised in each patch where the task says `pixel_norm`."""
+        Values are normalised pixels, or normalised per patch if the task sets `pixel_norm`."""
         # + 1: position 0 is the class token. (B, L, D) -> (B, K, D) -> (B, K, P)
         context = self.blocks.context(text_BTD, attention_BT)
         return self.pixels(self.blocks(image_BLD, context, read_RK=index_BK + 1).full_RLD)
@@ -241,7 +241,7 @@ def unpatchify(patch_BNP: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 
 
 def normalise_patches(patch_BKP: Tensor) -> Tensor:
-    """Each patch with mean 0 and variance 1 over its values (MAE's targets)."""
+    """Normalise each patch to mean 0 and variance 1 over its values (MAE's targets)."""
     mean, var = patch_BKP.mean(-1, keepdim=True), patch_BKP.var(-1, keepdim=True)
-    # The small number keeps a patch of one colour finite.
+    # The epsilon keeps single-colour patches finite.
     return (patch_BKP - mean) / (var + 1e-6).sqrt()

@@ -1,4 +1,4 @@
-"""MaskVLM: two encoders and two cross-modality encoders in parallel, the paper's figure 2.
+"""MaskVLM: two encoders and two parallel cross-modality encoders, the paper's figure 2.
 
 Shapes: B rows, L image positions (class token and patches), T tokens, D width.
 """
@@ -27,17 +27,17 @@ class Fused(NamedTuple):
 
     @property
     def product_MD(self) -> Tensor:
-        """Product of the two class tokens, [M, D], which matching reads."""
+        """Product of the two class tokens, [M, D], the input of matching."""
         return self.image_MD * self.text_MD
 
     @property
     def joined_MX(self) -> Tensor:
-        """Both class tokens and their product, [M, 3 * D], which classifiers read."""
+        """Both class tokens and their product, [M, 3 * D], the input of classifiers."""
         return torch.cat([self.image_MD, self.text_MD, self.product_MD], 1)
 
 
 class MaskVLM(nn.Module):
-    """The backbone that every task shares; heads belong to the tasks.
+    """The backbone shared by all tasks; heads belong to the tasks.
 
     Args:
         image: f_im, any timm ViT.
@@ -46,19 +46,19 @@ class MaskVLM(nn.Module):
         cross_heads: attention heads (12, C).
         dropout: in the cross encoders and the blocks of heads.
         checkpointing: recompute the cross encoders' activations in the backward pass.
-        start: a checkpoint of an earlier run, whose backbone is taken over whole, tokenizer included, with positions
-            resized where the image size differs; the encoders' own pretrained weights are then not looked for.
-        query_positions: the image cross encoder's queries know their places (see `CrossEncoder`).
-        width: D of the cross encoders and heads; None takes the text encoder's. An encoder of another width gets a
-            linear layer behind it.
+        start: checkpoint of an earlier run, whose whole backbone is loaded, including the tokenizer, with positions
+            resized if the image size differs; the encoders' own pretrained weights are then not loaded.
+        query_positions: add position embeddings to the image cross encoder's queries (see `CrossEncoder`).
+        width: D of the cross encoders and heads; None: the text encoder's. An encoder of a different width is followed
+            by a linear layer.
 
     Attributes:
         provenance: where the weights come from.
-        origin: what the checkpoint `start` handed on; None without one.
-        trained_on: the data of all trainings so far, as the last one in this process has left it; None before one.
+        origin: what was loaded from the checkpoint `start`; None without one.
+        trained_on: data of all trainings so far, as recorded by the last one in this process; None before one.
 
     Raises:
-        UserError: the heads do not divide the width, or an encoder's weights are wanted and cannot be had.
+        UserError: the number of heads does not divide the width, or an encoder's weights are not available.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MaskVLM(nn.Module):
         query_positions: bool = False,
     ) -> None:
         super().__init__()
-        # Encoders say theirs themselves.
+        # Encoders record their own arguments.
         self.arguments = {k: value for k, value in given_arguments(self).items() if k not in ("image", "text")}
         check_least(1, {"model.backbone.cross_layers": cross_layers, "model.backbone.cross_heads": cross_heads})
         check_least(1, {"model.backbone.width": width})
@@ -88,15 +88,15 @@ class MaskVLM(nn.Module):
         self.trained_on: tuple[LineageEntry, ...] | None = None
         self.width, self.cross_heads = width, cross_heads
         self.dropout, self.checkpointing = dropout, checkpointing
-        # Only patches have places on a grid: texts know theirs from the text encoder.
+        # Only patches have grid positions: texts get theirs from the text encoder.
         self.cross_image = self.new_cross(cross_layers, image.grid if query_positions else None)
         self.cross_text = self.new_cross(cross_layers)
-        # Initialise what no checkpoint brings; `init.py` has the table.
+        # Initialise what does not come from a checkpoint; see the table in `init.py`.
         for encoder in (image, text):
             if encoder.random_init:
                 init_xavier(encoder)
             encoder.adapt(width)
-        # init_xavier does not reach positions, which are a bare parameter.
+        # init_xavier does not reach the positions, which are a bare parameter.
         if image.random_init and image.vit.pos_embed is not None:
             init_positions(image.vit.pos_embed, image.grid)
         for part in (self.cross_image, self.cross_text):
@@ -108,12 +108,12 @@ class MaskVLM(nn.Module):
         self.provenance = load_pretrained(image, text) if self.origin is None else self.take_over(self.origin)
 
     def take_over(self, origin: Start) -> Provenance:
-        """Weights and tokenizer of a checkpoint; raises UserError (65) where they do not fit."""
+        """Load weights and tokenizer of a checkpoint; raises UserError (65) if they do not fit."""
         if origin.tokenizer is not None:
             try:
                 self.text.set_tokenizer(origin.tokenizer)
             except UserError as error:
-                # The checkpoint is at fault here, not an option.
+                # The fault lies in the checkpoint, not in an option.
                 raise UserError(origin.path, f"tokenizer: {error.what}", error.todo, ExitCode.BAD_DATA) from error
         provenance = load_state(self, origin.backbone, origin.path)
         self.origin = origin._replace(backbone={})  # its tensors are not needed twice
@@ -121,7 +121,7 @@ class MaskVLM(nn.Module):
 
     @property
     def input_spec(self) -> InputSpec:
-        """What the data module must know about the inputs."""
+        """What the data module needs to know about the inputs."""
         return InputSpec(
             self.image.image_size,
             self.image.mean,
@@ -132,8 +132,8 @@ class MaskVLM(nn.Module):
         )
 
     def freeze_for_task(self, *parts: nn.Module | nn.Parameter) -> None:
-        """Freeze what no loss of a task reaches: it gets no gradient, and DDP would wait for it for ever. The next task
-        that is built on this backbone finds it as it was before."""
+        """Freeze what no loss of a task reaches: it gets no gradient, and DDP would wait for it forever. Undone before
+        the next task is built on this backbone."""
         for part in parts:
             for parameter in (part,) if isinstance(part, nn.Parameter) else part.parameters():
                 if parameter.requires_grad:
@@ -141,19 +141,19 @@ class MaskVLM(nn.Module):
                     self._frozen_for_task.append(parameter)
 
     def unfreeze_for_task(self) -> None:
-        """Undo what `freeze_for_task` did; what was frozen by an option, or by hand, stays so."""
+        """Undo `freeze_for_task`; parameters frozen by an option, or by hand, stay frozen."""
         for parameter in self._frozen_for_task:
             parameter.requires_grad_(True)
         self._frozen_for_task = []
 
     def new_cross(self, layers: int, grid: tuple[int, int] | None = None) -> CrossEncoder:
-        """Cross-attention blocks that fit this backbone and share its settings; for heads that need some, too."""
-        # Both sides have this width: `Encoder.adapt` has seen to it.
+        """Cross-attention blocks with this backbone's widths and settings; also used by heads."""
+        # Both modalities have this width, thanks to `Encoder.adapt`.
         return CrossEncoder(self.width, self.width, layers, self.cross_heads, self.dropout, self.checkpointing, grid)
 
     def fuse(self, image_BLD: Tensor, text_BTD: Tensor, attention_BT: Tensor) -> Fused:
         """Class tokens of row-by-row pairs (image, caption) after both cross encoders."""
-        # num_full=0: the last block computes class tokens alone, (B, D) of each side.
+        # num_full=0: the last block computes only class tokens, (B, D) for each modality.
         image = self.cross_image(image_BLD, self.cross_image.context(text_BTD, attention_BT), num_full=0)
         text = self.cross_text(text_BTD, self.cross_text.context(image_BLD), attention_BT, num_full=0)
         return Fused(image.cls_BD, text.cls_BD)

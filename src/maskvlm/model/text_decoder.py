@@ -1,7 +1,7 @@
-"""Writes a text token by token while it looks at something else: what VQA's answers and captions are written with.
+"""Autoregressive text decoder with cross-attention, used for VQA answers and captions.
 
-Shapes: A texts, S tokens of a text with its start token, U rows that are looked at, D width, V vocabulary; in a search
-B rows with K texts (beams) each, X = B * K.
+Shapes: A texts, S tokens of a text with its start token, U context rows, D width, V vocabulary; in a search, B rows
+with K texts (beams) each, X = B * K.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,11 +19,11 @@ from maskvlm.model.maskvlm import MaskVLM
 
 
 class SearchedTexts(NamedTuple):
-    """The text that was found for each row.
+    """The text found for each row.
 
     Attributes:
-        token_BS: with the start token; what follows an end token is the end token.
-        mean_B: mean log probability of its tokens, the end token included, in nats; float32.
+        token_BS: token ids with the start token, padded with the end token.
+        mean_B: mean log probability of the tokens, including the end token, in nats; float32.
     """
 
     token_BS: Tensor
@@ -33,30 +33,30 @@ class SearchedTexts(NamedTuple):
 def heads_to_start_from(
     name: str, heads: Mapping[str, Tensor], own: Iterable[str]
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """What a `TextDecoder` takes over from a checkpoint's heads, for `Task.warm_start`.
+    """What a `TextDecoder` loads from a checkpoint's heads, for `Task.warm_start`.
 
     Args:
-        name: of the decoder within its task. heads: of the checkpoint's task. own: names of the task's tensors.
+        name: name of the decoder within its task. heads: of the checkpoint's task. own: names of the task's tensors.
 
     Returns:
-        The heads, with pre-training's token head (`tokens.`) by the decoder's name for it; a head that has this name
-        already, as in a checkpoint of the same task, wins. And the names of what was copied from the text cross encoder
-        when the decoder was built: a report is not to call it random.
+        The heads, with pre-training's token head (`tokens.`) renamed to the decoder's; a head that already has this
+        name, as in a checkpoint of the same task, takes precedence. And the names of the tensors copied from the text
+        cross encoder when the decoder was built, which a report must not call random.
     """
     renamed = {f"{name}.{each}": value for each, value in heads.items() if each.startswith("tokens.")}
     return {**renamed, **heads}, {each for each in own if each.startswith(f"{name}.decoder.")}
 
 
 class TextDecoder(nn.Module):
-    """An autoregressive decoder of the text cross encoder's shape, which starts from its weights.
+    """An autoregressive decoder with the shape and initial weights of the text cross encoder.
 
-    Words enter through the text encoder's word embeddings with positions of their own (C: the paper does not say).
-    Embeddings of another width than the backbone's get a linear layer behind them.
+    Its input is the text encoder's word embeddings plus its own position embeddings (C: the paper does not say).
+    Embeddings whose width differs from the backbone's are followed by a linear layer.
 
     Args:
-        backbone: fits the widths; its text cross encoder is copied.
-        length: longest text in tokens, start and end included.
-        before: further modules by name, which come before the decoder's own in the order of parameters.
+        backbone: sets the widths; its text cross encoder is copied.
+        length: maximum text length in tokens, including start and end.
+        before: additional modules by name, which precede the decoder's own in parameter order.
     """
 
     def __init__(self, backbone: MaskVLM, length: int, before: Mapping[str, nn.Module] = MappingProxyType({})) -> None:
@@ -71,35 +71,34 @@ class TextDecoder(nn.Module):
         init_normal(self)
         # init_normal does not reach a bare parameter.
         nn.init.trunc_normal_(self.position_SD, std=0.02)
-        # Not the adapter behind the text encoder: some encoders (ELECTRA, ALBERT) have embeddings narrower than their
-        # features.
+        # Not the text encoder's adapter: some encoders (ELECTRA, ALBERT) have embeddings narrower than their features.
         self.words: nn.Module = nn.Identity()
         if (own := backbone.text.word_embeddings.shape[1]) != backbone.width:
             self.words = nn.Linear(own, backbone.width)
-            # As other adapters: words keep their size beside the positions, whatever the widths are.
+            # As for other adapters: words keep their scale relative to the positions, whatever the widths.
             init_xavier(self.words)
-        # Over the random values: tasks are built when the backbone has its checkpoint's weights.
+        # Overwrites the random values: tasks are built after the backbone has loaded its checkpoint.
         self.decoder.load_state_dict(backbone.cross_text.state_dict())
 
     def embed(self, backbone: MaskVLM, token_AS: Tensor, first: int = 0) -> Tensor:
-        """Input of the first block for tokens at the positions from `first` on, [A, S, D]."""
+        """Input of the first block for tokens at positions starting from `first`, [A, S, D]."""
         embedded_ASD = self.words(backbone.text.model.get_input_embeddings()(token_AS))
         x_ASD: Tensor = self.norm(embedded_ASD + self.position_SD[first : first + token_AS.shape[1]])
         return x_ASD
 
     def forward(self, backbone: MaskVLM, context: Context, token_AS: Tensor, owner_A: Tensor) -> Tensor:
-        """Logits of each next token, [A, S, V]; a position sees itself and what stands before it.
+        """Logits of each next token, [A, S, V]; each position attends to itself and earlier ones.
 
         Args:
-            context: what is looked at, as `self.decoder.context` gives it.
-            owner_A: the row of it that each text looks at.
+            context: what is attended to, from `self.decoder.context`.
+            owner_A: the context row of each text.
         """
         x_ASD, steps = self.embed(backbone, token_AS), token_AS.shape[1]
-        # True where a position may look. Padding stands behind a text's tokens, so no token sees it.
+        # True where a position may attend. Padding comes after a text's tokens, so no token sees it.
         causal_11SS = torch.ones(steps, steps, dtype=torch.bool, device=token_AS.device).tril()[None, None]
         text_context = context._replace(index_B=owner_A)
         mask = text_context.mask(slice(None))
-        # Block by block: CrossEncoder.forward takes padding masks, no causal one.
+        # Block by block: CrossEncoder.forward takes padding masks, not causal ones.
         for block, key_value in zip(self.decoder.blocks, text_context.blocks, strict=True):
             x_ASD = self.decoder.run_part(block, x_ASD, causal_11SS, key_value.rows(owner_A), mask)
         return self.tokens(x_ASD)
@@ -107,21 +106,21 @@ class TextDecoder(nn.Module):
     def log_likelihood(
         self, backbone: MaskVLM, context: Context, token_AS: Tensor, attention_AS: Tensor, owner_A: Tensor
     ) -> Tensor:
-        """Log probability of each whole text, end token included, [A], nats."""
+        """Log probability of each whole text, including the end token, [A], nats."""
         # Position s predicts token s + 1: input without the last token, target without the start token.
         logits_ASV = self(backbone, context, token_AS[:, :-1], owner_A).float()
         target_AS = token_AS[:, 1:]
         loss_AS = F.cross_entropy(logits_ASV.transpose(1, 2), target_AS, reduction="none")
-        # Summed and not averaged: the log probability of the whole text.
+        # Summed, not averaged: the log probability of the whole text.
         return -(loss_AS * attention_AS[:, 1:]).sum(1)
 
     def follow(
         self, backbone: MaskVLM, context: Context, token_A: Tensor, place: int, past: Sequence[KeyValue] | None
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Logits of `forward` at the last position of texts whose earlier positions have been computed.
+        """Logits of `forward` at the last position of texts whose earlier positions are already computed.
 
         Args:
-            context: of each text its own row.
+            context: with one row for each text.
             token_A: the last token of each text.
             place: its position, 0 for the start token.
             past: keys and values of the earlier positions in each block; None at position 0.
@@ -148,31 +147,30 @@ class TextDecoder(nn.Module):
         forbidden: Sequence[int] = (),
         beams: int = 1,
     ) -> SearchedTexts:
-        """Beam search: of each row the text of the highest mean log probability among `beams` texts.
+        """Beam search: for each row, the text with the highest mean log probability among `beams` texts.
 
-        The `beams` likeliest beginnings of a row are kept at each step. One that ends leaves its place empty, so that
-        with one beam the likeliest token is taken again and again until the end token (greedy search). At the last
-        position only the end token may stand.
+        Each step keeps the `beams` likeliest prefixes of a row. A finished text leaves its beam empty, so one beam is
+        greedy search. The last position allows only the end token.
 
         Args:
-            context: of what is looked at, by rows.
+            context: what is attended to, by rows.
             start, end: ids of the two tokens.
-            forbidden: tokens that are never written.
+            forbidden: ids of tokens that are never generated.
             beams: 1 or more.
         """
         device, longest = self.position_SD.device, len(self.position_SD)
-        # The beams of a row follow each other. Their keys and values are copied once: beams change places within a row.
+        # The beams of a row are adjacent. Their keys and values are copied once: beams only swap within a row.
         owner_X = torch.arange(rows, device=device).repeat_interleave(beams)
         attention_XS = None if context.attention_US is None else context.attention_US[owner_X]
         beam_context = Context([key_value.rows(owner_X) for key_value in context.blocks], attention_XS, None)
         token_XS = torch.full((rows * beams, 1), start, device=device)
-        # Log probability of each beginning, -inf of an empty place. All begin alike, so the first alone counts.
+        # Log probability of each prefix, -inf for an empty beam. All start identically, so only the first counts.
         total_BK = torch.full((rows, beams), float("-inf"), device=device)
         total_BK[:, 0] = 0.0
         best_B = torch.full((rows,), float("-inf"), device=device)
         best_BS = torch.full((rows, longest), end, device=device)
         best_BS[:, 0] = start
-        open_B = torch.full((rows,), beams, device=device)  # texts that have not ended
+        open_B = torch.full((rows,), beams, device=device)  # unfinished texts
         place_K, first_B1 = torch.arange(beams, device=device), torch.arange(rows, device=device)[:, None] * beams
         past: list[KeyValue] | None = None
         for place in range(longest - 1):
@@ -183,18 +181,18 @@ class TextDecoder(nn.Module):
             if place == longest - 2:
                 only_V = torch.arange(words, device=device) == end
                 log_p_XV = log_p_XV.masked_fill(~only_V, float("-inf"))
-            # The likeliest continuations of a row's beginnings: (B, K, V) -> (B, K * V) -> (B, K)
+            # The likeliest continuations of a row's prefixes: (B, K, V) -> (B, K * V) -> (B, K)
             sum_BX = (total_BK[..., None] + log_p_XV.view(rows, beams, words)).flatten(1)
             value_BK, at_BK = sum_BX.topk(beams)
             value_BK = value_BK.masked_fill(place_K >= open_B[:, None], float("-inf"))
             from_X, word_BK = (first_B1 + at_BK // words).flatten(), at_BK % words
             token_XS = torch.cat([token_XS[from_X], word_BK.view(-1, 1)], 1)
             ended_BK = (word_BK == end) & value_BK.isfinite()
-            # place + 1 tokens were written, the end token among them.
+            # place + 1 tokens have been generated, including the end token.
             mean_BK = value_BK.masked_fill(~ended_BK, float("-inf")) / (place + 1)
             newest_B, which_B = mean_BK.max(1)
             better_B = newest_B > best_B
-            # What was the best one is shorter, and padded with end tokens.
+            # The previous best is shorter, and padded with end tokens.
             best_BS[better_B, : place + 2] = token_XS[(first_B1[:, 0] + which_B)[better_B]]
             best_B = torch.where(better_B, newest_B, best_B)
             open_B = open_B - ended_BK.sum(1)

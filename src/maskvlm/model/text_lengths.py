@@ -1,5 +1,5 @@
-"""Texts are computed in groups of similar length: captions are on average half as long as the longest of a batch, and a
-CPU spends time on every position. On a GPU lengths are not read, as the host would have to wait for the device.
+"""Compute texts in groups of similar length: captions are on average half as long as the longest in the batch, and a
+CPU spends time on every position. On a GPU, lengths are not read, as the host would have to wait for the device.
 
 Shapes: B rows, T tokens, G rows of a group.
 """
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from maskvlm.utils.on_cpu import on_cpu
 
-MANY, GROUPS = 16, 4  # number of texts from which on they are grouped; number of groups
+MANY, GROUPS = 16, 4  # minimum number of texts for grouping; number of groups
 
 
 def worth_grouping(attention_BT: Tensor, pair_B: Tensor) -> bool:
     """Whether texts with this padding mask are computed in groups; `pair_B` has one row for each of them."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a traced graph must take any number of rows
-    # The number of rows is read last: while tracing, reading it would make it a constant of the graph.
+    # Read the number of rows last: during tracing, reading it would make it a constant of the graph.
     return not traced and on_cpu(attention_BT) and len(pair_B) >= MANY
 
 

@@ -1,4 +1,4 @@
-"""A ViT of timm: built, and its weights found and converted to its names and shapes."""
+"""Build a timm ViT, and find its weights and convert them to its names and shapes."""
 
 import difflib
 import re
@@ -18,18 +18,18 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 WHERE = "model.backbone.image"
 HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "pre_logits.")
-"""Names of tensors behind the last norm in timm's ViTs, which are not used here."""
+"""Name prefixes of tensors after the last norm in timm's ViTs, which are not used here."""
 
 
 def create_vit(name: str, settings: dict[str, Any]) -> Any:
     """The bare ViT with random weights.
 
     Args:
-        name: of the timm model, with or without the tag of its weights.
+        name: name of the timm model, with or without its weights tag.
         settings: arguments for `timm.create_model`.
 
     Raises:
-        UserError: no such model or tag, settings it does not take, no class token.
+        UserError: unknown model or tag, invalid settings, or no class token.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 3)
@@ -37,27 +37,27 @@ def create_vit(name: str, settings: dict[str, Any]) -> Any:
         raise UserError(f"{WHERE}.name", f"timm has no model {name}", todo)
     try:
         vit: Any = timm.create_model(name, num_classes=0, **settings)
-    # timm checks settings by asserts, too.
+    # timm also checks settings with asserts.
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         todo = "Mend its config, or choose a ViT with a class token such as vit_base_patch16_224"
         raise UserError(WHERE, f"{name} cannot be built ({first_line(error)})", todo) from error
-    # A PatchEmbed is one convolution; timm's hybrids have a CNN in its place.
+    # A PatchEmbed is a single convolution; timm's hybrids have a CNN instead.
     if getattr(vit, "cls_token", None) is None or not isinstance(getattr(vit, "patch_embed", None), PatchEmbed):
         what = f"{name} is no ViT with plain patches and a class token"
         raise UserError(f"{WHERE}.name", what, "Choose one such as vit_base_patch16_224")
-    # The norm behind the blocks stays as it is: its float32 is what contrast compares.
+    # The norm after the blocks is kept: contrast compares its float32 output.
     keep_less(vit.blocks)
     return vit
 
 
 def read_vit_state(name: str, weights: str | None, vit: Any) -> tuple[State, dict[str, Tensor]]:
-    """The weights in a file or folder, or else those that timm names for the model.
+    """Read the weights from a file or folder, or by default those that timm lists for the model.
 
     Returns:
-        The state as stored, and under the names and in the shapes of `vit`.
+        The state as stored, and converted to the names and shapes of `vit`.
 
     Raises:
-        UserError: not there, damaged, or of an unknown format.
+        UserError: the weights are missing, damaged, or of an unknown format.
     """
     state = read_state(weights if weights is not None else _named(name, vit.pretrained_cfg))
     return state, _convert(state, vit)
@@ -71,17 +71,17 @@ def _named(name: str, facts: dict[str, Any]) -> Path:
 
 
 def _convert(state: State, vit: Any) -> dict[str, Tensor]:
-    """timm's own conversion: from CLIP, DINOv2, DeiT III and others; positions and patches of other sizes."""
-    # timm has it in the module that defines the class.
+    """timm's own conversion: from CLIP, DINOv2, DeiT III and others; resizes positions and patches."""
+    # timm defines it in the module of the class.
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return state.tensors
     try:
         converted = dict(convert(dict(state.tensors), vit))
-    except Exception as error:  # tensors of an unknown format can break it anywhere
+    except Exception as error:  # an unknown format can break it anywhere
         what = f"holds no weights of this kind of model ({first_line(error)})"
         raise UserError(state.source, what, "Name weights of this very model", ExitCode.BAD_DATA) from error
     if "norm.weight" in converted:
         return converted
-    # Classifiers that average patches (BEiT, EVA) have their last norm after the average.
+    # Classifiers that average the patches (BEiT, EVA) have their last norm after averaging.
     return {re.sub("^fc_norm", "norm", name): value for name, value in converted.items()}

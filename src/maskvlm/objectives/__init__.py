@@ -1,5 +1,5 @@
-"""What is learned and how it is measured: tasks, masking, losses.
+"""Training objectives and metrics: tasks, masking, losses.
 
-Behind a value (P) says that the paper states it, (R) that its readers report it, (C) that it is the field's convention,
-where neither is known.
+Marks after a default value: (P) stated in the paper, (R) reported by its readers, (C) the field's convention, where
+neither is known.
 """

@@ -1,4 +1,4 @@
-"""What a task answered in an evaluation, example by example, and what people answered: the base of its metrics."""
+"""Predicted and true answers of an evaluation, example by example: the basis of a task's metrics."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -10,7 +10,7 @@ from maskvlm.utils.distributed import gather_objects
 
 
 class ScoredExample(NamedTuple):
-    """One example with its answer. row: of the split. correct: 0 to 1; None where nobody published what is true."""
+    """One example with its predicted answer. row: in the split. correct: 0 to 1; None if the truth is not published."""
 
     row: int
     example: Example
@@ -19,12 +19,12 @@ class ScoredExample(NamedTuple):
 
     @property
     def truth(self) -> str:
-        """The most frequent answer, the first of equals; "" where none is published."""
+        """The most frequent answer, the first in a tie; "" if none is published."""
         return Counter(self.example["answers"]).most_common(1)[0][0] if self.example["answers"] else ""
 
     @property
     def line(self) -> Prediction:
-        """The example as predictions.jsonl holds it."""
+        """The example as stored in predictions.jsonl."""
         example = self.example
         return Prediction(
             id=example["id"], text=example["text"], truth=self.truth, prediction=self.prediction, right=self.correct,
@@ -39,7 +39,7 @@ class ScoredExamples:
         self.own: list[ScoredExample] = []
 
     def add(self, batch: ExampleBatch, predictions: list[str], correct: list[float | None]) -> None:
-        """Take in a batch's answers, in its order."""
+        """Add a batch's answers, in its order."""
         rows = zip(batch.index_B.tolist(), batch.examples, predictions, correct, strict=True)
         self.own += [ScoredExample(*row) for row in rows]
 
@@ -51,13 +51,13 @@ class ScoredExamples:
 
 
 def percent(scored: Iterable[ScoredExample]) -> float:
-    """Mean of `correct` in percent over the examples whose truth is known; NaN where there is none."""
+    """Mean of `correct` in percent over the examples whose truth is known; NaN if there are none."""
     known = [one.correct for one in scored if one.correct is not None]
     return 100 * sum(known) / len(known) if known else float("nan")
 
 
 def by_kind(scored: Iterable[ScoredExample]) -> dict[str, list[ScoredExample]]:
-    """The examples of each question type, by name; those without one are left out."""
+    """The examples of each question type, by name; those without a type are left out."""
     kinds: dict[str, list[ScoredExample]] = {}
     for one in scored:
         if one.example["kind"]:
@@ -66,12 +66,12 @@ def by_kind(scored: Iterable[ScoredExample]) -> dict[str, list[ScoredExample]]:
 
 
 def majority(scored: Iterable[ScoredExample], correct: Callable[[str, list[str]], float | None]) -> float:
-    """Accuracy in percent of the most frequent truth of each question type: what a model reaches that reads
-    the question's type and nothing else. `correct` is the task's: prediction, answers -> 0 to 1."""
+    """Accuracy in percent of always answering the most frequent truth of each question type: a model that knows only
+    the question's type. `correct` is the task's: prediction, answers -> 0 to 1."""
     known = [one for one in scored if one.example["answers"]]
     if not known:
         return float("nan")
-    # The most frequent truth of each type, among the very examples that are scored.
+    # The most frequent truth of each type, among the same examples that are scored.
     counts: dict[str, Counter[str]] = {}
     for one in known:
         counts.setdefault(one.example["kind"], Counter())[one.truth] += 1

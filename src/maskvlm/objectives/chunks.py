@@ -1,8 +1,9 @@
-"""A large batch on a small card: its pairs are computed a chunk at a time, and the losses are those of the whole batch.
+"""Large batches on a small GPU: pairs are computed one chunk at a time, with the losses of the whole batch.
 
-Contrast and hard negatives need every pair of the batch, but only its features: these are kept, what led to them is
-computed again in the backward pass, chunk by chunk (GradCache, Gao et al. 2021, by torch's own activation checkpoints).
-Accumulating gradients over small batches would change the objective: contrast would compare fewer pairs.
+Contrast and hard negatives need every pair of the batch, but only its features. These are kept, and the activations
+behind them are recomputed in the backward pass, chunk by chunk (GradCache, Gao et al. 2021, with torch's activation
+checkpointing). Accumulating gradients over small batches would change the objective: contrast would compare fewer
+pairs.
 
 Shapes: B pairs, n of a chunk, M masked images, T tokens.
 """
@@ -23,7 +24,7 @@ from maskvlm.objectives.pretraining_losses import Step
 
 
 def computed_again(compute: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """Result of `compute`, which the backward pass calls again, so that none of its intermediate tensors is kept."""
+    """Result of `compute`, which the backward pass calls again, so that none of its intermediate tensors are kept."""
     result: Tensor = checkpoint(compute, *arguments, use_reentrant=False)
     return result
 
@@ -32,20 +33,20 @@ def encoded_in_chunks(
     encoder: Encoder, size: int | None, rows: int, arguments: Callable[[slice], tuple[object, ...]]
 ) -> Tensor:
     """Features of `rows` rows, `size` at a time. `arguments` returns the encoder's arguments for a slice of rows."""
-    # A frozen encoder keeps nothing anyway, and it is frozen only during a part of the step.
+    # A frozen encoder keeps no activations anyway, and it is frozen only during part of the step.
     run = encoder if size is None or encoder.detached else functools.partial(computed_again, encoder)
     parts = [run(*arguments(part)) for part in slices(rows, size)]
     return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].dtype) for part in parts])
 
 
 def slices(rows: int, size: int | None) -> Iterator[slice]:
-    """The rows in chunks of `size`, the last one smaller; all at once for None."""
+    """Slices of at most `size` rows; a single one for None."""
     for first in range(0, rows, size or max(1, rows)):
         yield slice(first, min(rows, first + (size or rows)))
 
 
 def take_pairs(batch: Batch, rows: slice) -> Batch:
-    """These pairs of a batch with one caption an image."""
+    """These pairs of a batch with one caption per image."""
     return select_captions(batch, rows)._replace(
         image_BCHW=batch.image_BCHW[rows],
         owner_C=torch.arange(rows.stop - rows.start, device=batch.owner_C.device),
@@ -57,7 +58,7 @@ def take_pairs(batch: Batch, rows: slice) -> Batch:
 
 
 def take_masks(masks: Masks, rows: slice, masks_per_text: int) -> Masks:
-    """The masks of these pairs; of images None where none of them is masked."""
+    """The masks of these pairs; None for images if none of them is masked."""
     patch, token = masks.patch, masks.token
     if patch is not None:
         cut = PatchMask(patch.mask_BN[rows], patch.index_BK[rows], patch.weight_BK[rows], patch.visible)
@@ -73,7 +74,7 @@ def of_texts(rows: slice, masks_per_text: int) -> slice:
 
 
 def take_encoded(encoded: Encoded, rows: slice) -> Encoded:
-    """The features of these pairs, without further captions."""
+    """The features of these pairs, without their other captions."""
     image, text, each = encoded.masked_image_BLD, encoded.masked_text_BTD, encoded.masks_per_text
     image = None if image is None or not len(image[rows]) else image[rows]
     text = None if text is None else text[of_texts(rows, each)]
@@ -81,7 +82,7 @@ def take_encoded(encoded: Encoded, rows: slice) -> Encoded:
 
 
 def take_matched(matched: MatchingRows, rows: slice) -> MatchingRows:
-    """The rows that these pairs pick from: their own ones, followed by their negatives."""
+    """The rows that these pairs pick from: their own rows, followed by their negatives."""
     image_C, text_B = matched.hard_image_C[rows], matched.hard_text_B[rows]
     own = torch.arange(rows.stop - rows.start, device=text_B.device)
     return MatchingRows(
@@ -94,14 +95,14 @@ def take_matched(matched: MatchingRows, rows: slice) -> MatchingRows:
 
 
 def take_step(step: Step, rows: slice) -> Step:
-    """The part of a step that belongs to these pairs, before it has gone through the cross encoders."""
+    """The part of a step that belongs to these pairs, before the cross encoders."""
     negatives = step.negatives
     if negatives is not None:
         texts, images = (Negatives(each.index_B[rows], each.weight_B[rows]) for each in negatives)
         negatives = texts, images
     batch, contrast = take_pairs(step.batch, rows), step.contrast
     return step._replace(
-        # Of the pairs; what they are compared with stays whole.
+        # Only the rows of these pairs; what they are compared with stays whole.
         contrast=contrast._replace(
             image_BE=contrast.image_BE[rows],
             text_BE=contrast.text_BE[rows],

@@ -1,7 +1,7 @@
-"""A downstream task that decides among labels: the base of NLVR and visual entailment, of VQA by classes, and of
-whatever asks a text about one image or several.
+"""Downstream classification: the base class of NLVR, visual entailment, VQA by classes, and other tasks that pair a
+text with one or more images.
 
-Shapes: B examples, P images an example, L image positions, T tokens, D width, K labels.
+Shapes: B examples, P images per example, L image positions, T tokens, D width, K labels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,13 +24,13 @@ from maskvlm.utils.distributed import Draw, shared_count
 from maskvlm.utils.errors import UserError, check_least, check_shares
 
 EVAL_SEED = 20230502
-TOP_LABELS = 5  # labels of a decision
-SCORING = ("projection.", "matching.")  # heads of pre-training
+TOP_LABELS = 5  # labels reported per prediction
+SCORING = ("projection.", "matching.")  # pre-training heads
 Reads = Literal["fused", "scores"]
 
 
 class LabelPrediction(NamedTuple):
-    """The label, its probability, and the likeliest labels, itself included, with theirs."""
+    """The label, its probability, and the likeliest labels (including it) with their probabilities."""
 
     answer: str
     probability: float
@@ -38,7 +38,7 @@ class LabelPrediction(NamedTuple):
 
 
 class FusedExamples(NamedTuple):
-    """Images and texts, and what is fused of them. X = B * P: the images of an example follow each other."""
+    """Encoded images and texts, and their fused vectors. X = B * P: the images of an example are adjacent."""
 
     image_XLD: Tensor
     text_BTD: Tensor
@@ -54,25 +54,24 @@ class FusedExamples(NamedTuple):
 class Classification(Task):
     """Fused vectors of the images with the text, concatenated, through two linear layers (paper sec. 4; R).
 
-    A fused vector is the two class tokens and their product (C). The matching head reads the product alone, which
-    measures agreement of image and text. A label can depend on the text itself, so the class tokens are read too.
+    A fused vector is the two class tokens and their product (C). The matching head uses only the product, which
+    measures image-text agreement. A label can also depend on the text itself, so the class tokens are included here.
 
     Args:
-        labels: what to decide among; linked from the data, not set by hand.
+        labels: the classes; linked from the data, not set by hand.
         images_per_example: 1 or more.
-        hidden: between the two layers; None takes the backbone's width.
-        dropout: in the head, 0 to 1.
-        image_ablation: the control: noise in the place of every image.
-        reads: what the head reads: `fused` vectors (P), or `scores` (C): of the text its class token and the mean of
-            its tokens, unfused, and of each image contrast's logit and matching's log-odds, by the heads of
-            pre-training, which are not trained on. Of a few hundred photos fused vectors are soon learned by heart;
-            two numbers cannot be.
+        hidden: width between the two layers; None: the backbone's width.
+        dropout: dropout rate in the head, 0 to 1.
+        image_ablation: control experiment: replace every image by noise.
+        reads: input of the head: `fused` vectors (P), or `scores` (C): the text's class token and the mean of its
+            tokens, unfused, plus each image's ITC logit and matching log-odds from the pre-training heads, which stay
+            frozen. With a few hundred photos, fused vectors are soon memorised; two numbers cannot be.
 
     Attributes:
         name: prefix of the metrics.
 
     Raises:
-        UserError: no labels, a share outside [0, 1], or `scores` from a checkpoint without the heads of pre-training.
+        UserError: no labels, a share outside [0, 1], or `scores` from a checkpoint without the pre-training heads.
     """
 
     name = "classification"
@@ -111,7 +110,7 @@ class Classification(Task):
         self.head = Classifier(read, self.hidden or width, len(self.labels), self.dropout)
         init_xavier(self.head)
         if self.reads == "scores":
-            # Heads of pre-training are read and not trained; `warm_start` fills them.
+            # Pre-training heads are frozen; `warm_start` loads them.
             self.matching = Matching(width)
             init_normal(self.matching)
             self.matching.requires_grad_(False)
@@ -126,10 +125,10 @@ class Classification(Task):
         return ("head.",)
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
-        """The projections take the checkpoint's width, and read what they read there.
+        """Also give the projections the checkpoint's width and the inputs they have there.
 
         Raises:
-            UserError: scores are to be read, and the checkpoint has no heads that give them.
+            UserError: `reads` is `scores`, and the checkpoint lacks the heads for them.
         """
         if self.reads == "scores":
             missing = [name for name in self.state_dict() if name.startswith(SCORING) and name not in heads]
@@ -154,31 +153,31 @@ class Classification(Task):
         """Logits of the labels, [B, K].
 
         Raises:
-            UserError: an example has another number of images than `images_per_example`.
+            UserError: the number of images per example is not `images_per_example`.
         """
         image = batch.image_BPCHW
         if image.shape[1] != self.images_per_example:
             what = f"the data has {image.shape[1]} images an example, the task is set to {self.images_per_example}"
             raise UserError("model.task.images_per_example", what, f"Set it to {image.shape[1]}")
-        # An unreadable image is blank: its features must not be cached under its row.
+        # Unreadable images are blank: do not cache their features.
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
         if self.blind is not None:
-            # The noise differs in each step: nothing to cache.
+            # The noise differs in each step, so there is nothing to cache.
             image, row_B = self.blind(image, uniform), row_B.new_full(row_B.shape, -1)
         met = encode_and_fuse(backbone, image, batch.token_BT, batch.attention_BT, row_B)
         return self.head(met.fused_BX if self.reads == "fused" else self.scores(met))
 
     def scores(self, met: FusedExamples) -> Tensor:
-        """The text's class token and mean token, then two numbers of each image, [B, 2 * D + 2 * P]."""
+        """The text's class token and mean token, then two numbers per image, [B, 2 * D + 2 * P]."""
         text_BTD, attention_BT = met.text_BTD, met.attention_BT
-        # text_BTD is the text encoder's output: the words alone, nothing of an image in them.
+        # text_BTD is the text encoder's output, without image information.
         mean_BD = masked_mean(text_BTD, attention_BT)
         image_XE = self.projection.embed_image(met.image_XLD)
         text_BE = self.projection.embed_text(text_BTD, attention_BT)
         # (B * P, E) -> (B, P, E), times (B, 1, E), summed over E -> (B, P)
         cosine_BP = (image_XE.unflatten(0, (len(text_BE), -1)) * text_BE[:, None]).sum(2)
         unlike_X, like_X = self.matching(met.fused_X.product_MD).float().unbind(1)
-        # Contrast's logit and matching's log-odds of each image.
+        # ITC logit and matching log-odds of each image.
         scores_BP2 = torch.stack([cosine_BP * self.projection.logit_scale, (like_X - unlike_X).view_as(cosine_BP)], 2)
         return torch.cat([text_BTD[:, 0], mean_BD, scores_BP2.flatten(1)], 1)
 
@@ -197,7 +196,7 @@ class Classification(Task):
 
     def decisions(self, backbone: MaskVLM, batch: ExampleBatch) -> list[LabelPrediction]:
         """Predicted labels of examples without a known answer."""
-        # Random numbers are asked for by the image ablation alone.
+        # Only the image ablation uses random numbers.
         draw = Draw(EVAL_SEED, 0, batch.image_BPCHW.device)
         return top_labels(self.probability(self.logits(backbone, batch, draw.local).float()), self.labels)
 
@@ -206,7 +205,7 @@ class Classification(Task):
         return logits_BK.softmax(1)
 
     def correct(self, prediction: str, answers: list[str]) -> float | None:
-        """1 where the prediction is the answer, else 0; None without one."""
+        """1 if the prediction equals the answer, else 0; None if there is no answer."""
         return float(prediction == answers[0]) if answers else None
 
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
@@ -234,12 +233,12 @@ class Classification(Task):
         }
 
     def chance_levels(self, batch_size: int) -> dict[str, float]:
-        """Entropy of labels that are all as frequent."""
+        """Entropy of equally frequent labels."""
         return {self.name: float(torch.tensor(float(len(self.labels))).log())}
 
 
 def top_labels(probability_BK: Tensor, labels: Sequence[str]) -> list[LabelPrediction]:
-    """The decision of each row."""
+    """The prediction for each row."""
     top = probability_BK.topk(min(TOP_LABELS, probability_BK.shape[1]))
     rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     named = [{labels[k]: p for k, p in zip(ks, ps, strict=True)} for ks, ps in rows]
@@ -247,10 +246,10 @@ def top_labels(probability_BK: Tensor, labels: Sequence[str]) -> list[LabelPredi
 
 
 def predict_labels(task: Classification, model: Model, examples: list[tuple[Any, ...]]) -> list[LabelPrediction]:
-    """A `Method`: what the task says of each example, its images followed by its text."""
+    """A `Method`: the task's prediction for each example, given as its images followed by its text."""
     predictions: list[LabelPrediction] = []
     for part, numbers in numbered(examples, model.batch_size):
-        # All images of an example have its number.
+        # All images of an example share its number.
         image_BPCHW = torch.stack(
             [model.pixels(example[:-1], [n] * (len(example) - 1)) for n, example in zip(numbers, part, strict=True)]
         )
@@ -265,12 +264,12 @@ def encode_and_fuse(
     """One pass of each image with the same text.
 
     Args:
-        row_B: place of each example in the training split, -1 of none, for features that are kept; None keeps none.
+        row_B: index of each example in the training split for the feature cache, -1 for none; None: no caching.
     """
     images = image_BPCHW.shape[1]
     row_X = None
     if row_B is not None:
-        # Each image of an example has a row of its own in the cache.
+        # Each image of an example has its own row in the cache.
         row_BP = row_B[:, None] * images + torch.arange(images, device=row_B.device)
         row_X = row_BP.masked_fill(row_B[:, None] < 0, -1).flatten()
     # (B, P, 3, H, W) -> (X, 3, H, W); each text is encoded once and then repeated for its P images.

@@ -1,4 +1,4 @@
-"""What a method needs of a loaded model, so that tasks can bring methods of their own."""
+"""Interface of a loaded model, so that tasks can define their own methods."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from maskvlm.objectives.task import Task
 
 
 class Model(Protocol):
-    """What methods need of a loaded model: the backbone, the heads it has, and its inputs as tensors."""
+    """What methods use of a loaded model: the backbone, its heads, and inputs as tensors."""
 
     backbone: MaskVLM
     task: Task
@@ -21,12 +21,12 @@ class Model(Protocol):
 
     @property
     def words(self) -> MarkedTexts:
-        """Texts to tokens and back."""
+        """Converts texts to tokens and back."""
         ...
 
     def pixels(self, images: Sequence[Any], numbers: Sequence[int] | None = None) -> Tensor:
-        """Normalised [B, 3, H, W] on the model's device, in its precision. numbers: what errors call images that have
-        no name, 1 to B if left out."""
+        """Normalised images [B, 3, H, W] on the model's device, in its precision. numbers: how error messages refer to
+        images without a name, 1 to B if left out."""
         ...
 
     def tokens(self, texts: Sequence[str]) -> CaptionTokens:
@@ -34,7 +34,7 @@ class Model(Protocol):
         ...
 
     def head(self, name: str, method: str) -> Any:
-        """A head of the task by its name. Raises UserError where the checkpoint has none."""
+        """A head of the task by its name. Raises UserError if the checkpoint does not have it."""
         ...
 
 
@@ -44,11 +44,11 @@ def device_of(model: Model) -> torch.device:
 
 
 def numbered(rows: Sequence[Any], size: int) -> Iterator[tuple[Sequence[Any], range]]:
-    """`in_batches`, each with the numbers of its rows among all, from 1 on."""
+    """Like `in_batches`, each batch with its row numbers, counted from 1."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size], range(start + 1, min(len(rows), start + size) + 1)
 
 
 def in_batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Parts of at most `size`."""
+    """Batches of at most `size` rows."""
     return (rows[start : start + size] for start in range(0, len(rows), size))

@@ -1,8 +1,8 @@
-"""Formulas of the losses: tensors in, scalar out, no parameters, no logging.
+"""Loss functions: tensors in, scalar out, no parameters, no logging.
 
-Shapes: B rows of this process, G rows of all processes (C and H: captions, where images have several), D width,
+Shapes: B rows of this process, G rows of all processes (C and H: captions, if images have several), D width,
 K masked positions, V vocabulary, P values of a patch. Weights are 0 or 1; a sum is divided by `count`, which the
-caller may share over processes.
+caller may average over processes.
 """
 
 from typing import Literal, NamedTuple
@@ -32,7 +32,7 @@ def contrastive(
         scale: 1 / temperature.
         own_B: int64 in [0, G), the column of each row's partner.
         excluded_BG: bool, False at own_B; True where a column shows the same image, has the same text or is invalid.
-        weight_B, count: see the top.
+        weight_B, count: see the module docstring.
 
     Returns:
         Nats per pair.
@@ -42,7 +42,7 @@ def contrastive(
     for query_BD, key_GD in ((image_BD, text_GD), (text_BD, image_GD)):
         logits_BG = similarity(query_BD, key_GD, scale).masked_fill(excluded_BG, float("-inf"))
         terms.append((F.cross_entropy(logits_BG, own_B, reduction="none") * weight_B).sum())
-    # Without a valid row the sum is 0: divided by 1, not by 0.
+    # Without a valid row, the sum is 0 and is divided by 1 instead of 0.
     return (terms[0] + terms[1]) / 2 / count.clamp(min=1)
 
 
@@ -67,14 +67,14 @@ def soft_contrastive(
     count_B: Tensor,
     count_C: Tensor,
 ) -> Tensor:
-    """Image-text contrast (ITC) where images have several captions: the target is spread equally over all columns
-    of the same image, mean of the two directions (ALBEF's rule for fine-tuning).
+    """Image-text contrast (ITC) for images with several captions: the target is spread equally over all columns of the
+    same image, mean of the two directions (ALBEF's rule for fine-tuning).
 
     Args:
         image_BD, text_CD: unit vectors of this process; image_GD, text_HD: of all processes.
         scale: 1 / temperature.
         image_targets, text_targets: [B, H] of images and [C, G] of captions.
-        weight_B, weight_C, count_B, count_C: of images and of captions, see the top.
+        weight_B, weight_C, count_B, count_C: of images and of captions, see the module docstring.
 
     Returns:
         Nats per query.
@@ -98,7 +98,7 @@ def soft_cross_entropy(logits_BG: Tensor, columns: ContrastTargets) -> Tensor:
 
 
 def similarity(query_BD: Tensor, key_GD: Tensor, scale: Tensor) -> Tensor:
-    """Cosines times `scale`, [B, G], in float32 also under autocast: at scale 1000 bfloat16 is off by up to 2."""
+    """Cosines times `scale`, [B, G], in float32 even under autocast: at scale 1000 bfloat16 is off by up to 2."""
     with torch.autocast(query_BD.device.type, enabled=False):
         return scale.float() * query_BD.float() @ key_GD.float().T
 
@@ -110,24 +110,23 @@ def matching(logits_M2: Tensor, match_M: Tensor, weight_M: Tensor, count: Tensor
 
 
 def words_present(logits_BLV: Tensor, words_BV: Tensor, weight_B: Tensor, count: Tensor) -> Tensor:
-    """Which words a caption has, from the image alone: a word is there where any position shows it.
+    """Predict which words a caption has, from the image alone: a word is present if any position shows it.
 
     Noisy-or over positions, p = 1 - prod(1 - p_l), as Fang et al. 2015 (From captions to visual concepts and back)
-    detect words in regions; binary cross-entropy summed over the vocabulary, in nats per token that the caption has,
-    counted once where it stands there several times.
+    detect words in regions. Binary cross-entropy summed over the vocabulary, in nats per distinct token of the caption.
     """
     # log(1 - sigmoid(x)) = -softplus(x), and of independent positions the logs add up: (B, L, V) -> (B, V).
     absent_BV = -F.softplus(logits_BLV.float()).sum(1)  # log probability that no position shows it
-    # The clamp keeps log(1 - p) below 0: at 0 the log of the probability of presence is -inf. The bound is so small
-    # because the gradient is 0 beyond it, exactly where a word that is there is denied the most.
+    # The clamp keeps log(1 - p) below 0: at 0, the log probability of presence would be -inf. The bound is tiny because
+    # the gradient is 0 beyond it, exactly where a present word is predicted absent most confidently.
     present_BV = torch.log(-torch.expm1(absent_BV.clamp(max=-1e-30)))
-    # Per different token (words_BV has a 1 for each), so that captions of many words do not weigh more.
+    # Per distinct token (words_BV has a 1 for each), so that longer captions do not weigh more.
     loss_B = -(words_BV * present_BV + (1 - words_BV) * absent_BV).sum(1) / words_BV.sum(1).clamp(min=1)
     return (loss_B * weight_B).sum() / count.clamp(min=1)
 
 
 def masked_token(logits_CKV: Tensor, target_CK: Tensor, weight_CK: Tensor, count: Tensor) -> Tensor:
-    """Masked language modelling (MLM): cross-entropy in nats per masked token; 0 where nothing is masked."""
+    """Masked language modelling (MLM): cross-entropy in nats per masked token; 0 if nothing is masked."""
     # (C, K, V) -> (C * K, V)
     loss_CK = F.cross_entropy(logits_CKV.float().flatten(0, 1), target_CK.flatten(), reduction="none")
     return (loss_CK * weight_CK.flatten()).sum() / count.clamp(min=1)
@@ -136,15 +135,14 @@ def masked_token(logits_CKV: Tensor, target_CK: Tensor, weight_CK: Tensor, count
 def masked_pixel(
     predicted_BKP: Tensor, target_BKP: Tensor, weight_BK: Tensor, count: Tensor, kind: PixelLoss = "l1"
 ) -> Tensor:
-    """Masked image modelling (MIM): mean error per normalised pixel value of the masked patches; the paper's is
-    L1."""
+    """Masked image modelling (MIM): mean error per normalised pixel value of the masked patches; L1 in the paper."""
     error_BKP = pixel_error(predicted_BKP.float(), target_BKP.float(), kind)
     return (error_BKP.mean(-1) * weight_BK).sum() / count.clamp(min=1)
 
 
 def mean_colour(target_BKP: Tensor, weight_BK: Tensor) -> Tensor:
-    """Mean colour of the masked patches, as the values of a patch, [P]: what a model draws that knows nothing. Zeros
-    where nothing is masked."""
+    """Mean colour of the masked patches, as the values of a patch, [P]: the prediction of a model that has learned
+    nothing. Zeros if nothing is masked."""
     # (B, K, P) -> (B, K, pixels, 3): the last axis of a patch is the channel.
     colour_BK3 = target_BKP.float().unflatten(-1, (-1, 3)).mean(2)
     colour_3 = (colour_BK3 * weight_BK[..., None]).sum((0, 1)) / weight_BK.sum().clamp(min=1)
@@ -152,8 +150,8 @@ def mean_colour(target_BKP: Tensor, weight_BK: Tensor) -> Tensor:
 
 
 def pixel_error(predicted: Tensor, target: Tensor, kind: PixelLoss) -> Tensor:
-    """Error of each value, in the shape of `predicted`, of their difference d: `l1` abs(d), `squared` d^2, `smooth_l1`
-    d^2 / 2 below 1 and abs(d) - 1/2 from there on."""
+    """Elementwise error, in the shape of `predicted`, of the difference d: `l1` abs(d), `squared` d^2, `smooth_l1`
+    d^2 / 2 for abs(d) below 1 and abs(d) - 1/2 otherwise."""
     if kind == "l1":
         return (predicted - target).abs()
     if kind == "squared":

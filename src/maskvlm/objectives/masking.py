@@ -1,7 +1,7 @@
-"""Which patches and which words are masked: pure functions, their random numbers passed in, and the classes that
-configurations name. A masking of your own is a class of `ImageMasking` or `TextMasking` and a line of YAML.
+"""Masking of patches and words: pure functions that are passed their random numbers, and the classes that configs
+name. To add your own masking, subclass `ImageMasking` or `TextMasking` and name it in the YAML.
 
-Shapes: B images, C captions, N patches, T tokens, K positions at most masked in a row.
+Shapes: B images, C captions, N patches, T tokens, K maximum number of masked positions per row.
 """
 
 import math
@@ -21,9 +21,9 @@ and returns the rows of this process (`distributed.Draw`)."""
 
 
 class PatchMask(NamedTuple):
-    """mask_BN: bool, True where a patch is masked. index_BK: int64 patch numbers, row by row from the top left.
-    weight_BK: 1.0 for a masked patch; 0.0 for a visible one, which only fills the row, so that the shape is known
-    without asking the device. visible: upper bound on the visible patches of a masked row; None: not known."""
+    """mask_BN: bool, True where a patch is masked. index_BK: int64 patch indices, row by row from the top left.
+    weight_BK: 1.0 for a masked patch; 0.0 for a visible one that pads the row, so that the shape is known without
+    a device sync. visible: upper bound on the visible patches of a masked row; None: unknown."""
 
     mask_BN: Tensor
     index_BK: Tensor
@@ -32,7 +32,7 @@ class PatchMask(NamedTuple):
 
 
 class TokenMask(NamedTuple):
-    """token_CT: int64 ids with the masked ones replaced. mask_CT: bool, True where the loss looks. index_CK,
+    """token_CT: int64 ids with the masked ones replaced. mask_CT: bool, True where the loss is computed. index_CK,
     weight_CK: as in `PatchMask`; the weight of a masked token may be any number above 0."""
 
     token_CT: Tensor
@@ -42,7 +42,7 @@ class TokenMask(NamedTuple):
 
 
 def count_masked(units: int, ratio: float) -> int:
-    """How many of `units` are masked: nearest whole number, half up, at least one if the ratio is above 0."""
+    """How many of `units` are masked: rounded half up, at least one if the ratio is above 0."""
     share = np.float32(units) * np.float32(ratio)  # in single precision, as on the device
     return 0 if ratio == 0 else min(units, max(1, int(share + np.float32(0.5))))
 
@@ -53,8 +53,8 @@ def count_each(units: Tensor | int, share_C1: Tensor) -> Tensor:
 
 
 class Ratio(NamedTuple):
-    """Share of each caption, or image, that is masked. share_C1: [C, 1], 0 to 1. most, least: the largest and the
-    smallest share that can be drawn."""
+    """Mask ratio of each caption or image. share_C1: [C, 1], 0 to 1. most, least: the largest and the smallest share
+    that can be drawn."""
 
     share_C1: Tensor
     most: float
@@ -74,32 +74,32 @@ def mask_patches(
     uniform: Uniform,
     fully_masked: float = 0.0,
 ) -> PatchMask:
-    """Mask a share of square blocks of patches, uniform over blocks, fresh for each image (paper sec. 3, P).
+    """Mask a share of square blocks of patches, uniform over blocks, drawn anew for each image (paper sec. 3, P).
 
     Args:
         valid_B: False rows get no mask.
         grid: rows and columns of patches.
-        block: side of a block in patches (paper: 32 px of 16-px patches, so 2); blocks at the right and lower
-            edge are cut where the grid does not divide.
-        ratio: share of blocks, 0 to 1, the same in all images or each image's own; the count is exact in every image.
+        block: side of a block in patches (paper: 32 px of 16-px patches, so 2); blocks at the right and bottom
+            edge are cut if the grid is not divisible.
+        ratio: share of blocks, 0 to 1, one for all images or one per image; the count is exact in every image.
         uniform: source of random numbers.
-        fully_masked: probability that all of an image is masked in the place of that share.
+        fully_masked: probability that an image is masked completely instead of by that share.
     """
     # Rounded up: blocks of the last row and column may be cut.
     block_rows, block_cols = -(-grid[0] // block), -(-grid[1] // block)
     units = block_rows * block_cols
     least, most = (ratio.least, ratio.most) if isinstance(ratio, Ratio) else (ratio, ratio)
     count = count_masked(units, most)
-    # Before whole images are added, which only have fewer visible patches. Edge blocks are cut, so it is a bound.
+    # Computed before fully masked images, which only lower it. An upper bound, since edge blocks may be cut.
     visible = min((units - count_masked(units, least)) * block**2, grid[0] * grid[1])
     noise = uniform(valid_B.shape[0], units)
-    # argsort twice: each block's place in random order. The first `count` places are exactly so many blocks.
+    # argsort twice: each block's rank in a random order. The first `count` ranks are exactly `count` blocks.
     rank = noise.argsort(dim=1).argsort(dim=1)
     if isinstance(ratio, Ratio):
         chosen_BU = rank < count_each(units, ratio.share_C1)
     else:
         chosen_BU = rank < count
-    # Drawn only where wanted, so that all other draws stay the same without it.
+    # Drawn only if needed, so that all other draws stay the same without it.
     if fully_masked:
         chosen_BU, count = chosen_BU | (uniform(valid_B.shape[0])[:, None] < fully_masked), units
     block_mask = chosen_BU.unflatten(1, (block_rows, block_cols))
@@ -121,62 +121,62 @@ def mask_tokens(
     whole_word: bool = False,
     keep_and_swap: bool = False,
 ) -> TokenMask:
-    """Mask a share of the real tokens, never specials or padding (paper sec. 3: 30 %, always [MASK]).
+    """Mask a share of the real tokens, never special tokens or padding (paper sec. 3: 30 %, always [MASK]).
 
     Args:
         token_CT, special_CT, word_CT: as in `Batch`.
-        ratio: share of tokens (of words with `whole_word`), 0 to 1, the same in all captions or each caption's own;
-            nearest whole number, at least one unless the share is 0.
-        uniform: source of random numbers; drawn for `text_length` positions whatever T is, so that the
-            draw does not depend on the longest caption of the batch.
+        ratio: share of tokens (of words with `whole_word`), 0 to 1, one for all captions or one per caption;
+            rounded to the nearest whole number, at least one unless the share is 0.
+        uniform: source of random numbers; always drawn for `text_length` positions, so that the draw does not depend
+            on the longest caption of the batch.
         mask_id: the id of [MASK].
-        vocab_size: bound of the random replacements.
-        text_length: the longest T there can be.
+        vocab_size: exclusive upper bound of the random replacements.
+        text_length: the maximum T.
         whole_word: mask all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 rule ([MASK], a random token, unchanged) instead of always [MASK].
     """
-    # What is drawn are units: words, or single tokens. unit_CT has the number of each token's unit.
+    # Units are drawn: words, or single tokens. unit_CT has the index of each token's unit.
     rows, length = token_CT.shape
     unit_CT = word_CT if whole_word else torch.arange(length, device=token_CT.device).expand(rows, length)
-    unit_CT = torch.where(special_CT, length, unit_CT)  # specials share one unit that is then cut off
+    unit_CT = torch.where(special_CT, length, unit_CT)  # special tokens share one unit, which is cut off later
     exists_CU = torch.zeros(rows, length + 1, dtype=torch.bool, device=token_CT.device)
-    # (C, T) -> (C, U), U = T: which units a text has; the column that specials share is cut off.
+    # (C, T) -> (C, U), U = T: which units a text has, without the column of the special tokens.
     exists_CU = exists_CU.scatter(1, unit_CT, True)[:, :length]
-    # 2.0 sorts what does not exist behind every draw in [0, 1).
+    # 2.0 sorts missing units after every draw in [0, 1).
     noise_CU = uniform(rows, text_length)[:, :length].masked_fill(~exists_CU, 2.0)
-    # As for patches: each unit's place in random order.
+    # As for patches: each unit's rank in a random order.
     rank_CU = noise_CU.argsort(dim=1).argsort(dim=1)
     units_C1 = exists_CU.sum(1, keepdim=True)
     if not isinstance(ratio, Ratio):
         ratio = Ratio(torch.full_like(units_C1, ratio, dtype=torch.float), ratio)
     # How many units of each text are masked, and which.
     masked_CU = (rank_CU < count_each(units_C1, ratio.share_C1)) & exists_CU
-    # (C, U) -> (C, T): units back to tokens; the column of the specials is never masked.
+    # (C, U) -> (C, T): units back to tokens; the column of the special tokens is never masked.
     mask_CT = torch.cat([masked_CU, torch.zeros_like(masked_CU[:, :1])], 1).gather(1, unit_CT)
     replacement_CT = torch.full_like(token_CT, mask_id)
     if keep_and_swap:
-        # Of the masked tokens 80 % show [MASK], 10 % a random token and 10 % themselves.
+        # Of the masked tokens, 80 % become [MASK], 10 % a random token, and 10 % stay unchanged.
         choice_CT, other_CT = uniform(rows, 2, text_length)[:, :, :length].unbind(1)
         replacement_CT = torch.where(choice_CT < 0.9, replacement_CT, token_CT)
         replacement_CT = torch.where(
             (choice_CT >= 0.8) & (choice_CT < 0.9), (other_CT * vocab_size).long(), replacement_CT
         )
-    # A word of many pieces can exceed the share of tokens: with whole words any number may be masked.
+    # A word of many pieces can exceed the share of tokens, so whole-word masking may mask any number.
     most = length if whole_word else count_masked(length, ratio.most)
     return TokenMask(torch.where(mask_CT, replacement_CT, token_CT), mask_CT, *positions(mask_CT, most))
 
 
 def positions(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """A mask [B, N] as `PatchMask` and `TokenMask` have it, [B, most] both: the positions of each row's True entries,
-    filled up with others, and 1.0 where it is True."""
-    # (B, N) -> (B, most): a shape that does not depend on what the device holds.
+    """Convert a mask [B, N] to the index and weight of `PatchMask` and `TokenMask`, both [B, most]: the positions of
+    each row's True entries, padded with other positions, and 1.0 where the mask is True."""
+    # (B, N) -> (B, most): a shape that does not depend on values on the device.
     index = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     return index, mask.gather(1, index).float()
 
 
 class Vocabulary(NamedTuple):
-    """What a masking must know of the text encoder: the id of [MASK], the number of ids, the longest text in tokens,
-    and how words are cut into ids, without start and end (none where it does not know all of them)."""
+    """What a masking needs to know about the text encoder: the id of [MASK], the vocabulary size, the maximum text
+    length in tokens, and a function from words to ids, without start and end (empty if it does not know them all)."""
 
     mask_id: int
     size: int
@@ -185,8 +185,8 @@ class Vocabulary(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Texts to be masked, as in `Batch`; each stands `masks_per_text` times in a row, to be masked so many times.
-    training: False in evaluation, where every checkpoint is asked the same."""
+    """Texts to mask, as in `Batch`; each is repeated `masks_per_text` times in adjacent rows, once for each masking.
+    training: False in evaluation, where every checkpoint gets the same masks."""
 
     token_CT: Tensor
     special_CT: Tensor
@@ -196,10 +196,10 @@ class Texts(NamedTuple):
 
 
 class ImageMasking(ABC):
-    """Which patches of an image are masked."""
+    """Base class: chooses which patches of an image are masked."""
 
     def check(self, patch_size: int) -> None:
-        """Raises UserError where it does not fit patches of that size, in pixels."""
+        """Raises UserError if it does not fit patches of this size, in pixels."""
         return
 
     @abstractmethod
@@ -212,22 +212,22 @@ class ImageMasking(ABC):
             valid_B: False rows get no mask.
             grid: rows and columns of patches.
             patch_size: side of a patch in pixels.
-            uniform: the only source of random numbers; each call draws for the global batch, so that several processes
-                mask what one would.
-            training: False in evaluation, where every checkpoint is asked the same.
+            uniform: the only source of random numbers; each call draws for the global batch, so that masks do not
+                depend on the number of processes.
+            training: False in evaluation, where every checkpoint gets the same masks.
         """
 
 
 class RandomBlocks(ImageMasking):
-    """A share of square blocks, uniform over blocks (paper sec. 3), or in training now and then the whole image.
+    """Mask a share of square blocks, uniform over blocks (paper sec. 3), or in training sometimes the whole image.
 
     Args:
         ratio: share of the blocks, 0 to 1.
         block: side of a block in pixels; a multiple of the patch size.
-        whole: in training the probability that all of an image is masked.
+        whole: in training, the probability that an image is masked completely.
 
     Raises:
-        UserError: shares that are none.
+        UserError: a share is outside [0, 1].
     """
 
     def __init__(self, ratio: float = 0.6, block: int = 32, whole: float = 0.0) -> None:
@@ -235,7 +235,7 @@ class RandomBlocks(ImageMasking):
         self.ratio, self.block, self.whole = ratio, block, whole
 
     def check(self, patch_size: int) -> None:
-        """Raises UserError for a block that does not hold whole patches of so many pixels."""
+        """Raises UserError if a block is not a whole number of patches of this size, in pixels."""
         if self.block < patch_size or self.block % patch_size:
             what, todo = (
                 f"{self.block} px do not hold whole {patch_size}-px patches",
@@ -251,8 +251,8 @@ class RandomBlocks(ImageMasking):
 
 
 class DrawnBlocks(RandomBlocks):
-    """In training each image has a share of its own, drawn anew (masks of every size, as in masked diffusion, Austin et
-    al. 2021); in evaluation all have the same.
+    """In training, draw a separate share for each image (all mask sizes, as in masked diffusion, Austin et al. 2021);
+    in evaluation, use the same share for all.
 
     Args:
         low, high: the share is drawn between these, 0 to 1.
@@ -260,7 +260,7 @@ class DrawnBlocks(RandomBlocks):
         block, whole: as in `RandomBlocks`.
 
     Raises:
-        UserError: shares that are none, or in the wrong order.
+        UserError: a share is outside [0, 1], or `low` exceeds `high`.
     """
 
     def __init__(
@@ -280,37 +280,37 @@ class DrawnBlocks(RandomBlocks):
 
 
 def check_range(where: str, low: float, high: float, measured: float) -> None:
-    """Raises UserError where these are no shares, or in the wrong order."""
+    """Raises UserError if a share is outside [0, 1], or `low` exceeds `high`."""
     if not (0 <= low <= high <= 1 and 0 <= measured <= 1):
         what = f"low {low}, high {high}, measured {measured} are no shares in order"
         raise UserError(where, what, "Give 0 <= low <= high <= 1, and measured from 0 to 1")
 
 
 class TextMasking(ABC):
-    """Which tokens of a text are masked."""
+    """Base class: chooses which tokens of a text are masked."""
 
     @abstractmethod
     def __call__(self, texts: Texts, vocabulary: Vocabulary, uniform: Uniform) -> TokenMask:
         """Draw a mask for each row of `texts`.
 
         Args:
-            uniform: as for images; drawn for `vocabulary.length` positions, so that the longest text of the batch
-                does not matter.
+            uniform: as for images; draw for `vocabulary.length` positions, so that masks do not depend on the longest
+                text of the batch.
         """
 
 
 class RandomTokens(TextMasking):
-    """A share of the tokens of each text, uniform over tokens (paper sec. 3).
+    """Mask a share of the tokens of each text, uniform over tokens (paper sec. 3).
 
     Args:
         ratio: share of the tokens, 0 to 1.
-        most: in training a masking has a share that is drawn between `ratio` and this one; of several maskings of a
-            text the first has `ratio`.
+        most: in training, each masking draws its share between `ratio` and this value; with several maskings per text,
+            the first keeps `ratio`.
         whole_word: mask all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
 
     Raises:
-        UserError: shares that are none, or in the wrong order.
+        UserError: a share is outside [0, 1], or `most` is below `ratio`.
     """
 
     def __init__(
@@ -329,36 +329,39 @@ class RandomTokens(TextMasking):
         )  # fmt: skip
 
     def _share(self, texts: Texts, uniform: Uniform) -> float | Ratio:
-        """Share of tokens to mask: in training with `most` drawn for each row, else the same for all."""
+        """Share of tokens to mask: in training with `most`, drawn for each row; otherwise the same for all."""
         if not texts.training or self.most == self.ratio:
             return self.ratio
         drawn_C = uniform(len(texts.token_CT))
         if texts.masks_per_text > 1:
-            # Drawn for all rows; a draw of 0 stands for the lower share.
+            # Drawn for all rows; a draw of 0 gives the lower share.
             first_C = torch.arange(len(drawn_C), device=drawn_C.device) % texts.masks_per_text == 0
             drawn_C = drawn_C.masked_fill(first_C, 0.0)
         return Ratio.drawn(self.ratio, self.most, drawn_C)
 
 
 class ChosenPhrases(RandomTokens):
-    """In training, a text that holds some of these phrases has them masked and nothing else; other texts are masked as
-    by `RandomTokens`. This is for words that say something only together with all the others: how two things stand to
-    each other is learned where both are named, and hardly at all where their names are masked, too. At most K tokens of
-    a text are masked, where K is the width of the index tensor: `most` (else `ratio`) of the T tokens that the batch is
-    padded to, start and end included, or as many as the longest phrase has, whichever is more. So what is masked of a
-    text with more phrases than that depends on the longest text of its batch: the last ones are left as they are, one
-    of them perhaps in part. In evaluation all texts are masked as by `RandomTokens`.
+    """In training, mask only the given phrases in texts that contain any; other texts, and all texts in evaluation, are
+    masked as by `RandomTokens`.
+
+    This is for words that only make sense with all the others present: how two objects relate is learned where both
+    are named, and hardly at all where their names are masked too.
+
+    At most K tokens of a text are masked, where K is the width of the index tensor: `most` (or `ratio` if None) of the
+    T tokens that the batch is padded to, including start and end, or the length of the longest phrase, whichever is
+    more. If a text has more phrase tokens, the last phrases stay unmasked, one of them perhaps in part; which ones
+    depends on the longest text of its batch.
 
     Args:
-        phrases: words as the captions have them, such as "left of".
-        share: of the texts that hold one, 0 to 1: how many have it masked so, drawn anew each time. Of several maskings
-            of a text the first alone.
+        phrases: words as they occur in the captions, such as "left of".
+        share: share of the texts with a phrase, 0 to 1, in which it is masked this way, drawn anew each time. With
+            several maskings per text, this applies to the first only.
         ratio, most: as in `RandomTokens`.
-        weight: how much a token that is masked so counts in the loss beside any other, above 0.
+        weight: loss weight of a token masked this way relative to any other, above 0.
 
     Raises:
-        UserError: no phrase, one without words, a share or a weight that is none; in the first step a phrase of words
-            that the tokenizer does not know.
+        UserError: no phrases, an empty phrase, an invalid share or weight; in the first step, a phrase with words that
+            the tokenizer does not know.
     """
 
     def __init__(
@@ -386,8 +389,8 @@ class ChosenPhrases(RandomTokens):
             return base
         forms = [ids for phrase in self.phrases for ids in self.forms(phrase, vocabulary.encode)]
         at_CT = self.phrases_in(texts, forms)
-        # As many tokens as there are places to read, room for the longest phrase at least. Of a text with more phrases
-        # than fit the last one may be masked in part.
+        # As many tokens as the index has columns, but at least the longest phrase. If a text has more phrases than fit,
+        # the last one may be masked in part.
         room = min(max(base.index_CK.shape[1], *map(len, forms)), at_CT.shape[1])
         at_CT &= at_CT.cumsum(1) <= room
         chosen_C1 = at_CT.any(1, keepdim=True) & (uniform(len(at_CT))[:, None] < self.share)
@@ -399,8 +402,8 @@ class ChosenPhrases(RandomTokens):
         return TokenMask(token_CT, mask_CT, index_CK, torch.where(chosen_C1, self.weight * weight_CK, weight_CK))
 
     def forms(self, phrase: str, encode: Callable[[str], list[int]]) -> set[tuple[int, ...]]:
-        """Token ids of a phrase. Byte-level BPE (RoBERTa) has other ones for a word behind a space than for one at the
-        beginning. Raises UserError: the tokenizer does not know it."""
+        """Token ids of a phrase. Byte-level BPE (RoBERTa) encodes a word after a space differently from one at the
+        beginning. Raises UserError if the tokenizer does not know the phrase."""
         forms = {tuple(encode(phrase)), tuple(encode(f" {phrase}"))}
         if () in forms:
             what, todo = f"the tokenizer does not know all words of '{phrase}'", "Leave it out of phrases"
@@ -411,14 +414,14 @@ class ChosenPhrases(RandomTokens):
         """True on the tokens of phrases with these ids, [C, T]."""
         at_CT = torch.zeros_like(texts.special_CT)
         word_CT, length = texts.word_CT, at_CT.shape[1]
-        # Where a token is the first of its word, and the last: "of" is not the beginning of "often".
+        # Where a token is the first of its word, and the last: "of" must not match the beginning of "often".
         other_C1 = torch.full_like(word_CT[:, :1], -2)
         first_CT = word_CT != torch.cat([other_C1, word_CT[:, :-1]], 1)
         last_CT = word_CT != torch.cat([word_CT[:, 1:], other_C1], 1)
         for ids in forms:
             if len(ids) > length:  # longer than any text of this batch
                 continue
-            # Where each token of the phrase is followed by the next one: numbers are compared, nothing is copied.
+            # Where each token of the phrase is followed by the next: the windows are views, without a copy.
             windows_CWP = texts.token_CT.unfold(1, len(ids), 1)
             starts_CW = torch.stack([windows_CWP[..., place] == token for place, token in enumerate(ids)]).all(0)
             starts_CW &= first_CT[:, : length - len(ids) + 1] & last_CT[:, len(ids) - 1 :]
@@ -428,14 +431,14 @@ class ChosenPhrases(RandomTokens):
 
 
 class DrawnTokens(TextMasking):
-    """In training each masking of a text has a share of its own, drawn anew, as `DrawnBlocks` for images.
+    """In training, draw a separate share for each masking of a text, like `DrawnBlocks` for images.
 
     Args:
         low, high: the share is drawn between these, 0 to 1.
         measured: the share in evaluation.
 
     Raises:
-        UserError: shares that are none, or in the wrong order.
+        UserError: a share is outside [0, 1], or `low` exceeds `high`.
     """
 
     def __init__(self, low: float = 0.15, high: float = 0.8, measured: float = 0.3) -> None:

@@ -1,17 +1,17 @@
-"""What a model can be asked beyond its core: the methods that tasks bring."""
+"""Methods that tasks add to a model."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
 class Method(NamedTuple):
-    """A question that a fine-tuned model answers, in Python, on the command line and on the page.
+    """A question type that a fine-tuned model answers, in Python, on the command line and on the demo page.
 
     Attributes:
-        run: (task, model, examples) -> answers, one an example; an example is its images followed by its text. An
-            answer is a NamedTuple whose first entry is what a person wants to read, and whose second is a probability.
-        images: how many an example has.
-        text: what the text is called, such as `question`; "" where an example has none.
+        run: (task, model, examples) -> answers, one per example; an example is its images followed by its text. An
+            answer is a NamedTuple whose first entry is the answer to show, and whose second is a probability.
+        images: images per example.
+        text: name of the text, such as `question`; "" if an example has none.
         description: one line of help.
     """
 
@@ -22,16 +22,16 @@ class Method(NamedTuple):
 
     @property
     def form(self) -> str:
-        """What an example is made of, in words."""
+        """The parts of an example, in words."""
         images = f"{self.images} image{'s' if self.images > 1 else ''}"
         return f"{images} and a {self.text}" if self.text else images
 
     @property
     def shell_form(self) -> str:
-        """The same as it is typed in a shell: `IMAGE IMAGE SENTENCE`."""
+        """The same as typed in a shell: `IMAGE IMAGE SENTENCE`."""
         return " ".join(["IMAGE"] * self.images + ([self.text.upper()] if self.text else []))
 
     @property
     def inputs(self) -> int:
-        """How many parts an example has."""
+        """Number of parts of an example."""
         return self.images + bool(self.text)

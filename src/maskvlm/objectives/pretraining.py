@@ -1,4 +1,4 @@
-"""Joint masked pre-training: mask one side, reconstruct it with the help of the other (paper sec. 3).
+"""Joint masked pre-training: mask one modality and reconstruct it with the help of the other (paper sec. 3).
 
 Shapes: B pairs of this process, G of all processes, L image positions, T tokens, K masked positions, D width.
 """
@@ -64,7 +64,7 @@ from maskvlm.utils.errors import UserError, check_least, check_shares
 
 
 def check_plug_ins(losses: object, image_masking: object, text_masking: object) -> None:
-    """Raise UserError for further losses or maskings that are no objects of their classes."""
+    """Raise UserError if additional losses or maskings are not instances of the expected classes."""
     maskings = [("image_masking", image_masking, ImageMasking), ("text_masking", text_masking, TextMasking)]
     wrong = [(name, kind) for name, value, kind in maskings if value is not None and not isinstance(value, kind)]
     listed = isinstance(losses, Sequence) and all(isinstance(loss, PretrainingLoss) for loss in losses)
@@ -78,71 +78,70 @@ class MaskedPretraining(Task):
     """The paper's four losses in one step: ITC + ITM + MLM + MIM.
 
     Args:
-        image_mask_ratio: share of image blocks masked (0.6, P).
-        fully_masked_share: in training the probability that a masked image is masked as a whole (0, P). Otherwise the
-            model learns to fill in from the visible patches first and hardly uses the caption.
-        text_mask_ratio: share of tokens masked (0.3, P).
-        masks_per_text: maskings of each caption in a step (1, P); each more masks as many words again at little cost.
-        text_mask_most: in training a masking masks a share that is drawn between text_mask_ratio and this one (None:
-            text_mask_ratio); of several maskings of a caption the first keeps text_mask_ratio. With much masked, a word
-            is told from the image, not from the words that are left; with 1 the model also learns to write from
-            nothing, as `caption` asks it to (masks of every size, as in mask-predict, Ghazvininejad et al. 2019).
+        image_mask_ratio: share of image blocks to mask (0.6, P).
+        fully_masked_share: in training, the probability that a masked image is masked completely (0, P). Without it,
+            the model first learns to fill in from the visible patches and hardly uses the caption.
+        text_mask_ratio: share of tokens to mask (0.3, P).
+        masks_per_text: maskings per caption and step (1, P); each extra one masks as many words again at little cost.
+        text_mask_most: in training, each masking draws its share between text_mask_ratio and this value (None:
+            text_mask_ratio); with several maskings per caption, the first keeps text_mask_ratio. With a high share,
+            words must be predicted from the image rather than the remaining words; at 1, the model also learns to
+            write from scratch, as `caption` requires (all mask sizes, as in mask-predict, Ghazvininejad et al. 2019).
         masked_image_share: share of a step's images that are masked (1, P); a masked image costs about as much as a
             whole one.
         contrast_first: share of the run's steps, 0 to below 1, that train ITC alone (0, P); such a step costs less
-            than half. The other losses and the cross encoders are trained after it, on aligned encoders (ALBEF's
+            than half. The other losses and the cross encoders are then trained on aligned encoders (ALBEF's
             "align before fuse", here in time).
-        negative_queue: pairs of earlier steps among which hard negatives are drawn, too (0: of this step alone, P);
-            see `negative_queue.NegativeQueue`. It takes the memory of as many encoded pairs.
-        matching_trains_encoders: whether matching trains the two encoders beside the cross encoders (true, P). With
-            few pairs to learn from, false keeps more of what ITC taught the encoders.
-        exchanged_share: share of the images, 0 to 1, whose hard caption in matching is their own one with two words
-            exchanged (0, P), see `exchanged_words.exchange_words`: matching is asked which word belongs to which, at
-            the cost of one more pass of these captions through the text encoder.
-        contrast_patches: share of the patches of an image, drawn anew in each step, that the trained blocks of its
-            encoder see while contrast alone is learned (1, P): cheaper, and less is learned by heart (FLIP, Li et al.
-            2023).
-        contrast_reads: `class`: contrast reads the two class tokens (P). `class_and_mean`: the mean patch and the mean
-            token, too, see `heads.Projection`.
-        freeze_aligned: true: both encoders and the contrast projections are frozen after the ITC-only phase (false,
-            P); their learning rates end with it, and later steps cost less. `image`: only the image encoder is
-            frozen; the text encoder and ITC go on learning against fixed image features (LiT, Zhai et al. 2022). The
-            mask token of a ViT that reads all positions does not learn either: it is the mean colour's embedding, or
-            a checkpoint's where the run starts from one.
-        image_learns: share of the run's steps, above 0 to 1, in which the image encoder learns (1, P); its learning
-            rate ends there, and later steps cost less. What comes late, such as how two things stand to each other, is
-            then learned on image features that do not move (docs/results/scenes). Not beside `contrast_first`, which
-            has phases of its own.
+        negative_queue: number of pairs from earlier steps that also serve as candidates for hard negatives (0: this
+            step only, P); see `negative_queue.NegativeQueue`. It needs the memory of that many encoded pairs.
+        matching_trains_encoders: whether matching trains the two encoders as well as the cross encoders (true, P).
+            With little training data, false preserves more of what the encoders learned from ITC.
+        exchanged_share: share of the images, 0 to 1, whose hard caption in matching is their own caption with two
+            words exchanged (0, P), see `exchanged_words.exchange_words`. This tests which word belongs to which, and
+            costs one more pass of these captions through the text encoder.
+        contrast_patches: share of an image's patches, drawn anew in each step, that the trained blocks of its
+            encoder see while contrast is trained alone (1, P); cheaper, with less memorisation (FLIP, Li et al. 2023).
+        contrast_reads: `class`: contrast uses the two class tokens (P). `class_and_mean`: also the mean patch and the
+            mean token, see `heads.Projection`.
+        freeze_aligned: true: freeze both encoders and the contrast projections after the ITC-only phase (false, P);
+            their learning rates end with it, and later steps cost less. `image`: freeze only the image encoder; the
+            text encoder and ITC keep training against fixed image features (LiT, Zhai et al. 2022). The mask token
+            of a ViT that reads all positions is not trained either: it is the embedding of the mean colour, or comes
+            from the checkpoint if the run starts from one.
+        image_learns: share of the run's steps, above 0 to 1, in which the image encoder is trained (1, P); its
+            learning rate ends there, and later steps cost less. What is learned late, such as spatial relations, is
+            then learned on fixed image features (docs/results/scenes). Cannot be combined with `contrast_first`,
+            which has its own phases.
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
         weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
-        weight_words: weight of a fifth loss, which the paper does not have (0), see `pretraining_losses.WordsPresent`.
-        weight_spread: weight of a loss on how much each masked patch varies (0: none, P), which teaches where things
+        weight_words: weight of a fifth loss, which is not in the paper (0), see `pretraining_losses.WordsPresent`.
+        weight_spread: weight of a loss on how much each masked patch varies (0: none, P), which teaches where objects
             are, see `pretraining_losses.PatchSpread`.
-        losses: further losses, of any package: each a class of `pretraining_losses.PretrainingLoss`.
+        losses: additional losses from any package, each a subclass of `pretraining_losses.PretrainingLoss`.
         image_masking: how images are masked (`masking.RandomBlocks` of image_mask_ratio, mask_block and
-            fully_masked_share). `masking.DrawnBlocks`: each image has a share of its own.
-        text_masking: how texts are (`masking.RandomTokens` of text_mask_ratio, text_mask_most, whole_word,
-            keep_and_swap). `masking.DrawnTokens`: each masking has a share of its own.
-            `masking.ChosenPhrases`: given phrases are masked alone.
-        mask_both: reconstruct each side from the *masked* other one (the paper's ablation, slightly worse).
+            fully_masked_share). `masking.DrawnBlocks`: each image gets its own share.
+        text_masking: how texts are masked (`masking.RandomTokens` of text_mask_ratio, text_mask_most, whole_word,
+            keep_and_swap). `masking.DrawnTokens`: each masking gets its own share.
+            `masking.ChosenPhrases`: only the given phrases are masked.
+        mask_both: reconstruct each modality from the *masked* other one (the paper's ablation, slightly worse).
         whole_word: mask all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
         pixel_loss: l1 (P), squared or smooth_l1.
         pixel_norm: normalise each target patch to mean 0 and variance 1 (MAE's option).
         decoder_layers: blocks of the pixel decoder (3, P).
-        decoder_positions: the pixel decoder's queries know their places (false, P), see
+        decoder_positions: add position embeddings to the pixel decoder's queries (false, P), see
             `pretraining_losses.MaskedPixels`.
         contrast_dim: width of the contrast space (256, C).
-        temperature: start value of the contrast temperature (0.07, C).
-        rerank_k: candidates re-scored by matching when retrieval is measured (C; ALBEF: 128 to 256).
+        temperature: initial value of the contrast temperature (0.07, C).
+        rerank_k: candidates re-scored by matching in retrieval evaluation (C; ALBEF: 128 to 256).
         rerank_contrast: weight of the ITC logit that is added to the matching log-odds in re-ranking (0: matching
             alone, C; 1: see `rerank.score_gallery`).
         tokens_from_words: initialise the token head from the text encoder's token embeddings (weights) and the
             captions' token frequencies (bias) instead of N(0, 0.02) and 0.
 
     Raises:
-        UserError: a ratio outside [0, 1], a negative weight, all weights 0, a block that is no multiple of
-            the patch size.
+        UserError: a ratio is outside [0, 1], a weight is negative, all weights are 0, or the block is not a multiple
+            of the patch size.
     """
 
     source_kind = Source
@@ -197,22 +196,22 @@ class MaskedPretraining(Task):
         check_shares({f"model.task.{name}": share for name, share in zip(names, shares, strict=True)})
         check_least(1, {"model.task.rerank_k": rerank_k, "model.task.masks_per_text": masks_per_text})
         check_least(0, {"model.task.rerank_contrast": rerank_contrast, "model.task.negative_queue": negative_queue})
-        # The losses and what they need to know.
+        # The losses and their settings.
         self.contrastive = ImageTextContrast(weight_itc, contrast_dim, temperature, contrast_reads)
         self.masked_pixels = MaskedPixels(weight_mim, pixel_loss, pixel_norm, decoder_layers, decoder_positions)
         self.masked_tokens = MaskedTokens(weight_mlm, tokens_from_words)
         paper = [self.contrastive, ImageTextMatching(weight_itm), self.masked_tokens, self.masked_pixels]
         self.losses = self._order(paper, [WordsPresent(weight_words), PatchSpread(weight_spread), *losses])
-        # How inputs are masked: a given class makes the settings of the built-in one idle.
+        # How inputs are masked: passing a masking overrides the settings of the built-in one.
         self.image_masking = image_masking or RandomBlocks(image_mask_ratio, mask_block, fully_masked_share)
-        # Here, as the maskings know nothing of the names of these options.
+        # Checked here because the maskings do not know the names of these options.
         if text_mask_most is not None and not text_mask_ratio <= text_mask_most <= 1:
             what = f"{text_mask_most} is no share from text_mask_ratio ({text_mask_ratio}) to 1"
             todo = "Give such a share, or null, or a lower text_mask_ratio"
             raise UserError("model.task.text_mask_most", what, todo)
         self.text_masking = text_masking or RandomTokens(text_mask_ratio, text_mask_most, whole_word, keep_and_swap)
         self.mask_both, self.masks_per_text = mask_both, masks_per_text
-        # Settings that depend on each other; an error names the one to change.
+        # Interdependent settings; the error names the one to change.
         if not 0 < masked_image_share <= 1 or (mask_both and masked_image_share < 1):
             what = (
                 f"{masked_image_share} is no share above 0"
@@ -244,11 +243,11 @@ class MaskedPretraining(Task):
             what = "contrast_first has phases of its own, and freeze_aligned says what is frozen after the first"
             todo = "Set it to 1, or contrast_first to 0"
             raise UserError("model.task.image_learns", what, todo)
-        # One mechanism: freezing what is aligned ends the image encoder's learning with the ITC-only phase.
+        # One mechanism for both: freeze_aligned ends the image encoder's training with the ITC-only phase.
         self.image_learns = contrast_first if freeze_aligned else image_learns
         self.aligned_stops = freeze_aligned is True  # the text encoder and the projections stop with it
         self.rerank_contrast = rerank_contrast
-        # The words that are present (weight_words) train the image encoder alone.
+        # WordsPresent (weight_words) trains the image encoder alone.
         if not (matching_trains_encoders or weight_itc or weight_mlm or weight_mim or weight_spread):
             todo = "Set it to true, or give another loss a weight"
             raise UserError("model.task.matching_trains_encoders", "no other loss trains the encoders", todo)
@@ -263,14 +262,14 @@ class MaskedPretraining(Task):
         self.exchanged_share = exchanged_share
         self.pairs_at_once: int | None = None
         self.compares_examples = bool(weight_itc or weight_itm)
-        self.masked_before = False  # a masking that masks nothing is looked for in the first training step alone
-        self.texts_per_image = 1  # of an image in training, for the chance levels
+        self.masked_before = False  # only the first training step checks that a masking masks something
+        self.texts_per_image = 1  # captions per image in training, for the chance levels
         self.measure = PretrainingMetrics(rerank_k, rerank_contrast)
-        self.tokens_loaded = False  # whether the token head is a checkpoint's
+        self.tokens_loaded = False  # whether the token head comes from a checkpoint
 
     def _order(self, paper: Sequence[PretrainingLoss], more: Sequence[PretrainingLoss]) -> list[PretrainingLoss]:
-        """The losses of weight above 0, the paper's first: their heads then get the same random initial values with
-        or without further losses."""
+        """The losses with a weight above 0, the paper's first, so that their heads get the same random initial values
+        with or without additional losses."""
         self.weights = {loss.name: loss.weight for loss in (*paper, *more)}
         if len(self.weights) < len(paper) + len(more):
             names = [loss.name for loss in (*paper, *more)]
@@ -284,29 +283,29 @@ class MaskedPretraining(Task):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the losses of this step read. With `mask_both` the masked inputs of the other modality are added in
-        `mask` and in `_freeze_unused`."""
+        """What the losses of this step use. With `mask_both`, `mask` and `_freeze_unused` also add the masked inputs of
+        the other modality."""
         return needed(self.losses)
 
     def build(self, backbone: MaskVLM) -> None:
         if self.contrast_patches < 1:
             backbone.image.check_plain("model.task.contrast_patches", "Set it to 1")
         width, length = backbone.width, backbone.text.text_length
-        # L, T, D, E: what a checkpoint's queue must fit.
+        # L, T, D, E: the sizes that a checkpoint's queue must match.
         self.queue_sizes = (1 + math.prod(backbone.image.grid), length, width, self.contrastive.width)
         self.image_masking.check(backbone.image.patch_size)
-        # Before images are masked for the first time their encoder stands still, which a new token would need to learn.
+        # The image encoder is frozen before any image is masked, so a new mask token could not be trained.
         stops_first = self.contrast_first > 0 and self.image_learns < 1
         if stops_first and not backbone.image.left_out and backbone.origin is None:
             backbone.image.set_mask_token_to_mean_colour()
         paper, more = self.losses[: self.of_paper], self.losses[self.of_paper :]
         self._add_heads(paper, backbone)
         init_normal(self)
-        # MLM before ITC, as in earlier versions; only ITC's heads draw random numbers here.
+        # MLM before ITC, as in earlier versions; only ITC's heads draw random numbers at this point.
         for loss in reversed(paper):
             loss.init_heads(self, backbone)
-        # Heads of further losses come after init_normal: the paper's heads draw the same random numbers with or
-        # without them, and theirs keep their own initialisation.
+        # Heads of additional losses come after init_normal: the paper's heads draw the same random numbers with or
+        # without them, and the additional heads keep their own initialisation.
         self._add_heads(more, backbone)
         for loss in more:
             loss.init_heads(self, backbone)
@@ -321,7 +320,7 @@ class MaskedPretraining(Task):
                 self.add_module(name, head)
 
     def _freeze_unused(self, backbone: MaskVLM) -> None:
-        """Freeze the parts that no wanted loss reaches."""
+        """Freeze the parts that no active loss reaches."""
         needs, pairs = self.needs, Need.PAIRS in self.needs
         masked = Need.MASKED_IMAGE in needs or (self.mask_both and Need.MASKED_TEXT in needs)
         reached: list[tuple[nn.Parameter | nn.Module, bool]] = [
@@ -334,10 +333,10 @@ class MaskedPretraining(Task):
         backbone.freeze_for_task(*(part for part, is_reached in reached if not is_reached))
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
-        """As `Task.warm_start`; positions of the pixel decoder are resized to another image size.
+        """As `Task.warm_start`, and resizes the pixel decoder's position embeddings if the image size differs.
 
         Raises:
-            UserError: the checkpoint's contrast reads other tokens, or has vectors of another width.
+            UserError: contrast uses different tokens in the checkpoint, or vectors of a different width.
         """
         theirs, own = heads.get("projection.image.weight"), self.state_dict().get("projection.image.weight")
         if theirs is not None and own is not None and theirs.shape[1] != own.shape[1]:
@@ -347,13 +346,13 @@ class MaskedPretraining(Task):
         if theirs is not None and own is not None and len(theirs) != len(own):
             what = f"{len(own)}, but contrast of the checkpoint has vectors of width {len(theirs)}"
             raise UserError("model.task.contrast_dim", what, f"Set it to {len(theirs)}")
-        # As the backbone's: the pixel decoder may know places, and the image may have another size.
+        # As in the backbone: the pixel decoder may have position embeddings, and the image size may differ.
         loaded = super().warm_start(resize_positions(heads, self))
         self.tokens_loaded = any(name.startswith("tokens.") for name in loaded)
         return loaded
 
     def compute_in_chunks(self, size: int) -> None:
-        """As `Task.compute_in_chunks`. Raises UserError for a further loss that does not say that it adds up."""
+        """As `Task.compute_in_chunks`. Raises UserError for an additional loss that does not set `adds_up`."""
         names = [loss.name for loss in self.losses if not loss.adds_up and loss.needs - {Need.IMAGE, Need.TEXT}]
         if names:
             todo = "Say so in its class (`adds_up`, see PretrainingLoss), or leave model.chunk out"
@@ -361,18 +360,18 @@ class MaskedPretraining(Task):
         self.pairs_at_once = size
 
     def use_token_counts(self, count: Callable[[], Tensor]) -> None:
-        # A head that a checkpoint brings has learned its bias.
+        # A head loaded from a checkpoint has a trained bias.
         if self.weights["mlm"] and self.masked_tokens.from_words and not self.tokens_loaded:
             self.tokens.init_bias_from_counts(count())
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
-        # False in the phase that trains ITC alone.
+        # False in the ITC-only phase.
         aligned = self.run_progress >= self.contrast_first
         step, matched, pairs = self.step(backbone, batch, aligned)
         if self.pairs_at_once is None:
             encoded, attention_CT = step.encoded, step.batch.attention_CT
             if not aligned:
-                # A cross encoder projects every row that it is given: none but those of the few pairs.
+                # A cross encoder projects every row it is given, so pass only the rows of these few pairs.
                 rows = slice(0, pairs)
                 matched = None if matched is None else chunks.take_matched(matched, rows)
                 encoded, attention_CT = chunks.take_encoded(encoded, rows), attention_CT[rows]
@@ -385,12 +384,12 @@ class MaskedPretraining(Task):
                 for loss in self.losses:
                     loss.observe(self, step)
         if not aligned:
-            # Times 0: unused losses stay in the graph, so that every parameter has a gradient (DDP, FSDP).
+            # Times 0: unused losses stay in the graph so that every parameter has a gradient (DDP, FSDP).
             return {"itc": terms.pop("itc") + 0.0 * sum(terms.values())}
         return terms
 
     def in_chunks(self, backbone: MaskVLM, step: Step, matched: MatchingRows | None, pairs: int) -> dict[str, Tensor]:
-        """The same losses, of which those that add up are computed for `chunk` pairs at a time; see `chunks.py`."""
+        """The same losses, with those that add up computed `chunk` pairs at a time; see `chunks.py`."""
         whole = [loss for loss in self.losses if not loss.adds_up]
         terms = {loss.name: scalar(loss, loss(self, step)) for loss in whole}
         parts = [loss for loss in self.losses if loss.adds_up]
@@ -405,8 +404,8 @@ class MaskedPretraining(Task):
             return torch.stack([sums.get(loss.name, zero) for loss in parts])
 
         if parts:
-            # A tensor among the arguments tells torch whose random numbers to draw again (dropout's). (chunks, losses):
-            # chunks add up; the pairs that are not matched in the phase of contrast alone stay out.
+            # A tensor argument tells torch which device's random state to restore (for dropout). Shape: (chunks,
+            # losses), summed over chunks; pairs that are not matched in the ITC-only phase are left out.
             image_BLD = step.encoded.image_BLD
             of_chunk = [chunks.computed_again(of, rows, image_BLD) for rows in chunks.slices(pairs, self.pairs_at_once)]
             sums = torch.stack(of_chunk).sum(0)
@@ -414,31 +413,31 @@ class MaskedPretraining(Task):
         return {loss.name: terms[loss.name] for loss in self.losses}
 
     def step(self, backbone: MaskVLM, batch: Batch, aligned: bool) -> tuple[Step, MatchingRows | None, int]:
-        """Everything that the losses read before the cross encoders, the rows that matching picks from, and how many of
-        the pairs are masked and matched. `aligned`: contrast alone has been learned for long enough."""
-        # Rows of other processes and of the queue are put beside the own ones: all texts need one length.
+        """Everything that the losses use before the cross encoders, the rows that matching picks from, and how many
+        pairs are masked and matched. `aligned`: the ITC-only phase is over."""
+        # Rows of other processes and of the queue are concatenated with this process's: all texts need one length.
         queue = self.queue if aligned else None
         if world_size() > 1 or queue is not None:
             batch = pad_text(batch, backbone.text.text_length, backbone.text.pad_id)
         self.texts_per_image = len(batch.owner_C) // len(batch.valid_B)
-        # One caption an image is masked and matched; contrast has all.
+        # One caption per image is masked and matched; contrast uses all of them.
         batch, all_captions = first_and_all_captions(batch)
         # In the ITC-only phase one pair is masked and matched with weight 0: DDP and FSDP need a gradient for every
         # parameter.
         pairs = len(batch.valid_B) if aligned else 1
         masks = self.mask(backbone, batch, self.uniform, True, pairs)
-        # A share of 1 is that of the whole run, also where no run counts its steps (run_progress is 1 there).
+        # A share of 1 means the whole run, also outside a run (where run_progress is 1).
         frozen = self.image_learns < 1 and self.run_progress >= self.image_learns
-        # Where the text encoder stops as well, ITC is only logged; else it still learns that one.
+        # If the text encoder is frozen too, ITC is only logged; otherwise it still trains the text encoder.
         still = frozen and self.aligned_stops
         stand = [backbone.image, *([backbone.text] if still else [])]
-        # Contrast alone can do with some of the patches; the other losses read all positions.
+        # Contrast alone can use a subset of the patches; the other losses need all positions.
         alone = not aligned or [loss.name for loss in self.losses] == ["itc"]
         with encoders_frozen(stand, frozen):
             subset_BV = self.sample_patches(backbone, batch) if alone else None
             exchanged = self.exchange(backbone, batch, pairs)
             encoded = self.encode(backbone, all_captions, masks, subset_BV, exchanged)
-        # Contrast before negatives, which are drawn by its similarities; these before the pairs that are crossed.
+        # Contrast first, since its similarities are used to draw the negatives; then the pairs for the cross encoders.
         contrast = self.contrast(all_captions, encoded, subset_BV)
         negatives = self.negatives(contrast if queue is None else queue.append_to(contrast, batch), pairs)
         matched = None
@@ -449,12 +448,12 @@ class MaskedPretraining(Task):
             matched = with_exchanged(matched, encoded, batch.attention_CT)
             if exchanged is not None:
                 negatives = (count_exchanged(negatives[0], exchanged), negatives[1])
-        # After the draw: this step's pairs are among its candidates already.
+        # After the draw: this step's pairs are already among the candidates.
         if queue is not None and self.training:
             queue.push(batch, encoded, contrast)
         settings = (self.masks_per_text, self.mask_both, still)
         step = Step(batch, all_captions, masks, encoded, contrast, negatives, nothing_crossed(encoded), {}, *settings)
-        # Here, not in the losses: of chunks that are computed again the processes may not exchange anything.
+        # Here, not in the losses: processes must not communicate while chunks are recomputed.
         counts = {loss.name: shared_count(loss.count(step)) for loss in self.losses if loss.adds_up}
         return step._replace(counts=counts), matched, pairs
 
@@ -474,9 +473,9 @@ class MaskedPretraining(Task):
         return cross_all(backbone, *parts)
 
     def late(self, backbone: MaskVLM) -> TrainingPhases:
-        """With `contrast_first` the cross encoders, all heads but contrast's and a mask token behind the ViT train only
-        after contrast has trained alone. Otherwise all parameters train from the start; the image encoder stops after
-        `image_learns` of the steps."""
+        """With `contrast_first`, the cross encoders, all heads except contrast's and a mask token after the ViT are
+        trained only after the ITC-only phase. Otherwise all parameters are trained from the start, and the image
+        encoder stops after `image_learns` of the steps."""
         if not self.contrast_first and self.image_learns == 1:
             return TrainingPhases()
         projection = [self.projection] if self.weights["itc"] else []
@@ -499,19 +498,19 @@ class MaskedPretraining(Task):
         """Draw masks.
 
         Args:
-            batch: in training with one text an image; in evaluation an image has several.
+            batch: with one text per image in training; in evaluation an image may have several.
             training: draw `masks_per_text` masks for each text, in adjacent rows, and masks for `masked_image_share`
-                of the images; else one mask for each.
-            pairs: how many of the pairs, from the first one on, are masked; None: all.
+                of the images; otherwise one mask for each.
+            pairs: number of pairs, counted from the first, to mask; None: all.
         """
-        # In evaluation there are more texts than images: `pairs` is None, and all of both are masked.
+        # In evaluation there are more texts than images: `pairs` is None, and all images and texts are masked.
         images = len(batch.valid_B) if pairs is None else pairs
-        # With a single pair, as in the ITC-only phase, a valid masking may mask nothing.
+        # With a single pair, as in the ITC-only phase, even a valid masking may mask nothing.
         first = training and images > 1 and not self.masked_before
         masks_per_text, share = (self.masks_per_text, self.masked_image_share) if training else (1, 1.0)
         patch = token = None
         if Need.MASKED_IMAGE in self.needs or (self.mask_both and Need.MASKED_TEXT in self.needs):
-            # The first images of the batch, which is in random order in training.
+            # The first images of the batch, which is shuffled in training.
             valid_B, size = batch.valid_B[: max(1, round(share * images))], backbone.image.patch_size
             patch = self.image_masking(valid_B, backbone.image.grid, size, uniform, training)
             check_mask(self.image_masking, patch, PatchMask, (len(valid_B), math.prod(backbone.image.grid)))
@@ -519,7 +518,7 @@ class MaskedPretraining(Task):
                 check_masks_some(self.image_masking, patch.mask_BN, valid_B.any(), "patch")
         if Need.MASKED_TEXT in self.needs or (self.mask_both and Need.MASKED_IMAGE in self.needs):
             parts = (batch.token_CT, batch.special_CT, batch.word_CT)
-            # (C, T) -> (C * masks_per_text, T), the maskings of a text side by side.
+            # (C, T) -> (C * masks_per_text, T), with the maskings of a text in adjacent rows.
             token_CT, special_CT, word_CT = (part[:pairs].repeat_interleave(masks_per_text, 0) for part in parts)
             rows = Texts(token_CT, special_CT, word_CT, masks_per_text, training)
             text = backbone.text
@@ -532,26 +531,26 @@ class MaskedPretraining(Task):
         return Masks(patch, token)
 
     def exchange(self, backbone: MaskVLM, batch: Batch, pairs: int) -> ExchangedCaptions | None:
-        """Two words exchanged in the captions of the first images, which are `exchanged_share` of the first `pairs`, at
-        least one; None without such a share."""
+        """Exchange two words in the captions of the first images: `exchanged_share` of the first `pairs`, at least one.
+        None if the share is 0."""
         if not self.exchanged_share:
             return None
         first = max(1, round(self.exchanged_share * pairs))
-        # The batch is in random order in training.
+        # The batch is shuffled in training.
         token_ST, special_ST, word_ST = (part[:first] for part in (batch.token_CT, batch.special_CT, batch.word_CT))
         length, longest = token_ST.shape[1], backbone.text.text_length
-        # Drawn for the longest text and then cut: what is drawn does not depend on padding, which depends on the number
-        # of processes.
+        # Drawn for the longest text and then cut, so that the draw does not depend on padding, which depends on the
+        # number of processes.
         uniform_STT = self.uniform(first, longest, longest)[:, :length, :length]
         return exchange_words(token_ST, special_ST, word_ST, backbone.text.word_embeddings, uniform_STT)
 
     def sample_patches(self, backbone: MaskVLM, batch: Batch) -> Tensor | None:
-        """Numbers of the patches that contrast sees of each image, [B, V]; None: all."""
+        """Indices of the patches of each image that contrast sees, [B, V]; None: all."""
         patches = backbone.image.num_patches
         if self.contrast_patches == 1:
             return None
         noise_BN = self.uniform(len(batch.valid_B), patches)
-        # The first V of a random order of the N patches: none comes twice.
+        # The first V of a random permutation of the N patches, so without repeats.
         return noise_BN.argsort(dim=1)[:, : max(1, round(self.contrast_patches * patches))]
 
     def encode(
@@ -562,16 +561,16 @@ class MaskedPretraining(Task):
         subset_BV: Tensor | None = None,
         exchanged: ExchangedCaptions | None = None,
     ) -> Encoded:
-        """One pass of each encoder over the whole and the masked half of the batch. `batch` has all captions of its
-        images, first those that are masked and matched; `subset_BV`: what is seen of the whole images."""
+        """One pass of each encoder over the whole and the masked inputs. `batch` has all captions of its images, first
+        those that are masked and matched; `subset_BV`: the patches of the whole images to encode."""
         image, token, attention, mask, visible = batch.image_BCHW, batch.token_CT, batch.attention_CT, None, None
         pairs, captions = len(image), len(token)
-        # Whole images, then masked ones, in one batch; of the whole ones no patch is masked.
+        # Whole images, then masked ones, in one batch; no patch of a whole image is masked.
         if masks.patch is not None:
             masked_BN, visible = masks.patch.mask_BN, masks.patch.visible
             image = torch.cat([image, image[: len(masked_BN)]])
             mask = torch.cat([masked_BN.new_zeros(pairs, masked_BN.shape[1]), masked_BN])
-        # All captions, then masked ones, each with the padding mask of its caption.
+        # All captions, then masked captions, each with its original padding mask.
         if masks.token is not None:
             token = torch.cat([token, masks.token.token_CT])
             masked = attention[: len(masks.token.token_CT) // self.masks_per_text]
@@ -580,7 +579,7 @@ class MaskedPretraining(Task):
         if exchanged is not None:
             token = torch.cat([token, exchanged.token_CT])
             attention = torch.cat([attention, batch.attention_CT[: len(exchanged.token_CT)]])
-        # An unreadable image is blank: its features must not be cached under its row.
+        # Unreadable images are blank: do not cache their features.
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
         if self.pairs_at_once is None:
             whole, masked_image = backbone.image(image, mask, row_B, visible, subset_BV).tensor_split([pairs])
@@ -597,16 +596,16 @@ class MaskedPretraining(Task):
                     lambda rows: (images[rows], masked_BN[rows], None, visible),
                 )  # fmt: skip
         if backbone.image.stands_still and masks.patch is not None:
-            # Masked images train the mask token. Left in one graph with them, whole ones would get a gradient that
-            # nothing reads.
+            # Masked images train the mask token. In the same graph, whole images would get a gradient that nothing
+            # uses.
             whole = whole.detach()
         if self.needs == {Need.IMAGE}:
-            every_CTD = whole.new_zeros(captions, 0, whole.shape[-1])  # no loss reads texts
+            every_CTD = whole.new_zeros(captions, 0, whole.shape[-1])  # no loss uses texts
         else:
             every_CTD = chunks.encoded_in_chunks(
                 backbone.text, self.pairs_at_once, len(token), lambda rows: (token[rows], attention[rows])
             )
-        # (all rows, T, D) -> first captions (B), further captions, masked captions, exchanged ones
+        # (all rows, T, D) -> first captions (B), other captions, masked captions, exchanged captions
         text, other, masked, swapped = every_CTD.tensor_split([pairs, captions, behind])
         return Encoded(
             whole,
@@ -620,7 +619,7 @@ class MaskedPretraining(Task):
         )
 
     def contrast(self, all_captions: Batch, encoded: Encoded, subset_BV: Tensor | None = None) -> Contrast:
-        """Unit vectors of all processes. Where no contrast is learned all are zero, and negatives are drawn uniformly.
+        """Unit vectors of all processes. If ITC is off, all are zero and negatives are drawn uniformly.
         all_captions: the batch with the first captions of all images in front."""
         pairs = len(all_captions.valid_B)
         if self.weights["itc"]:
@@ -632,43 +631,43 @@ class MaskedPretraining(Task):
             )
             text, scale = self.projection.embed_text(encoded.text_BTD, attention_BT), self.projection.logit_scale
         else:
-            # As wide as they would be: a queue of them is kept in checkpoints.
+            # Same width as with ITC: checkpoints store a queue of these vectors.
             image = text = encoded.image_BLD.new_zeros(pairs, self.contrastive.width, dtype=torch.float32)
             scale = torch.ones((), device=image.device)
         return gather_contrast(all_captions, image, text, scale)
 
     def negatives(self, contrast: Contrast, pairs: int) -> tuple[Negatives, Negatives] | None:
-        """A hard caption for each of the first `pairs` images and a hard image for each of their captions, by their
-        numbers in the global batch or, after it, in the queue; None where no loss needs pairs."""
+        """A hard caption for each of the first `pairs` images and a hard image for each of their captions, as indices
+        into the global batch followed by the queue; None if no loss needs pairs."""
         if Need.PAIRS not in self.needs:
             return None
         image, text, image_all, text_all, scale, _, excluded, _ = contrast
         with torch.no_grad():
-            # One exclusion serves both directions: whether two pairs share image or text does not depend on the side.
+            # One exclusion mask serves both directions: sharing an image or a text is symmetric.
             drawn = [
                 draw_hard_negatives(similarity(*pair, scale), excluded, self.uniform(*excluded.shape))
                 for pair in ((image, text_all), (text, image_all))
             ]
-        # Drawn for the whole batch and then cut: the random numbers do not depend on `pairs`.
+        # Drawn for the whole batch and then cut, so that the random numbers do not depend on `pairs`.
         first = [Negatives(index_B[:pairs], weight_B[:pairs]) for index_B, weight_B in drawn]
         return first[0], first[1]
 
     def pixel_target(self, image_BCHW: Tensor, index_BK: Tensor) -> Tensor:
-        """What masked pixels are compared with, see `MaskedPixels.target`."""
+        """Targets of the masked patches, see `MaskedPixels.target`."""
         return self.masked_pixels.target(image_BCHW, index_BK)
 
     def chance_levels(self, batch_size: int) -> dict[str, float]:
-        """Chance level of each loss that is computed; of some it is missing until a batch was seen."""
+        """Chance level of each computed loss; some are missing until a batch has been seen."""
         levels = {loss.name: loss.chance(batch_size, self.texts_per_image) for loss in self.losses}
         return {name: level for name, level in levels.items() if level is not None}
 
     def card(self) -> dict[str, Any]:
-        """How retrieval is re-ranked; not at all without matching (k is 0)."""
+        """How retrieval is re-ranked; k is 0 (no re-ranking) without matching."""
         k = self.measure.rerank_k if self.weights["itm"] else 0
         return {"rerank_k": k, "rerank_contrast": self.rerank_contrast}
 
     def resume_state(self) -> dict[str, Tensor]:
-        """The queue of negatives, once it holds some."""
+        """The queue of negatives, if it is not empty."""
         return {} if self.queue is None else self.queue.state()
 
     def load_resume_state(self, state: Mapping[str, Tensor]) -> None:
@@ -686,13 +685,14 @@ class MaskedPretraining(Task):
 
 
 def nothing_crossed(encoded: Encoded) -> Crossed:
-    """Crossed features of 0 rows, for a step in which the cross encoders are not read, or not run yet."""
+    """Crossed features with 0 rows, for a step whose cross encoders are not needed or have not run yet."""
     none_D = encoded.image_BLD[:0, 0]
     return Crossed(encoded.image_BLD[:0], encoded.text_BTD[:0], Fused(none_D, none_D))
 
 
 def count_exchanged(texts: Negatives, exchanged: ExchangedCaptions) -> Negatives:
-    """The hard captions and their weights; an exchanged one counts even if the batch has no negative for its image."""
+    """The hard captions and their weights; an exchanged caption counts even if the batch has no negative for its
+    image."""
     first = len(exchanged.changed_C)
     there_S = torch.maximum(texts.weight_B[:first], exchanged.changed_C.to(texts.weight_B))
     return texts._replace(weight_B=torch.cat([there_S, texts.weight_B[first:]]))
@@ -702,13 +702,13 @@ MASK_FIELDS: dict[type, tuple[dict[str, torch.dtype], str, str]] = {
     PatchMask: ({"mask_BN": torch.bool}, "index_BK", "weight_BK"),
     TokenMask: ({"token_CT": torch.int64, "mask_CT": torch.bool}, "index_CK", "weight_CK"),
 }
-"""Kind of mask -> its fields with an entry for every position, with dtypes; its field with the positions that the loss
-reads; its field with their weights."""
+"""Mask class -> its fields with one entry per position, and their dtypes; its field with the positions that the loss
+uses; its field with their weights."""
 
 
 def check_mask(masking: ImageMasking | TextMasking, mask: object, kind: type, shape: tuple[int, int]) -> None:
-    """Raises UserError where a masking, which may be a plug-in, returned anything but a mask of this shape: rows by
-    patches or tokens."""
+    """Raises UserError if a masking, possibly a plug-in, returned anything but a mask of this shape (rows, patches or
+    tokens)."""
     where = f"model.task: {type(masking).__name__}"
     if not isinstance(mask, kind):
         raise UserError(where, f"gave a {type(mask).__name__}", f"Return a masking.{kind.__name__}")
@@ -717,7 +717,7 @@ def check_mask(masking: ImageMasking | TextMasking, mask: object, kind: type, sh
         value = getattr(mask, name)
         if not isinstance(value, Tensor):
             raise UserError(where, f"gave a {type(value).__name__} as {name}", f"See masking.{kind.__name__}")
-        # Index and weight have one column for each place that the loss looks at.
+        # Index and weight have one column for each position that the loss uses.
         wanted = shape if name in whole else (shape[0], *getattr(mask, index).shape[1:])
         fits = value.is_floating_point() if dtype is None else value.dtype == dtype
         if value.shape != wanted or not fits:
@@ -727,15 +727,15 @@ def check_mask(masking: ImageMasking | TextMasking, mask: object, kind: type, sh
 
 
 def check_masks_some(masking: ImageMasking | TextMasking, mask: Tensor, could: Tensor, what: str) -> None:
-    """Raises UserError where a plug-in masking masks nothing of a batch that could be masked. It synchronises host
-    and device, so only the first step calls it. The built-in maskings are exempt: their ratio may be 0."""
+    """Raises UserError if a plug-in masking masks nothing in a batch that could be masked. It synchronises host and
+    device, so only the first step calls it. The built-in maskings are exempt: their ratio may be 0."""
     if not isinstance(masking, RandomBlocks | RandomTokens) and bool(could) and not bool(mask.any()):
         where = f"model.task: {type(masking).__name__}"
         raise UserError(where, f"masks no {what} of the first batch", "Check its rule; its loss would learn nothing")
 
 
 def scalar(loss: PretrainingLoss, value: Tensor) -> Tensor:
-    """The value of a loss. Raises UserError where it is no scalar tensor, which a plug-in may give."""
+    """The value of a loss. Raises UserError if it is not a scalar tensor, which can happen with a plug-in."""
     if isinstance(value, Tensor) and value.ndim == 0:
         return value
     what = f"gave a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"gave {value!r:.60}"

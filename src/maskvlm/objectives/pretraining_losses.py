@@ -1,5 +1,5 @@
-"""The losses of pre-training as parts: each says its name, its heads, what it needs, its value and its chance level.
-A loss of your own is a class of `PretrainingLoss` and a line of YAML under `model.task.losses`.
+"""Pre-training losses as components: each defines its name, heads, needs, value and chance level. To add your own loss,
+subclass `PretrainingLoss` and name it in the YAML under `model.task.losses`.
 
 The formulas are in `loss_functions.py`. Shapes: B pairs of this process, C captions, L image positions, T tokens,
 K masked positions, M matching pairs, P values of a patch, V vocabulary, D width.
@@ -37,12 +37,11 @@ from maskvlm.utils.errors import UserError, check_least
 from maskvlm.utils.on_cpu import on_cpu
 
 FADE = 0.9999
-"""Decay of the token counts per step: they follow the data, and a count never reaches 2^24, where float32 stops
-counting."""
+"""Decay of the token counts per step: counts follow the data and never reach 2^24, where float32 stops counting."""
 
 
 class Need(Enum):
-    """What a step computes only if a loss reads it."""
+    """What a step computes only if a loss needs it."""
 
     IMAGE = "features of whole images"
     TEXT = "features of whole texts"
@@ -55,17 +54,17 @@ class Step(NamedTuple):
     """What a training step computed.
 
     Attributes:
-        batch: with one caption an image, the one that is masked and matched. all_captions: with all captions.
-        masks: of images and of texts; None where no loss needs them.
+        batch: with one caption per image, the one that is masked and matched. all_captions: with all captions.
+        masks: of images and of texts; None if no loss needs them.
         encoded: features of whole and masked inputs.
-        contrast: unit vectors; all zero where weight_itc is 0.
+        contrast: unit vectors; all zero if weight_itc is 0.
         negatives: a hard text for each image and a hard image for each text; None without matching. With
-            `exchanged_share` the first images met their own text with two words exchanged instead.
-        crossed: outputs of the cross encoders; no rows where the step is computed in chunks and this is the whole step.
-        counts: of each loss by its name, what its sum is divided by, see `PretrainingLoss.count`.
+            `exchanged_share`, the first images are paired with their own text with two words exchanged instead.
+        crossed: outputs of the cross encoders; no rows if the step is computed in chunks and this is the whole step.
+        counts: divisor of each loss's sum, by loss name, see `PretrainingLoss.count`.
         masks_per_text: maskings of each text.
-        mask_both: each side is reconstructed from the masked other one.
-        itc_frozen: contrast no longer learns; its loss is only logged.
+        mask_both: each modality is reconstructed from the masked other one.
+        itc_frozen: contrast is no longer trained; its loss is only logged.
     """
 
     batch: Batch
@@ -82,7 +81,7 @@ class Step(NamedTuple):
 
 
 class EvaluatedBatch(NamedTuple):
-    """A batch of held-out images and what an evaluation computed of it, without gradient.
+    """A batch of held-out images and what an evaluation computed from it, without gradient.
 
     Attributes:
         backbone: in evaluation mode.
@@ -99,18 +98,18 @@ class EvaluatedBatch(NamedTuple):
 
 
 class PretrainingLoss(ABC):
-    """One term of the sum that pre-training minimises.
+    """Base class of one term in the pre-training loss.
 
     Args:
-        weight: of the term in the sum (1); with 0 nothing is computed for it.
+        weight: weight of the term in the sum (1); 0 skips its computation.
 
     Attributes:
-        name: of the term in logs, `train/NAME`, and of its chance level, `level/NAME`.
+        name: name of the term in logs, `train/NAME`, and of its chance level, `level/NAME`.
         needs: what a step must compute for it. What no loss needs is not computed, and its parameters are frozen.
-        stuck_hint: what to look at where the loss stays at its chance level, for the warning that says so.
-        adds_up: the term is a sum over the pairs of the step, divided by `step.counts[name]`: over chunks of a batch it
-            adds up to the term of the whole. A loss that reads what cross encoders give must, with `model.chunk`; one
-            that needs masked images is not called for a chunk without any.
+        stuck_hint: what to check if the loss stays at its chance level, for the warning that reports it.
+        adds_up: whether the term is a sum over the step's pairs divided by `step.counts[name]`, so that the terms of a
+            batch's chunks add up to the term of the whole batch. With `model.chunk`, required of losses that use cross
+            encoder outputs; a loss that needs masked images is not called for a chunk without any.
     """
 
     name: ClassVar[str]
@@ -119,7 +118,7 @@ class PretrainingLoss(ABC):
     stuck_hint: ClassVar[str] = "what is paid without any knowledge; look at the learning rate and the data"
 
     def __init__(self, weight: float = 1.0) -> None:
-        # A class of another package comes here, too: a mistake in it is to end in one line.
+        # Classes of other packages pass here too: report a mistake in one as a one-line error.
         where = f"model.task.losses: {type(self).__name__}"
         if not isinstance(getattr(self, "name", None), str) or not self.name.isidentifier():
             raise UserError(where, "has no name", "Give its class a `name` of letters, digits and _")
@@ -132,60 +131,60 @@ class PretrainingLoss(ABC):
         self.weight = weight
 
     def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
-        """Its heads by name, built to fit the backbone. The task holds them; checkpoints have them by these names."""
+        """Its heads by name, to match the backbone. The task holds them; checkpoints store them by these names."""
         return {}
 
     def init_heads(self, heads: Any, backbone: MaskVLM) -> None:
-        """Initialise its heads beyond the default. The paper's four losses have N(0, 0.02) at this point; heads of
-        any other loss still have what `build` gave them."""
+        """Further initialise its heads. At this point, heads of the paper's four losses are N(0, 0.02); those of any
+        other loss are as `build` created them."""
         return
 
     @abstractmethod
     def __call__(self, heads: Any, step: Step) -> Tensor:
-        """The term, a scalar; the mean over the global batch (see `distributed.shared_count`).
+        """The term, a scalar: the mean over the global batch (see `distributed.shared_count`).
 
         Args:
-            heads: the task: each head is an attribute of the name that `build` gave it.
+            heads: the task; each head is an attribute with its name from `build`.
         """
 
     def count(self, step: Step) -> Tensor:
-        """Divisor of the sum of a loss that adds up, a scalar, for this process's share; by default the number of its
-        valid images. `step.counts` has its mean over processes, for the whole step."""
+        """Divisor of a loss that adds up, a scalar, for this process's share; by default its number of valid images.
+        `step.counts` has the mean over processes, for the whole step."""
         return step.batch.valid_B.float().sum()
 
     def observe(self, heads: Any, step: Step) -> None:
-        """Called after each training step, without gradient, to note what the chance level is computed from, for this
-        process's share alone."""
+        """Called after each training step, without gradient, to update the statistics behind the chance level from
+        this process's share only."""
         return
 
     def measure(self, heads: Any, seen: EvaluatedBatch) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """What is measured of it on held-out images, by name: values and their weights, of one shape. `metrics.json`
-        and the log have the weighted mean of the whole split as `NAME/KEY`. The paper's four are measured by
+        """Metrics on held-out images, by name: values and weights of the same shape. `metrics.json` and the log have
+        the weighted mean over the split as `NAME/KEY`. The paper's four losses are measured by
         `evaluation.PretrainingMetrics`.
 
         Args:
-            heads: as `__call__` has them.
+            heads: as in `__call__`.
             seen: a batch of the split.
         """
         return {}
 
     def chance(self, batch_size: int, texts_per_image: int) -> float | None:
-        """Loss of a model that has learned nothing; None: not known (yet).
+        """Loss of an untrained model; None: not known (yet).
 
         Args:
-            batch_size: images that meet in one pass, of all processes; the global batch, unless passes are accumulated.
-            texts_per_image: captions of an image in a step, 1 or more.
+            batch_size: images in one pass over all processes; the global batch, unless gradients are accumulated.
+            texts_per_image: captions per image in a step, 1 or more.
         """
         return None
 
 
 def needed(parts: Iterable[PretrainingLoss]) -> frozenset[Need]:
-    """What these losses need together."""
+    """The union of these losses' needs."""
     return frozenset().union(*(loss.needs for loss in parts))
 
 
 def masked_patches(step: Step) -> Tensor:
-    """Number of patches that are masked in this process's share."""
+    """Number of masked patches in this process's share."""
     assert step.masks.patch is not None
     return step.masks.patch.weight_BK.sum()
 
@@ -194,12 +193,12 @@ def masked_patches(step: Step) -> Tensor:
 
 
 class ImageTextContrast(PretrainingLoss):
-    """ITC: the right text of an image among those of the batch, and the other way round (paper sec. 3).
+    """ITC: find an image's text among those of the batch, and vice versa (paper sec. 3).
 
     Args:
-        width: of the contrast space.
-        temperature: start value.
-        reads: the class tokens, or the mean patch and token beside them, see `heads.Projection`.
+        width: width of the contrast space.
+        temperature: initial value.
+        reads: use the class tokens, or also the mean patch and token, see `heads.Projection`.
     """
 
     name, needs = "itc", frozenset({Need.IMAGE, Need.TEXT})
@@ -233,12 +232,12 @@ class ImageTextContrast(PretrainingLoss):
                 return self.of_pairs(step.contrast, step.batch.valid_B)
             return self.of_several(heads, step.contrast, step.encoded.other_CTD, step.all_captions)
 
-        # Frozen: the value is logged, nothing is learned from it.
+        # Frozen: the value is only logged.
         return without_gradient(loss, heads.projection) if step.itc_frozen else loss()
 
     def of_pairs(self, contrast: Contrast, valid_B: Tensor) -> Tensor:
         """ITC of images with one caption each."""
-        # The own column is excluded as a negative but must stay here: it is the target, and -inf there would make the
+        # The row's own column is excluded as a negative but must stay here: it is the target, and -inf would make the
         # loss infinite.
         own_BG = torch.zeros_like(contrast.excluded_BG).scatter(1, contrast.own_B[:, None], True)
         return formulas.contrastive(
@@ -247,8 +246,8 @@ class ImageTextContrast(PretrainingLoss):
         )  # fmt: skip
 
     def of_several(self, heads: Any, contrast: Contrast, other_CTD: Tensor, all_captions: Batch) -> Tensor:
-        """ITC over all captions of the images, each of which is a positive; `all_captions` has them in that order."""
-        # The first captions have their vectors already; the further ones stand behind them in `all_captions`.
+        """ITC over all captions of the images, each a positive; `all_captions` has them in that order."""
+        # The first captions are already embedded; the others come after them in `all_captions`.
         other_CT = all_captions.attention_CT[len(contrast.text_BE) :]
         text_CE = torch.cat([contrast.text_BE, heads.projection.embed_text(other_CTD, other_CT)])
         weight_B = all_captions.valid_B.float()
@@ -261,12 +260,12 @@ class ImageTextContrast(PretrainingLoss):
 
     def chance(self, batch_size: int, texts_per_image: int) -> float:
         """Log of the number of columns, mean of both directions."""
-        # (log(B * m) + log(B)) / 2 with m captions an image
+        # (log(B * m) + log(B)) / 2 with m captions per image
         return math.log(max(batch_size, 1)) + math.log(texts_per_image) / 2
 
 
 class ImageTextMatching(PretrainingLoss):
-    """ITM: whether image and text belong together, for each pair and two hard negatives (paper sec. 3)."""
+    """ITM: classify whether image and text match, for each pair and two hard negatives (paper sec. 3)."""
 
     name, needs, adds_up = "itm", frozenset({Need.PAIRS}), True
     stuck_hint = (
@@ -279,7 +278,7 @@ class ImageTextMatching(PretrainingLoss):
 
     def __call__(self, heads: Any, step: Step) -> Tensor:
         weight_M = self._weight(step)
-        # A third of the pairs are true, and stand in front.
+        # The first third of the pairs are true pairs.
         match_M = torch.arange(len(weight_M), device=weight_M.device) < len(weight_M) // 3
         logits_M2 = heads.matching(step.crossed.fused_M.product_MD)
         return formulas.matching(logits_M2, match_M, weight_M, step.counts[self.name])
@@ -290,7 +289,7 @@ class ImageTextMatching(PretrainingLoss):
         assert step.negatives is not None
         texts, images = step.negatives
         valid = step.batch.valid_B[: len(texts.weight_B)].float()
-        # A row without a possible negative counts with its true pair alone.
+        # A row without a possible negative counts only with its true pair.
         return torch.cat([valid, valid * texts.weight_B, valid * images.weight_B])
 
     def count(self, step: Step) -> Tensor:
@@ -302,10 +301,10 @@ class ImageTextMatching(PretrainingLoss):
 
 
 class MaskedTokens(PretrainingLoss):
-    """MLM: the masked tokens of a text, from the rest of it and the whole image (paper sec. 3).
+    """MLM: predict the masked tokens of a text from the rest of it and the whole image (paper sec. 3).
 
     Args:
-        from_words: the head starts from what is known of words: its weights from the text encoder's word embeddings.
+        from_words: initialise the head's weights from the text encoder's word embeddings.
     """
 
     name, needs, adds_up = "mlm", frozenset({Need.MASKED_TEXT}), True
@@ -328,9 +327,9 @@ class MaskedTokens(PretrainingLoss):
 
     def __call__(self, heads: Any, step: Step) -> Tensor:
         index_CK, target_CK, weight_CK = self._masked(step)
-        # (C, T, D) -> (C, K, D): the head gives V numbers for each position, so it gets the masked ones alone.
+        # (C, T, D) -> (C, K, D): the head outputs V numbers per position, so it gets only the masked ones.
         read_CKD = gather_positions(step.crossed.text_BTD, index_CK)
-        if on_cpu(weight_CK):  # about half of the places are empty; to ask a GPU which ones would stall it
+        if on_cpu(weight_CK):  # about half of the entries are padding; on a GPU, finding them would force a sync
             # (C, K, ...) -> (masked, 1, ...)
             there_CK = weight_CK > 0
             read_CKD, target_CK, weight_CK = (x_CK[there_CK][:, None] for x_CK in (read_CKD, target_CK, weight_CK))
@@ -340,10 +339,10 @@ class MaskedTokens(PretrainingLoss):
         return self._masked(step)[2].sum()
 
     def _masked(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Masked positions, the ids that stood there, and how much each counts, 0 where there is none, [C, K] each."""
+        """Masked positions, their original ids, and their weights, 0 for padding, [C, K] each."""
         token = step.masks.token
         assert token is not None
-        # The captions as they were, each as often as it was masked.
+        # The original captions, each repeated once per masking.
         texts = len(token.token_CT) // step.masks_per_text
         target_CK = step.batch.token_CT[:texts].repeat_interleave(step.masks_per_text, 0).gather(1, token.index_CK)
         return token.index_CK, target_CK, token.weight_CK
@@ -352,11 +351,11 @@ class MaskedTokens(PretrainingLoss):
         _, target_CK, weight_CK = self._masked(step)
         if self.count_V is None:
             self.count_V = torch.zeros(heads.tokens.vocabulary.out_features, device=weight_CK.device)
-        # Places that only fill up have weight 0 and count nothing.
+        # Padding has weight 0 and does not count.
         self.count_V.mul_(FADE).index_add_(0, target_CK.flatten(), weight_CK.flatten().to(self.count_V))
 
     def chance(self, batch_size: int, texts_per_image: int) -> float | None:
-        """Entropy of the masked tokens of the last 10,000 steps or so."""
+        """Entropy of the masked tokens over roughly the last 10,000 steps."""
         if self.count_V is None or not self.count_V.any():
             return None
         share_V = self.count_V / self.count_V.sum().clamp(min=1)
@@ -364,14 +363,14 @@ class MaskedTokens(PretrainingLoss):
 
 
 class MaskedPixels(PretrainingLoss):
-    """MIM: the pixels of masked patches, from the visible ones and the whole text (paper sec. 3).
+    """MIM: predict the pixels of masked patches from the visible ones and the whole text (paper sec. 3).
 
     Args:
         kind: l1 (P), squared or smooth_l1.
         norm: normalise each target patch to mean 0 and variance 1 (MAE's option).
         layers: blocks of the pixel decoder (3, P).
-        positions: the decoder's queries know their places (false, P), as `query_positions` of the backbone does for the
-            image cross encoder.
+        positions: add position embeddings to the decoder's queries (false, P), as `query_positions` of the backbone
+            does for the image cross encoder.
     """
 
     name, needs, adds_up = "mim", frozenset({Need.MASKED_IMAGE}), True
@@ -417,12 +416,12 @@ class MaskedPixels(PretrainingLoss):
 
     @staticmethod
     def _images(step: Step) -> int:
-        """How many of the images, the first ones, are masked."""
+        """Number of masked images, which are the first of the batch."""
         assert step.masks.patch is not None
         return len(step.masks.patch.index_BK)
 
     def target(self, image_BCHW: Tensor, index_BK: Tensor) -> Tensor:
-        """Values of the patches at `index_BK`, [B, K, P]; normalised patch by patch if so configured."""
+        """Values of the patches at `index_BK`, [B, K, P]; normalised per patch with `norm`."""
         target_BKP = gather_positions(patchify(image_BCHW, self.patch_size), index_BK)
         return normalise_patches(target_BKP) if self.norm else target_BKP
 
@@ -442,8 +441,8 @@ class MaskedPixels(PretrainingLoss):
 
 
 class WordsPresent(PretrainingLoss):
-    """The words of the caption from the whole image alone, which the paper does not have (Fang et al. 2015). It stands
-    in for pretrained weights where the image encoder starts from nothing."""
+    """Predict the caption's words from the whole image alone (Fang et al. 2015; not in the paper). It substitutes for
+    pretrained weights if the image encoder is trained from scratch."""
 
     name, needs, adds_up = "words", frozenset({Need.IMAGE}), True
     stuck_hint = (
@@ -468,11 +467,11 @@ class WordsPresent(PretrainingLoss):
 
     @staticmethod
     def words(batch: Batch, vocabulary: int) -> Tensor:
-        """1.0 where a word is in the caption, [B, V]; special tokens are no words."""
+        """1.0 where a word is in the caption, [B, V]; special tokens are not words."""
         words_BV = batch.image_BCHW.new_zeros(len(batch.token_CT), vocabulary, dtype=torch.float)
         words_BV = words_BV.scatter(1, batch.token_CT, 1.0)
-        # Only the specials that stand in this batch, padding included; no other was set above. Added up, since to pick
-        # them by a mask would make a GPU's host wait for their number.
+        # Special tokens of this batch, including padding; no others were set above. Summed, since selecting them by a
+        # mask would make the host wait for the GPU.
         special_CT = batch.special_CT.to(words_BV)
         special_V = torch.zeros_like(words_BV[0]).index_add(0, batch.token_CT.flatten(), special_CT.flatten())
         return words_BV * (special_V == 0)
@@ -488,23 +487,23 @@ class WordsPresent(PretrainingLoss):
         share_V = (self.count_V / self.image_count.clamp(min=1)).clamp(1e-6, 1 - 1e-6)
         # Sum of w log p + (1 - w) log(1 - p) over words = w logit(p) + log(1 - p).
         absent = torch.log1p(-share_V).sum()
-        # `loss_functions.words_present` of a model that knows how frequent each word is, and nothing of the image.
+        # `loss_functions.words_present` of a model that knows only the word frequencies, not the image.
         nats_B = -(words_BV @ torch.logit(share_V) + absent) / words_BV.sum(1).clamp(min=1)
         self.level = (nats_B * valid_B).sum() / valid_B.sum().clamp(min=1)
 
     def chance(self, batch_size: int, texts_per_image: int) -> float | None:
-        """Loss on the latest batch of a model that knows word frequencies alone."""
+        """Loss on the latest batch of a model that knows only the word frequencies."""
         return None if self.level is None else float(self.level)
 
 
 class PatchSpread(PretrainingLoss):
-    """Spread of each masked patch, predicted from the same features as its pixels: the standard deviation of its
-    pixels, averaged over the channels, by squared error. The paper does not have this loss.
+    """Predict the spread of each masked patch (the standard deviation of its pixels, averaged over the channels) from
+    the same features as its pixels, by squared error. This loss is not in the paper.
 
-    It tells the image cross encoder *where* something is before it can tell *what*. To paint a thing at its place takes
-    place, colour and ground at once: over all colours and grounds a thing is neither lighter nor darker than what is
-    behind it, so that a place alone makes no pixel more likely, and pixels alone teach no place for long. That
-    something is there always raises the spread.
+    It teaches the image cross encoder *where* something is before it can tell *what* it is. Painting an object requires
+    its place, colour and background at once: over all colours and backgrounds, an object is neither lighter nor darker
+    than what is behind it, so the place alone makes no pixel more likely, and for a long time pixels alone teach no
+    place. The presence of an object always raises the spread.
     """
 
     name, needs, adds_up = "spread", frozenset({Need.MASKED_IMAGE}), True
@@ -540,7 +539,7 @@ class PatchSpread(PretrainingLoss):
         value_BKP = gather_positions(patchify(image_BCHW, self.patch_size), patch.index_BK)
         # The last axis of a patch is the channel: (B, K, P) -> (B, K, pixels, 3)
         value_BKX3 = value_BKP.float().unflatten(-1, (-1, 3))
-        # Written out: torch.std over an axis inside takes four times as long on a CPU. (B, K, 3) -> (B, K, 1)
+        # Written out, as torch.std over an inner axis is four times slower on a CPU. (B, K, 3) -> (B, K, 1)
         variance_BK3 = (value_BKX3 - value_BKX3.mean(2, keepdim=True)).square().mean(2)
         return variance_BK3.sqrt().mean(-1, keepdim=True)
 

@@ -1,5 +1,4 @@
-"""What the model fills in: masked patches with the caption and with a wrong one, masked words with the
-image and without.
+"""Example reconstructions: masked patches with the right and a wrong caption, masked words with and without the image.
 
 Shapes: B images with one caption each, N patches, K masked positions, P values of a patch, T tokens,
 D width, G guesses.
@@ -21,9 +20,9 @@ from maskvlm.utils.distributed import Draw
 
 
 class FilledImages(NamedTuple):
-    """RGB in [0, 1]: the image with masked patches grey, filled in with its caption, and with a wrong one.
+    """RGB in [0, 1]: the image with masked patches in grey, filled in with its caption, and with a wrong caption.
 
-    error_B, error_wrong_B: mean squared error of the masked values, as normalised pixels.
+    error_B, error_wrong_B: mean squared error of the masked values, in normalised pixels.
     """
 
     masked_BCHW: Tensor
@@ -34,7 +33,7 @@ class FilledImages(NamedTuple):
 
 
 class Guesses(NamedTuple):
-    """The best G tokens for each masked position, the likeliest first, and their probabilities."""
+    """The G likeliest tokens for each masked position, best first, and their probabilities."""
 
     token_BKG: Tensor
     probability_BKG: Tensor
@@ -42,7 +41,7 @@ class Guesses(NamedTuple):
 
 class GuessedWords(NamedTuple):
     """index_BK: positions, masked where masked_BK is True; the others are padding. Guesses with the image and with a
-    blank one (the mean colour)."""
+    blank image (the mean colour)."""
 
     index_BK: Tensor
     masked_BK: Tensor
@@ -51,10 +50,10 @@ class GuessedWords(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """`images` or `words` is None where the task does not train that loss.
+    """`images` or `words` is None if the task does not train that loss.
 
-    true_statistics: the model predicts each patch up to its mean and contrast, which are taken from the true
-    patch (`pixel_norm`): the filled in images are better than the model alone could draw them.
+    true_statistics: with `pixel_norm`, the model predicts each patch up to its mean and contrast, which are taken from
+    the true patch: the filled-in images look better than the model alone could make them.
     """
 
     batch: Batch
@@ -65,13 +64,13 @@ class Reconstruction(NamedTuple):
 
 
 def subsample(batch: Batch, count: int) -> Batch:
-    """At most `count` images, spread evenly over the batch, with one caption each, cut to the longest."""
+    """At most `count` images, evenly spaced over the batch, with one caption each, cut to the longest caption."""
     size = len(batch.image_BCHW)
     count = min(count, size)
     row = torch.arange(count, device=batch.index_B.device) * size // max(count, 1)
     caption = one_text(batch)[row]
     longest = int(batch.attention_CT[caption].sum(1).max()) if count else 0
-    # Fields 1 to 4 of Batch, which have a row a caption.
+    # Fields 1 to 4 of Batch, which have one row per caption.
     token, attention, special, word = (x_CT[caption, :longest].clone() for x_CT in batch[1:5])
     owner = torch.arange(count, device=row.device)
     images = (batch.image_id_B[row], batch.text_id_C[caption], batch.valid_B[row], batch.index_B[row])
@@ -84,9 +83,9 @@ def reconstruct(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, guesse
 
     Args:
         backbone, task: in evaluation mode.
-        batch: with one caption an image (see `subsample`); the wrong caption is the next row's. What is masked
-            depends on its first image's index alone: every checkpoint is asked the same.
-        guesses: G, at most the vocabulary.
+        batch: with one caption per image (see `subsample`); the wrong caption is the next row's. The masks depend only
+            on its first image's index, so that every checkpoint gets the same.
+        guesses: G, at most the vocabulary size.
     """
     masks = task.mask(backbone, batch, Draw(EVAL_SEED, int(batch.index_B[0]), batch.token_CT.device).local)
     images = words = None
@@ -98,7 +97,7 @@ def reconstruct(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, guesse
 
 
 def fill_images(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch: PatchMask) -> FilledImages:
-    """Masked patches from the visible ones and the whole caption."""
+    """Predict masked patches from the visible ones and the whole caption."""
     size, picked = backbone.image.patch_size, (patch.index_BK, patch.weight_BK)
     true_BKP = gather_positions(patchify(batch.image_BCHW, size), patch.index_BK)
     image_BLD = backbone.image(batch.image_BCHW, patch.mask_BN)
@@ -113,7 +112,7 @@ def fill_images(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch:
         values_BKP = denormalise(values_BKP, true_BKP) if task.masked_pixels.norm else values_BKP
         filled_BCHW = paste(batch.image_BCHW, values_BKP, *picked, size)
         images.append(to_rgb(backbone, filled_BCHW))
-        # (B, K), 0 where a place only fills up; then the mean over the masked patches of each image.
+        # (B, K), 0 for padding; then the mean over the masked patches of each image.
         error_BK = (values_BKP - true_BKP).square().mean(-1) * patch.weight_BK
         errors.append(error_BK.sum(1) / patch.weight_BK.sum(1).clamp(min=1))
     rgb_BCHW = to_rgb(backbone, batch.image_BCHW)
@@ -124,13 +123,13 @@ def fill_images(backbone: MaskVLM, task: MaskedPretraining, batch: Batch, patch:
 def guess_words(
     backbone: MaskVLM, task: MaskedPretraining, batch: Batch, token: TokenMask, guesses: int
 ) -> GuessedWords:
-    """Masked words from the rest of the caption and the whole image, or a blank one."""
+    """Predict masked words from the rest of the caption and the whole image, or a blank one."""
     masked_BTD = backbone.text(token.token_CT, batch.attention_CT)
     answers = []
     # The images, then one blank image for all texts.
     for image_BCHW in (batch.image_BCHW, torch.zeros_like(batch.image_BCHW[:1])):
         context = backbone.cross_text.context(backbone.image(image_BCHW))
-        # Row of the image that each text looks at: its own, or always the blank one.
+        # Row of the image that each text attends to: its own, or always the blank one.
         row_B = torch.arange(len(masked_BTD), device=masked_BTD.device) % len(image_BCHW)
         context = Context(context.blocks, None, row_B)
         crossed_BTD = backbone.cross_text(masked_BTD, context, batch.attention_CT).full_RLD
@@ -143,24 +142,24 @@ def guess_words(
 def paste(image_BCHW: Tensor, patch_BKP: Tensor, index_BK: Tensor, weight_BK: Tensor, size: int) -> Tensor:
     """The image with the patches at `index_BK` replaced where their weight is above 0.
 
-    Everything else stays exactly as it is.
+    Everything else stays unchanged.
     """
     grid = image_BCHW.shape[2] // size, image_BCHW.shape[3] // size
     every_BNP = patchify(image_BCHW, size)
-    # Places that only fill up are written, too: with the pixels that stand there.
+    # Padding is written too, with the pixels that are already there.
     new_BKP = torch.where(weight_BK[..., None] > 0, patch_BKP.to(every_BNP), gather_positions(every_BNP, index_BK))
     place_BKP = index_BK[..., None].expand_as(new_BKP)
     return unpatchify(every_BNP.scatter(1, place_BKP, new_BKP), grid, size)
 
 
 def denormalise(values_BKP: Tensor, true_BKP: Tensor) -> Tensor:
-    """Undo the per-patch normalisation of the target, with the true patch's own mean and variance."""
+    """Undo the per-patch normalisation of the target, with the true patch's mean and variance."""
     mean, var = true_BKP.mean(-1, keepdim=True), true_BKP.var(-1, keepdim=True)
     return values_BKP * (var + 1e-6).sqrt() + mean
 
 
 def to_rgb(backbone: MaskVLM, image_BCHW: Tensor) -> Tensor:
-    """Normalised pixels back to RGB in [0, 1], float32; what lies outside is cut."""
+    """Normalised pixels back to RGB in [0, 1], float32; values outside are clamped."""
     # (3,) -> (3, 1, 1)
     mean, std = (torch.tensor(x, device=image_BCHW.device)[:, None, None] for x in backbone.input_spec[1:3])
     return (image_BCHW.float() * std + mean).clamp(0, 1)

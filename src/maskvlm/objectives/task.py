@@ -1,4 +1,4 @@
-"""The plug-in interface: pre-training and every downstream task implement it, nothing else knows them."""
+"""The plug-in interface that pre-training and every downstream task implement; no other code knows the tasks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -23,15 +23,16 @@ class Prediction(TypedDict):
     """One line of `predictions.jsonl`, and a row of `examples.png`.
 
     Attributes:
-        id: the data set's own id of the example.
-        text: what was asked.
-        truth, prediction: in words; truth is "" where it is not published.
-        right: 0 to 1, None where the truth is not published.
-        index: rows of the evaluated split whose images belong to it: the examples' own, or those that were found.
+        id: the data set's id of the example.
+        text: the question or query.
+        truth, prediction: in words; truth is "" if it is not published.
+        right: 0 to 1; None if the truth is not published.
+        index: rows of the evaluated split with its images: the example's own, or those that were retrieved.
         kind: question type, or "".
-        images: their ids in the data set. Examples of one photo are not independent: who wants an interval groups them.
-        measured: what this example alone gets, by the metric's name, where no answer is simply right or wrong; left
-            out by other tasks, and of an example that the metric does not judge.
+        images: ids of the images in the data set. Examples of the same photo are not independent: group them for
+            confidence intervals.
+        measured: scores of this example, by metric name, for tasks whose answers are not simply right or wrong;
+            omitted by other tasks, and for examples that the metric does not score.
     """
 
     id: str
@@ -46,9 +47,10 @@ class Prediction(TypedDict):
 
 
 class TrainingPhases(NamedTuple):
-    """Parameters that learn only after a share of the run: their learning rate rises from there.
+    """Parameters that are trained only after a share of the run: their learning rate starts to rise there.
 
-    stopping: those that learn only until then; their learning rate has run down by then. All others learn throughout.
+    stopping: parameters trained only until then, when their learning rate has decayed. All others are trained
+    throughout.
     """
 
     share: float = 0.0
@@ -57,21 +59,21 @@ class TrainingPhases(NamedTuple):
 
 
 class Task(nn.Module, ABC):
-    """What is special about one objective: its heads, its losses, its metrics.
+    """One objective: its heads, losses and metrics.
 
-    A batch is whatever the task's data source makes: `Batch` of pairs, `ExampleBatch` of questions and the like.
+    A batch is whatever the task's data source yields: `Batch` for pairs, `ExampleBatch` for questions and the like.
 
     Attributes:
-        uniform: gives the random numbers of the current step (see `masking.Uniform`).
-        weights: weight of each loss term in the sum, 1 where it has none.
-        methods: what a loaded model can be asked through this task, by name.
-        predictions: of the last evaluation, complete in every process; empty where a task makes none.
-        stuck_hints: of each loss term, what it means that it stays at its chance level, and where to look.
-        run_progress: share of the run's steps that were made before the current one; 1 outside a run.
-        compares_examples: a loss depends on which examples are together in a pass, as contrast does.
-        source_kind: what its data source is, `Source` of pairs or `ExampleSource`; None: whatever gives its batches.
-        arguments: that it was built with.
-        built: whether it has its heads.
+        uniform: source of the current step's random numbers (see `masking.Uniform`).
+        weights: weight of each loss term in the sum; 1 if not given.
+        methods: methods that this task adds to a loaded model, by name.
+        predictions: predictions of the last evaluation, complete in every process; empty if the task makes none.
+        stuck_hints: for each loss term, what it means if it stays at its chance level, and what to check.
+        run_progress: share of the run's steps completed before the current one; 1 outside a run.
+        compares_examples: whether a loss depends on which examples share a pass, as contrast does.
+        source_kind: class of its data source, `Source` for pairs or `ExampleSource`; None: any that yields its batches.
+        arguments: the arguments that it was built with.
+        built: whether its heads have been created.
     """
 
     built: bool = False
@@ -91,13 +93,13 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def build(self, backbone: "MaskVLM") -> None:
-        """Create the heads to fit the backbone's widths; called once, before the optimiser exists."""
+        """Create the heads to match the backbone's widths; called once, before the optimiser exists."""
 
     def build_once(self, backbone: "MaskVLM") -> bool:
-        """Create the heads where there are none yet: those of a loaded model, or of an earlier training, stay.
+        """Create the heads if there are none yet; those of a loaded model or an earlier training are kept.
 
         Returns:
-            whether they are new.
+            Whether they are new.
         """
         if self.built:
             return False
@@ -108,84 +110,84 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, backbone: "MaskVLM", batch: Any) -> dict[str, Tensor]:
-        """Named loss terms of one training batch, scalars, each a mean over the global batch; LitModel logs them as
-        they are and sums them by `weights`."""
+        """Named loss terms of one training batch, scalars, each a mean over the global batch; LitModel logs them
+        unweighted and sums them with `weights`."""
 
     def begin_evaluation(self) -> None:
-        """Forget what an evaluation that was broken off has taken in; LitModel calls it before each evaluation."""
+        """Discard what an interrupted evaluation has collected; LitModel calls it before each evaluation."""
         return
 
     @abstractmethod
     def update(self, backbone: "MaskVLM", batch: Any) -> None:
-        """Take in one evaluation batch."""
+        """Add one evaluation batch."""
 
     @abstractmethod
     def compute(self, backbone: "MaskVLM") -> dict[str, float]:
-        """Metrics over all batches taken in since the last call, then forget them: accuracies and recalls in percent,
-        losses in nats. `score` chooses the best checkpoint, higher is better; chance levels end in `_chance` or
-        `_majority`."""
+        """Metrics over all batches added since the last call, which are then discarded: accuracies and recalls in
+        percent, losses in nats. `score` selects the best checkpoint, higher is better; chance levels end in `_chance`
+        or `_majority`."""
 
     def heads_of_labels(self) -> tuple[str, ...]:
-        """What the names of those tensors begin with that decide among `labels`, where the task has such: they are not
-        taken over from a checkpoint with other labels. By default all of the task's."""
+        """Name prefixes of the tensors that depend on `labels`, for tasks that have them: they are not loaded from a
+        checkpoint with other labels. By default all of the task's tensors."""
         return ("",)
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
-        """Take over what fits of a checkpoint's heads, by their names within its task; called after `build`.
+        """Load the heads of a checkpoint that match by name (within its task) and shape; called after `build`.
 
         Returns:
-            Names of this task's own tensors that were taken over.
+            Names of this task's tensors that were loaded.
         """
         own = self.state_dict()
         fitting = {n: value for n, value in heads.items() if n in own and own[n].shape == value.shape}
-        # Not strict: what does not fit keeps what `build` gave it.
+        # Not strict: tensors that do not match keep their values from `build`.
         self.load_state_dict(fitting, strict=False)
         return set(fitting)
 
     def late(self, backbone: "MaskVLM") -> TrainingPhases:
-        """Which parameters learn in which part of the run; by default all in all of it."""
+        """Which parameters are trained in which part of the run; by default all of them throughout."""
         return TrainingPhases()
 
     def compute_in_chunks(self, size: int) -> None:
-        """Compute a training batch `size` examples at a time, with the losses and gradients of the whole one; called
-        after `build`. Raises UserError where the task does not know how."""
+        """Compute a training batch `size` examples at a time, with the losses and gradients of the whole batch; called
+        after `build`. Raises UserError if the task does not support it."""
         what = f"{type(self).__name__} does not compute a batch in chunks"
         todo = "Where each example is judged by itself trainer.accumulate_grad_batches does the same"
         raise UserError("model.chunk", what, todo)
 
     def use_token_counts(self, count: Callable[[], Tensor]) -> None:
-        """Called before the first step of a training. `count` gives how often each token stands in some of its texts,
-        [entries of the tokenizer]; it reads them when it is called."""
+        """Called before the first training step. `count` returns how often each token occurs in a sample of the
+        training texts, [entries of the tokenizer]; it reads them when it is called."""
         return
 
     def card(self) -> dict[str, Any]:
-        """What of the task's settings a reader must know beside its numbers, such as k of the re-ranking."""
+        """Settings of the task that a reader needs to interpret its metrics, such as k of the re-ranking."""
         return {}
 
     def resume_state(self) -> dict[str, Tensor]:
-        """What a run needs, beside weights, to go on as if it had not stopped; kept in its checkpoints."""
+        """State other than weights that a run needs to resume exactly; kept in its checkpoints."""
         return {}
 
     def load_resume_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `resume_state` gave. Raises ValueError, whose text says what is wrong with it."""
+        """Restore what `resume_state` returned. Raises ValueError with a message that says what is wrong with it."""
         return
 
     def files(self) -> dict[str, str]:
-        """Further files of the last evaluation for the run's folder, by name, such as a server's submission."""
+        """Additional files of the last evaluation for the run's folder, by name, such as a submission to a server."""
         return {}
 
     def chance_levels(self, batch_size: int) -> dict[str, float]:
-        """Chance level of each loss term, in its unit. batch_size: images that meet in one pass, of all processes; the
-        global batch, unless passes are accumulated."""
+        """Chance level of each loss term, in its unit. batch_size: images in one pass over all processes; the global
+        batch, unless gradients are accumulated."""
         return {}
 
     def set_uniform(self, uniform: Uniform) -> None:
-        """Take the random numbers of the coming step; LitModel derives them from (seed, step)."""
+        """Set the source of the next step's random numbers; LitModel derives them from (seed, step)."""
         self.uniform = uniform
 
 
 def checked_terms(task: Task, terms: object) -> dict[str, Tensor]:
-    """What `Task.forward` gave. Raises UserError where it is no dict of scalar tensors, which a plug-in may give."""
+    """The result of `Task.forward`. Raises UserError if it is not a dict of scalar tensors, as a plug-in may return."""
     todo = "Return a dict: each loss by its name, a scalar tensor, the mean over the batch"
     if not isinstance(terms, dict) or not terms:
         raise UserError(f"{_name(task)}.forward", "gave no loss" if terms == {} else f"gave a {_kind(terms)}", todo)
@@ -196,8 +198,8 @@ def checked_terms(task: Task, terms: object) -> dict[str, Tensor]:
 
 
 def checked_metrics(task: Task, metrics: object, needs_score: bool) -> dict[str, float]:
-    """What `Task.compute` gave. Raises UserError where it is no dict of numbers, or has no `score` to choose the best
-    checkpoint by, where one is needed."""
+    """The result of `Task.compute`. Raises UserError if it is not a dict of numbers, or lacks a required `score` to
+    select the best checkpoint."""
     todo = "Return a dict: each metric by its name, a number"
     if not isinstance(metrics, dict):
         raise UserError(f"{_name(task)}.compute", f"gave a {_kind(metrics)}", todo)
