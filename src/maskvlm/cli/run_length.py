@@ -89,8 +89,8 @@ def check_warmup(settings: Namespace) -> None:
 
 @contextmanager
 def explain_interval_error() -> Iterator[None]:
-    """Check the evaluation interval of a run whose length is given in epochs. Lightning knows the number of batches
-    only once the data is loaded.
+    """Explain Lightning's error for a wrong evaluation interval of a run whose length is given in epochs: the number of
+    batches is known only once the data is loaded.
 
     Raises:
         UserError: the interval is longer than the run (2).
