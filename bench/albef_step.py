@@ -191,7 +191,7 @@ def cross(
 
 
 def attend(attention: Attention, asking_BLD: Tensor, context_BSD: Tensor, added_B11S: Tensor) -> Tensor:
-    """Attention written out, [B, L, D]."""
+    """Attention computed explicitly, [B, L, D]."""
     key, value = attention.keys_values(context_BSD)
     # (B, L, D) -> (B, H, L, D / H)
     query = attention.query(asking_BLD).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
@@ -244,7 +244,7 @@ class Built(Bench):
     model: LitModel
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+        """Runs nothing."""
 
 
 def built(words: Sequence[str]) -> Built:

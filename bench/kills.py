@@ -285,7 +285,7 @@ def kill_writes(folder: Path, kills: int, broken: str, seed: int) -> dict[str, A
         saves, until = chance.randint(2, 5), time.monotonic() + 60
         while (len(lines_of(log)) < saves or not writing(run, born)) and time.monotonic() < until:
             time.sleep(0.0002)
-        # Somewhere within a write, or the next one.
+        # Somewhere in this write or the next one.
         time.sleep(chance.uniform(0.0, 0.03))
         counts["of them, while a file is half written"] += writing(run, born)
         os.kill(child, signal.SIGKILL)

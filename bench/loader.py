@@ -142,7 +142,7 @@ def sample(image_CHW: torch.Tensor, text: str, number: int) -> Sample:
 
 
 class Folder(Dataset[Sample]):
-    """A plain folder, as torchvision reads one."""
+    """A plain folder, read as in torchvision."""
 
     def __init__(self, folder: Path, transform: Callable[..., torch.Tensor]) -> None:
         self.files, self.transform = sorted(map(str, folder.glob("*.jpg"))), transform

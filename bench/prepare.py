@@ -125,7 +125,7 @@ class Clock(threading.Thread):
     def busy(self, wall: float, workers: int) -> tuple[float, float]:
         times = np.array(self.past)
         start = times[0, 0]
-        # Processes come and go at both ends: the middle 80 % are the steady part.
+        # Processes start and end at both ends: the middle 80 % are steady.
         inside = times[(times[:, 0] > start + 0.1 * wall) & (times[:, 0] < start + 0.9 * wall)]
         (first, before, _), (last, after, _) = inside[0], inside[-1]
         return float((after - before) / (last - first) / workers), float(inside[:, 2].mean() / workers)

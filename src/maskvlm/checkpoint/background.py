@@ -71,7 +71,7 @@ class Snapshot:
                 address = value.untyped_storage().data_ptr()
                 if address not in buffers:
                     buffers[address] = self._copied(value, spare.get(Room.of(value), []))
-                # The same view of the buffer as the tensor is of its storage.
+                # The buffer viewed in the same way as the tensor views its storage.
                 view = torch.empty(0, dtype=value.dtype)
                 view.set_(buffers[address].untyped_storage(), value.storage_offset(), value.shape, value.stride())
                 copies[id(value)] = view

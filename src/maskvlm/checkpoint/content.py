@@ -19,7 +19,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 SCHEMA = 1  # increment it when an old reader would misread a new file
 PLAIN = (str, int, float, bool, type(None), bytes, torch.dtype, torch.device, torch.Size)
-MOST_PARTS = 2_000_000  # containers and values of a checkpoint
+MOST_PARTS = 2_000_000  # containers and values in a checkpoint
 MOST_NAME = 300  # characters of a tensor's name
 MOST_SHARED = 4  # bytes of all tensors per byte stored: tied weights are stored once and count twice
 MOST_VECTORS, MOST_WIDTH = 500, 4096  # of the images that show what a model knows

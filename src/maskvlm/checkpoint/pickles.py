@@ -34,8 +34,8 @@ LEAVES = frozenset({
     "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "PERSID",
 })  # fmt: skip
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-TAKE = {"REDUCE": 2, "NEWOBJ": 2, "STACK_GLOBAL": 2, "BINPERSID": 1}  # and leave one
-DROP = {"BUILD": 1, "SETITEM": 2, "APPEND": 1, "POP": 1}  # and leave none
+TAKE = {"REDUCE": 2, "NEWOBJ": 2, "STACK_GLOBAL": 2, "BINPERSID": 1}  # pop that many values and push one
+DROP = {"BUILD": 1, "SETITEM": 2, "APPEND": 1, "POP": 1}  # pop that many values and push none
 TO_MARK = frozenset({"SETITEMS", "APPENDS", "ADDITEMS", "POP_MARK"})
 
 

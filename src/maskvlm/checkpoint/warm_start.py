@@ -119,6 +119,6 @@ def overlap(ids: Tensor, history: tuple[LineageEntry, ...]) -> int | None:
     """How many of these images the weights have seen; None if a part of their history has no ids."""
     if any(entry.ids is None for entry in history):
         return None
-    # Without any history nothing was seen.
+    # Without a history the weights have seen nothing.
     known = [entry.ids for entry in history if entry.ids is not None]
     return int(torch.isin(ids, torch.cat(known)).sum()) if known else 0

@@ -169,7 +169,7 @@ class Bench(LightningCommand):
         self.datamodule.steps = self.stopwatch.steps
 
     def after_fit(self) -> None:
-        """Nothing is kept."""
+        """Keeps nothing."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.stopwatch = Stopwatch()

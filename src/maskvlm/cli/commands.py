@@ -48,7 +48,7 @@ class Command(NamedTuple):
 
     @property
     def usage(self) -> str:
-        """`maskvlm evaluate [TASK] [model=..] ...`."""
+        """Usage line: `maskvlm evaluate [TASK] [model=..] ...`."""
         words = " ".join([*self.places, *(f"[{name}=..]" for name in self.words)])
         return f"maskvlm {self.name} {words}".rstrip()
 
@@ -192,7 +192,7 @@ Options of commands that train or evaluate
 
 
 def overview() -> str:
-    """All commands by group."""
+    """The overview of `maskvlm --help`: all commands by group."""
     lines = []
     for group in dict.fromkeys(command.group for command in REGISTRY):
         lines += ["", group]

@@ -116,7 +116,7 @@ def findings(settings: Namespace, peak: float | None = None, memory: float | Non
         yield Finding("data", LOOK, "not looked at, as the model tells the size of images", "Mend the model first")
     else:
         try:
-            with contextlib.redirect_stdout(io.StringIO()) as output:  # in the line, not before it
+            with contextlib.redirect_stdout(io.StringIO()) as output:  # goes into the finding's line, not before it
                 data = opened_data(settings, simulation)
             yield Finding("data", OK, "; ".join([contents(data), *output.getvalue().splitlines()]))
         except UserError as error:

@@ -444,13 +444,13 @@ class Parsed(LightningCommand):
     """Parses and checks the arguments without building anything."""
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is claimed."""
+        """Claims no folder."""
 
     def instantiate_classes(self) -> None:
-        """Nothing is built."""
+        """Builds nothing."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+        """Runs nothing."""
 
 
 def wrong_trainer(error: Exception) -> UserError:

@@ -74,7 +74,7 @@ def end_of(argv: list[str] | None) -> int:
             named = filter(CLASS.fullmatch, (word.rpartition("=")[2] for word in rest))
             find_packages([*allowed, *(named if STUDY not in os.environ else ())])
             done = COMMANDS[name].run(rest, allowed)
-        # TASK.TOOL; a path has a slash.
+        # TASK.TOOL, without the slash of a path.
         elif "." in name and "/" not in name:
             done = tool(name)(rest)
         else:
@@ -223,6 +223,6 @@ def has_main(path: Path) -> bool:
 
 def run_folder(arguments: list[str]) -> Path | None:
     """The value of --folder (--run); None if it is not given."""
-    # The last one counts, as with all options.
+    # The last one wins, as with all options.
     values = [option.value for option in settings(arguments) if option.key == "run"]
     return Path(values[-1]) if values else None

@@ -1,4 +1,4 @@
-"""`maskvlm preview`: a look at the data, without a model."""
+"""`maskvlm preview`: shows the data, without a model."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -94,7 +94,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one line of JSON per result")
     parser.add_argument("--device", help="torch device, such as cuda (default: cpu)")
     options = parser.parse_args(arguments)
-    # A misspelt file name would be searched for as a text.
+    # A misspelt file name would be taken for a text query.
     check_absent([options.query])
     files = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
     if options.index is None and len(files) > 1:

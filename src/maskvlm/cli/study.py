@@ -132,7 +132,7 @@ def become(study: Study, run: "StudyRun", root: Path, allowed: list[str]) -> NoR
         todo = "Submit the study again once it is"
         raise UserError(run.name, f"{run.waits_for}, which it starts from, is not finished", todo)
     if process_rank() == 0:  # a task may have several processes
-        run.note(math.nan)  # nobody times it
+        run.note(math.nan)  # it is not timed
     os.execv(sys.executable, run.command)
 
 
@@ -278,7 +278,7 @@ def unknown_keys(
 
 
 def line_of(ended: "Ended", done: int, count: int, spent: float, jobs: int) -> str:
-    """`[3/40] all-s1: 11.2 min; about 4.1 h left`, or how it failed."""
+    """The line for a run that has ended: `[3/40] all-s1: 11.2 min; about 4.1 h left`, or how it failed."""
     line = f"[{done}/{count}] {ended.run.name}: {ended.seconds / 60:.1f} min"
     if ended.why:
         return f"{line}, {ended.why}"

@@ -6,7 +6,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 15.0  # for the head of a request, from its first byte; a connection's first one from when it opens
+HEAD_SECONDS = 15.0  # for a request's head, from its first byte; for the first request, from opening the connection
 READ_SECONDS = 30.0  # in which a browser must read some of the answer
 
 

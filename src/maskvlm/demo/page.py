@@ -123,7 +123,7 @@ class Desk:
         """A run of the chooser; loaded on first use, and dropped once LOADED_RUNS others have been used since."""
         if number not in self.loaded:
             self.loaded[number] = ChosenRun(self.models, number, self.index, self.images)
-            others = [each for each in self.loaded if each]  # the first stays: every visitor starts with it
+            others = [each for each in self.loaded if each]  # the first is kept, as every visitor starts with it
             if len(others) > LOADED_RUNS:
                 del self.loaded[others[0]]
         self.loaded.move_to_end(number)

@@ -109,7 +109,7 @@ def origin_of(address: str) -> str:
 def is_entry(scope: Scope, head: Head) -> bool:
     """Whether a browser opens the page in a tab, not in a frame and not by a script."""
     is_page = scope["method"] in ("GET", "HEAD") and scope["path"] == "/"
-    # A frame has another destination, a script another mode.
+    # A frame has a different destination, a script a different mode.
     mode, destination = header_text(head, b"sec-fetch-mode"), header_text(head, b"sec-fetch-dest")
     return is_page and mode in ("", "navigate") and destination in ("", "document")
 
@@ -119,7 +119,7 @@ def is_own(origin: str, host: str) -> bool:
     match = _ORIGIN.fullmatch(origin.lower())
     if match is None:
         return False
-    # The default port may be left out on either side.
+    # Either side may leave out the default port.
     port = DEFAULT_PORT[match[1]]
     return match[2].removesuffix(port) == host.lower().removesuffix(port)
 

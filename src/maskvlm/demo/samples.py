@@ -55,7 +55,7 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 
 def otherwise(text: str) -> str:
-    """The same caption with other colours and shapes."""
+    """The caption with different colours and shapes."""
     words = []
     for word in text.split():
         plain = word.strip(",.:")

@@ -176,7 +176,7 @@ def application(blocks: Any) -> Any:
         block_title_text_color="*neutral_700",
         body_text_color_subdued="*neutral_600",
     )
-    # FastAPI's own pages are left out.
+    # Without FastAPI's own pages.
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     return gr.mount_gradio_app(
         outer,

@@ -219,7 +219,7 @@ class SearchTab:
         desk.stale.append(self.hits)
 
     def about(self, chosen: "ChosenRun") -> str:
-        """What is searched, and what is wrong with an index."""
+        """Describes the images that are searched, and any problem with the index."""
         searched = chosen.searched
         line = f"In {searched.description}."
         if not self.indexed:
@@ -310,7 +310,7 @@ class TaskTab:
         if loaded.examples is None:
             return {self.another: gr.update(visible=False)}
         example = loaded.examples[random.randrange(min(len(loaded.examples), 500))]
-        # The first image goes to the desk, the others to boxes of this tab.
+        # The first image goes to the left, the others to boxes of this tab.
         first, *others = [enlarged(open_image(each, "example")) for each in example["images"]]
         filled = dict(zip(self.more, others, strict=False))
         truth = ", ".join(dict.fromkeys(example["answers"]))
@@ -319,7 +319,7 @@ class TaskTab:
         return {**updates, **filled, self.text: label, self.truth: (truth, digest(first)), self.answer: ""}
 
     def opening(self, begun: bool, number: int, sample: int | None, mask: Any, other: str) -> dict[Any, Any]:
-        """The first click on the tab loads the model; later ones change nothing."""
+        """Updates when the tab is opened: the first time loads the model, later times change nothing."""
         if begun:
             return {}
         loaded = self.desk.models.task(self.run)

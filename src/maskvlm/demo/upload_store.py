@@ -33,7 +33,7 @@ class Shelf:
     def __init__(self, folder: Path, known: MutableSet[str]) -> None:
         self.folder, self.known, self.turns = folder, known, asyncio.Semaphore(AT_ONCE)
         self.measured, self.held = -1.0, (0, 0)
-        self.added = (0, 0)  # files and bytes, ever
+        self.added = (0, 0)  # files and bytes added since the start
 
     async def put(self, scope: Scope, receive: Receive) -> str:
         """Store the single file of a form. Its name is not used, and nothing remains of an interrupted upload.

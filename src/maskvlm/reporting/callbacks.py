@@ -67,7 +67,7 @@ class Report(Callback):
         # During training, a line for each evaluation and sometimes figures; outside of training, the whole table.
         if trainer.state.fn == TrainerFn.FITTING:
             self.evaluations += 1
-            # Pre-training has a claim, a downstream task a score.
+            # Pre-training reports its claim, a downstream task its score.
             if line := claim_line(metrics) or score_line(metrics):
                 say(f"step {trainer.global_step}: {line}")
             if not self.every or self.evaluations % self.every:

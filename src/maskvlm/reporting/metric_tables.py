@@ -149,7 +149,7 @@ def percentages(task: str, metrics: Mapping[str, float]) -> list[str]:
 
 
 def task_table(task: str, metrics: Mapping[str, float]) -> Table | None:
-    """Percentages of a task with their chance levels (of the most frequent answer, or of chance); kinds below."""
+    """Percentages of a task, each beside its level (that of the most frequent answer, or chance); kinds below."""
     among = f" ({metrics[f'{task}/examples']:.0f} examples)" if f"{task}/examples" in metrics else ""
     names = percentages(task, metrics)
     levels = any(name + end in metrics for name in names for end in LEVELS)

@@ -84,7 +84,7 @@ class Page:
 
     def wrap(self, words: str, width: float, most: int) -> list[str]:
         """The words in at most `most` lines, none wider than `width` inches; an ellipsis marks omitted text."""
-        # Broken by letters, then held against the inches that they take; with each round there are fewer.
+        # Wrapped by number of characters, then checked against the width in inches; each round allows fewer.
         letters = int(width / self.inches("m"))
         while True:
             lines = textwrap.wrap(words, letters, max_lines=most, placeholder=MORE)

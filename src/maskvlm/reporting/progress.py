@@ -243,7 +243,7 @@ class StuckLoss(Callback):
                 self.warned.add(name)
                 log.warning("%s", no_gradient_line(name))
         step = trainer.global_step
-        # Not at every pass of an accumulated step.
+        # Once per step, not at every pass of an accumulated step.
         if step != self.step and step % reading_interval(trainer) == 0:
             self.step = step
             total = float(trainer.estimated_stepping_batches)

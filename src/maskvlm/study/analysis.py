@@ -100,7 +100,7 @@ def values_of(frame: pd.DataFrame, cell: str, metric: Metric) -> "pd.Series[floa
 
 
 def has_lost_runs(frame: pd.DataFrame, comparison: Comparison, metric: Metric) -> bool:
-    """Whether a run of either cell that is over lacks a metric that the cell's other runs have, e.g. as it diverged."""
+    """Whether a finished or diverged run of either cell lacks a metric that other runs of that cell have."""
     columns = [frame[frame["cell"] == cell][OF_STUDY + metric.name] for cell in comparison] if len(frame) else []
     return any(0 < values.count() < len(values) for values in columns)
 
@@ -134,7 +134,7 @@ def answer(frame: pd.DataFrame, question: Claim) -> Answer:
 
 def verdict_by(ahead: Interval, by: float) -> Verdict:
     """holds: the whole interval is above `by`; does not hold: it is below; undecided: it contains `by`, or there is no
-    interval, e.g. as all seeds have the same difference, so that the spread is unknown."""
+    interval, for example because all seeds have the same difference and the spread is unknown."""
     if ahead.low == ahead.high:
         return "undecided"
     if ahead.low > by:

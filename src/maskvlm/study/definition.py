@@ -121,7 +121,7 @@ class Metric:
     gaussian: bool = False
 
     def of(self, metrics: Mapping[str, float]) -> float:
-        """The value of the metric; NaN if the run does not measure it, e.g. as it lacks the head."""
+        """The value of the metric; NaN if the run does not measure it, for example because it lacks the head."""
         mean = self.mean if all(metrics.get(key) is not None for key in self.mean) else self.otherwise
         if not mean or any(metrics.get(key) is None for key in (*mean, *self.minus)):
             return float("nan")
@@ -155,7 +155,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """`all`, `all@0.25`, `contrast@flops-of-all`."""
+        """Name of the cell: `all`, `all@0.25`, `contrast@flops-of-all`."""
         part = f"@{self.fraction}" if self.fraction < 1 else ""
         return f"{self.arm}{part}{f'@flops-of-{self.flops_of}' if self.flops_of else ''}"
 

@@ -53,7 +53,7 @@ class StudyRun(NamedTuple):
 
     @property
     def name(self) -> str:
-        """`all@0.25-s3`."""
+        """Name of the run: `all@0.25-s3`."""
         return self.folder.name
 
     @property

@@ -136,7 +136,7 @@ def sampled_spearman(
     for row, query in enumerate(queries):
         rows_of.setdefault(query, []).append(row)
     rng, names, correlations = random.Random(seed), sorted(rows_of), []
-    if len(names) < 2:  # one query has no order to compare
+    if len(names) < 2:  # a single query has no order to compare
         return [0.0] * samples
     for _ in range(samples):
         rows = [rng.choice(rows_of[name]) for name in rng.sample(names, max(2, len(names) // 2))]

@@ -62,7 +62,7 @@ class EccvCaption(Suite):
         return rows
 
     def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[Tensor]:
-        """Cosine of each image with every caption, [C] each."""
+        """Cosine similarities of each image with every caption, [C] each."""
         image_BE = model.encode_image([item.images[0] for item in items]).cpu()
         return list(image_BE @ model.encode_text([text for item in items for text in item.texts]).cpu().T)
 

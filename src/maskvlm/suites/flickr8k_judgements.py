@@ -85,7 +85,7 @@ def _fields(line: str, count: int, where: str) -> list[str]:
 
 
 def _judged(numbers: list[str], where: str) -> list[float]:
-    """Three judgements, 1 (does not describe the image at all) to 4 (describes it)."""
+    """Three judgements, from 1 (does not describe the image at all) to 4 (describes it)."""
     if wrong := [each for each in numbers if each not in ("1", "2", "3", "4")]:
         todo = "Take the file as published"
         raise UserError(where, f"judgement {wrong[0][:20]!r} is none of 1 to 4", todo, ExitCode.BAD_DATA)

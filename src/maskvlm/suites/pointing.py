@@ -182,7 +182,7 @@ def read_boxes(file: Path, root: Path) -> dict[str, tuple[Box, ...]]:
         if not (left <= right <= width and top <= bottom <= height):
             what = f"box {left},{top},{right},{bottom} is not within {width} x {height}"
             raise UserError(file, what, TODO, ExitCode.BAD_DATA)
-        # Pixels are counted from 1, as in PASCAL VOC; a box of one pixel has a width.
+        # Pixels are counted from 1, as in PASCAL VOC, and both edges are included: a box of one pixel has width 1.
         box = (max(0, left - 1) / width, max(0, top - 1) / height, right / width, bottom / height)
         for name in thing.findall("name"):
             boxes[name.text or ""] = (*boxes.get(name.text or "", ()), box)

@@ -142,7 +142,7 @@ class ItemRows:
         self._images = ImagesByName(self.folder)
 
     def skip(self, reason: str, message: str) -> None:
-        """Count and list a row that cannot be used."""
+        """Record a row that cannot be used, with the reason and a message."""
         self.skipped.setdefault(reason, []).append(message)
 
     @contextmanager

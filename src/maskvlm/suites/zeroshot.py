@@ -1,4 +1,4 @@
-"""Zero-shot classification: an image against a sentence for each class (Radford et al. 2021).
+"""Zero-shot classification: compares an image with a prompt for each class (Radford et al. 2021).
 
 Shapes: B images, K classes, E contrast width.
 """
