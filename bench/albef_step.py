@@ -1,30 +1,30 @@
-r"""The built-in training step beside a plain one, as the neighbours write it: steps of both in turn, and their ratio.
+r"""Compares the built-in training step with a plain one, as related projects write it: steps of both in turn, and their
+ratio.
 
     OMP_NUM_THREADS=1 PYTHONPATH=src python bench/albef_step.py                # MODEL=tiny, one thread
     OMP_NUM_THREADS=1 PYTHONPATH=src python bench/albef_step.py model=small data.batch_size=32 --steps 4
 
-The plain step trains the same backbone, heads and four losses on the same batches. It is written for this comparison
-alone, after what the public code of ALBEF (salesforce/ALBEF, models/model_pretrain.py), BLIP (models/blip_pretrain.py),
-ViLT and METER (modules/objectives.py of each) does:
+The plain step trains the same backbone, heads and four losses on the same batches. It is written only for this
+comparison, after the public code of ALBEF (salesforce/ALBEF, models/model_pretrain.py), BLIP (models/blip_pretrain.py),
+ViLT and METER (modules/objectives.py of each):
 
-- matching goes through the whole cross encoders twice, with the true pairs and with 2 B hard ones, and reads the class
-  tokens of what comes out (ALBEF, BLIP);
-- hard negatives are drawn one at a time by torch.multinomial(...).item(), and their features stacked (ALBEF, BLIP);
-- masked words and masked pixels have passes of their own; logits and pixels are computed at every position, and the
-  loss picks the masked ones (ALBEF and METER for words, ViLT for patches);
-- attention is a product, a mask of 0 and -10000 that is added, and a softmax; images have a mask of ones (ALBEF,
-  METER). The encoders take their libraries' own such path: timm without fused_attn, transformers with eager
-  attention;
+- matching runs the whole cross encoders twice, with the true pairs and with 2 B hard ones, and uses the class tokens of
+  their outputs (ALBEF, BLIP);
+- hard negatives are drawn one at a time by torch.multinomial(...).item(), and their features are stacked (ALBEF, BLIP);
+- masked words and masked pixels have separate passes; logits and pixels are computed at every position, and the loss
+  selects the masked ones (ALBEF and METER for words, ViLT for patches);
+- attention is a product, an additive mask of 0 and -10000, and a softmax; images have a mask of ones (ALBEF, METER).
+  The encoders use their libraries' equivalent: timm without fused_attn, transformers with eager attention;
 - all features are gathered from all processes (BLIP, for retrieval);
-- `plain`: each of contrast with matching, words and pixels encodes its inputs itself (`infer` in ViLT and METER), and
-  texts are padded to the longest there can be (BLIP, ViLT, METER);
+- `plain`: contrast with matching, words, and pixels each encode their own inputs (`infer` in ViLT and METER), and texts
+  are padded to the maximum length (BLIP, ViLT, METER);
 - `plain, shared`: whole images and texts are encoded once for all, and padded to the longest of the batch (ALBEF).
 
-Left out of it is what would only make it slower: the momentum model of ALBEF and BLIP (a second forward pass of nearly
-everything) and its queue, METER's other stream of the cross encoder where one is read. Masks, optimiser and clipping
-are those of our step, and pairs with the same image or caption are no negatives, which in ALBEF they are: the losses
-would be others. With the same weights, masks and negatives the losses are ours to rounding, which is checked first.
-On a CPU the clock is that of the process: other work on the machine then counts less.
+Parts that would only make it slower are left out: the momentum model of ALBEF and BLIP (a second forward pass of nearly
+everything) and its queue, and METER's other stream of the cross encoder where only one is used. Masks, optimiser and
+clipping are those of our step. Pairs with the same image or caption are not negatives; in ALBEF they are, which would
+change the losses. With the same weights, masks and negatives the losses equal ours up to rounding, which is checked
+first. On a CPU, process time is measured, so that other work on the machine matters less.
 """
 
 import argparse
@@ -67,10 +67,10 @@ Indices = tuple[Sequence[int], Sequence[int]]
 
 
 class PlainStep:
-    """The four losses of `task`, by its heads and with its weights; see the top.
+    """The four losses of `task`, with its heads and weights; see the top of this file.
 
     Args:
-        shared: whole images and texts are encoded once, not by each objective, and texts padded no further.
+        shared: encode whole images and texts once, not for each objective, and do not pad texts further.
     """
 
     def __init__(self, backbone: MaskVLM, task: MaskedPretraining, shared: bool = False) -> None:
@@ -79,7 +79,7 @@ class PlainStep:
         self.backbone, self.task, self.shared = backbone, task, shared
 
     def __call__(self, batch: Batch, masks: Masks | None = None, negatives: Indices | None = None) -> dict[str, Tensor]:
-        """Terms by name. `masks` and `negatives` replace what it would draw."""
+        """Losses by name. `masks` and `negatives` replace those that it would draw."""
         masks = self.task.mask(self.backbone, batch, self.task.uniform) if masks is None else masks
         if not self.shared:
             length, pad_id = self.backbone.text.text_length, self.backbone.text.pad_id
@@ -106,7 +106,7 @@ class PlainStep:
         return features_BTD
 
     def contrast(self, batch: Batch, image_BLD: Tensor, text_BTD: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """ITC, and how much each other row of the batch weighs as a negative, in both directions."""
+        """The ITC loss, and the weight of each other row of the batch as a negative, in both directions."""
         head = self.task.projection
         head.clamp_temperature()
         image_BE, text_BE = head.embed_image(image_BLD), head.embed_text(text_BTD, batch.attention_CT)
@@ -118,14 +118,14 @@ class PlainStep:
                 gathered.excluded_BG & ~own_BG, float("-inf")
             )
             terms.append(F.cross_entropy(logits_BG, gathered.own_B))
-            # A little more than the probability, as in BLIP: no row is without a negative once contrast is learned.
+            # Slightly more than the probability, as in BLIP: every row has a negative even once contrast is learned.
             weights.append((logits_BG.detach().softmax(1) + 1e-4).masked_fill(gathered.excluded_BG, 0.0))
         return (terms[0] + terms[1]) / 2, weights
 
     def matching(
         self, batch: Batch, image_BLD: Tensor, text_BTD: Tensor, captions: Sequence[int], images: Sequence[int]
     ) -> Tensor:
-        """ITM: a pass with the true pairs, and one with every image's hard caption and every caption's hard image."""
+        """The ITM loss: a pass with the true pairs, and one with each image's hard caption and vice versa."""
         image_GLD, text_GTD, attention_GT = gather(image_BLD), gather(text_BTD), gather(batch.attention_CT)
         hard_image_BLD = torch.stack([image_GLD[row] for row in images])
         hard_text_BTD = torch.stack([text_GTD[row] for row in captions])
@@ -150,7 +150,7 @@ class PlainStep:
         return image_MLD[:, 0] * text_MTD[:, 0]
 
     def masked_words(self, batch: Batch, masks: Masks, whole: tuple[Tensor, Tensor] | None) -> Tensor:
-        """MLM."""
+        """The MLM loss."""
         assert masks.token is not None
         image_BLD = self.encode_image(batch) if whole is None else whole[0]
         text_BTD = self.encode_text(batch, masks.token.token_CT)
@@ -160,7 +160,7 @@ class PlainStep:
         return F.cross_entropy(self.task.tokens(read_BTD).float().flatten(0, 1), target_BT.flatten())
 
     def masked_pixels(self, batch: Batch, masks: Masks, whole: tuple[Tensor, Tensor] | None) -> Tensor:
-        """MIM."""
+        """The MIM loss."""
         assert masks.patch is not None
         mask_BN, part = masks.patch.mask_BN, self.task.masked_pixels
         text_BTD = self.encode_text(batch) if whole is None else whole[1]
@@ -168,7 +168,7 @@ class PlainStep:
         there_BL = torch.ones(image_BLD.shape[:2], dtype=torch.bool, device=image_BLD.device)
         for encoder in (self.backbone.cross_image, self.task.pixels.blocks):
             image_BLD = cross(encoder, image_BLD, there_BL, text_BTD, batch.attention_CT)
-        # The class token stands in front of the patches.
+        # The class token precedes the patches.
         predicted_BNP = self.task.pixels.pixels(image_BLD[:, 1:]).float()
         every_BN = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN)
         error_BN = pixel_error(predicted_BNP, part.target(batch.image_BCHW, every_BN).float(), part.kind).mean(-1)
@@ -178,7 +178,7 @@ class PlainStep:
 def cross(
     encoder: CrossEncoder, x_BLD: Tensor, attention_BL: Tensor, context_BSD: Tensor, attention_BS: Tensor
 ) -> Tensor:
-    """All positions of all rows through all blocks."""
+    """Run all positions of all rows through all blocks."""
     place_LD = 0.0 if encoder.pos_embed is None else encoder.pos_embed[0]
     own, other = added_mask(attention_BL, x_BLD.dtype), added_mask(attention_BS, x_BLD.dtype)
     blocks: Any = encoder.blocks
@@ -191,7 +191,7 @@ def cross(
 
 
 def attend(attention: Attention, asking_BLD: Tensor, context_BSD: Tensor, added_B11S: Tensor) -> Tensor:
-    """Attention written out, [B, L, D]."""
+    """Attention computed explicitly, [B, L, D]."""
     key, value = attention.keys_values(context_BSD)
     # (B, L, D) -> (B, H, L, D / H)
     query = attention.query(asking_BLD).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
@@ -201,12 +201,12 @@ def attend(attention: Attention, asking_BLD: Tensor, context_BSD: Tensor, added_
 
 
 def added_mask(attention_BS: Tensor, kind: torch.dtype) -> Tensor:
-    """0 where a position may be looked at, -10000 where not, [B, 1, 1, S]."""
+    """0 for positions that may be attended to, -10000 for others, [B, 1, 1, S]."""
     return (1.0 - attention_BS[:, None, None, :].to(kind)) * -10000.0
 
 
 def pad_masks(token: TokenMask | None, length: int, pad_id: int) -> TokenMask | None:
-    """The masked texts padded as `pad_text` pads the whole ones."""
+    """The masked texts, padded as `pad_text` pads the unmasked ones."""
     if token is None:
         return None
     extra = (0, length - token.token_CT.shape[1])
@@ -214,13 +214,13 @@ def pad_masks(token: TokenMask | None, length: int, pad_id: int) -> TokenMask | 
 
 
 def draw_one_by_one(weight_BG: Tensor) -> list[int]:
-    """A negative for each row in proportion to its weights. A row of which all are 0 is an error, as in ALBEF."""
+    """A negative for each row, drawn in proportion to its weights. A row with only zeros is an error, as in ALBEF."""
     return [int(torch.multinomial(weight_BG[row], 1).item()) for row in range(len(weight_BG))]
 
 
 @contextlib.contextmanager
 def explicit_attention(backbone: MaskVLM) -> Iterator[None]:
-    """Context in which both encoders' attention is a product, a mask and a softmax; afterwards it is as before."""
+    """Context in which both encoders compute attention as a product, a mask and a softmax."""
     fused: list[Any] = [module for module in backbone.image.vit.modules() if getattr(module, "fused_attn", False)]
     config = backbone.text.model.config
     before = config._attn_implementation
@@ -239,12 +239,12 @@ def explicit_attention(backbone: MaskVLM) -> Iterator[None]:
 
 
 class Built(Bench):
-    """The configured model and data, and nothing is run."""
+    """Builds the configured model and data, and runs nothing."""
 
     model: LitModel
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+        """Runs nothing."""
 
 
 def built(words: Sequence[str]) -> Built:
@@ -253,7 +253,7 @@ def built(words: Sequence[str]) -> Built:
 
 
 def batches_of(setup: Built, count: int) -> list[Batch]:
-    """Training batches of the configured data, and the model ready for them."""
+    """Training batches of the configured data. Also sets the model's tokenizer for them."""
     data, model = setup.datamodule, setup.model
     data.setup("fit")
     if data.tokenizer is not None:
@@ -262,7 +262,7 @@ def batches_of(setup: Built, count: int) -> list[Batch]:
 
 
 def noise_batch(pairs: int, backbone: MaskVLM) -> Batch:
-    """Noise images with the longest texts: what a step can cost at most. No tokenizer is needed."""
+    """Noise images with texts of maximum length: the maximum cost of a step. No tokenizer is needed."""
     length, size = backbone.text.text_length, backbone.image.image_size
     backbone.text.tokenizer = SimpleNamespace(mask_token_id=4, pad_token_id=1)  # type: ignore[assignment]
     there = torch.ones(pairs, length, dtype=torch.bool)
@@ -278,11 +278,11 @@ Terms = Callable[[Batch], dict[str, Tensor]]
 
 
 class Trained:
-    """A model with an optimiser whose step is made by one way or another.
+    """A model with an optimiser, whose steps can be made in several ways.
 
     Args:
         setup: the configured model.
-        device: where it is trained; on a GPU in bfloat16 by autocast.
+        device: the device to train on; on a GPU with bfloat16 autocast.
     """
 
     def __init__(self, setup: Built, device: torch.device) -> None:
@@ -316,7 +316,7 @@ class Trained:
         self.optimizer.step()
 
     def seconds(self, way: str, batches: Sequence[Batch], steps: int) -> float:
-        """Time of one step, the mean of `steps` steps."""
+        """Seconds per step, averaged over `steps` steps."""
         clock = time.perf_counter if self.device.type == "cuda" else time.process_time
         self.wait()
         started = clock()
@@ -331,7 +331,7 @@ class Trained:
             torch.cuda.synchronize(self.device)
 
     def flops(self, way: str, batch: Batch) -> int:
-        """Operations of the matrix products of one step."""
+        """Operations of the matrix products in one step."""
         with FlopCounterMode(display=False) as counter:
             self.step(way, batch)
         return counter.get_total_flops()
@@ -356,9 +356,9 @@ class Trained:
 
 
 def compared(trained: Trained, batches: Sequence[Batch], steps: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of a step of each way, in turns."""
+    """Seconds per step for each way, measured in turn."""
     for way in trained.ways:
-        trained.seconds(way, batches, 2)  # memory is reserved, kernels are chosen
+        trained.seconds(way, batches, 2)  # memory is reserved, kernels are selected
     times: dict[str, list[float]] = {way: [] for way in trained.ways}
     for _ in range(repeats):
         for way, seconds in times.items():
@@ -367,12 +367,12 @@ def compared(trained: Trained, batches: Sequence[Batch], steps: int, repeats: in
 
 
 def ratios(times: dict[str, list[float]], way: str) -> list[float]:
-    """How many times as fast ours was, in each round."""
+    """How many times as fast ours was in each round."""
     return [plain / ours for plain, ours in zip(times[way], times["ours"], strict=True)]
 
 
 def main() -> None:
-    """Check that both compute the same, time them, and print the median ratios."""
+    """Check that all ways compute the same losses, time them, and print the median ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="as of `maskvlm bench`: model=.. data=..")
     parser.add_argument("--steps", type=int, default=4, help="of a measurement")

@@ -1,10 +1,10 @@
-"""What two habits of a CPU run gain: attention by matrix products in bfloat16, and freed memory that is kept.
+"""The gain of two optimisations on a CPU: attention by matrix products in bfloat16, and keeping freed memory.
 
     PYTHONPATH=src:. python bench/attention.py model=compact data=flickr8k encoders=encoders      # rounds of four ways
 
-Each way is `maskvlm bench` in a process of its own, with both, without one, without the other and without both; the
-ratios are medians over the rounds, each held against the run of the same round that has both. `--kernels` times the
-attention alone, at the sizes of that step, forwards and backwards.
+Each way is `maskvlm bench` in its own process: with both, without one, without the other and without both. The ratios
+are medians over the rounds, each relative to the run with both in the same round. `--kernels` times only the attention,
+at the sizes of that step, forward and backward.
 """
 
 import argparse
@@ -38,14 +38,14 @@ SIZES = ((192, 6, 122, 122, 64), (256, 6, 122, 30, 64), (64, 6, 122, 122, 64), (
 
 
 def milliseconds(words: list[str], change: str, steps: int) -> float:
-    """Time of a step, the mean of a run."""
+    """Milliseconds per step, averaged over a run."""
     command = [sys.executable, "-c", RUN.format(change=change, steps=steps), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     return float(json.loads(done.stdout.strip().splitlines()[-1])["milliseconds"])
 
 
 def kernel(size: tuple[int, ...], kind: torch.dtype, by_products: bool) -> float:
-    """Milliseconds, forwards and backwards, the best of five."""
+    """Milliseconds of a forward and backward pass, the best of five."""
     rows, heads, asking, context, width = size
     q, k, v = (torch.randn(rows, n, heads, width, dtype=kind).transpose(1, 2) for n in (asking, context, context))
     inputs, best = [x.requires_grad_() for x in (q, k, v)], float("inf")

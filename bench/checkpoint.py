@@ -1,15 +1,15 @@
-r"""How long a save holds the training: in the background, and in the foreground, one after the other in turn.
+r"""How long a save blocks training: in the background and in the foreground, measured in turn.
 
     PYTHONPATH=src:. python bench/checkpoint.py                  # 4.2 GB: the base model's size with AdamW's moments
     PYTHONPATH=src:. python bench/checkpoint.py --gigabytes 0.5 --folder /dev/shm/checkpoint
 
-Random tensors in the place of weights and moments, written by the code that a training uses: the look at every weight
-(`check_finite`), then `SafeCheckpointIO`. Needs memory for the state and a copy of it, and disk space for two files.
+Random tensors stand in for weights and moments, and are written by the code that training uses: the check of every
+weight (`check_finite`), then `SafeCheckpointIO`. Needs memory for the state and a copy of it, and disk space for two
+files.
 
-Prints the median, least and largest seconds of each; beside the time that passed that of the processor in this thread,
-which tells more where the machine is busy with other things. Then the first save in the background, whose memory was
-reserved before; how long that takes in the background; how long a write takes; and how much longer small steps of work
-take meanwhile.
+Prints the median, minimum and maximum seconds of each, and the CPU time of this thread, which is more reliable if the
+machine is busy. Then: the first save in the background, whose memory was reserved before; how long that reservation
+takes in the background; how long a write takes; and how much longer small steps of work take meanwhile.
 """
 
 import argparse
@@ -31,14 +31,14 @@ WIDTH = 1024  # weights are square matrices of 4 MiB
 
 
 class Held(NamedTuple):
-    """Seconds: by the clock, and of the processor in the main thread."""
+    """Seconds: wall-clock time, and CPU time of the main thread."""
 
     clock: float
     processor: float
 
 
 class State:
-    """A model of random weights, with two moments each. bytes: of all."""
+    """A model of random weights, with two moments each. size: bytes of all of them."""
 
     def __init__(self, size: float) -> None:
         count = max(1, round(size / 3 / (4 * WIDTH**2)))
@@ -65,7 +65,7 @@ class State:
 
 
 def step(size: int = 300) -> float:
-    """Seconds that a little work takes, in Python and in torch."""
+    """Seconds that a little work in Python and torch takes."""
     began, weights = time.perf_counter(), torch.ones(size, size)
     for _ in range(20):
         weights = weights @ weights / size
@@ -74,7 +74,7 @@ def step(size: int = 300) -> float:
 
 
 def measure(state: State, folder: Path, times: int) -> dict[str, Any]:
-    """Both ways in turn; a first save of each is kept apart."""
+    """Measure both ways in turn; the first save of each is reported separately."""
     front, back = SafeCheckpointIO(), SafeCheckpointIO()
     back.begin()
     began = time.perf_counter()

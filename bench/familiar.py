@@ -1,15 +1,15 @@
-"""Does a model tell strange images from those of its data (`objectives.novelty`)? What to ask a checkpoint before its
-warnings are believed:
+"""Can a model tell unusual images from those of its training data (`objectives.novelty`)? Run this on a checkpoint
+before you trust its warnings:
 
     python bench/familiar.py scenes-tiny --asked RAW/flickr8k/images unseen-scenes
     python bench/familiar.py checkpoints/first/best.ckpt --known RAW/flickr8k/images --asked photos scenes drawings/
 
 A place is a folder of images, `scenes` or `unseen-scenes` (validation and test split of the built-in world), or
-`photos` (those of the page). Noise and plain colours are always asked.
+`photos` (those of the demo page). Noise and plain colours are always included.
 
-Without `--known` images are held against the range that the checkpoint keeps, as `far` does. With it half of those
-images are the sample, at several thresholds, and the other half is asked: its share of far ones is the rate of false
-alarms.
+Without `--known`, images are compared with the range stored in the checkpoint, as in `far`. With it, half of those
+images are the reference sample, at several thresholds, and the other half is tested: the share of far ones in it is the
+rate of false alarms.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from maskvlm.utils.errors import UserError
 
 SHARES = (0.01, 0.02, 0.05, 0.1)
 SCENES = {"scenes": "val", "unseen-scenes": "test"}
-"""Places that are drawn, and their split. A checkpoint of the built-in world keeps its range by the first."""
+"""Places of drawn scenes -> their split. A checkpoint of the built-in world has its range from the first."""
 
 
 def images(place: str, most: int) -> list[Any]:
-    """Files by lot, always the same, or drawn scenes."""
+    """A random choice of files, always the same, or drawn scenes."""
     if place in SCENES:
         split = Scenes().split(SCENES[place])
         return [split[row]["image"] for row in range(min(len(split), most))]
@@ -41,15 +41,15 @@ def images(place: str, most: int) -> list[Any]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise UserError(place, "holds no image", "Name a folder of images, or scenes, or photos")
-    # With a seed of its own: the same files at every call.
+    # A fixed seed: the same files at every call.
     chosen = np.random.default_rng(0).permutation(len(files))[:most]
     return [files[number] for number in chosen]
 
 
 def synthetic_images(kind: str, count: int, side: int) -> list[Image.Image]:
-    """Noise, or plain colours."""
+    """Images of noise, or of plain colours."""
     rng = np.random.default_rng(0)
-    # Noise in every pixel; a plain colour is a single pixel made large.
+    # Noise in every pixel; a plain colour is a single enlarged pixel.
     shape = (count, side, side, 3) if kind == "noise" else (count, 1, 1, 3)
     return [Image.fromarray(each).resize((side, side)) for each in rng.integers(0, 256, shape, dtype=np.uint8)]
 
@@ -79,7 +79,7 @@ def main() -> None:
         print_shares("the checkpoint's own range", features_by_place, model.known)
         return
     known_ND = features(model, images(options.known, options.most))
-    # Odd places are asked, even ones are the sample: no image is compared with itself.
+    # Odd rows are tested, even rows are the sample: no image is compared with itself.
     features_by_place = {f"{options.known}, others": known_ND[1::2]} | features_by_place
     for share in SHARES:
         known = fit_range(sample_of(known_ND[::2]), share)
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def print_shares(title: str, features_by_place: dict[str, torch.Tensor], known: KnownRange) -> None:
-    """How many images of each place are far. features_by_place: [N, D] of each."""
+    """Print the share of far images for each place. features_by_place: [N, D] for each."""
     print(f"\n{title}: far is beyond {known.most:.3f}")
     for name, feature_ND in features_by_place.items():
         far = 100 * float((distance_to(feature_ND, known) > known.most).float().mean())

@@ -1,15 +1,15 @@
-"""Files of strangers, edited at random: images, annotations, checkpoints, hub folders, configurations, command lines.
+"""Fuzzing of untrusted files: images, annotations, checkpoints, Hugging Face folders, configurations, command lines.
 
     python bench/fuzz.py --count 20000 --seed 0      # about 20 minutes on two cores
     python bench/fuzz.py --count 500 --kinds checkpoint folder
 
-Each mutant is a pure function of (seed, number): `--only checkpoint:1234` makes one again and shows what it does. A
-mutant may load, be a counted bad row, or end in one line (`UserError`). It may not end in a traceback, in the end of
-the process, after more than 10 seconds, in a file that its code left, or as another content than the one that was
-written, where a sum or a checksum of the format can tell.
+Each mutant is a pure function of (seed, number): `--only checkpoint:1234` recreates one and shows what it does. A
+mutant may load, be counted as a bad row, or end with one line (`UserError`). It must not cause a traceback or a crash,
+take more than 10 seconds, leave a file written by its code, or load with other content than was written, if a hash or a
+checksum of the format can detect that.
 
-What cannot be known is not counted: a number changed in a file without a sum (an image's pixels in JPEG, a caption, a
-setting of a hub folder whose `checksums.json` is gone), and a text that was cut exactly at the end of a line.
+What cannot be detected does not count: a number changed in a file without a checksum (pixels of a JPEG, a caption, a
+setting in a Hugging Face folder without `checksums.json`), and a text cut exactly at the end of a line.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Before torch and transformers are imported: one thread a process, and no connection to the hub.
+# Before torch and transformers are imported: one thread per process, and no connection to the hub.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", MPLBACKEND="Agg")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / name) for name in ("src", ".", "tests", "tests/security")]
@@ -43,18 +43,18 @@ from maskvlm.training.failure import user_line  # noqa: E402
 from maskvlm.utils.errors import UserError  # noqa: E402
 
 OLD = ROOT / "tests" / "fixtures" / "89274c0"
-LIMIT = 10.0  # seconds of one mutant
+LIMIT = 10.0  # seconds per mutant
 MEMORY = 12 * 2**30
 SHARES = {"image": 7000, "annotation": 6000, "checkpoint": 2500, "folder": 2000, "config": 1500, "line": 1000}
-"""Number of mutants of each kind, of 20,000 in all."""
+"""Number of mutants of each kind, out of 20,000."""
 
 
 class Silent(Exception):
-    """Another content than the one that was written, without a word."""
+    """The loaded content silently differs from what was written."""
 
 
 class Kinds:
-    """What makes and opens a mutant of each kind; each returns what came of it."""
+    """Makes and opens mutants; there is a method for each kind, which returns the outcome."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -89,7 +89,7 @@ class Kinds:
             opened = safe_open(data, name)
         except BadImage as error:
             return error.reason if "\n" not in str(error) else "several lines"
-        # Whatever passes must be as the model reads it.
+        # Whatever passes must be in the form that the model reads.
         assert opened.mode == "RGB"
         return "ok"
 
@@ -124,14 +124,14 @@ class Kinds:
         import model_mutators
 
         path = self.folder / "x.ckpt"
-        # Two in five are bytes changed anywhere; the others are edits of what the file means.
+        # Two in five have bytes changed anywhere; in the others the content itself is edited.
         if rng.random() < 0.4:
             path.write_bytes(model_mutators.raw(self.bytes, rng))
             return self.model(path, written=True)
         buffer = io.BytesIO()
         try:
             torch.save(model_mutators.checkpoint(self.content, rng, str(self.mark)), buffer)
-        except Exception:  # torch itself cannot write every one of them
+        except Exception:  # torch itself cannot write all of them
             return "not writable"
         path.write_bytes(buffer.getvalue())
         return self.model(path, written=False)
@@ -149,16 +149,16 @@ class Kinds:
             write_sums(whole)
         shutil.rmtree(copy, ignore_errors=True)
         model_mutators.folder(whole, copy, rng, str(self.mark))
-        # Without the sums nobody can tell which content was written.
+        # Without checksums the original content cannot be known.
         return self.model(copy, written=(copy / "checksums.json").exists())
 
     def model(self, source: Path, written: bool) -> str:
-        """written: sums tell whether it is what was written."""
+        """Load a model. written: whether checksums can detect content that differs from what was written."""
         from maskvlm.inference.pretrained import PretrainedMaskVLM
 
         model = PretrainedMaskVLM.from_pretrained(source)
         state = model.state_dict()
-        # A name that is gone is no wrong value; one that is there must hold what was written.
+        # A missing name is not a wrong value; an existing one must have the value that was written.
         if written and any(not torch.equal(value, state[name]) for name, value in self.good.items() if name in state):
             raise Silent("other weights")
         if written and model.backbone.cross_image.blocks[0].self_attention.heads != 2:
@@ -192,10 +192,10 @@ class Kinds:
         whole["trainer"] = {key: whole["trainer"][key] for key in trainer_keys}
         self.text = yaml.safe_dump({key: whole[key] for key in ("seed_everything", "model", "data", "run", "trainer")})
         self.keys = sorted(option_names(parsed._subcommand_parsers["fit"]))
-        # A module of nobody's that leaves a mark as soon as it is imported.
+        # A foreign module that leaves a marker file as soon as it is imported.
         (self.folder / f"{FOREIGN}.py").write_text(f"open({str(self.mark)!r}, 'w')\nclass Run: ...\n")
         sys.path.insert(0, str(self.folder))
-        # From here on relative paths of mutants end in the scratch folder.
+        # From here on, relative paths in mutants resolve to the scratch folder.
         os.chdir(self.folder)
 
     start_line = start_config
@@ -218,7 +218,7 @@ class Kinds:
         try:
             run_command(Parsed, arguments)
         except SystemExit as end:
-            # A help or a printed configuration ends so.
+            # Help and printed configurations exit this way.
             if end.code not in (0, None):
                 raise
         return "ok"
@@ -238,7 +238,7 @@ def limited() -> Iterator[None]:
 
 
 def outcome(kinds: Kinds, kind: str, seed: int, number: int, show: bool = False) -> tuple[str, str]:
-    """What came of a mutant: ok, a reason, an exit status; or traceback, hang, silent, marker, with a line."""
+    """The outcome of a mutant: ok, a reason, an exit status; or traceback, hang, silent, marker, with a line."""
     # A pure function of these three, so that --only finds the same mutant.
     rng = random.Random(f"{kind} {seed} {number}")
     make: Callable[[random.Random], str] = getattr(kinds, "folder_" if kind == "folder" else kind)
@@ -256,11 +256,11 @@ def outcome(kinds: Kinds, kind: str, seed: int, number: int, show: bool = False)
     except Silent as error:
         verdict = "silent", str(error)
     except BaseException as error:
-        user_error = user_line(error)  # as the command would end
+        user_error = user_line(error)  # as the command would report it
         if show and user_error is None:
             traceback.print_exc()
         verdict = ("traceback", repr(error)[:300]) if user_error is None else (f"exit {int(user_error.code)}", "")
-    # A library may swallow the alarm's exception: the clock tells.
+    # A library may swallow the alarm's exception, so check the clock, too.
     if time.monotonic() - began > LIMIT + 1 and verdict[0] != "hang":
         verdict = "hang", f"{time.monotonic() - began:.0f} s"
     if kinds.mark.exists():
@@ -270,8 +270,8 @@ def outcome(kinds: Kinds, kind: str, seed: int, number: int, show: bool = False)
 
 
 def worker(kind: str, seed: int, numbers: range, place: Path) -> None:
-    """Write the outcomes of some mutants, a line each, as they come; runs in a process of its own."""
-    # A mutant that asks for endless memory ends with MemoryError, not with the machine.
+    """Write the outcomes of some mutants as they come, one per line; runs in its own process."""
+    # A mutant that asks for too much memory causes a MemoryError, and does not bring down the machine.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -291,13 +291,13 @@ BAD = ("traceback", "hang", "silent", "marker", "crash", "several lines")
 
 
 def run(options: argparse.Namespace, place: Path) -> dict[str, Counter[str]]:
-    """All mutants, in `--jobs` processes at a time, in parts of 100."""
+    """Run all mutants, in parts of 100, in `--jobs` processes at a time."""
     parts = [
         (kind, range(first, min(first + 100, count)))
         for kind, count in options.counts.items()
         for first in range(0, count, 100)
     ]
-    # Kinds are mixed, as their speeds differ and the time left follows from the mean.
+    # Kinds are mixed, as their speeds differ and the time left is computed from the mean.
     random.Random(0).shuffle(parts)
     outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in options.counts}
     running: dict[int, tuple[str, range, float]] = {}
@@ -312,7 +312,7 @@ def run(options: argparse.Namespace, place: Path) -> dict[str, Counter[str]]:
                 os._exit(0)
             running[child] = kind, numbers, time.monotonic()
         child, status = os.waitpid(-1, os.WNOHANG)
-        # What a library does in C is not ended by the alarm.
+        # The alarm does not interrupt C code of a library.
         late = [
             pid for pid, (_, numbers, start) in running.items() if time.monotonic() - start > len(numbers) * LIMIT + 60
         ]
@@ -329,7 +329,7 @@ def run(options: argparse.Namespace, place: Path) -> dict[str, Counter[str]]:
                     print(f"{kind}:{number}: {what}: {why}", flush=True)
             done += len(lines)
             next_one = numbers.start + len(lines)
-            if status and next_one < numbers.stop:  # the process ended within a mutant: go on behind it
+            if status and next_one < numbers.stop:  # the process crashed on a mutant: continue after it
                 outcomes[kind]["crash"] += 1
                 done += 1
                 print(f"{kind}:{next_one}: crash: signal {status & 127}", flush=True)

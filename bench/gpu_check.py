@@ -1,12 +1,12 @@
-r"""What `make gpu-check` does: the tests that need a GPU, then what training costs on it, as a Markdown table.
+r"""`make gpu-check`: runs the tests that need a GPU, then measures the cost of training on it, as a Markdown table.
 
     make gpu-check                   # on a card: MODEL=base with random weights, nothing is downloaded
     make gpu-check ARGS=--cpu        # tries the script without one: MODEL=tiny, a few steps
 
-Training is `maskvlm bench` on the built-in data, whose images are drawn at the model's size: pairs per second, use of
-the card, how long it waits for data, how long a checkpoint holds it. A step alone is made of noise and the longest
-texts: ours, and the plain one of `albef_step.py`, in turns, with the memory of each beside what was simulated
-(`tests/gpu_sim/table.json`). Exit status: 1 where a test or a measurement failed, 69 without a card.
+Training is `maskvlm bench` on the built-in data, whose images are drawn at the model's size. It reports pairs per
+second, use of the card, time waiting for data, and how long a checkpoint blocks training. Single steps use noise and
+texts of maximum length: ours, and the plain one of `albef_step.py`, in turn, with the memory of each and the simulated
+value (`tests/gpu_sim/table.json`). Exit status: 1 if a test or a measurement failed, 69 without a card.
 """
 
 import argparse
@@ -42,14 +42,14 @@ MISSING = "-"
 
 
 class Case(NamedTuple):
-    """A configuration that is measured.
+    """A configuration to measure.
 
     Attributes:
-        name: as the tables have it.
-        pairs: of a step.
-        words: of `maskvlm bench`.
+        name: its name in the tables.
+        pairs: pairs per step.
+        words: words of `maskvlm bench`.
         simulated: its name in `table.json`.
-        ways: which steps are made alone, see `albef_step.Trained`.
+        ways: kinds of single steps to measure, see `albef_step.Trained`.
     """
 
     name: str
@@ -77,7 +77,7 @@ TRIAL = (
 
 
 class Watch(bench.Stopwatch):
-    """Also how long the training waits for data, and how long a checkpoint holds it."""
+    """Also measures how long training waits for data, and how long a checkpoint blocks it."""
 
     def __init__(self, keep: KeepState) -> None:
         super().__init__()
@@ -100,35 +100,35 @@ class Watch(bench.Stopwatch):
             self.clock.reset()
         elif batch_idx + 1 == bench.STEPS:
             self.waits = self.clock.read()
-            # Nothing is left to compute here: `Stopwatch` has waited for the device.
+            # The device is idle here: `Stopwatch` has waited for it.
             started = time.perf_counter()
             self.keep.save(trainer)
             self.saving = time.perf_counter() - started
 
 
 class Check(bench.Bench):
-    """A few steps of fit, and one checkpoint, written as a run writes them."""
+    """A few steps of `fit`, and a checkpoint, written as in a run."""
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
         self.settings.trainer.enable_checkpointing = True
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        # It writes when `Watch` says so, not by the clock.
+        # It saves when `Watch` tells it to, not by time.
         keep = KeepState(self.settings.run, steps=None, minutes=None)
         self.stopwatch = Watch(keep)
         return LightningCommand.instantiate_trainer(self, callbacks=[self.stopwatch, keep], **kwargs)
 
 
 def trained(case: Case, folder: Path) -> dict[str, str]:
-    """A row of the table of training."""
+    """A row of the training table."""
     with tempfile.TemporaryDirectory(dir=folder) as run:
         words = [*case.words, f"--data.batch_size={case.pairs}", f"--folder={run}"]
         watch = run_command(Check, ["fit", *COMMANDS["bench"].full(words)[1:]]).stopwatch
         assert isinstance(watch, Watch)
         assert watch.speed is not None
         assert watch.waits is not None
-        size = Path(run, "last.ckpt").stat().st_size  # by now all of it is on the disk
+        size = Path(run, "last.ckpt").stat().st_size  # it has been written completely
     speed = watch.speed
     use = f"{100 * speed.flops_per_second / speed.peak_flops:.1f} %" if speed.peak_flops else MISSING
     return {
@@ -147,7 +147,7 @@ def trained(case: Case, folder: Path) -> dict[str, str]:
 
 
 def steps_alone(case: Case, steps: int, repeats: int) -> list[dict[str, str]]:
-    """A row for each way to make the step."""
+    """A row for each way to compute the step."""
     setup = built([*case.words, f"--data.batch_size={case.pairs}"])
     device = torch.device("cuda" if "where=gpu1" in case.words else "cpu")
     batch = move_data_to_device(noise_batch(case.pairs, setup.model.backbone), device)
@@ -173,8 +173,8 @@ def steps_alone(case: Case, steps: int, repeats: int) -> list[dict[str, str]]:
 
 
 def step_memory(one: Trained, way: str, batch: Any) -> float | None:
-    """The most that tensors take in a step, in GiB, weights and AdamW's moments included; None on a CPU."""
-    one.step(way, batch)  # the moments are there from now on
+    """Peak memory of tensors in a step, in GiB, including weights and AdamW's moments; None on a CPU."""
+    one.step(way, batch)  # allocates the moments
     if one.device.type != "cuda":
         return None
     one.wait()
@@ -184,7 +184,7 @@ def step_memory(one: Trained, way: str, batch: Any) -> float | None:
 
 
 def simulated_gib(case: Case) -> float | None:
-    """What `tests/gpu_sim` found for it."""
+    """The value simulated by `tests/gpu_sim`; None if there is none."""
     table: dict[str, dict[str, float]] = json.loads(TABLE.read_text())
     return None if case.simulated is None else table[case.simulated]["peak_gib"]
 
@@ -198,7 +198,7 @@ def in_gib(value: float | None) -> str:
 
 
 class Report:
-    """Measures what it is given, goes on after a failure, and writes it down."""
+    """Runs measurements; records a failure and continues."""
 
     def __init__(self) -> None:
         self.failed = False
@@ -206,7 +206,7 @@ class Report:
     def rows(
         self, name: str, measure: Callable[[], list[dict[str, str]]], must_fit: bool = True
     ) -> list[dict[str, str]]:
-        """What `measure` gives; a row that says why where it gives nothing."""
+        """The rows of `measure`, or a row with the reason if it fails."""
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             return measure()
@@ -217,13 +217,13 @@ class Report:
             self.failed = True
             return [{"": f"{name}: {type(error).__name__}: {first_line(error)}"}]
         finally:
-            gc.collect()  # a trainer and its model hold each other
+            gc.collect()  # a trainer and its model refer to each other
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """A table with the columns of the first whole row; a row that failed has its reason in the first."""
+    """A table with the columns of the first complete row; a failed row has its reason in the first column."""
     heads = next((list(row) for row in rows if "" not in row), ["failed"])
     lines = [heads, ["---"] * len(heads)]
     lines += [[row[""], *[MISSING] * (len(heads) - 1)] if "" in row else list(row.values()) for row in rows]
@@ -231,7 +231,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
 
 
 def gpu_tests() -> tuple[bool, str]:
-    """Runs the tests marked `gpu`: whether they passed, and pytest's last line."""
+    """Run the tests marked `gpu`; returns whether they passed, and pytest's last line."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
         last = ""
@@ -242,7 +242,7 @@ def gpu_tests() -> tuple[bool, str]:
 
 
 def driver() -> str:
-    """Version of the card's driver, as nvidia-smi tells it."""
+    """Version of the card's driver, from nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0]
@@ -251,7 +251,7 @@ def driver() -> str:
 
 
 def title(cpu: bool) -> str:
-    """What all of it was measured on."""
+    """Description of the hardware and versions used."""
     facts = versions()
     origin = f"torch {torch.__version__}, commit {facts['commit']}, {datetime.now(UTC):%Y-%m-%d}"
     if cpu:
@@ -285,14 +285,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         passed, tested = gpu_tests()
         report.failed |= not passed
     fits = [case for case in cases if "ours" in case.ways]
-    if not options.cpu:  # where compiling takes minutes
+    if not options.cpu:  # on a CPU, compiling takes minutes
         words = (*fits[0].words, "--model.compile=true")
         fits.insert(1, fits[0]._replace(name=f"{fits[0].name}, compiled", words=words))
     training, alone = [], []
     for case in fits:
         training += report.rows(case.name, lambda: [trained(case, options.folder)])  # noqa: B023 (called at once)
     for case in cases:
-        must_fit = "ours" in case.ways  # the plain step is not made for large batches
+        must_fit = "ours" in case.ways  # the plain step is not designed for large batches
         alone += report.rows(f"{case.name}, a step", lambda: steps_alone(case, steps, repeats), must_fit)  # noqa: B023
     print(f"**{title(options.cpu)}.** Tests that need a GPU: {tested}.\n\n{markdown(training)}\n\n{markdown(alone)}")
     return int(report.failed)

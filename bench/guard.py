@@ -1,9 +1,9 @@
-r"""What the guard of steps costs, measured within one training of the built-in recipe (`make pretrain`) on a CPU: the
-guard looks at every second step, and the medians of both kinds are compared.
+r"""The cost of the step guard, measured in one training run of the built-in recipe (`make pretrain`) on a CPU. The
+guard checks every second step, and the medians of steps with and without it are compared.
 
     PYTHONPATH=src:. OMP_NUM_THREADS=1 python bench/guard.py --steps 200
 
-Also the time spent in the guard's own code in a step, which tells more where the machine is busy with other things.
+Also prints the time per step spent in the guard's own code, which is more reliable if the machine is busy.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from maskvlm.cli.lightning import LightningCommand, run_command
 from maskvlm.training.step_guard import StepGuard
 
 ROOT = Path(__file__).resolve().parents[1]
-SKIPPED = 6  # first steps, which fill caches and the window
+SKIPPED = 6  # first steps, not measured, as they fill caches and the window
 
 
 class Alternating(StepGuard):
-    """Looks at every second step, and keeps the time of each."""
+    """Checks every second step, and records the time of each."""
 
     def __init__(self, stop_after: int = 10) -> None:
         super().__init__(stop_after)
@@ -41,7 +41,7 @@ class Alternating(StepGuard):
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
         self.began, self.spent = time.perf_counter(), 0.0
         module.guard = self if index % 2 else None  # type: ignore[assignment]
-        # What the guard left there in the step before.
+        # Left there by the guard in the step before.
         trainer.optimizers[0].found_inf = None  # type: ignore[attr-defined]
         if index % 2:
             self.clocked("on_train_batch_start", trainer, module, batch, index)
@@ -64,13 +64,13 @@ class Alternating(StepGuard):
 
 
 class Timed(LightningCommand):
-    """The built-in recipe with that guard."""
+    """The built-in recipe with the alternating guard."""
 
     guard: Alternating
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
-        # In the place of the recipe's own guard.
+        # Replaces the recipe's own guard.
         others = [each for each in trainer.callbacks if not isinstance(each, StepGuard)]  # type: ignore[attr-defined]
         type(self).guard = Alternating()
         trainer.callbacks = [type(self).guard, *others]  # type: ignore[attr-defined]
@@ -78,7 +78,7 @@ class Timed(LightningCommand):
 
 
 def main() -> int:
-    """Prints the medians; returns 1 where the guard costs more than 1 % of a step."""
+    """Print the medians; returns 1 if the guard costs more than 1 % of a step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()

@@ -1,5 +1,5 @@
-r"""Kills a small training at random moments, starts the same command again until it is done, and compares with a run
-that was never killed: the loss of every step, weights, optimiser and the table of the log must be equal to the bit.
+r"""Kills a small training run at random moments, restarts the same command until it is finished, and compares it with a
+run that was never killed: the loss of every step, weights, optimiser and the log table must be equal bit for bit.
 
     python bench/kills.py --kills 500                                      # half SIGKILL, half SIGTERM
     python bench/kills.py --kills 500 --workers 2 --folder /dev/shm/kills  # another file system than TMPDIR
@@ -8,13 +8,13 @@ that was never killed: the loss of every step, weights, optimiser and the table 
 
 To see it fail, break the program first, for example by
 
-    --break position   the position in the data is not kept
-    --break random     random numbers go on from where the process happens to be, instead of from (seed, batch)
-    --break evaluation what is due when a checkpoint is written is not made up for
-    --break snapshot   with --writes: what is written is the state itself, not a copy of it
+    --break position   the position in the data is not restored
+    --break random     random numbers continue from the state of the process, instead of from (seed, batch)
+    --break evaluation an evaluation that is due when a checkpoint is written is not made up for
+    --break snapshot   with --writes: the state itself is written, not a copy of it
 
-(What no kill can show, that nothing is torn when the power fails, is in tests/checkpoint/test_checkpoint.py.)
-Two in five of the SIGKILLs come while a checkpoint is written.
+(Kills cannot show that no file is torn when the power fails: see tests/checkpoint/test_checkpoint.py.)
+Two in five of the SIGKILLs come while a checkpoint is being written.
 """
 
 import argparse
@@ -50,7 +50,7 @@ LATER = (
     "maskvlm.cli.lightning", "maskvlm.data.scenes.source", "maskvlm.reporting.callbacks", "maskvlm.reporting.progress",
     "maskvlm.training.step_guard", "torch.utils.tensorboard",
 )  # fmt: skip
-"""What a run imports once it has begun. Imported here, its forks need not, each for a second."""
+"""Modules that a run imports later. Importing them here saves each fork a second."""
 for name in LATER:
     import_module(name)
 STEPS, EVERY, MEASURED = 40, 4, 16
@@ -86,7 +86,7 @@ trainer:
 
 
 class Result(NamedTuple):
-    """What a finished run leaves that must not depend on kills."""
+    """The parts of a finished run that must not depend on kills."""
 
     log: list[dict[str, str]]
     state: dict[str, torch.Tensor]
@@ -97,8 +97,8 @@ class Result(NamedTuple):
 
 
 def command(folder: Path, workers: int, more: tuple[str, ...] = ()) -> list[str]:
-    """The arguments of the small training."""
-    # Written once; `{run}` in it is filled in by the command.
+    """The arguments of the small training run."""
+    # Written once; the command fills in `{run}`.
     run_yaml = folder.parent / "kept.yaml"
     if not run_yaml.exists():
         run_yaml.write_text(RUN_SETTINGS.replace("STEPS", str(EVERY)))
@@ -108,7 +108,7 @@ def command(folder: Path, workers: int, more: tuple[str, ...] = ()) -> list[str]
 
 
 def fork(arguments: list[str], broken: str = "", env: dict[str, str] | None = None, log: Path | None = None) -> int:
-    """Run the command in a copy of this process, which has everything imported; returns its number."""
+    """Run the command in a fork of this process, which has everything imported; returns its process id."""
     child = os.fork()
     if child:
         return child
@@ -119,19 +119,19 @@ def fork(arguments: list[str], broken: str = "", env: dict[str, str] | None = No
         os.dup2(out, 1)
         os.dup2(out, 2)
         os.environ.update(env or {})
-        # Threads do not survive a fork; with one none is started.
+        # Threads do not survive a fork; with a single thread none is started.
         torch.set_num_threads(1)
         with breaking(broken):
             code = main(arguments)
     except BaseException as error:
         print(repr(error))
         code = 99
-    # Not sys.exit: what the parent has registered for its end must not run here.
+    # Not sys.exit: the parent's exit handlers must not run here.
     os._exit(code)
 
 
 def breaking(how: str) -> Any:
-    """One thing that exact resumption needs, taken away."""
+    """Context in which one requirement of exact resumption is broken."""
     if how == "position":
         return mock.patch.object(PairData, "load_state_dict")
     if how == "random":
@@ -144,7 +144,7 @@ def breaking(how: str) -> Any:
 
 
 def wait(child: int, seconds: float = 300.0) -> int:
-    """Its exit status, negative for a signal. Raises TimeoutError."""
+    """Wait for a child; returns its exit status, negative for a signal. Raises TimeoutError."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -157,13 +157,13 @@ def wait(child: int, seconds: float = 300.0) -> int:
 
 
 def result(folder: Path) -> Result:
-    """Result of a finished run. Raises AssertionError where its checkpoint is of another step."""
+    """Result of a finished run. Raises AssertionError if its checkpoint is of another step."""
     with (folder / "metrics.csv").open(newline="") as file:
         log = [{k: v for k, v in row.items() if v and k not in VOLATILE} for row in csv.DictReader(file)]
     content = load(folder / "last.ckpt")
     assert content["global_step"] == STEPS, content["global_step"]
     moments = {f"{n}.{k}": v for n, each in content["optimizer_states"][0]["state"].items() for k, v in each.items()}
-    # Rows of nothing but volatile values are left out.
+    # Rows with only volatile values are left out.
     return Result([row for row in log if row.keys() - {"step", "epoch"}], content["state_dict"], moments)
 
 
@@ -172,7 +172,7 @@ VOLATILE = ("train/pairs_per_second", "train/data_wait")
 
 
 def differences(one: Result, other: Result) -> list[str]:
-    """What is not equal to the bit."""
+    """Everything that is not equal bit for bit."""
     lines = []
     if one.log != other.log:
         unlike = [(a, b) for a, b in zip(one.log, other.log, strict=False) if a != b]
@@ -192,15 +192,15 @@ def differences(one: Result, other: Result) -> list[str]:
 
 
 def kill_runs(folder: Path, kills: int, workers: int, broken: str, seed: int) -> dict[str, Any]:
-    """Runs until `kills` kills have been survived.
+    """Run trainings until `kills` kills have been survived.
 
     Returns:
-        counts: kills by kind, runs, runs that differ from the one never killed, and how.
+        counts of kills by kind and of runs, and the runs that differ from the one never killed, with the differences.
     """
     chance = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    # The run that is never killed comes first: its length says when to strike.
+    # The run that is never killed comes first: its duration determines when to strike.
     status = wait(fork(command(folder / "whole", workers)))
     assert status == 0, f"the run without kills ended with {status}"
     duration, whole = time.monotonic() - began, result(folder / "whole")
@@ -208,11 +208,11 @@ def kill_runs(folder: Path, kills: int, workers: int, broken: str, seed: int) ->
     wrong: list[str] = []
     for number in track(range(10**6), description=f"killing ({workers} workers)", disable=not sys.stdout.isatty()):
         run, survived = folder / f"run{number}", 0
-        # Started again until it is done, however often it is struck.
+        # Restarted until it is finished, however often it is killed.
         while True:
             child = fork(command(run, workers), broken, log=folder / f"run{number}.txt")
             if counts["SIGKILL"] + counts["SIGTERM"] < kills:
-                # As many of one kind as of the other, in turn.
+                # Equally many of both kinds, in turn.
                 kind = signal.SIGKILL if counts["SIGKILL"] <= counts["SIGTERM"] else signal.SIGTERM
                 began_writing = strike(child, kind, run, duration, chance)
                 if began_writing is not None:
@@ -223,7 +223,7 @@ def kill_runs(folder: Path, kills: int, workers: int, broken: str, seed: int) ->
             if status == 0:
                 break
             counts[f"exit {status}"] += 1
-            # 75: stopped by SIGTERM with a checkpoint; all but that and the signals themselves is wrong.
+            # 75: stopped by SIGTERM with a checkpoint; anything but that and the signals themselves is wrong.
             if status not in (-signal.SIGKILL, -signal.SIGTERM, 75):
                 wrong.append(f"run{number}: ended with {status}: {(folder / f'run{number}.txt').read_text()[-500:]}")
                 break
@@ -231,7 +231,7 @@ def kill_runs(folder: Path, kills: int, workers: int, broken: str, seed: int) ->
         counts["most kills of one run"] = max(counts["most kills of one run"], survived)
         if status == 0 and (unequal := differences(whole, result(run))):
             wrong.append(f"run{number}: {'; '.join(unequal)}")
-        # A run that was right leaves nothing; one that was wrong stays to be looked at.
+        # A correct run is removed; a wrong one is kept for inspection.
         if not wrong or not wrong[-1].startswith(f"run{number}:"):
             shutil.rmtree(run)
         if counts["SIGKILL"] + counts["SIGTERM"] >= kills:
@@ -240,16 +240,16 @@ def kill_runs(folder: Path, kills: int, workers: int, broken: str, seed: int) ->
 
 
 def strike(child: int, kind: signal.Signals, run: Path, duration: float, chance: random.Random) -> bool | None:
-    """Kill the process at a random moment of its life, two in five times the moment it begins to write a checkpoint.
+    """Kill the process at a random moment; in two of five cases when it starts to write a checkpoint.
 
     Returns:
-        Whether it was writing one; None where it had ended before.
+        Whether it was writing one; None if it had ended before.
     """
     born = time.time()
     until = time.monotonic() + chance.uniform(0.2, 0.75) * duration
     wanted = chance.random() < 0.4
     while time.monotonic() < until or wanted:
-        # WNOWAIT looks without taking the status, which `wait` wants later.
+        # WNOWAIT leaves the status for a later `wait`.
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return None
         if wanted and writing(run, born) and chance.random() < 0.5:
@@ -261,20 +261,20 @@ def strike(child: int, kind: signal.Signals, run: Path, duration: float, chance:
 
 
 def writing(run: Path, since: float) -> bool:
-    """Whether a checkpoint is half written now: an earlier process may have left such a file, too."""
+    """Whether a checkpoint is half written now. Older files are ignored, as an earlier process may have left them."""
     try:
         return any(path.stat().st_mtime > since for path in run.glob(".*.ckpt.tmp"))
-    except FileNotFoundError:  # renamed at this moment
+    except FileNotFoundError:  # just renamed
         return False
 
 
-# ------------------------------------------------------------------ nothing but background writes
+# ------------------------------------------------------------------ background writes only
 
 
 def kill_writes(folder: Path, kills: int, broken: str, seed: int) -> dict[str, Any]:
-    """SIGKILL to a process that changes its state and saves it in the background, each time while a file is
-    half written. What it leaves must be whole, and the state of one step: of the last save that had returned, or at
-    most two earlier. The next process goes on from there."""
+    """SIGKILL a process that changes its state and saves it in the background, each time while a file is half written.
+    What it leaves must be intact, and the state of a single step: that of the last save that had returned, or at most
+    two earlier. The next process continues from there."""
     chance, counts = random.Random(seed), Counter[str]()
     wrong: list[str] = []
     run, began = folder / "writes", time.monotonic()
@@ -285,7 +285,7 @@ def kill_writes(folder: Path, kills: int, broken: str, seed: int) -> dict[str, A
         saves, until = chance.randint(2, 5), time.monotonic() + 60
         while (len(lines_of(log)) < saves or not writing(run, born)) and time.monotonic() < until:
             time.sleep(0.0002)
-        # Somewhere within a write, or the next one.
+        # Somewhere in this write or the next one.
         time.sleep(chance.uniform(0.0, 0.03))
         counts["of them, while a file is half written"] += writing(run, born)
         os.kill(child, signal.SIGKILL)
@@ -301,7 +301,7 @@ def kill_writes(folder: Path, kills: int, broken: str, seed: int) -> dict[str, A
 
 
 def fork_saver(run: Path, log: Path, broken: str) -> int:
-    """A process that goes on from the newest whole checkpoint; notes each step whose save has returned."""
+    """Start a process that continues from the newest intact checkpoint and logs each step whose save has returned."""
     child = os.fork()
     if child:
         return child
@@ -324,14 +324,14 @@ def fork_saver(run: Path, log: Path, broken: str) -> int:
 
 
 def lines_of(log: Path) -> list[str]:
-    """Whole lines alone."""
+    """The complete lines of a log."""
     text = log.read_text() if log.exists() else ""
     return text[: text.rfind("\n") + 1].split()
 
 
 def steps_in(run: Path, damaged: list[str]) -> set[int]:
-    """The steps that the newest whole checkpoint's tensors are of; empty where there is none. damaged: gets newer ones
-    that are not whole."""
+    """The steps of the tensors in the newest intact checkpoint; empty if there is none. damaged: collects messages on
+    newer ones that are not intact."""
     newest = newest_valid(run, damaged.append)
     tensors = [] if newest is None else load(newest)["state_dict"].values()
     return {step for tensor in tensors for step in tensor.unique().tolist()}
@@ -341,8 +341,8 @@ def steps_in(run: Path, damaged: list[str]) -> set[int]:
 
 
 def term_pairs(folder: Path, trials: int, seed: int) -> dict[str, Any]:
-    """Two processes, SIGTERM to both, to both with a gap, to the first, to the second: each must end with 75 and leave
-    a checkpoint."""
+    """Two processes, with SIGTERM to both, to both with a gap, to the first, or to the second: both must exit with 75
+    and leave a checkpoint."""
     chance, counts = random.Random(seed), Counter[str]()
     wrong: list[str] = []
     folder.mkdir(parents=True, exist_ok=True)
@@ -353,7 +353,7 @@ def term_pairs(folder: Path, trials: int, seed: int) -> dict[str, Any]:
         more = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.steps=9999", "--trainer.val_check_interval=24")
         logs = [folder / f"pair{number}-{rank}.txt" for rank in (0, 1)]
         children = [fork(command(run, 0, more), env=elastic(rank, port), log=logs[rank]) for rank in (0, 1)]
-        # The first checkpoint says that both train; one that comes after the signal is looked for below.
+        # The first checkpoint shows that both are training; one written after the signal is checked below.
         until = time.monotonic() + 120
         while not (run / "last.ckpt").exists() and time.monotonic() < until:
             time.sleep(0.05)
@@ -385,7 +385,7 @@ def _end(child: int) -> None:
 
 
 def elastic(rank: int, port: int) -> dict[str, str]:
-    """The environment that torchrun gives to its processes."""
+    """The environment variables that torchrun sets for its processes."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
     more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "kills"}
     return {name: str(value) for name, value in names.items()} | more
@@ -393,7 +393,7 @@ def elastic(rank: int, port: int) -> dict[str, str]:
 
 def free_port() -> int:
     with socket.socket() as probe:
-        # As long as the socket is open nobody else gets the port; then there is a short while in which somebody could.
+        # While the socket is open the port is reserved; afterwards, another process could briefly take it.
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
@@ -420,7 +420,7 @@ def parse() -> argparse.Namespace:
 
 
 def start(options: argparse.Namespace) -> int:
-    """Run what was asked for; returns the exit status."""
+    """Run the requested jobs; returns the exit status."""
     jobs: list[Callable[[Path], dict[str, Any]]] = []
     if options.kills:
         jobs.append(lambda at: kill_runs(at, options.kills, options.workers, options.broken, options.seed))

@@ -1,14 +1,14 @@
-"""How fast images are loaded: read, decoded, augmented, batched. The memory-mapped and the streamed loader of this
-project beside webdataset (`pip install webdataset`) and a plain folder, on the same JPEGs in the same run.
+"""How fast images are loaded: read, decoded, augmented, batched. Compares this project's memory-mapped and streamed
+loaders with webdataset (`pip install webdataset`) and a plain folder, on the same JPEGs in the same run.
 
     python bench/loader.py --images FOLDER            images of any folder; without it those of the built-in world
-    python bench/loader.py --memory 20000             what loading so many samples leaves in memory
+    python bench/loader.py --memory 20000             memory in use after loading that many samples
 
-All hand their images to the same tokenizer and collation, and to this project's augmentation; those with
-"+ torchvision" to torchvision's own transforms with the same settings, as one would write it down. Each library reads
-and decodes in its own way (webdataset's "pilrgb", torchvision's `default_loader`). Images are made small as by
-`make data` (shorter side 288, quality 90). Rounds are interleaved, medians reported: where other work shares the cores,
-`cpu ms` (of all processes, an image) says more than images a second.
+All use the same tokenizer and collation, and this project's augmentation; those with "+ torchvision" use torchvision's
+own transforms with the same settings, written in the usual way. Each library reads and decodes in its own way
+(webdataset's "pilrgb", torchvision's `default_loader`). Images are resized as by `make data` (shorter side 288, quality
+90). Rounds are interleaved, and medians are reported. If other work shares the cores, `cpu ms` (per image, of all
+processes) is more meaningful than images per second.
 """
 
 import argparse
@@ -52,7 +52,7 @@ CAPTIONS = (
     "Children play with a toy in front of a house while a woman watches them .",
     "A boy jumps off a low wall .",
 )
-TENTHS = 10  # memory is looked at after each of them
+TENTHS = 10  # memory is measured after each
 SEEDS = count()
 TICKS = os.sysconf("SC_CLK_TCK")
 Loader = DataLoader[Any]
@@ -62,7 +62,7 @@ Loader = DataLoader[Any]
 
 
 def jpegs(folder: str | None, count: int) -> Iterator[bytes]:
-    """So many images with a shorter side of 288 pixels; of a small folder, some come several times."""
+    """`count` images with a shorter side of 288 pixels; those of a small folder are repeated."""
     paths = (
         sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
         if folder
@@ -81,14 +81,14 @@ def jpegs(folder: str | None, count: int) -> Iterator[bytes]:
 
 
 def scene(scenes: Any, number: int) -> np.ndarray:
-    """An image of the built-in world with the grain of a photo: flat colours decode too fast."""
+    """An image of the built-in world with the grain of a photo, as flat colours decode too fast."""
     pixels = np.asarray(scenes[number]["image"].convert("RGB"), np.int16)
     grain = np.random.default_rng(number).normal(0, 12, pixels.shape)
     return np.clip(pixels + grain, 0, 255).astype(np.uint8)
 
 
 class JpegFolder(RawSet):
-    """The JPEGs of a folder, which every fortieth is of the validation split."""
+    """The JPEGs of a folder; every fortieth is also in the validation split."""
 
     facts = Facts("bench", None, None, "")
 
@@ -97,7 +97,7 @@ class JpegFolder(RawSet):
 
     def rows(self) -> Iterator[RawRow]:
         for number, file in enumerate(self.files):
-            # Every fortieth image stands in both splits, as an evaluation split is needed, too.
+            # Every fortieth image is in both splits, as an evaluation split is needed, too.
             for split in ("train", "val")[: 1 + (number % 40 == 0)]:
                 yield RawRow(str(file), (caption(number),), f"{split} {number}", split, file.name)
 
@@ -107,7 +107,7 @@ def caption(number: int) -> str:
 
 
 def make(work: Path, images: str | None, count: int) -> None:
-    """The folder, the tars and the prepared set."""
+    """Write the folder, the tars and the prepared set."""
     for name in ("folder", "tars"):
         (work / name).mkdir()
     for number, jpeg in enumerate(jpegs(images, count)):
@@ -117,7 +117,7 @@ def make(work: Path, images: str | None, count: int) -> None:
         with tarfile.open(work / "tars" / f"{shard:05}.tar", "w") as archive:
             for number in range(shard * each, min(count, (shard + 1) * each)):
                 jpeg = (work / "folder" / f"{number:06}.jpg").read_bytes()
-                # A file and its caption have one name: webdataset makes a sample of them.
+                # An image and its caption share a name, from which webdataset makes a sample.
                 for ending, content in (("jpg", jpeg), ("txt", caption(number).encode())):
                     member = tarfile.TarInfo(f"{number:06}.{ending}")
                     member.size = len(content)
@@ -142,7 +142,7 @@ def sample(image_CHW: torch.Tensor, text: str, number: int) -> Sample:
 
 
 class Folder(Dataset[Sample]):
-    """A plain folder, as torchvision reads one."""
+    """A plain folder, read as in torchvision."""
 
     def __init__(self, folder: Path, transform: Callable[..., torch.Tensor]) -> None:
         self.files, self.transform = sorted(map(str, folder.glob("*.jpg"))), transform
@@ -155,13 +155,13 @@ class Folder(Dataset[Sample]):
 
 
 class Torchvision:
-    """The same augmentation out of torchvision's parts, which know nothing of captions."""
+    """The same augmentation from torchvision's parts, which ignore captions."""
 
     def __init__(self, spec: InputSpec) -> None:
         fill = [round(255 * mean) for mean in spec.mean]
         crop = v2.RandomResizedCrop(spec.image_size, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
         change = v2.RandAugment(2, 7, interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
-        # bytes, as the others give them: a step normalises them on its device
+        # uint8, like the others: normalised on the device of the step
         self.steps = v2.Compose([crop, v2.RandomHorizontalFlip(), change, v2.PILToTensor()])
 
     def __call__(self, image: Image.Image, caption: str) -> torch.Tensor:
@@ -169,7 +169,7 @@ class Torchvision:
 
 
 class ToSample:
-    """webdataset's tuples."""
+    """Converts webdataset's tuples to samples."""
 
     def __init__(self, transform: Callable[..., torch.Tensor]) -> None:
         self.transform = transform
@@ -181,14 +181,14 @@ class ToSample:
 
 def own(source: Any, options: argparse.Namespace, workers: int, batches: int) -> PairData:
     spec = InputSpec(options.size, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), text_length=30, vocab_size=200)
-    seed = next(SEEDS)  # what is drawn costs more or less
+    seed = next(SEEDS)  # a new one each time, as the cost depends on what is drawn
     data = PairData(source, spec, batch_size=options.batch, steps=batches, workers=workers, seed=seed)
     data.setup("fit")
     return data
 
 
 def loader(name: str, work: Path, options: argparse.Namespace, workers: int, batches: int) -> Loader:
-    """One that gives `batches` batches or more."""
+    """A loader that yields `batches` batches or more."""
     prepared = str(work / "prepared")
     streamed = name == "streamed"
     source = Stream(prepared if streamed else str(work / "tars"), prepared) if "stream" in name else Prepared(prepared)
@@ -215,21 +215,21 @@ def loader(name: str, work: Path, options: argparse.Namespace, workers: int, bat
 
 
 def cpu_seconds(processes: list[int]) -> float:
-    """CPU time of other processes so far, in seconds; 0 for one whose time the system does not tell."""
+    """CPU time of other processes so far, in seconds; 0 for a process whose time is not available."""
     total = 0.0
     for process in processes:
         try:
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        # Fields 14 and 15 of `stat`, utime and stime, counted behind the name, which may hold spaces.
+        # Fields 14 and 15 of `stat`, utime and stime, counted after the name, which may contain spaces.
         total += (int(fields[11]) + int(fields[12])) / TICKS
     return total
 
 
 def timed(name: str, work: Path, options: argparse.Namespace, workers: int) -> tuple[float, float]:
-    """Images a second, and milliseconds of all processes an image, after the first batches."""
-    # Each worker makes two batches ahead, which are not timed.
+    """Images per second, and CPU milliseconds per image of all processes, after the first batches."""
+    # Each worker prefetches two batches, which are not timed.
     warm = 2 * workers + 2
     batches = iter(loader(name, work, options, workers, warm + options.batches + 2 * workers))
     for _ in range(warm):
@@ -248,7 +248,7 @@ def speed(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     timings: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for turn in range(options.rounds):
         for workers in options.workers:
-            # Each loader is first, second ... in turn, so that none always meets a cold cache.
+            # The order rotates, so that no loader always meets a cold cache.
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 timings.setdefault((name, workers), []).append(timed(name, work, options, workers))
     rows = []
@@ -265,7 +265,7 @@ def speed(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def resident(processes: list[int]) -> dict[str, float]:
-    """MB of these processes: RSS (shared pages count in each), PSS, and what of it is not the pages of files."""
+    """MB used by these processes: RSS (shared pages count in each), PSS, and the part of PSS that is not file pages."""
     sums = {"Rss": 0, "Pss": 0, "Pss_Anon": 0}
     for process in processes:
         for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
@@ -276,7 +276,7 @@ def resident(processes: list[int]) -> dict[str, float]:
 
 
 def memory(name: str, work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Memory at each tenth of `--memory` samples, with two data workers, which end with the last batches."""
+    """Memory after each tenth of `--memory` samples, with two data workers, which end with the last batches."""
     count = options.memory // options.batch
     batches = iter(loader(name, work, options, 2, count))
     pids = [os.getpid(), *(worker.pid for worker in getattr(batches, "_workers", []))]

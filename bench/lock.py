@@ -1,10 +1,11 @@
-r"""Two commands with one RUN at once: one must train, the other must say that it does.
+r"""Two commands with the same RUN at once: one must train, the other must report that.
 
     PYTHONPATH=src:. python bench/lock.py --trials 50
 
-The second starts 0 to 3 seconds after the first, at random, every fifth at the same moment; each is a process forked
-from this one, which has everything imported. Wanted of every trial: exit statuses 0 and 73, one line of the one refused
-that names the other's process, a metrics.csv that holds every step once, in order, a last checkpoint of the last step.
+The second starts at random 0 to 3 seconds after the first, in every fifth trial at the same moment. Each is forked from
+this process, which has everything imported. Every trial must give exit statuses 0 and 73, one line from the rejected
+command that names the other process, a metrics.csv with every step once and in order, and a last checkpoint of the last
+step.
 """
 
 import argparse
@@ -22,28 +23,28 @@ import yaml
 from bench.kills import command, fork, wait
 from maskvlm.checkpoint.io import load
 
-STEPS, LATEST = 120, 3.0  # of a training, which takes longer than the second command is late at most
+STEPS, LATEST = 120, 3.0  # steps, which take longer than the second command is late at most, in seconds
 
 
 def trial(folder: Path, late: float) -> tuple[list[int], str]:
-    """One pair of commands; returns the exit statuses and what is wrong, empty where nothing is."""
+    """Run a pair of commands; returns the exit statuses and what is wrong, "" if nothing is."""
     arguments = command(folder, 0, (f"--data.steps={STEPS}", "--trainer.val_check_interval=60"))
     logs = [folder.parent / f"{folder.name}-{name}.txt" for name in ("first", "second")]
     first = fork(arguments, log=logs[0])
     time.sleep(late)
     children = (first, fork(arguments, log=logs[1]))
     codes = [wait(child) for child in children]
-    # In either order: the later one may have been the quicker.
+    # In either order: the second one may have been faster.
     if sorted(codes) != [0, 73]:
         return codes, f"exits {codes}: {logs[codes.index(max(codes))].read_text()[-300:]}"
     trained = codes.index(0)
-    # Of the one refused a single line, which names the process that trains.
+    # The rejected command prints a single line that names the process that trains.
     output = logs[1 - trained].read_text()
     beginning = f"error: {folder}: another process trains here (process {children[trained]} on "
     if output.count("\n") != 1 or not output.startswith(beginning):
         return codes, f"the one refused said {output[-300:]!r}"
     with (folder / "metrics.csv").open(newline="") as file:
-        # Each step once and in order: two trainings in one file would show here.
+        # Each step once and in order: two runs that write to one file would show here.
         steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")]
     if steps != [*range(STEPS)]:
         return codes, f"metrics.csv has {len(steps)} rows of {STEPS} steps"
@@ -52,7 +53,7 @@ def trial(folder: Path, late: float) -> tuple[list[int], str]:
 
 
 def trials(folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """Counts of exit statuses, first command's first, and what went wrong."""
+    """Counts of exit statuses, the first command's first, and what went wrong."""
     chance, counts = random.Random(seed), Counter[str]()
     wrong: list[str] = []
     for number in range(count):
@@ -65,7 +66,7 @@ def trials(folder: Path, count: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Returns the exit status: 1 where a trial went wrong."""
+    """Returns the exit status: 1 if a trial went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

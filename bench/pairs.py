@@ -1,11 +1,11 @@
-r"""Two processes of one run, and something happens to one of them at a random moment: who ends how, and how soon.
+r"""Two processes of one run, with a fault in one of them at a random moment: how, and how soon, each one ends.
 
     python bench/pairs.py --trials 200                        # all kinds in turn
     python bench/pairs.py --trials 8 --kinds stop killed
 
-Kinds: SIGTERM to one or both; SIGKILL of one; SIGSTOP of one; an exception in one. In each trial no process may hang
-beyond the watchdog's time, no process may be left over, every exit status must be the right one, and the newest
-checkpoint must be whole. Exit status 1 where something was wrong.
+Kinds: SIGTERM to one or both; SIGKILL to one; SIGSTOP to one; an exception in one. In each trial no process may hang
+beyond the watchdog's time, no process may be left over, every exit status must be correct, and the newest checkpoint
+must be intact. Exit status 1 if something was wrong.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from maskvlm.training.lit import LitModel
 
 KINDS = ("term one", "term both", "killed", "stop", "raises")
 TORCH = (RuntimeError, "something nobody thought of")
-LIMIT = 90.0  # seconds: what ends later hangs
+LIMIT = 90.0  # seconds, after which a process counts as hung
 
 
 class Trial(NamedTuple):
-    """What came of one. codes: of the first and the second process, negative for a signal, None: it hung."""
+    """Outcome of a trial. codes: exit statuses of both processes, negative for a signal, None if it hung."""
 
     kind: str
     whom: int
@@ -43,7 +43,7 @@ class Trial(NamedTuple):
 
 
 def raising(flag: Path) -> Any:
-    """An exception in the training step of the process that the flag's file names."""
+    """Context that raises an exception in the training step of the process named in the file `flag`."""
     step = LitModel.training_step
 
     def struck(self: LitModel, batch: Any, batch_idx: int) -> Any:
@@ -62,7 +62,7 @@ def trial(folder: Path, kind: str, patience: float, chance: random.Random, more:
     # Patched before the fork, so that both processes have it.
     with raising(flag):
         started = [fork(command(run, 0, (*words, *more)), env=elastic(rank, port), log=logs[rank]) for rank in (0, 1)]
-    # Only from the first checkpoint on must the newest one be whole.
+    # The newest checkpoint must be intact only once there is one.
     until = time.monotonic() + LIMIT
     while not (run / "last.ckpt").exists() and time.monotonic() < until:
         time.sleep(0.02)
@@ -79,7 +79,7 @@ def trial(folder: Path, kind: str, patience: float, chance: random.Random, more:
 
 
 def ends(started: list[int], began: float) -> tuple[tuple[int | None, int | None], float]:
-    """Exit statuses, and when the last one ended."""
+    """Exit statuses, and the seconds until the last process ended."""
     codes: dict[int, int | None] = {}
     while len(codes) < len(started) and time.monotonic() - began < LIMIT:
         for child in started:
@@ -88,7 +88,7 @@ def ends(started: list[int], began: float) -> tuple[tuple[int | None, int | None
                 codes[child] = os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
     seconds = time.monotonic() - began
-    # What hangs is ended here.
+    # Hung processes are killed here.
     for child in started:
         if child not in codes:
             os.kill(child, signal.SIGKILL)
@@ -107,21 +107,21 @@ def wrong(
     patience: float,
     logs: list[Path],
 ) -> list[str]:
-    """What is not as it should be."""
+    """Everything that is not as expected."""
     # 69: a process was lost; 70: a bug; 75: stopped with a checkpoint.
     expected = {"killed": (-9, 69), "stop": (-9, 69), "raises": (70, 70)}.get(kind, (75, 75))
     problems, output = [], "".join(log.read_text(errors="replace") for log in logs)
-    # Whom it struck comes first in `expected`.
+    # The process that was struck comes first in `expected`.
     if codes != (expected if whom == 0 else expected[::-1]):
         problems.append(f"exits {codes}")
     most = patience + 5 if kind == "stop" else 15.0
     if seconds > most:
         problems.append(f"{seconds:.1f} s, more than {most:.0f}")
     causes = {"killed": f"rank {whom} (", "stop": f"rank {whom} (", "raises": TORCH[1]}
-    # The cause is told once, by one process; the other points to it.
+    # The cause is reported once, by one process; the other refers to it.
     if kind in causes and (output.count("error: ") != 1 or causes[kind] not in output):
         problems.append(f"the cause is told {output.count('error: ')} times")
-    # A bug is named so only where one was raised.
+    # An error is called a bug only if an exception was raised.
     if kind != "raises" and "This is a bug" in output:
         problems.append("it is called a bug")
     try:
@@ -138,11 +138,11 @@ def wrong(
 
 
 def orphan_pids() -> list[int]:
-    """Processes that outlive the two by more than a second: orphans come to this one."""
+    """Processes that outlive the two by more than a second: this process adopts orphans."""
     until = time.monotonic() + 1.0
     while True:
         try:
-            # Adopted processes that have ended are taken first; with no child left there is none.
+            # Reap adopted processes that have ended; if no child is left, there are no orphans.
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         except ChildProcessError:
@@ -166,7 +166,7 @@ def main() -> int:
     options = parser.parse_args()
     import ctypes
 
-    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to this process, and are seen
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: this process adopts orphans, and so sees them
     chance, trials = random.Random(options.seed), list[Trial]()
     for number in range(options.trials):
         kind = options.kinds[number % len(options.kinds)]
@@ -190,7 +190,7 @@ def main() -> int:
 
 
 def table(trials: list[Trial]) -> None:
-    """One row a kind."""
+    """Print a table with one row per kind."""
     rows = defaultdict(list)
     for each in trials:
         rows[each.kind].append(each)

@@ -1,13 +1,14 @@
-"""Preparing beside a bare loop that decodes, resizes and encodes the same photos, in as many processes; as a table.
+"""Compares preparing a set with a bare loop that decodes, resizes and encodes the same photos in as many processes.
 
     OMP_NUM_THREADS=1 python bench/prepare.py [PHOTOS] [--count 20000] [--size 640] [--workers 2]
 
-PHOTOS is a folder of images; 1,000 of them are resized to `--size` pixels of the longer side in a temporary folder,
-and those are prepared again and again until there are `--count`. Without it the photos are noise over colours.
-`images/s` is of the whole command but for Python's imports; `cpu ms` is what an image took of the cores, by all
-processes; `busy` the share of the cores that was used while shards were made, `ready` for how many processes there was
-work, as a share of `--workers`. Where other work shares the cores, compare `cpu ms`, which does not depend on who else
-computes (but for caches), and `ready`, which is what `busy` would be on idle cores.
+PHOTOS is a folder of images; 1,000 of them are resized to `--size` pixels on the longer side in a temporary folder, and
+are used repeatedly until there are `--count`. Without it the photos are noise over colours.
+
+`images/s` is for the whole command except Python's imports; `cpu ms` is the CPU time per image over all processes;
+`busy` is the share of the cores in use while shards were made; `ready` is the number of processes with work to do, as a
+share of `--workers`. If other work shares the cores, compare `cpu ms`, which does not depend on it (except through
+caches), and `ready`, which is what `busy` would be on idle cores.
 """
 
 import argparse
@@ -35,7 +36,7 @@ SIDE, QUALITY = 288, 90
 
 
 class Repeated(RawSet):
-    """The same photos under new ids until there are `count` rows."""
+    """The same photos, repeated under new ids until there are `count` rows."""
 
     facts = Facts("bench", None, None, "none")
 
@@ -49,7 +50,7 @@ class Repeated(RawSet):
 
 
 def bare(paths: list[str]) -> int:
-    """No checks, no hash, no captions, nothing written."""
+    """The bare loop: no checks, no hashes, no captions, nothing written."""
     for path in paths:
         image = Image.open(path).convert("RGB")
         scale = min(1.0, SIDE / min(image.size))
@@ -59,8 +60,8 @@ def bare(paths: list[str]) -> int:
 
 
 class Used(NamedTuple):
-    """Seconds on the clock and of all cores; in the middle 80 % of the time the share of the cores that was used, and
-    the mean number of processes that ran or would have, by the number of workers."""
+    """Wall-clock and CPU seconds. For the middle 80 % of the time: share of the cores in use, and mean number of
+    processes that were running or ready to run, divided by the number of workers."""
 
     wall: float
     cpu: float
@@ -69,7 +70,7 @@ class Used(NamedTuple):
 
 
 def measured(run: Callable[[], object], workers: int) -> Used:
-    """What a call took, children and their children included (those of this process group)."""
+    """Resources used by a call, including its child processes and theirs (those of this process group)."""
     before, ticks = Clock.now(), Clock()
     start = time.perf_counter()
     ticks.start()
@@ -80,7 +81,7 @@ def measured(run: Callable[[], object], workers: int) -> Used:
 
 
 class Clock(threading.Thread):
-    """Looks at the processor time of every process of the group five times a second; processes that end are kept."""
+    """Reads the CPU time of every process of the group five times per second, and keeps that of ended processes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -90,12 +91,12 @@ class Clock(threading.Thread):
 
     @staticmethod
     def now(ready: list[int] | None = None) -> dict[int, float]:
-        # A group number finds the workers' own children, too.
+        # The process group includes the workers' own children.
         seconds, group = {}, os.getpgid(0)
         for place in Path("/proc").iterdir():
             if place.name.isdigit():
                 try:
-                    # Behind the name: state, then among others group (5), utime and stime (14 and 15).
+                    # After the name: state, then among others group (5), utime and stime (14 and 15).
                     fields = (place / "stat").read_text().rpartition(")")[2].split()
                 except OSError:
                     continue
@@ -109,7 +110,7 @@ class Clock(threading.Thread):
         while not self.over.is_set():
             ready: list[int] = []
             self.seconds.update(self.now(ready))
-            running = len({*ready} - {os.getpid()})  # this process is running as it looks
+            running = len({*ready} - {os.getpid()})  # this process itself is running while it looks
             self.past.append((time.perf_counter(), self.total(), running))
             self.over.wait(0.2)
 
@@ -124,14 +125,14 @@ class Clock(threading.Thread):
     def busy(self, wall: float, workers: int) -> tuple[float, float]:
         times = np.array(self.past)
         start = times[0, 0]
-        # Processes come and go at both ends: the middle 80 % are the steady part.
+        # Processes start and end at both ends: the middle 80 % are steady.
         inside = times[(times[:, 0] > start + 0.1 * wall) & (times[:, 0] < start + 0.9 * wall)]
         (first, before, _), (last, after, _) = inside[0], inside[-1]
         return float((after - before) / (last - first) / workers), float(inside[:, 2].mean() / workers)
 
 
 def photos(folder: str | None, target: Path, size: int) -> list[str]:
-    """A thousand of that size, written to `target`."""
+    """Write a thousand photos of that size to `target`; returns their paths."""
     rng = np.random.default_rng(0)
     names = image_names(Path(folder))[:1000] if folder else [str(number) for number in range(1000)]
     paths = []
@@ -167,7 +168,7 @@ def main() -> None:
         print("                  wall s  images/s  cpu ms  busy  ready")
         results = {}
         for turn in range(1, options.turns + 1):
-            # Spawned processes import everything anew: a first call is made before the clock starts.
+            # Spawned processes import everything anew, so make a first call before the clock starts.
             with get_context("spawn").Pool(options.workers) as pool:
                 pool.map(bare, [paths[:1]] * options.workers, 1)  # imports
 

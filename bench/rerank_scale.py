@@ -1,9 +1,9 @@
-r"""What ranking costs in CPU seconds at the size of COCO's test split: 5,000 images, 25,000 captions, k = 128.
+r"""CPU seconds for ranking at the size of COCO's test split: 5,000 images, 25,000 captions, k = 128.
 
     OMP_NUM_THREADS=1 PYTHONPATH=src python bench/rerank_scale.py
 
-Vectors and matches are random; the cross encoders' part, which a GPU does, is left out. The ranks of some queries are
-held against those of a loop that sorts one query at a time, whose time for all is reckoned from them.
+Vectors and matching scores are random; the cross encoders, which run on a GPU, are left out. The ranks of some queries
+are compared with those of a loop that sorts one query at a time, whose total time is extrapolated from them.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from maskvlm.objectives.retrieval_metrics import (
 
 
 def loop_rank(contrast_G: torch.Tensor, match_G: torch.Tensor, relevant: set[int], k: int) -> int:
-    """Rank of the best relevant item of one query: its k best by contrast in the order of matching, then the others."""
+    """Rank of the best relevant item of a query: the k best items by contrast re-ranked by matching, then the rest."""
     order = contrast_G.argsort(descending=True).tolist()
     match = match_G.tolist()
     order[:k] = sorted(order[:k], key=lambda item: -match[item])
@@ -32,7 +32,7 @@ def loop_rank(contrast_G: torch.Tensor, match_G: torch.Tensor, relevant: set[int
 
 
 def main() -> None:
-    """Time each part, compare with the loop, and print a line for each."""
+    """Time each part, compare the ranks with the loop's, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--captions", type=int, default=5, help="of an image")

@@ -1,13 +1,13 @@
-"""Search over a million vectors: each kind of index that `maskvlm index` knows, built, tuned and asked; as a table.
+"""Search over a million vectors: builds, tunes and queries each kind of index of `maskvlm index`, and prints a table.
 
     OMP_NUM_THREADS=2 python bench/search.py [--count 1000000] [--kinds ivf pq hnsw flat] [--data clustered noise]
 
-`clustered`: 20,000 centres of uneven weight and spread around them, most of it in few directions, as encoders have it;
-the queries are drawn around the same centres and then moved away, all in one direction, as vectors of texts lie beside
-those of images. `noise`: even over the sphere, the worst case, which no encoder gives. Tuned with 500 queries, asked
-1,000 others: recall@10 by position against the exact search; milliseconds of a query alone. Where other work shares the
-cores, `cpu s` and `cpu ms` tell what a build and a query took of them, by all threads: two idle cores would be done in
-half of that, or a little more.
+`clustered`: 20,000 centres of uneven weight with spread around them, mostly in few directions, as with encoders.
+Queries are drawn around the same centres and then all shifted in one direction, as text embeddings are shifted from
+those of images. `noise`: uniform over the sphere, a worst case that no encoder produces. Tuned with 500 queries and
+evaluated with 1,000 others: recall@10 by position against exact search, and milliseconds of a single query. If other
+work shares the cores, look at `cpu s` and `cpu ms`, the CPU time of a build and a query over all threads: two idle
+cores would take half of that, or slightly more.
 
 Shapes: N vectors, Q queries, E width.
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 from maskvlm.inference.faiss_index import RECALL, Array, faiss_module, kinds, milliseconds, trained_index, tune
 
-PART = 50_000  # vectors added at once, and then a look at the clock
+PART = 50_000  # vectors added between checks of the clock
 
 
 def unit(x_NE: Array) -> Array:
@@ -30,11 +30,11 @@ def unit(x_NE: Array) -> Array:
 
 
 def vectors(kind: str, count: int, width: int, seed: int, side: float) -> Array:
-    """`side`: how far, and in which direction, all are moved."""
+    """Random unit vectors, [N, E]. `side`: signed distance by which all clustered ones are shifted in one direction."""
     rng = np.random.default_rng(seed)
     x_NE = rng.standard_normal((count, width), dtype=np.float32)
     if kind == "clustered":
-        # Variance falls along the directions, as 1 / place.
+        # Variance decreases over the dimensions as 1 / index.
         spread_E = np.arange(1, width + 1, dtype=np.float32) ** -0.5
         spread_E /= np.linalg.norm(spread_E)
         # The centres are the same for vectors and queries, whatever the seed.
@@ -62,10 +62,10 @@ def main() -> None:
     print("data       index                  setting           build s   cpu s  tune s  recall@10  ", end="")
     print("median ms  p95 ms  cpu ms    MB  load", flush=True)
     for data in options.data:
-        # Vectors are moved one way and queries the other, as images and texts lie apart.
+        # Vectors are shifted one way and queries the other, as images and texts are apart.
         vector_NE = vectors(data, options.count, options.width, 1, 0.7)
         query_QE = vectors(data, 1_500, options.width, 2, -0.7)
-        # Tuned with some, asked others: recall is not that of the queries that chose the setting.
+        # Recall is measured on other queries than those that the setting was tuned with.
         tune_QE, ask_QE = query_QE[:500], query_QE[500:]
         exact_QK = faiss.knn(ask_QE, vector_NE, 10, faiss.METRIC_INNER_PRODUCT)[1]
         for name in options.kinds:
@@ -86,13 +86,13 @@ def main() -> None:
             value, _ = tune(index, kind, vector_NE, tune_QE, RECALL)
             tuned = time.perf_counter() - start - built
             nearest_QK = index.search(ask_QE, 10)[1]
-            # By position: equal vectors hardly occur here.
+            # By position, as equal vectors hardly occur here.
             both = zip(nearest_QK.tolist(), exact_QK.tolist(), strict=True)
             recall = np.mean([len(set(nearest) & set(exact)) / 10 for nearest, exact in both])
             alone_QE, cpu_then = ask_QE if name != "flat" else ask_QE[:100], time.process_time()
             times = milliseconds(index, alone_QE)
             each = 1000 * (time.process_time() - cpu_then) / len(alone_QE)
-            # Written into a counter, as the size on disk is all that is wanted.
+            # Written to a counter, as only the size on disk is needed.
             size: list[int] = []
             faiss.write_index(index, faiss.PyCallbackIOWriter(lambda part, size=size: size.append(len(part))))
             setting = f"{kind.knob} {value}" if kind.knob else ""

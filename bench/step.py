@@ -1,11 +1,10 @@
-r"""The built-in training step against that of another checkout, side by side: pairs a second of each in turn, and their
-ratio.
+r"""Compares the built-in training step with that of another checkout: pairs per second of each, and their ratio.
 
     git worktree add ../before 89274c0
     OMP_NUM_THREADS=1 python bench/step.py --against ../before --repeats 7
 
-Both train the four losses and the word loss of 89274c0's built-in recipe; what the recipe has taken on since then is
-off. Ratios are taken within a round, as other work on the machine comes and goes.
+Both train the four losses and the word loss of 89274c0's built-in recipe; later additions to the recipe are turned off.
+Ratios are computed within a round, as the load of the machine varies.
 """
 
 import argparse
@@ -32,7 +31,7 @@ SINCE = {
 
 
 def pairs_a_second(checkout: Path, options: list[str]) -> float:
-    """Pairs a second, measured by a bench of 25 steps in a process of its own."""
+    """Pairs per second, measured by a bench of 25 steps in its own process."""
     files = [word for name in FILES for word in ("-c", f"conf/{name}.yaml")]
     done = subprocess.run(
         [sys.executable, "-m", "maskvlm", "bench", *files, *options],
@@ -45,7 +44,7 @@ def pairs_a_second(checkout: Path, options: list[str]) -> float:
 
 
 def main() -> None:
-    """Measure in turns and print the median of the ratios."""
+    """Measure in turn and print the median of the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, required=True, help="another checkout, such as a git worktree")
     parser.add_argument("--repeats", type=int, default=7)

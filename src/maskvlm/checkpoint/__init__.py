@@ -1,1 +1,1 @@
-"""Files that hold a model: read as data, whole or not at all."""
+"""Model files: read as plain data, completely or not at all."""

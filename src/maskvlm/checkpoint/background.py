@@ -1,7 +1,7 @@
-"""Writes checkpoints while the training goes on, each from a snapshot of the state in host memory.
+"""Writes checkpoints while training continues, each from a snapshot of the state in host memory.
 
-Lightning's `AsyncCheckpointIO` copies on the device, lets any number of copies wait, and tells of a failure at the next
-save or at the end. Here two snapshots are all there are, and a failure is told when the caller asks.
+Lightning's `AsyncCheckpointIO` copies on the device, queues any number of copies, and reports a failure at the next
+save or at the end. Here there are at most two snapshots, and a failure is reported when the caller asks.
 """
 
 import copy
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from maskvlm.checkpoint.content import leaves_of
 
-SNAPSHOTS = 2  # one is written, one waits
+SNAPSHOTS = 2  # one being written, one waiting
 
 
 class Room(NamedTuple):
-    """What the copy of a storage needs. bytes: of host memory. pinned: as the storage lies on a GPU."""
+    """Memory that a copy of a storage needs. bytes: size in host memory. pinned: whether the storage is on a GPU."""
 
     bytes: int
     pinned: bool
@@ -30,14 +30,14 @@ class Room(NamedTuple):
         return cls(value.untyped_storage().nbytes(), value.is_cuda)
 
     def buffer(self) -> Tensor:
-        """Bytes that mean nothing yet."""
+        """An uninitialised buffer of this size."""
         return torch.empty(self.bytes, dtype=torch.uint8, pin_memory=self.pinned)
 
 
 class Snapshot:
-    """Host memory for a copy of a run's state; pinned where the state lies on a GPU.
+    """Host memory for a copy of a run's state; pinned where the state is on a GPU.
 
-    It is kept for the next copy, as getting it from the system takes several times as long as filling it.
+    It is reused for the next copy, as allocating it takes several times as long as filling it.
 
     Attributes:
         buffers: one for each storage of the state.
@@ -47,9 +47,9 @@ class Snapshot:
         self.buffers: dict[Room, list[Tensor]] = {}
 
     def reserve(self, rooms: Iterable[Room]) -> None:
-        """Get memory from the system before there is anything to copy."""
+        """Allocate memory before there is anything to copy."""
         for room in rooms:
-            # Written to: until then the system has only promised it.
+            # Written to, as the system allocates pages only on first use.
             self.buffers.setdefault(room, []).append(room.buffer().zero_())
 
     def take(self, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,28 +59,28 @@ class Snapshot:
             content: tensors and plain types.
 
         Returns:
-            An equal one that later changes of the state do not reach, valid until the next call. Tensors that share
-            memory share it there as well, so that the file does not grow.
+            An equal state that later changes do not affect, valid until the next call. Tensors that share memory share
+            it in the copy as well, so that the file does not grow.
         """
-        # What this copy has no use for is given up at its end.
+        # Buffers that this copy does not use are freed at its end.
         spare, self.buffers = self.buffers, defaultdict(list)
-        buffers: dict[int, Tensor] = {}  # by the address of what they are a copy of
-        copies: dict[int, Any] = {}  # by the `id` of a tensor: what `deepcopy` takes in its place
+        buffers: dict[int, Tensor] = {}  # by the address of the storage that they copy
+        copies: dict[int, Any] = {}  # by the `id` of a tensor: what `deepcopy` uses in its place
         for _, value in leaves_of(content):
             if isinstance(value, Tensor):
                 address = value.untyped_storage().data_ptr()
                 if address not in buffers:
                     buffers[address] = self._copied(value, spare.get(Room.of(value), []))
-                # The same view of the buffer as the tensor is of its storage.
+                # The buffer viewed in the same way as the tensor views its storage.
                 view = torch.empty(0, dtype=value.dtype)
                 view.set_(buffers[address].untyped_storage(), value.storage_offset(), value.shape, value.stride())
                 copies[id(value)] = view
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # copies to pinned memory are under way
+            torch.cuda.synchronize()  # wait for copies to pinned memory
         return copy.deepcopy(dict(content), copies)
 
     def _copied(self, value: Tensor, spare: list[Tensor]) -> Tensor:
-        """All bytes of the tensor's storage, in one of the spare buffers, or in one that is made."""
+        """A copy of the tensor's whole storage, in a spare buffer or in a new one."""
         room = Room.of(value)
         buffer = spare.pop() if spare else room.buffer()
         self.buffers[room].append(buffer)
@@ -89,15 +89,15 @@ class Snapshot:
 
 
 class BackgroundWriter:
-    """Does what it is told beside the caller, in order. Errors are raised by `check` and `finish`, in the caller.
+    """Runs actions in the background, in order. `check` and `finish` raise their errors in the caller.
 
-    Each action has a thread of its own, which ends with it. A thread that has computed keeps OpenMP threads of its own;
-    while there are more of them than cores, those of the training sleep between two operations instead of waiting for
-    the next one, which doubles the time of a step that has thousands (libgomp's throttled spin count).
+    Each action has its own thread, which ends with it. A thread that has computed keeps its own OpenMP threads. While
+    there are more of those than cores, the training's threads sleep between two operations instead of spinning, which
+    doubles the time of a step with thousands of operations (libgomp's throttled spin count).
     """
 
     def __init__(self) -> None:
-        # The last one that was given back comes first: the second gets its memory when two are needed at once.
+        # Last in, first out: the second snapshot allocates its memory only when two are needed at once.
         self.free: LifoQueue[Snapshot] = LifoQueue()
         for _ in range(SNAPSHOTS):
             self.free.put(Snapshot())
@@ -105,13 +105,13 @@ class BackgroundWriter:
         self.failed = False
 
     def reserve(self, values: Iterable[Tensor]) -> None:
-        """Have the memory of a first snapshot of these, and what they share it with, made in the background."""
+        """Allocate the memory of a first snapshot of these tensors, with the storages they share, in the background."""
         rooms = {value.untyped_storage().data_ptr(): Room.of(value) for value in values}
         self.run(self._reserve, list(rooms.values()))
 
     def _reserve(self, rooms: list[Room]) -> None:
         try:
-            # Not one that is waited for: this thread alone gives them back.
+            # Does not wait for one: only this thread returns them.
             snapshot = self.free.get_nowait()
         except Empty:
             return
@@ -121,9 +121,9 @@ class BackgroundWriter:
             self.free.put(snapshot)
 
     def save(self, write: Callable[[dict[str, Any]], None], content: Mapping[str, Any]) -> None:
-        """Have a snapshot of the content written; waits for the first of two that are not written yet.
+        """Write a snapshot of the content in the background; waits if two snapshots are still unwritten.
 
-        Raises: what an earlier write has failed with.
+        Raises: the error of an earlier write that failed.
         """
         self.check()
         snapshot = self.free.get()
@@ -141,7 +141,7 @@ class BackgroundWriter:
             self.free.put(snapshot)
 
     def run(self, action: Callable[..., None], *args: Any) -> None:
-        """Have something done after what was told before."""
+        """Run an action in the background, after those that were queued before."""
         before = [self.pending[-1]] if self.pending else []
 
         def in_turn() -> None:
@@ -150,11 +150,12 @@ class BackgroundWriter:
 
         with_own_thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending.append(with_own_thread.submit(in_turn))
-        # Takes nothing more; what it was given is done.
+        # Accepts no more actions; the one submitted still runs.
         with_own_thread.shutdown(wait=False)
 
     def check(self) -> None:
-        """Raise what has failed since the last call. A disk that is full fails all: the first failure alone is told."""
+        """Raise the error of an action that has failed since the last call. As a full disk makes all of them fail, only
+        the first failure is ever raised."""
         while self.pending and self.pending[0].done():
             error = self.pending.popleft().exception()
             if error is not None and not self.failed:
@@ -162,10 +163,10 @@ class BackgroundWriter:
                 raise error
 
     def finish(self) -> None:
-        """Wait until all is done; raises as `check`."""
+        """Wait for all actions; raises as `check`."""
         wait(self.pending)
         self.check()
 
     def close(self) -> None:
-        """No more after this; waits, and raises nothing."""
+        """Wait for all actions, and raise nothing. The last call to make."""
         wait(self.pending)

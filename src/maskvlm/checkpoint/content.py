@@ -1,7 +1,7 @@
-"""What a checkpoint may hold: one closed schema, checked before anything is made of it.
+"""What a checkpoint may hold: a closed schema, checked before anything is built from it.
 
-`torch.load` hands out plain types and tensors alone, yet of any number, size and nesting: lists that hold each other, a
-tensor of a terabyte over four bytes, labels that are no texts. A folder of the hub's format passes the same schema.
+`torch.load` returns only plain types and tensors, but of any number, size and nesting: lists that hold each other, a
+terabyte tensor over four bytes, labels that are not strings. A Hugging Face folder must fit the same schema.
 
 Shapes: N images.
 """
@@ -17,12 +17,12 @@ from torch import Tensor
 from maskvlm.config.plain_schema import Entries, Kind, Listed, Record, Text, Tree, Whole, describe_value, maybe
 from maskvlm.utils.errors import ExitCode, UserError
 
-SCHEMA = 1  # raise it when an old reader would misread a new file
+SCHEMA = 1  # increment it when an old reader would misread a new file
 PLAIN = (str, int, float, bool, type(None), bytes, torch.dtype, torch.device, torch.Size)
-MOST_PARTS = 2_000_000  # containers and values of a checkpoint
+MOST_PARTS = 2_000_000  # containers and values in a checkpoint
 MOST_NAME = 300  # characters of a tensor's name
-MOST_SHARED = 4  # bytes of all tensors for each that there is: tied weights are there once and count twice
-MOST_VECTORS, MOST_WIDTH = 500, 4096  # of images that show what a model knows
+MOST_SHARED = 4  # bytes of all tensors per byte stored: tied weights are stored once and count twice
+MOST_VECTORS, MOST_WIDTH = 500, 4096  # of the images that show what a model knows
 MOST_LABELS, MOST_WORDS = 1_000_000, 50_000_000  # labels, and characters of a tokenizer
 TODO = "Take another checkpoint, from somebody you trust"
 DTYPES = frozenset({
@@ -32,7 +32,7 @@ DTYPES = frozenset({
 
 
 class Ids:
-    """Hashes of image ids, [N], or None where a source cannot tell them."""
+    """Hashes of image ids, [N], or None if a source has no ids."""
 
     def says(self) -> str:
         return "a one-dimensional tensor of 64-bit whole numbers"
@@ -58,32 +58,32 @@ LINEAGE_ENTRY = Record(
     {"task": Text(300), "source": Text(300), "sha": Text(200), "pictures": Whole(), "steps": Whole()},
     {"ids": Ids(), "held_out": maybe(Entries(Whole()))},
 )
-"""One entry of the lineage: data that weights were trained on."""
+"""An entry of the lineage: data that the weights were trained on."""
 LABELS = Listed(Text(), MOST_LABELS, least=1)
 CONTENT_KINDS: dict[str, Kind] = {
     "labels": maybe(LABELS), "global_step": Whole(), "epoch": Whole(), "schema": Whole(), "evaluation": maybe(Tree()),
     "pytorch-lightning_version": Text(100), "known_images": maybe(Vectors()),
 }  # fmt: skip
-"""What is read of a checkpoint beside its tensors, its model spec (`model_spec.py`), its tokenizer and its lineage."""
+"""What is read from a checkpoint besides its tensors, model spec (`model_spec.py`), tokenizer and lineage."""
 
 
 def check_content(content: Any, path: str | Path) -> dict[str, Any]:
-    """What `torch.load` or a folder gave, if it is what this project writes; what else it holds is never read.
+    """Check content from `torch.load` or a folder, and return it. Keys that this project does not write are never read.
 
     Raises:
-        UserError: it is not (65), or was written in a later format (65).
+        UserError: it is not what this project writes (65), or was written in a later format (65).
     """
     # Is it a checkpoint at all, and one that this version can read?
     if type(content) not in (dict, OrderedDict) or "state_dict" not in content:
         what = f"holds {describe_value(content)} without state_dict: bare weights, not a run's checkpoint"
         todo = "Give it as an encoder's `weights`, or name a checkpoint that this project wrote"
         raise UserError(path, what, todo, ExitCode.BAD_DATA)
-    # Before the schema itself, which a later format need not fit.
+    # Before the schema itself, which a later format may not fit.
     written = content.get("schema", 0)
     if type(written) is int and written > SCHEMA:
         what = f"was written in format {describe_value(written)}, this version reads up to {SCHEMA}"
         raise UserError(path, what, "Update the project", ExitCode.BAD_DATA)
-    # Bounded before anything walks through it; then key by key.
+    # First bound the size of the whole, then check it key by key.
     check_parts(content, path)
     check_state(content["state_dict"], path)
     Record({}, CONTENT_KINDS).read({key: content[key] for key in CONTENT_KINDS if key in content}, str(path), TODO)
@@ -101,10 +101,10 @@ def check_content(content: Any, path: str | Path) -> dict[str, Any]:
 
 
 def leaves_of(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested plain containers, each with its place; a container of any other type is itself a leaf."""
+    """Leaves of nested plain containers, each with its key path; a container of any other type is itself a leaf."""
     if type(value) in (dict, OrderedDict):
         for name, part in value.items():
-            # The name is a leaf, too: it is pickled like a value.
+            # The key is a leaf, too: it is pickled like a value.
             yield f"{key}.{name}".lstrip("."), name
             yield from leaves_of(part, f"{key}.{name}".lstrip("."))
     elif type(value) in (list, tuple, set):
@@ -115,20 +115,20 @@ def leaves_of(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_parts(content: Any, path: str | Path) -> None:
-    """Every value is plain or a plain tensor, and the whole unfolds to a bounded number of them.
+    """Check that every value is plain data or a plain tensor, and that their expanded number is bounded.
 
-    A container that is in several places counts in each, and is looked at once.
+    A container referenced in several places counts in each, and is visited once.
 
     Raises:
         UserError: a value of another type, too many, or a container that holds itself (65).
     """
-    # By `id`, which stays that of one object while `content` holds them all. A container is met twice: first its parts
-    # are put on the list, then, when they are counted, it is.
+    # By `id`, which stays unique while `content` holds all objects. A container is visited twice: first its parts are
+    # put on the list; once they are counted, so is the container.
     sizes: dict[int, int] = {}
     todo: list[tuple[Any, str, bool]] = [(content, "", False)]
     while todo:
         value, key, ready = todo.pop()
-        # A pickle can give attributes to these. torch's own `state_dict` has one, `_metadata`.
+        # A pickle can set attributes on these. torch's own `state_dict` has one, `_metadata`.
         if isinstance(value, Tensor | OrderedDict) and (getattr(value, "__dict__", {}).keys() - {"_metadata"}):
             what = f"{type(value).__name__} with attributes of its own"
             raise UserError(f"{path}: {key[1:]}", what, TODO, ExitCode.REFUSED)
@@ -136,20 +136,20 @@ def check_parts(content: Any, path: str | Path) -> None:
             if problem := _problem(value):
                 raise UserError(f"{path}: {key[1:]}", problem, TODO, ExitCode.BAD_DATA)
             continue
-        # Names of entries are looked at here, their values as parts.
+        # Keys are checked here, their values as parts.
         parts = list(value.values()) if isinstance(value, dict) else list(value)
         if isinstance(value, dict) and not all(
             type(name) in (str, int, float, bool, type(None), tuple) for name in value
         ):
             raise UserError(f"{path}: {key[1:]}", "a key that is no text and no number", TODO, ExitCode.BAD_DATA)
-        # All parts are counted: so is this one.
+        # All parts are counted, so this container can be.
         if ready:
             sizes[id(value)] = 1 + sum(sizes.get(id(part), 1) for part in parts)
             if sizes[id(value)] > MOST_PARTS:
                 what = f"unfolds to more than {MOST_PARTS:,} values"
                 raise UserError(f"{path}: {key[1:] or 'content'}", what, TODO, ExitCode.REFUSED)
         elif id(value) not in sizes:
-            sizes[id(value)] = MOST_PARTS  # until it is known: one that holds itself is too large
+            sizes[id(value)] = MOST_PARTS  # until it is known: a container that holds itself is too large
             todo.append((value, key, True))
             names = value if isinstance(value, dict) else range(len(parts))
             todo += [
@@ -168,19 +168,19 @@ def _problem(value: Any) -> str | None:
 
 
 def problem_of(tensor: Tensor) -> str | None:
-    """What keeps a tensor from being plain numbers in memory that is its own; None where nothing does."""
+    """Why a tensor is not plain numbers in memory of its own; None if it is."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"expected a tensor, found a {type(tensor).__name__}"
     if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized or tensor.is_nested:
         return f"expected plain numbers, found a tensor of layout {tensor.layout} on {tensor.device.type}"
-    # With a stride of 0 four bytes show as a terabyte, and a copy of it would have that size.
+    # With a stride of 0, four bytes appear as a terabyte, and a copy would have that size.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return f"a tensor of {tensor.numel():,} numbers over {tensor.untyped_storage().nbytes():,} bytes"
     return None
 
 
 def check_state(state: Any, path: str | Path) -> None:
-    """Names of bounded length to tensors of numbers. Raises UserError (65)."""
+    """Check that a state dict maps names of bounded length to numeric tensors. Raises UserError (65)."""
     if not isinstance(state, Mapping):
         what = f"expected tensors by name, found {describe_value(state)}"
         raise UserError(f"{path}: state_dict", what, TODO, ExitCode.BAD_DATA)
@@ -193,7 +193,7 @@ def check_state(state: Any, path: str | Path) -> None:
         if value.dtype not in DTYPES:
             what = f"expected numbers, found {value.dtype}"
             raise UserError(f"{path}: state_dict.{name}", what, TODO, ExitCode.BAD_DATA)
-    # Tied weights share their numbers. Thousands of tensors over one storage would make a large model of a small file.
+    # Tied weights share storage, but thousands of tensors over one storage would make a small file a large model.
     shown = sum(value.numel() * value.element_size() for value in state.values())
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
     if shown > MOST_SHARED * sum(storages.values()):

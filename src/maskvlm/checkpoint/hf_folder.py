@@ -1,7 +1,8 @@
-"""The hub's format: a folder with `config.json`, `model.safetensors`, tokenizer and image-processing files, no pickle.
+"""The Hugging Face format: a folder with `config.json`, `model.safetensors`, tokenizer and image-processing files, no
+pickle.
 
-Reading gives what a checkpoint file holds, so that whatever takes the one takes the other, and one schema holds for
-both. `checksums.json` knows every file that is read: a damaged number is still a number, in a tensor as in a setting.
+Reading it gives what a checkpoint file holds, so that both can be used alike and one schema holds for both.
+`checksums.json` covers every file that is read: a damaged number in a tensor or setting is still a number.
 """
 
 import json
@@ -25,9 +26,9 @@ CONFIG, WEIGHTS, LINEAGE, SUMS = "config.json", "model.safetensors", "lineage.sa
 TOKENIZER, PROCESSOR = "tokenizer.json", "processor_config.json"
 KNOWN = "known_images.safetensors"
 FOR_PEOPLE = (LINEAGE, PROCESSOR, KNOWN)
-"""Files that a model answers without."""
+"""Files that a model works without."""
 READ = (CONFIG, WEIGHTS, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", *FOR_PEOPLE)
-"""Files whose content matters. The card is not among them: people write on in it."""
+"""Files whose content matters. The model card is not among them: people edit it."""
 AGAIN = "Get the folder again"
 MODEL_TYPE = "maskvlm"
 CONFIG_SCHEMA = Record(
@@ -37,15 +38,15 @@ CONFIG_SCHEMA = Record(
         "evaluation": maybe(Tree()), "step": Whole(),
     },
 )  # fmt: skip
-"""What is read of `config.json`; transformers writes more into it, which is not."""
+"""What is read from `config.json`; further keys that transformers writes are ignored."""
 SUM = Entries(Text(64, "[0-9a-f]{64}"))
 
 
 def read_folder(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, by the keys that `checkpoint.load` gives.
+    """The content of a folder, under the keys that `checkpoint.load` returns.
 
     Raises:
-        UserError: it holds no model of this project (66), or a file of it is damaged (65).
+        UserError: it holds no model of this project (66), or one of its files is damaged (65).
     """
     check_links(path)
     config = read_model_config(path)
@@ -53,16 +54,16 @@ def read_folder(path: Path) -> dict[str, Any]:
         if not (path / name).is_file():
             raise UserError(path, f"holds no {name}", "Get the whole folder", ExitCode.MISSING_INPUT)
     lineage_file, known_file = path / LINEAGE, path / KNOWN
-    # A file that was cut short is told as such, before its sum is called wrong.
+    # A truncated file is reported as such, before its checksum is found wrong.
     for file in (path / WEIGHTS, *(file for file in (lineage_file, known_file) if file.is_file())):
         check_file(file)
-        if not is_safetensors(file):  # whole, but of another kind
+        if not is_safetensors(file):  # intact, but of another kind
             raise UserError(file, "is no safetensors file", AGAIN, ExitCode.BAD_DATA)
     check_sums(path)
-    # Hashes of image ids lie beside the texts of the lineage, by the entry's number.
+    # Hashes of image ids are in a file beside the lineage, by the entry's number.
     ids = load_file(lineage_file) if lineage_file.is_file() else {}
     lineage = config.get("lineage") or []
-    # By the keys of a checkpoint file, so that one schema holds for both.
+    # Under the keys of a checkpoint file, so that one schema holds for both.
     content = {
         "state_dict": load_file(path / WEIGHTS),
         "model": _yaml({"model": {"random_init": True, "backbone": config["backbone"]}}),
@@ -73,7 +74,7 @@ def read_folder(path: Path) -> dict[str, Any]:
         "evaluation": config.get("evaluation"),
         "known_images": load_file(known_file).get("features") if known_file.is_file() else None,
     }
-    # Entries that are no mappings were left out above.
+    # Entries that are not mappings were left out above.
     if len(content["lineage"]) < len(lineage):
         raise UserError(path / CONFIG, "an entry of its lineage is no mapping", AGAIN, ExitCode.BAD_DATA)
     if config.get("task"):
@@ -87,7 +88,7 @@ def read_folder(path: Path) -> dict[str, Any]:
 
 
 def check_links(path: Path) -> None:
-    """Raise UserError (77) where a file that is read is a link out of the folder."""
+    """Raise UserError (77) if a file that is read is a symbolic link out of the folder."""
     for name in (*READ, SUMS):
         if (path / name).is_symlink():
             check_inside(path / name)
@@ -98,33 +99,33 @@ def _yaml(value: Any) -> str:
 
 
 def write_sums(path: Path) -> None:
-    """`checksums.json`, of every other file in the folder."""
+    """Write `checksums.json`, with the checksum of every other file in the folder."""
     sums = {file.name: sha256_of(file) for file in sorted(path.iterdir()) if file.is_file() and file.name != SUMS}
     (path / SUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
 def check_sums(path: Path) -> None:
-    """Hold every file that is read against `checksums.json`; a folder without it passes.
+    """Compare every file that is read with `checksums.json`; a folder without it passes.
 
     Raises:
-        UserError: a file is not the one that was written, is missing or was added (65).
+        UserError: a file was changed, is missing or was added (65).
     """
     file = path / SUMS
     if not file.is_file():
         return
-    # The list itself is a stranger's, too.
+    # The list itself is untrusted, too.
     sums = load_json(file_text(file).encode(), file)
     if not SUM.fits(sums):
         raise UserError(file, f"expected {SUM.says()}", AGAIN, ExitCode.BAD_DATA)
-    every = sums.keys() - {WEIGHTS, LINEAGE}  # the first versions knew these two alone
+    every = sums.keys() - {WEIGHTS, LINEAGE}  # the first versions listed only these two
     for name in READ:
-        # `lexists`, as a link that leads nowhere is there, too.
+        # `lexists`, as a broken link counts as there, too.
         there = os.path.lexists(path / name)
         if name not in sums:
             if there and every:
                 raise UserError(path / name, f"is none of the files that {SUMS} knows", AGAIN, ExitCode.BAD_DATA)
         elif not (path / name).is_file():
-            # Who copies a folder may leave these behind.
+            # These may be left out when a folder is copied.
             if name in FOR_PEOPLE:
                 continue
             raise UserError(path / name, f"is missing, and {SUMS} knows it", AGAIN, ExitCode.BAD_DATA)
@@ -134,7 +135,7 @@ def check_sums(path: Path) -> None:
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """What is read of `config.json`, as plain data; raises as `read`."""
+    """What is read from `config.json`, as plain data; raises as `read_folder`."""
     file = path / CONFIG
     if not file.is_file():
         checkpoints = sorted(each.name for each in path.glob("*.ckpt"))

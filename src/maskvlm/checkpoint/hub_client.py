@@ -1,7 +1,7 @@
-"""What is not in a local file: the hub's cache on this machine, or else the hub itself.
+"""Files that are not local: from the hub's cache on this machine, or else from the hub itself.
 
-Whatever is on this machine is taken without asking the hub. Where the hub cannot be reached its own clients
-try again for half a minute a file; here one question of at most PROBE_SECONDS decides, once a process.
+Whatever is on this machine is used without asking the hub. If the hub cannot be reached, its own clients retry for half
+a minute per file; here one request of at most PROBE_SECONDS decides, once per process.
 """
 
 import functools
@@ -27,18 +27,18 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 PROBE_SECONDS = 5.0
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-"""Names under which timm and transformers store weights, in the order in which they are looked for."""
+"""Names under which timm and transformers store weights, in the order in which they are tried."""
 PARTS = ["*.json", "*.safetensors", "*.txt", "README.md"]
-"""What is fetched of a model of this project: no pickle, no code."""
+"""Files that are downloaded for a model of this project: no pickle, no code."""
 
 T = TypeVar("T")
 
 
 class Unreachable(UserError):
-    """Weights that are neither on this machine nor, at the moment, to be had from the hub.
+    """Weights are not on this machine, and the hub cannot be reached.
 
     Args:
-        names: which ones, such as `roberta-base (Hugging Face)`.
+        names: the weights, such as `roberta-base (Hugging Face)`.
     """
 
     def __init__(self, *names: str) -> None:
@@ -57,10 +57,11 @@ class Unreachable(UserError):
 
 @functools.cache
 def hub_reachable() -> bool:
-    """One short question, through the session (proxy, certificates, offline mode) of the hub's downloads."""
+    """Whether the hub answers a short request, made through the session (proxy, certificates, offline mode) that
+    downloads use."""
     try:
         get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-    except Exception:  # the session's library, and so its exceptions, differ between versions of the client
+    except Exception:  # the HTTP library, and so its exceptions, differ between versions of the client
         return False
     return True
 
@@ -69,15 +70,15 @@ def from_cache_or_hub(name: str, fetch: Callable[[bool], T], where: str = "model
     """What `fetch(local_files_only)` finds in the cache, or else on the hub.
 
     Args:
-        where: what a mistake is blamed on.
+        where: the place that an error names.
 
     Raises:
-        Unreachable: not in the cache, and the hub cannot be asked.
-        UserError: the hub does not know the name, or what it has is of no use.
+        Unreachable: it is not in the cache, and the hub cannot be reached.
+        UserError: the hub does not know the name, or its files cannot be used.
     """
     try:
         return fetch(True)
-    except (OSError, ValueError):  # what the libraries raise where a file is not in the cache
+    except (OSError, ValueError):  # what the libraries raise if a file is not in the cache
         pass
     if not hub_reachable():
         raise Unreachable(name)
@@ -102,7 +103,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def hub_weights(name: str, repository: str, filename: str | None = None) -> Path:
-    """The weight file of a repository (`owner/name`, `owner/name@revision`); raises as from_cache_or_hub."""
+    """The weight file of a repository (`owner/name`, `owner/name@revision`); raises as `from_cache_or_hub`."""
     repo, _, revision = repository.partition("@")
     places: dict[str, Any] = {"revision": revision or None}
 
@@ -111,7 +112,7 @@ def hub_weights(name: str, repository: str, filename: str | None = None) -> Path
             try:
                 return Path(hf_hub_download(repo, candidate, local_files_only=local, **places))
             except EntryNotFoundError as error:
-                # Of a file that the repository lacks the next name is tried.
+                # If the repository lacks the file, try the next name.
                 if isinstance(error, LocalEntryNotFoundError) and not local:
                     raise  # the connection broke
         raise FileNotFoundError(f"{repo} holds none of {', '.join(WEIGHT_FILES)}")
@@ -122,13 +123,13 @@ def hub_weights(name: str, repository: str, filename: str | None = None) -> Path
 def is_cached(repository: str, names: Iterable[str]) -> bool:
     """Whether one of these files of a repository (`owner/name`, `owner/name@revision`) is in the hub's cache here."""
     repo, _, revision = repository.partition("@")
-    # The client gives None, or an object of its own for a file that the repository is known not to have.
+    # The client returns None, or a special object for a file that the repository is known not to have.
     return any(isinstance(try_to_load_from_cache(repo, name, revision=revision or None), str) for name in names)
 
 
 def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:
-    """A model that comes along, by its name; a path that exists as it is; else the folder of a hub's repository on this
-    machine, downloaded where needed.
+    """The folder of a bundled model, by its name; a path that exists, as it is; else the local folder of a hub
+    repository, downloaded if necessary.
 
     Args:
         name: `scenes-tiny`, a path, or `owner/name`, `owner/name@revision`.
@@ -140,13 +141,13 @@ def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:
     if (own := bundled_folder(name)) is not None:
         return own
     path = Path(name).expanduser()
-    # A path that is there wins over a repository of that name.
+    # An existing path takes precedence over a repository of that name.
     if path.exists() or not is_repository(name):
         return path
     repo, _, revision = name.partition("@")
-    # Settings of `from_pretrained` that the client takes as they are.
+    # Settings of `from_pretrained` that the client takes unchanged.
     known = {key: value for key, value in (settings or {}).items() if key in ("revision", "token", "cache_dir")}
-    # A None of the settings stands for the default, which the name may tell.
+    # A setting of None stands for the default, which may be in the name.
     known["revision"] = known.get("revision") or revision or None
     only = bool((settings or {}).get("local_files_only"))
 
@@ -161,16 +162,16 @@ def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:
 
 
 def upload(folder: Path, repository: str, message: str, settings: Mapping[str, Any]) -> str:
-    """Put a folder's files of the hub's format (`PARTS`) into a repository, made where it is not there.
+    """Upload a folder's files (`PARTS`) to a repository, which is created if it does not exist.
 
     Args:
         settings: token, private, revision (a branch), create_pr.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        UserError: no such name, not logged in, or the hub cannot be reached (69).
+        UserError: invalid name, not logged in, or the hub cannot be reached (69).
     """
     api, branch = HfApi(token=settings.get("token")), settings.get("revision")
     try:
@@ -188,27 +189,27 @@ def upload(folder: Path, repository: str, message: str, settings: Mapping[str, A
 
 
 class OnHub(NamedTuple):
-    """What the hub says before an upload. user: whose token is used. there: whether it has the repository."""
+    """What the hub reports before an upload. user: owner of the token. there: whether the repository exists."""
 
     user: str
     there: bool
 
 
 def check_publishable(repository: str) -> OnHub:
-    """Ask the hub whose token is used, and whether a name is free or that user's to write to. Nothing is written.
+    """Ask the hub whose token is used, and whether that user may create or write a repository. Writes nothing.
 
     Args:
         repository: `owner/name`.
 
     Raises:
-        UserError: no token, one that is refused, may only read or is of somebody else than the owner, or the hub cannot
+        UserError: there is no token, or it is rejected, read-only or of a user other than the owner; or the hub cannot
             be reached (69).
     """
     api, log_in = HfApi(), "Log in (hf auth login) or set HF_TOKEN, with a token that may write"
     try:
         account = api.whoami()
     except LocalTokenNotFoundError:
-        # Without a token repositories that everybody may read are told.
+        # Without a token only public repositories are visible.
         state = "is there already" if repo_there(api, repository) else "is free"
         raise UserError(
             repository, f"{state}; there is no token to upload with", log_in, ExitCode.UNAVAILABLE
@@ -228,7 +229,7 @@ def check_publishable(repository: str) -> OnHub:
 
 
 def repo_there(api: HfApi, repository: str) -> bool:
-    """Whether the hub shows us a repository. Raises UserError: it cannot be reached (69)."""
+    """Whether a repository exists and is visible to us. Raises UserError if the hub cannot be reached (69)."""
     try:
         return api.repo_exists(repository)
     except Exception as error:  # as above, of many libraries
@@ -237,7 +238,7 @@ def repo_there(api: HfApi, repository: str) -> bool:
 
 
 def check_repository(name: str) -> None:
-    """Raises UserError: it can be no `owner/name` of the hub."""
+    """Raises UserError if a name is not a valid `owner/name` of the hub."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -247,5 +248,5 @@ def check_repository(name: str) -> None:
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name can be one of the hub's (`owner/name`), not a path."""
+    """Whether a name can be a hub repository (`owner/name`) rather than a path."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None and not name.endswith(".ckpt")

@@ -1,8 +1,7 @@
-"""Is this file a whole checkpoint? Answered without unpickling any of it.
+"""Is this file an intact checkpoint? Answered without unpickling any of it.
 
-Beside each checkpoint lies a `.sha256` with its size and hash. A file without one is held against the
-checksums inside its own archive, which `torch.load` does not look at: there a flipped bit loads as another
-number.
+Beside each checkpoint is a `.sha256` file with its size and hash. A checkpoint without one is checked against the
+checksums inside its own archive. `torch.load` does not check these, so a flipped bit would load as another number.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ ANOTHER = "Copy it again, or use another checkpoint of the run"
 
 
 class Fact(NamedTuple):
-    """One accepted content of a checkpoint file, as its `.sha256` states it."""
+    """Size and hash of a valid content of a checkpoint file, from its `.sha256`."""
 
     size: int
     sha256: str
@@ -40,10 +39,10 @@ def verify_checkpoint(path: str | Path) -> None:
     if path.is_dir():
         todo = f"Name a file in it, such as {path / 'last.ckpt'}"
         raise bad(path, "is a folder", todo, ExitCode.MISSING_INPUT)
-    # The cheap questions first: kind and size, then the hash of the whole file, then the archive.
+    # The cheap checks first: kind and size, then the hash of the whole file, then the archive.
     facts, size = stated(path), path.stat().st_size
     _check_kind(path, facts)
-    # Two contents are stated where a save was interrupted at its rename.
+    # There are two valid contents if a save was interrupted at its rename.
     if facts and all(size < fact.size for fact in facts):
         raise bad(path, f"truncated ({size} of {facts[-1].size} bytes)", ANOTHER)
     if facts and sha256_of(path) not in {fact.sha256 for fact in facts}:
@@ -52,18 +51,18 @@ def verify_checkpoint(path: str | Path) -> None:
 
 
 def newest_valid(folder: str | Path, warn: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint of a folder that is whole; None where there is none at all.
+    """The newest intact checkpoint of a folder; None if there are no checkpoints.
 
     Args:
         folder: a run's folder.
-        warn: told, once each, of newer ones that were passed over, which stay where they are.
+        warn: called once for each newer checkpoint that was skipped; the file stays where it is.
 
     Raises:
-        UserError: there are checkpoints and every one is damaged (77): starting afresh must be asked for.
+        UserError: there are checkpoints, but all are damaged (77). A fresh start must be requested explicitly.
     """
-    # In a copy of the folder times tell nothing: these two are what a run goes on from, in this order.
+    # In a copied folder, modification times mean nothing: a run resumes from these two, in this order.
     first = {"last.ckpt": 2, "previous.ckpt": 1}
-    there = [path for path in Path(folder).glob("*.ckpt") if path.exists()]  # not a link that leads nowhere
+    there = [path for path in Path(folder).glob("*.ckpt") if path.exists()]  # excludes broken links
     candidates = sorted(there, key=lambda p: (first.get(p.name, 0), p.stat().st_mtime_ns))[::-1]
     for path in candidates:
         try:
@@ -79,19 +78,19 @@ def newest_valid(folder: str | Path, warn: Callable[[str], None] = print) -> Pat
 
 
 def _check_kind(path: Path, facts: list[Fact]) -> None:
-    with opened(path) as file:  # a plain one: a pipe would be waited for
+    with opened(path) as file:  # regular files only: reading a pipe would block
         head = file.read(512)
     text = head.lstrip().lower()
     if head.startswith(ZIP):
         return
-    # What follows is no archive: a message for each kind that people take for one.
-    if ZIP.startswith(head):  # the first few bytes of one, or none
+    # Not an archive: a specific message for each kind of file often mistaken for one.
+    if ZIP.startswith(head):  # the first few bytes of an archive, or an empty file
         raise bad(path, f"truncated ({len(head)} of {facts[-1].size if facts else 'unknown'} bytes)", ANOTHER)
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise bad(path, "is an HTML page, not a checkpoint", "Download the file itself")
     if text.startswith(b"version https://git-lfs"):
         raise bad(path, "is a Git LFS pointer, not a checkpoint", "Fetch it with `git lfs pull`")
-    # safetensors: 8 bytes that say how long the header is, then the header, which is JSON.
+    # safetensors: 8 bytes with the length of the header, then the header, which is JSON.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         what = "is a safetensors file: bare weights, not a run's checkpoint"
         raise bad(path, what, "Give it as an encoder's `weights`")
@@ -107,12 +106,12 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             stored = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
-            # Members that share their bytes unfold to any size.
+            # Overlapping members could expand to any size.
             if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
                 raise zipfile.BadZipFile("its members are larger than the file: they overlap")
-            # Reads every member; a compressed one could unfold without end.
+            # Reads every member; a compressed one could expand without limit.
             broken = archive.testzip() if stored else None
-    except Exception as error:  # zipfile has no exception of its own for most of what a flipped bit can do
+    except Exception as error:  # zipfile raises many types for what a flipped bit can do
         raise bad(path, f"truncated or damaged ({first_line(error)})", ANOTHER) from error
     if not any(name.endswith("data.pkl") for name in names):
         raise bad(path, f"is a zip archive without data.pkl ({len(names)} members)", "Check the path")
@@ -124,9 +123,9 @@ def _check_archive(path: Path) -> None:
 
 
 def stated(path: Path) -> list[Fact]:
-    """What the `.sha256` beside a checkpoint accepts; empty where there is none or it is unreadable."""
+    """The contents that the `.sha256` beside a checkpoint accepts; empty if it is missing or unreadable."""
     try:
-        # Two lines for each content, as `_write_side` has them: size, then hash and name.
+        # Two lines for each content, as written by `_write_side`: size, then hash and name.
         lines = content_of(side_file(path), 10_000).decode().splitlines()
         sizes = [int(line.split()[1]) for line in lines if line.startswith("#")]
         hashes = [line.split()[0] for line in lines if not line.startswith("#")]
@@ -142,22 +141,22 @@ def sha256_of(path: Path) -> str:
 
 
 def side_file(path: Path) -> Path:
-    """Where the hash of a checkpoint stands: `last.ckpt.sha256`."""
+    """The file with the hash of a checkpoint, such as `last.ckpt.sha256`."""
     return path.with_name(path.name + SIDE)
 
 
 def bad(where: object, what: str, todo: str, code: ExitCode = ExitCode.BAD_DATA) -> UserError:
-    """The error for a file that is not what it should be (65 unless told otherwise)."""
+    """The error for a file that is not what it should be (exit code 65 by default)."""
     return UserError(where, what, todo, code)
 
 
 def refused_imports(error: BaseException) -> str:
-    """What a pickle would import, by torch's refusal; torch's own words advise to load it all the same."""
+    """What a pickle would import, taken from torch's error. That message itself advises loading the file anyway."""
     return ", ".join(dict.fromkeys(re.findall(r"GLOBAL ([\w.]+)", str(error)))) or "it holds more than plain types"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of torch says, without its advice to switch the protection off."""
+    """First line of an error of torch, without its advice to turn off the protection."""
     text = str(error).strip()
     if refused := re.search(r"(?:WeightsUnpickler error: |Trying to load )(.+?)(?:\. Please|\.?\n|$)", text):
         return refused[1][:200]

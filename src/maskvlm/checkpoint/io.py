@@ -1,10 +1,10 @@
-"""The one place that reads and writes checkpoints.
+"""The only place that reads and writes checkpoints.
 
-Writing: a temporary file in the same folder, fsync, rename, fsync of the folder, and a `.sha256` beside it
-that `sha256sum -c` understands. At every instant the file under the checkpoint's name is whole, old or new; where the
-old one is kept as `previous`, it has that name alone for the moment in between.
-Reading: `integrity.py` checks the file before a single byte is unpickled, then plain types only are unpickled, and
-`content.py` holds them against one schema: nothing in a checkpoint is ever imported or called.
+Writing: a temporary file in the same folder, fsync, rename, fsync of the folder, and a `.sha256` file beside it that
+`sha256sum -c` understands. The file under the checkpoint's name is intact at all times, old or new. If the old one is
+kept as `previous`, there is a moment when it exists under that name only.
+Reading: `integrity.py` checks the file before a single byte is unpickled, then only plain types are unpickled, and
+`content.py` checks them against a schema: nothing in a checkpoint is ever imported or called.
 """
 
 import errno
@@ -37,12 +37,12 @@ TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def save(content: Mapping[str, Any], path: str | Path, previous: Path | None = None) -> None:
-    """Write a checkpoint; on any failure the file that was there before is untouched.
+    """Write a checkpoint; on any failure an existing file is left untouched.
 
     Args:
         content: tensors and plain types.
-        path: of the file.
-        previous: what the file that was there becomes, once the new one is on the disk; None replaces it.
+        path: path of the file.
+        previous: path to which an existing file is moved once the new one is on the disk; None replaces it.
 
     Raises:
         UserError: the disk is full (74) or the folder cannot be written (73).
@@ -51,29 +51,30 @@ def save(content: Mapping[str, Any], path: str | Path, previous: Path | None = N
     path = Path(path)
     content = {**content, "schema": SCHEMA}
     for key, value in leaves_of(content):
-        # `type`, not isinstance: numpy's float64 is a float, and is pickled as itself.
+        # `type`, not isinstance: NumPy's float64 is a float, but is pickled as its own type.
         if type(value) not in PLAIN + TENSORS:
             raise TypeError(f"{path}: {key} is a {type(value).__qualname__}; checkpoints hold plain types only")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
-            # Before the first byte: a disk that is too small is known now.
+            # Find out before the first byte whether the disk is too small.
             _require_space(path, _tensor_bytes(content))
             fact = _write(content, temporary)
-            # Both contents are stated while the rename happens, so that a kill between the steps harms nothing.
+            # Both contents are valid during the rename, so a kill between the steps does no harm.
             old = stated(path)
             _write_side(path, [*old, fact])
             if previous is not None and path.exists():
                 _rotate(path, previous, old)
-        # From here on the old content is no longer accepted.
+        # From here on the old content is no longer valid.
         _write_side(path, [fact])
     except OSError as error:
         raise _cannot_write(path, error) from error
 
 
 def _rotate(path: Path, previous: Path, facts: list[Fact]) -> None:
-    """A file without its `.sha256` is held against the checksums inside it: no instant leaves a whole file in doubt."""
-    # The `.sha256` first, as it is of the file that is about to be replaced.
+    """Move the existing file to `previous`. An intact file is valid at all times: without a `.sha256` it is checked
+    against the checksums inside it."""
+    # The `.sha256` first, as it belongs to the file that is about to be replaced.
     side_file(previous).unlink(missing_ok=True)
     os.replace(path, previous)
     sync_folder(path.parent)
@@ -85,7 +86,7 @@ def _write(content: Mapping[str, Any], path: Path) -> Fact:
     with path.open("wb") as file:
         tee = _HashingWriter(file)
         try:
-            # To a stream torch only writes, from first to last, so that the hash of what passes is that of the file.
+            # torch writes to a stream strictly in order, so the hash of the bytes passing through is that of the file.
             torch.save(content, cast(IO[bytes], tee))
         except RuntimeError as error:  # torch hides the writer's OSError behind its own
             if tee.error is None:
@@ -97,7 +98,7 @@ def _write(content: Mapping[str, Any], path: Path) -> Fact:
 
 
 class _HashingWriter:
-    """Hashes what passes through, so that a checkpoint is not read again to know its hash."""
+    """Hashes the bytes written, so that a checkpoint need not be read again for its hash."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha256, self.size = file, hashlib.sha256(), 0
@@ -125,7 +126,7 @@ def _write_side(path: Path, facts: list[Fact]) -> None:
 
 def _require_space(path: Path, need: int) -> None:
     free = shutil.disk_usage(path.parent).free
-    # Tensors alone are counted: the rest of a checkpoint is small.
+    # Only tensors are counted: the rest of a checkpoint is small.
     if need > free:
         raise OSError(errno.ENOSPC, f"{need} bytes needed, {free} free")
 
@@ -144,9 +145,10 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint that `save` wrote, after checking it.
 
     Raises:
-        UserError: not there (66), damaged or another kind of file (65), it would run code or has no end (77).
+        UserError: it does not exist (66), is damaged or another kind of file (65), or would run code or expand without
+            limit (77).
     """
-    # Whole first, then plain types, then the schema: each relies on the one before.
+    # First integrity, then plain types, then the schema: each relies on the one before.
     verify_checkpoint(path)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)

@@ -1,9 +1,9 @@
-"""What a checkpoint says of the model that its tensors belong to: the backbone's and the task's classes with settings.
+"""What a checkpoint says about the model that its tensors belong to: classes and settings of the backbone and the task.
 
-It is somebody else's data, so it is read through a closed schema. The backbone and its encoders are named by one name
-each; every setting is a plain value of a stated type and range; a size may not exceed what the checkpoint's own tensors
-have. Nothing else is read, nothing is instantiated here, no name leads to a file or an address. `rebuild.py` makes
-modules of it.
+It is untrusted data, so it is read through a closed schema. The backbone and its encoders must be of one given class
+each; every setting is a plain value of a given type and range; a size may not exceed what the checkpoint's own tensors
+allow. Nothing else is read, nothing is instantiated here, and no name leads to a file or a URL. `rebuild.py` builds the
+modules from it.
 """
 
 import json
@@ -43,7 +43,7 @@ BACKBONE, IMAGE, TEXT = (
     "maskvlm.model.encoders.TextEncoder",
 )
 CLASS_PATH = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
-MOST_SIDE = 4096  # pixels of an image
+MOST_SIDE = 4096  # pixels on each side of an image
 TODO = "Take a checkpoint from somebody you trust"
 SPEC_TODO = (
     "Put that file of its run beside it; the model of a script is built there, with MaskVLM(..., start=this file)"
@@ -54,29 +54,29 @@ NOT_READ = frozenset({
 })  # fmt: skip
 """Keys of a Hugging Face configuration that name its origin or a head and do not affect the encoder's shape."""
 FETCH_CODE = frozenset({"yoso", "mra"})
-"""Types whose code in transformers fetches compiled code from the hub."""
+"""Model types whose code in transformers downloads compiled code from the hub."""
 AS_IS = frozenset({"is_encoder_decoder", "is_decoder", "add_cross_attention", "tie_word_embeddings"})
-"""What an encoder here has at its default."""
+"""Settings that must have their default in an encoder here."""
 WORDS = ("absolute", "full_attention", "sliding_attention", "p2c", "c2p", "default", "mean", "cls", "first", "last")
-"""Texts that the settings of text encoders may hold, beside names of activations."""
+"""Strings that settings of text encoders may have, besides names of activations."""
 
 
 class ModelSpec(NamedTuple):
-    """class_path and init_args of both; task is None where a checkpoint does not tell it."""
+    """class_path and init_args of the backbone and the task; task is None if a checkpoint does not state it."""
 
     backbone: dict[str, Any]
     task: dict[str, Any] | None
 
 
 class Bounds(NamedTuple):
-    """What sizes a checkpoint's tensors allow: the longest side of one, and how many there are."""
+    """Bounds on sizes, from a checkpoint's tensors: the longest dimension of one, and how many there are."""
 
     side: int
     tensors: int
 
 
 def bounds_of(state: Mapping[str, Tensor]) -> Bounds:
-    """Bounds on sizes that a checkpoint's tensors allow; small sizes are allowed whatever the tensors are."""
+    """The bounds on sizes that a checkpoint's tensors allow. Small sizes are always allowed."""
     longest = max((size for value in state.values() for size in value.shape), default=0)
     return Bounds(max(4096, longest), max(64, len(state)))
 
@@ -88,12 +88,12 @@ def model_spec_of(content: Mapping[str, Any], path: str | Path) -> ModelSpec:
     """The model spec in a checkpoint's content, or in the `config-fit.yaml` beside an older one.
 
     Raises:
-        UserError: neither says which model it is (66), or it is not what the schema allows (77).
+        UserError: neither states the model (66), or the schema does not allow it (77).
     """
     bounds = bounds_of(content["state_dict"])
     model, task = content.get("model"), content.get("task")
     beside = Path(path).parent / "config-fit.yaml"
-    # Without its task a model spec is half of one: the file beside it tells both.
+    # Without a task a model spec is incomplete: the file beside the checkpoint has both.
     if model is None or (task is None and beside.is_file()):
         return _beside(beside, path, bounds)
     record = Record({"model": Tree()}, code=ExitCode.REFUSED).read(_yaml(model, path, "model"), f"{path}: model", TODO)
@@ -109,18 +109,18 @@ def _yaml(text: Any, path: str | Path, key: str) -> Any:
     try:
         return read_yaml(text, f"{path}: {key}")
     except UserError as error:
-        # The reader takes YAML for a user's own, where a mistake is one of usage.
+        # The reader assumes the user's own YAML, where a mistake is a usage error.
         code = ExitCode.BAD_DATA if error.code == ExitCode.USAGE else error.code
         raise UserError(error.where, error.what, TODO, code) from error
 
 
 def _beside(file: Path, path: str | Path, bounds: Bounds) -> ModelSpec:
-    """A checkpoint of the first versions, which says it in another file; that file is as strange as the checkpoint."""
+    """The model spec of a checkpoint of the first versions, from a file beside it that is just as untrusted."""
     if not file.is_file():
         what = f"does not say which model it is, and there is no {file.name} beside it"
         raise UserError(path, what, SPEC_TODO, ExitCode.MISSING_INPUT)
     check_inside(file)
-    # Of a whole run's configuration two parts are read.
+    # Only two parts of a whole run's configuration are read.
     config = read_yaml(read_small(file), str(file))
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict) or not {"backbone", "task"} <= model.keys():
@@ -130,7 +130,7 @@ def _beside(file: Path, path: str | Path, bounds: Bounds) -> ModelSpec:
 
 
 def read_small(file: Path, most: int = 1_000_000) -> str:
-    """The text of a small plain file. Raises UserError (65)."""
+    """The content of a small text file. Raises UserError (65)."""
     todo = "Get the file again"
     try:
         return content_of(file, most, todo).decode("utf-8-sig")
@@ -139,12 +139,12 @@ def read_small(file: Path, most: int = 1_000_000) -> str:
 
 
 def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
-    """class_path and init_args of a backbone, checked. Raises UserError (77)."""
+    """The checked class_path and init_args of a backbone. Raises UserError (77)."""
     side, layers = Whole(1, bounds.side), Whole(1, bounds.tensors)
     share = Real(0, 1)
-    # The backbone itself; then either encoder; then what is built of them.
+    # First the backbone itself, then the two encoders, then the result is put together.
     args = _class(value, where, BACKBONE)
-    # Every option of the classes, with its range; those that name files, or weights to fetch, must be null.
+    # Every option of the classes, with its range; those that name files, or weights to download, must be null.
     also: dict[str, Kind] = {
         "cross_layers": layers,
         "cross_heads": side,
@@ -174,7 +174,7 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
     Record({"name": kinds.pop("name")}, kinds, ExitCode.REFUSED).read(text, f"{where}.text", TODO)
     shape = check_text_config(text["name"], text.get("config") or {}, f"{where}.text", bounds)
     init_args = {name: part for name, part in args.items() if name not in ("image", "text", "start")}
-    # Random, as the checkpoint's tensors follow: nothing is looked for, in a file or on the hub.
+    # Random initialisation, as the checkpoint's tensors follow: nothing is looked up in a file or on the hub.
     init_args["image"] = {"class_path": IMAGE, "init_args": image | {"weights": None, "random_init": True}}
     init_args["text"] = {
         "class_path": TEXT,
@@ -184,7 +184,7 @@ def read_backbone(value: Any, where: str, bounds: Bounds) -> dict[str, Any]:
 
 
 def _class(value: Any, where: str, name: str) -> dict[str, Any]:
-    """The init_args of what must be this class."""
+    """The init_args of a value whose class must be `name`."""
     kinds = {"class_path": OneOf((name,))}
     read = Record(kinds, {"init_args": maybe(Tree())}, ExitCode.REFUSED).read(value, where, TODO)
     args = read.get("init_args") or {}
@@ -192,7 +192,7 @@ def _class(value: Any, where: str, name: str) -> dict[str, Any]:
 
 
 def vit_kinds(bounds: Bounds) -> dict[str, Kind]:
-    """Settings of a timm ViT that a model here may have: its shape. Others read files or fetch weights."""
+    """The settings of a timm ViT that a model here may have, all about its shape. Others read or download files."""
     side, share, flag = Whole(1, bounds.side), Real(0, 1), Flag()
     return {
         "patch_size": Whole(1, 256), "embed_dim": side, "depth": Whole(1, bounds.tensors), "num_heads": side,
@@ -207,23 +207,24 @@ def vit_kinds(bounds: Bounds) -> dict[str, Kind]:
 
 
 def check_vit(settings: Any, where: str, bounds: Bounds, todo: str = TODO) -> None:
-    """Raises UserError (77) for a setting that is not of `vit_kinds`."""
+    """Raises UserError (77) for a setting that `vit_kinds` does not allow."""
     Record({}, vit_kinds(bounds), ExitCode.REFUSED).read(settings, where, todo)
 
 
 def check_text_config(name: str, settings: Any, where: str, bounds: Bounds, todo: str = TODO) -> dict[str, Any]:
-    """The settings of a text encoder of this model type that say its shape.
+    """The settings that determine the shape of a text encoder of this model type.
 
-    Each is of the type and near the range that it has by default; a text is the name of an activation or of `WORDS`.
+    Each must have the type of its default, and about its range; a string must be the name of an activation or one of
+    `WORDS`.
 
     Raises:
-        UserError: no such type, or a setting that is none of its (77).
+        UserError: no such type, or not a setting of this type (77).
     """
     kind = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # noqa: SIM401 (its `get` loads nothing)
     if kind is None or kind not in MODEL_FOR_MASKED_LM_MAPPING or name in FETCH_CODE:
         what = f"expected a type of text encoder such as bert, found {describe_value(name)}"
         raise UserError(f"{where}.name", what, TODO, ExitCode.REFUSED)
-    # Of each setting its default is allowed, whatever it is.
+    # The default of each setting is allowed, whatever it is.
     defaults = {key: value for key, value in kind().to_dict().items() if key not in NOT_READ}
     read = (
         {key: value for key, value in settings.items() if key not in NOT_READ} if type(settings) is dict else settings
@@ -236,14 +237,14 @@ def check_text_config(name: str, settings: Any, where: str, bounds: Bounds, todo
 
 
 def _like(key: str, default: Any, bounds: Bounds) -> Kind:
-    """What a setting may be that has this default."""
+    """The values allowed for a setting with this default."""
     word = OneOf((*WORDS, *ACT2FN.keys()))
     number = AnyOf((Whole(-1, bounds.side), Real(-1e6, 1e6)))
-    # Before int, as True is one.
+    # Before int, as a bool is an int.
     if isinstance(default, bool):
         return maybe(Flag())
     if isinstance(default, int):
-        # A layer has a tensor at least, a width is the side of one.
+        # A layer has at least one tensor, and a width is a dimension of one.
         return maybe(Whole(0, bounds.tensors) if "layer" in key or "group" in key else Whole(-1000, bounds.side))
     if isinstance(default, float):
         return maybe(Real(-1e6, 1e6))
@@ -254,11 +255,11 @@ def _like(key: str, default: Any, bounds: Bounds) -> Kind:
     if isinstance(default, dict):
         inner = AnyOf((word, number, Flag(), NOTHING))
         return maybe(AnyOf((Entries(inner), Entries(Entries(inner)))))
-    return AnyOf((number, word, Flag(), NOTHING, Listed(AnyOf((word, number)), 100)))  # None tells no type
+    return AnyOf((number, word, Flag(), NOTHING, Listed(AnyOf((word, number)), 100)))  # a default of None has no type
 
 
 def read_task(value: Any, where: str) -> dict[str, Any]:
-    """class_path and init_args of a task, as far as they can be checked without its class. Raises UserError (77)."""
+    """class_path and init_args of a task, checked as far as possible without its class. Raises UserError (77)."""
     kinds = {"class_path": Text(200, CLASS_PATH)}
     read = Record(kinds, {"init_args": maybe(Tree())}, ExitCode.REFUSED).read(value, where, TODO)
     args = read.get("init_args") or {}
@@ -271,24 +272,24 @@ def read_task(value: Any, where: str) -> dict[str, Any]:
 
 
 def portable(spec: ModelSpec, text_config: Any) -> ModelSpec:
-    """The same model spec without names of folders or hub models: with the shape of the text encoder written out.
+    """The same model spec without names of folders or hub models, but with the shape of the text encoder written out.
 
     Args:
         text_config: the text encoder's Hugging Face configuration.
     """
-    # Paths out, shapes in: a checkpoint is whole on another machine.
+    # Shapes replace paths, so that a checkpoint is complete on another machine.
     args = dict(spec.backbone["init_args"])
     image, text = (dict(args[name].get("init_args") or {}) for name in ("image", "text"))
     image |= {"weights": None, "random_init": True, "feature_cache": None}
     own_tokenizer = text.get("tokenizer") is not None
     text |= {"tokenizer": None, "random_init": True}
-    # A folder's or a hub model's name, of which another machine knows nothing.
+    # The name of a folder or hub model, which another machine may not have.
     if text.get("name", "") not in CONFIG_MAPPING:
         known = type(text_config)().to_dict().keys() - NOT_READ
         shape = {key: value for key, value in text_config.to_dict().items() if key in known}
         text |= {"name": text_config.model_type, "config": shape, "vocab_size": None}
     elif own_tokenizer:
-        # What a mere type took from a tokenizer that does not go with it (`hf_text.fit_config`).
+        # Settings that a plain model type took over from another tokenizer (`hf_text.fit_config`).
         names = [name for name in ("pad_token_id", "max_position_embeddings") if hasattr(text_config, name)]
         taken_over = {name: getattr(text_config, name) for name in names}
         text |= {"vocab_size": text_config.vocab_size, "config": (text.get("config") or {}) | taken_over}
@@ -298,11 +299,11 @@ def portable(spec: ModelSpec, text_config: Any) -> ModelSpec:
 
 
 def spec_of_modules(backbone: Any, task: Any) -> ModelSpec | None:
-    """The portable model spec of modules that a script has built, from the arguments that they keep.
+    """The portable model spec of modules that a script has built, from the arguments that they store.
 
     Returns:
-        the backbone, and the task where its arguments are plain values; None for a backbone that no checkpoint can
-        tell: of another class, or with encoders of other classes.
+        the backbone, and the task if its arguments are plain values; None for a backbone that a checkpoint cannot
+        describe, as it or its encoders are of another class.
     """
     specs = [_built(part) for part in (backbone, backbone.image, backbone.text)]
     if [None if part is None else part["class_path"] for part in specs] != [BACKBONE, IMAGE, TEXT]:
@@ -313,28 +314,28 @@ def spec_of_modules(backbone: Any, task: Any) -> ModelSpec | None:
 
 
 def _built(part: Any) -> dict[str, Any] | None:
-    """class_path and init_args; None where an argument is an object that no text can hold."""
+    """class_path and init_args; None if an argument is an object that cannot be written as text."""
     try:
-        # Of NumPy's numbers `item` gives Python's.
+        # `item` turns NumPy numbers into Python's.
         args = json.loads(json.dumps(part.arguments, allow_nan=False, default=lambda value: value.item()))
     except (AttributeError, TypeError, ValueError):
         return None
-    if any(name.startswith("*") for name in args):  # which of them is which no name says
+    if any(name.startswith("*") for name in args):  # positional arguments have no names
         return None
     return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": args}
 
 
 def portable_yaml(config: Mapping[str, Any], text_config: Any) -> str:
-    """The part of a composed configuration that a model's weights depend on, for a checkpoint."""
+    """The part of a composed configuration that a model's weights depend on, as stored in a checkpoint."""
     return backbone_yaml(portable(ModelSpec(config["model"]["backbone"], None), text_config))
 
 
 def backbone_yaml(spec: ModelSpec) -> str:
-    """The backbone as a `-c` file states it."""
+    """The backbone as YAML, in the form of a `-c` file."""
     return yaml.safe_dump({"model": {"random_init": True, "backbone": spec.backbone}}, sort_keys=False)
 
 
 def task_yaml(task: Mapping[str, Any]) -> str:
-    """What the heads are, of a task's class_path and init_args; labels come with the checkpoint."""
+    """A task's class_path and init_args as YAML, which determine the heads; labels are stored elsewhere."""
     args = {name: value for name, value in (task.get("init_args") or {}).items() if name != "labels"}
     return yaml.safe_dump({"class_path": task["class_path"], "init_args": args}, sort_keys=False)

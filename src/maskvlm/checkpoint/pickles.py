@@ -1,7 +1,7 @@
-"""A look at a checkpoint's pickle before torch unpickles it: nothing is made, the instructions are counted.
+"""Inspects a checkpoint's pickle before torch unpickles it: the instructions are walked through, no object is built.
 
-`torch.load(weights_only=True)` imports nothing of a stranger's choice, yet a few hundred bytes can ask it for gigabytes
-(`bytearray`), or for the hash of a key that holds itself many times over. Neither is in a checkpoint.
+`torch.load(weights_only=True)` imports nothing that the file chooses, but a few hundred bytes can make it allocate
+gigabytes (`bytearray`), or hash a key that holds itself many times over. No checkpoint contains either.
 """
 
 import pickletools
@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 
 from maskvlm.utils.errors import ExitCode, UserError
 
-MOST_BYTES = 256_000_000  # of the pickle itself; tensors lie beside it
-DEEPEST = 6  # tuples in tuples: those of a tensor are three deep
+MOST_BYTES = 256_000_000  # size of the pickle itself; tensors are stored beside it
+DEEPEST = 6  # nesting of tuples: those of a tensor are three deep
 CALLED = frozenset({
     "torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3",
     "torch._utils _rebuild_parameter", "torch Size", "torch device",
 })  # fmt: skip
-"""What the tensors of a checkpoint are made by. Other calls that torch allows take as much memory as they are told to
-(`bytearray`), or call what they are given (`_rebuild_from_type_v2`)."""
+"""The callables that build a checkpoint's tensors. Other calls that torch allows take as much memory as the file asks
+for (`bytearray`), or call what they are given (`_rebuild_from_type_v2`)."""
 BY_TORCH = re.compile(
     r"(?:__builtin__|builtins) (?:bytearray|complex)"
     r"|torch(?:\.(?:cuda|sparse|cuda\.sparse|storage|serialization|nn\.parameter|_utils|_tensor))? .*"
 )
-"""What torch would call. Of all else it says itself that it could run code."""
+"""Names that torch would call. For all others torch itself raises that they could run code."""
 TODO = "Take a checkpoint from a source you trust"
 TEXTS = frozenset({
     "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
@@ -34,18 +34,18 @@ LEAVES = frozenset({
     "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "PERSID",
 })  # fmt: skip
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-TAKE = {"REDUCE": 2, "NEWOBJ": 2, "STACK_GLOBAL": 2, "BINPERSID": 1}  # and leave one
-DROP = {"BUILD": 1, "SETITEM": 2, "APPEND": 1, "POP": 1}  # and leave none
+TAKE = {"REDUCE": 2, "NEWOBJ": 2, "STACK_GLOBAL": 2, "BINPERSID": 1}  # pop that many values and push one
+DROP = {"BUILD": 1, "SETITEM": 2, "APPEND": 1, "POP": 1}  # pop that many values and push none
 TO_MARK = frozenset({"SETITEMS", "APPENDS", "ADDITEMS", "POP_MARK"})
 
 
 class Value(NamedTuple):
-    """What is known of a value.
+    """What is known about a value on the stack.
 
     Attributes:
-        depth: how deep it nests tuples.
-        called: "module name" of what could be called.
-        kind: TEXT, TWO_TEXTS (a pair of them), or neither.
+        depth: nesting depth of its tuples.
+        called: "module name" of a callable, otherwise "".
+        kind: TEXT, TWO_TEXTS (a pair of strings), or "".
     """
 
     depth: int = 0
@@ -57,24 +57,24 @@ TEXT, TWO_TEXTS = "text", "two texts"
 
 
 def check_pickle(path: Path) -> None:
-    """Raise UserError (77) where the pickle asks for what no checkpoint holds. Damage passes: torch tells it."""
+    """Raise UserError (77) if the pickle asks for what no checkpoint contains. Damage passes: torch reports it."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         members = [info for info in archive.infolist() if info.filename.endswith("data.pkl")]
         if not members:
             return
-        # torch reads the one in the folder of the first member: another would be a decoy.
+        # torch reads the one in the folder of the first member; any other would be a decoy.
         info = members[0]
         if len(members) > 1 or len({*names}) < len(names) or info.filename != f"{names[0].partition('/')[0]}/data.pkl":
             what = "more than one pickle, or a member twice, in its archive"
             raise UserError(path, what, TODO, ExitCode.REFUSED)
         if info.file_size > MOST_BYTES:
             raise UserError(path, f"its index has {info.file_size:,} bytes", TODO, ExitCode.REFUSED)
-        # Stored, not compressed, so that its size is what it says (`integrity.py`).
+        # Stored uncompressed, so its stated size is right (`integrity.py`).
         content = archive.read(info)
     try:
         problem = _walk(content)
-    # Damaged, or a stack that does not work out: torch refuses it.
+    # Damaged, or an inconsistent stack: torch rejects it.
     except (ValueError, IndexError, KeyError, UnicodeDecodeError, AttributeError, TypeError):
         return
     if problem:
@@ -82,11 +82,11 @@ def check_pickle(path: Path) -> None:
 
 
 def _walk(content: bytes) -> str | None:
-    """What is wrong. None on the stack is a mark."""
+    """What is wrong with a pickle, or None. On the stack, None stands for a mark."""
     stack: list[Value | None] = []
     memo: dict[Any, Value | None] = {}
 
-    # What was put on the stack since the latest mark.
+    # Pops the values since the latest mark.
     def to_mark() -> list[Value]:
         values: list[Value] = []
         while (top := stack.pop()) is not None:
@@ -99,7 +99,7 @@ def _walk(content: bytes) -> str | None:
             stack.append(Value())
         elif name in TEXTS:
             stack.append(Value(kind=TEXT))
-        # "module name", in one text.
+        # "module name", in one string.
         elif name == "GLOBAL":
             stack.append(Value(called=str(value)))
         elif name == "MARK":
@@ -110,12 +110,12 @@ def _walk(content: bytes) -> str | None:
             if depth > DEEPEST:
                 return f"holds tuples nested more than {DEEPEST} deep"
             stack.append(Value(depth, kind=TWO_TEXTS if [part.kind for part in parts] == [TEXT, TEXT] else ""))
-        # A call: whatever it makes counts as a leaf.
+        # A call: its result counts as a leaf.
         elif name in TAKE:
             called, given = (stack[-2], stack[-1]) if name in ("REDUCE", "NEWOBJ") else (None, None)
             if called is not None and BY_TORCH.fullmatch(called.called) and called.called not in CALLED:
                 return f"calls {called.called.replace(' ', '.')[:80]!r}, which no checkpoint needs"
-            # Of bytes as text. Of what another call has made it would grow: "hex" makes two of each.
+            # Encodes bytes given as text. On the result of another call it would grow: "hex" doubles the length.
             if called is not None and called.called == "_codecs encode" and (given is None or given.kind != TWO_TEXTS):
                 return "encodes what is no text of its own, which no checkpoint needs"
             del stack[-TAKE[name] :]
@@ -129,7 +129,7 @@ def _walk(content: bytes) -> str | None:
             stack.append(Value())
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
             memo[value] = stack[-1]
-        # Numbered in the order of their noting.
+        # Numbered in order of memoisation.
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):

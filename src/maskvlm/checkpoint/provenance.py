@@ -1,7 +1,7 @@
 """Where every tensor of a model comes from: loaded, resized or random; counted, printed and stored.
 
-In related projects ViT weights that silently were not loaded cost twelve points of recall before anybody
-noticed. Nothing is random here without being listed.
+In related projects, ViT weights that silently failed to load cost twelve points of recall before anyone noticed. Here
+every random tensor is listed.
 """
 
 import json
@@ -17,11 +17,11 @@ from torch import nn
 How = Literal["loaded", "resized", "random"]
 HOW: tuple[How, ...] = ("loaded", "resized", "random")
 NAMED = 3
-"""A part that is loaded may keep a few tensors random, such as the mask token: up to so many are named."""
+"""Maximum number of random tensors, such as the mask token, that are named for a part that is otherwise loaded."""
 
 
 class Origin(NamedTuple):
-    """Origin of one tensor: its shape, the file it was read from, and its shape there if that was different."""
+    """Origin of a tensor: its shape, the file it was read from, and its shape there if that was different."""
 
     how: How
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class Origin(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """How many numbers the tensor holds."""
+        """Number of elements of the tensor."""
         count = 1
         for size in self.shape:
             count *= size
@@ -39,22 +39,22 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Origin of each tensor by its name in the model's state dict."""
+    """Origin of each tensor, by its name in the model's state dict."""
 
     tensors: Mapping[str, Origin] = field(default_factory=dict)
 
     def under(self, prefix: str) -> "Provenance":
-        """The same tensors as seen from a module that holds this one as `prefix`."""
+        """The same tensors, named as in a module that holds this one as `prefix`."""
         return Provenance({f"{prefix}.{name}": origin for name, origin in self.tensors.items()})
 
     def __or__(self, later: "Provenance") -> "Provenance":
-        """What was loaded later replaces what was there."""
+        """Merge two; origins of the later one win."""
         return Provenance({**self.tensors, **later.tensors})
 
     def complete(self, model: nn.Module) -> "Provenance":
-        """One origin for every tensor of `model`, in its order: random where nothing was loaded."""
+        """An origin for every tensor of `model`, in its order: random if it was not loaded."""
         state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        # A name that the model lacks is our mistake: of a file's names `check_fit` has told the user.
+        # A name that the model lacks is a bug here: `check_fit` has reported those in a file.
         strange = sorted(self.tensors.keys() - state.keys())
         assert not strange, f"loaded, but not in the model: {strange[:3]}"
         return Provenance({n: self.tensors.get(n, Origin("random", shape)) for n, shape in state.items()})
@@ -67,7 +67,7 @@ class Provenance:
         return parts
 
     def table(self) -> Table | str:
-        """Counts by part, to be printed once at the start; one line where every tensor is random."""
+        """Counts by part, to be printed once at the start; a single line if every tensor is random."""
         if all(origin.how == "random" for origin in self.tensors.values()):
             parameters = sum(origin.parameters for origin in self.tensors.values())
             return f"weights: all random, {len(self.tensors)} tensors, {parameters:,} parameters"
@@ -82,13 +82,13 @@ class Provenance:
         return table
 
     def save(self, path: str | Path) -> None:
-        """Counts by part and the origin of every tensor as JSON."""
+        """Write the counts by part and the origin of every tensor as JSON."""
         counts: dict[str, dict[str, dict[str, int]]] = {}
         for part, tensors in self.parts().items():
             for how in HOW:
                 sizes = [origin.parameters for origin in tensors.values() if origin.how == how]
                 counts.setdefault(part, {})[how] = {"tensors": len(sizes), "parameters": sum(sizes)}
-        # Empty fields are left out: most tensors have no other shape.
+        # Empty fields are left out: most tensors kept their shape.
         origins = {name: {k: v for k, v in o._asdict().items() if v} for name, o in self.tensors.items()}
         Path(path).write_text(json.dumps({"parts": counts, "tensors": origins}, indent=1) + "\n")
 

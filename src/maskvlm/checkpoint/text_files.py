@@ -1,7 +1,8 @@
 """The files of a Hugging Face encoder, in a folder, the cache or on the hub: configuration, weights, tokenizer.
 
-They may be anybody's. Of the configuration the shape is read, and nothing that could name code, a file or a model; the
-weights are read by `weights.py`, the tokenizer by `tokenizers`. transformers sees tensors and a clean configuration.
+They are untrusted. Only the shape is read from the configuration, and nothing that could name code, a file or a model.
+The weights are read by `weights.py`, the tokenizer by `tokenizers`; transformers gets tensors and a clean
+configuration.
 """
 
 import difflib
@@ -42,26 +43,26 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-base-uncased": ("bert", {}),
     "bert-large-uncased": ("bert", _LARGE),
 }
-"""Shapes of well-known models, so that a random start, and the error that names weights, need no hub."""
+"""Shapes of well-known models, so that random initialisation, and the error for missing weights, need no hub."""
 PUBLISHERS = ("", "FacebookAI", "google-bert", "distilbert")
-"""Who they are of on the hub: a model of another one may have the same name and another shape."""
+"""Their owners on the hub: another owner's model of the same name may have another shape."""
 ANY_SIZE = Bounds(2**24, 4096)
 CONFIG = "config.json"
 SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 PICKLED = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
-"""Files of weights, the better kind first."""
+"""Name patterns of pickled weights; SAFETENSORS are preferred."""
 
 
 # ---------------------------------------------------------------------- configuration
 
 
 def read_text_config(name: str, random_init: bool, settings: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration of a folder, a well-known or hub model, or with random_init of a model type.
+    """The configuration of a folder, a well-known or hub model or, with random_init, a model type.
 
     Raises:
-        UserError: no such model, a setting it does not have, no masked language model.
+        UserError: no such model, a setting that it does not have, or not a masked language model.
     """
-    # From what is at hand to what must be fetched: a type, a folder, a well-known shape, the hub.
+    # From local to remote: a type, a folder, a well-known shape, the hub.
     if random_init and is_type(name):
         config = for_type(name, settings, WHERE)
     elif is_folder(name):
@@ -80,19 +81,19 @@ def read_text_config(name: str, random_init: bool, settings: dict[str, Any]) -> 
 
 
 def config_of(folder: Path, name: str, settings: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration in a folder's `config.json`, with `settings` in the place of its own.
+    """The configuration in a folder's `config.json`, with `settings` overriding its own.
 
-    Of settings that this version does not know numbers are taken over, since a configuration of another version may say
-    its shape by them; texts and mappings are not.
+    Numbers of settings that this version does not know are kept, since they may determine the shape in a configuration
+    of another version; strings and mappings are not.
 
     Raises:
-        UserError: it is not there (66), or says no shape that can be read (65).
+        UserError: it does not exist (66), or has no shape that can be read (65).
     """
     file = folder / CONFIG
     if not file.is_file():
         todo = "Name a folder with config.json, weights and tokenizer, as save_pretrained writes it"
         raise UserError(name, f"its configuration cannot be read (there is no {CONFIG})", todo, ExitCode.BAD_DATA)
-    # Read as plain data: nothing that it names is looked for.
+    # Read as plain data: nothing that it names is looked up.
     content = load_json(tokenizer_files.file_text(file).encode(), file)
     kind = content.get("model_type") if isinstance(content, dict) and Tree().fits(content) else None
     if not isinstance(kind, str) or not is_type(kind):
@@ -101,10 +102,10 @@ def config_of(folder: Path, name: str, settings: dict[str, Any]) -> PreTrainedCo
             raise UserError(name, what, "Choose a model that needs none", ExitCode.REFUSED)
         what = f"its configuration cannot be read ({describe_value(kind)} is no type of model that is known here)"
         raise UserError(name, what, "Mend it, or name another one", ExitCode.BAD_DATA)
-    # What the type itself has is checked in full; of everything else numbers are taken.
+    # The type's own settings are checked in full; only numbers are taken from all others.
     known = CONFIG_MAPPING[kind]().to_dict().keys() - NOT_READ
     known_settings = {key: content[key] for key in content.keys() & known}
-    # Models of other kinds are refused by `_check_config`, which names them.
+    # Other kinds of models are rejected by `_check_config`, which names them.
     if kind_is_read(kind):
         try:
             check_text_config(kind, known_settings, str(file), ANY_SIZE)
@@ -113,52 +114,52 @@ def config_of(folder: Path, name: str, settings: dict[str, Any]) -> PreTrainedCo
     others = {
         k: v for k, v in content.items() if type(v) in (bool, int, float) and k not in known and k not in NOT_READ
     }
-    # Settings are keyword arguments of the library's class.
+    # Settings become keyword arguments of the library's class.
     plain = {key: value for key, value in others.items() if key.isidentifier() and not key.startswith("_")}
     plain.pop("trust_remote_code", None)
     return for_type(kind, plain | known_settings | settings, name)
 
 
 def for_type(kind: str, settings: dict[str, Any], where: str) -> PreTrainedConfig:
-    """The configuration of a model type. Raises UserError for settings that the library refuses (65)."""
+    """The configuration of a model type. Raises UserError for settings that the library rejects (65)."""
     try:
         return AutoConfig.for_model(kind, **settings)
-    except Exception as error:  # each model has its own
+    except Exception as error:  # each model raises its own type
         what = f"its configuration cannot be read ({first_line(error)})"
         raise UserError(where, what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
 
 
 def check_memory(config: PreTrainedConfig, folder: Path) -> None:
-    """A folder's model has no more numbers than its files of weights have bytes.
+    """Check that a folder's model has no more parameters than its weight files have bytes.
 
     Raises:
-        UserError: it has (77): it would not fit its weights, and might not fit the memory.
+        UserError: it has more (77): it would not fit its weights, and might not fit in memory.
     """
     there = weight_bytes(folder)
     try:
-        # Shapes without memory.
+        # Shapes only, without memory.
         with torch.device("meta"):
             numbers = sum(value.numel() for value in AutoModel.from_config(config).parameters())
-    except Exception as error:  # settings that contradict each other: each model has its own error
+    except Exception as error:  # contradictory settings: each model raises its own type
         raise UserError(f"{WHERE}.config", first_line(error), "Mend the settings") from error
-    # A number takes a byte at least.
+    # A parameter takes at least one byte.
     if there and numbers > there + 10_000_000:
         what = f"its configuration asks for {numbers:,} numbers, its weights are {there:,} bytes"
         raise UserError(folder / CONFIG, what, "Get the folder again", ExitCode.REFUSED)
 
 
 def is_type(name: str) -> bool:
-    """Whether a name is that of a model type (`bert`), which stands for no weights."""
+    """Whether a name is a model type (`bert`), which has no weights of its own."""
     return name in CONFIG_MAPPING
 
 
 def kind_is_read(kind: str) -> bool:
-    """Whether a model type is one of encoders trained by masking words."""
+    """Whether a model type has a masked language model."""
     return CONFIG_MAPPING[kind] in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def is_folder(name: str) -> bool:
-    """Whether a name is a folder; a path that leads nowhere is a UserError, not a name to ask the hub for."""
+    """Whether a name is a folder. Raises UserError for a path that does not exist: the hub is not asked for it."""
     if Path(name).is_dir():
         return True
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
@@ -186,7 +187,7 @@ def _check_config(name: str, config: PreTrainedConfig, settings: dict[str, Any])
 
 
 def read_text_tokenizer(name: str, todo: str | None = None) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a folder (None where it has none) or of a hub model; `todo` as in `_fetched`."""
+    """The tokenizer of a folder (None if it has none) or of a hub model; `todo` as in `_fetched`."""
     if is_folder(name):
         return tokenizer_files.read_tokenizer(Path(name))
     folder = _fetched(name, [tokenizer_files.FILES], "tokenizer", f"{WHERE}.tokenizer", todo)
@@ -198,34 +199,34 @@ def read_text_tokenizer(name: str, todo: str | None = None) -> PreTrainedTokeniz
 
 
 def read_text_state(name: str, config: PreTrainedConfig) -> State:
-    """The weights of a folder or hub model under the names they have in `huggingface.build(config)`.
+    """The weights of a folder or hub model, under their names in `huggingface.build(config)`.
 
-    Heads and pooling layers are left out. Tensors that the model lacks, or that have another shape there,
-    come as empty ones, so that whoever loads the state sees that they do not fit.
+    Heads and pooling layers are left out. Tensors that the model lacks, or that have another shape there, are returned
+    without values, so that loading the state shows that they do not fit.
     """
     folder = Path(name) if is_folder(name) else _fetched(name, [SAFETENSORS, PICKLED], "weights")
     stored = read_state(folder)
     try:
         with quiet():
-            # The library renames what its earlier versions wrote. It gets tensors and no path: nothing is fetched.
+            # The library renames keys of its earlier versions. It gets tensors but no path: nothing is downloaded.
             kind: Any = MODEL_MAPPING[type(config)]
             model, info = kind.from_pretrained(
                 None, config=config, state_dict=dict(stored.tensors), output_loading_info=True,
                 ignore_mismatched_sizes=True, dtype=torch.float32,
             )  # fmt: skip
-    except Exception as error:  # each model of the library has its own
+    except Exception as error:  # each model of the library raises its own type
         what = f"its weights cannot be read ({first_line(error)})"
         raise UserError(name, what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
-    # The model's own start values must not pass for the file's.
+    # The model's own initial values must not be taken for the file's.
     state = dict(model.state_dict())
     for key in info["missing_keys"]:
         state.pop(key, None)
     parts = {key.partition(".")[0] for key in state}
     for key in info["unexpected_keys"]:
         key = key.removeprefix(f"{model.base_model_prefix}.")
-        # Of a part that the model has; heads, which it lacks as a whole, are left out.
+        # Keep keys of a part that the model has; heads, which it lacks as a whole, are left out.
         if key.partition(".")[0] in parts:
-            # On the meta device a tensor has a shape and no memory; `check_fit` needs no more.
+            # On the meta device a tensor has a shape but no memory, which is enough for `check_fit`.
             state[key] = torch.empty(0, device="meta")
     for key, theirs, _ in info["mismatched_keys"]:
         state[key] = torch.empty(theirs, device="meta")
@@ -233,17 +234,17 @@ def read_text_state(name: str, config: PreTrainedConfig) -> State:
 
 
 def _fetched(name: str, choices: list[tuple[str, ...]], kind: str, where: str = WHERE, todo: str | None = None) -> Path:
-    """The folder of a hub model with the files of one kind.
+    """The folder of a hub model with the files of one kind, downloaded if necessary.
 
     Args:
-        choices: patterns of their names, the better ones first: the next ones are for a model that has none of these.
-        todo: what to do where the hub cannot be reached, if it is not about weights.
+        choices: patterns of their names in order of preference; later ones are for a model without the earlier ones.
+        todo: advice for when the hub cannot be reached, if the files are not weights.
     """
 
     def fetch(local: bool) -> Path:
         for files in choices:
             folder = Path(snapshot_download(name, allow_patterns=list(files), local_files_only=local))
-            # The client returns a folder also where no file in it matches. An index alone is not what it names.
+            # The client returns a folder even if no file in it matches. An index without its weights does not count.
             if any(not file.name.endswith(".index.json") for pattern in files for file in folder.glob(pattern)):
                 return folder
         raise FileNotFoundError(f"{name} holds none of {', '.join(each for files in choices for each in files)}")
@@ -259,7 +260,7 @@ def _fetched(name: str, choices: list[tuple[str, ...]], kind: str, where: str = 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bar and no report of the library's: ours are stricter, and these files are small."""
+    """Context without the library's progress bar and reports: ours are stricter, and these files are small."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

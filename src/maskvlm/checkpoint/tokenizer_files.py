@@ -1,7 +1,7 @@
-"""Tokenizer files of anybody, read by the library `tokenizers` alone: they name no class, and no code comes with them.
+"""Untrusted tokenizer files, read only by the library `tokenizers`: they name no class and bring no code.
 
-`tokenizer.json` says everything but which token is which; that stands in `tokenizer_config.json` or
-`special_tokens_map.json`, of which texts alone are read. Older models bring a word list: `vocab.txt` (BERT's
+`tokenizer.json` holds everything except the roles of special tokens. Those are in `tokenizer_config.json` or
+`special_tokens_map.json`, from which only strings are read. Older models have a word list instead: `vocab.txt` (BERT's
 WordPiece) or `vocab.json` and `merges.txt` (RoBERTa's byte-level BPE).
 """
 
@@ -22,20 +22,20 @@ from maskvlm.utils.whole_files import check_inside
 
 TOKENIZER, NAMED = "tokenizer.json", ("tokenizer_config.json", "special_tokens_map.json")
 FILES = (TOKENIZER, *NAMED, "vocab.txt", "vocab.json", "merges.txt")
-"""All that is read of a tokenizer."""
-MOST_BYTES = 64_000_000  # the largest vocabularies of public text encoders have some 20 MB
+"""All files of a tokenizer that are read."""
+MOST_BYTES = 64_000_000  # the largest vocabularies of public text encoders take about 20 MB
 BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 ROBERTA = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "sep": "</s>", "pad": "<pad>", "cls": "<s>", "mask": "<mask>"}
 TODO = "Get the folder again, or name another tokenizer"
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a folder; None where there is none.
+    """The tokenizer of a folder; None if there is none.
 
     Raises:
-        UserError: a file is damaged or of a kind that needs another library (65).
+        UserError: a file is damaged or needs another library (65).
     """
-    # From what says most to what says least.
+    # The most complete format first.
     if (folder / TOKENIZER).is_file():
         backend = backend_of(file_text(folder / TOKENIZER), folder / TOKENIZER)
     elif (folder / "vocab.txt").is_file():
@@ -48,14 +48,14 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
         raise UserError(folder, what, todo, ExitCode.BAD_DATA)
     else:
         return None
-    # Before the library writes it out, number by number.
+    # Checked before the library writes it out, id by id.
     check_token_ids(backend, folder)
     return tokenizer_of(backend, *named_in(folder), folder)
 
 
 def check_token_ids(backend: Tokenizer, where: object) -> None:
-    """Raise UserError (65) unless there are tokens, and their numbers are those of rows: the library writes a tokenizer
-    number by number, whether there is a token or not."""
+    """Raise UserError (65) if there are no tokens or an id is too large: the library writes a tokenizer id by id,
+    whether an id has a token or not."""
     highest = max(backend.get_vocab().values(), default=-1)
     if not 0 <= highest < MOST_TOKENS:
         what = "the tokenizer holds no vocabulary" if highest < 0 else f"its tokens are numbered up to {highest:,}"
@@ -63,10 +63,10 @@ def check_token_ids(backend: Tokenizer, where: object) -> None:
 
 
 def file_text(file: Path) -> str:
-    """A plain file of text, of bounded size, that lies where its name says.
+    """The content of a text file of bounded size that is not a link out of its folder.
 
     Raises:
-        UserError: it is a pipe or a device (66), a link out of its folder (77), too large or no text (65).
+        UserError: it is a pipe or a device (66), a link out of its folder (77), too large or not text (65).
     """
     check_inside(file)
     try:
@@ -76,25 +76,25 @@ def file_text(file: Path) -> str:
 
 
 def backend_of(text: str, where: object) -> Tokenizer:
-    """The library's tokenizer out of `tokenizer.json`. Raises UserError (65)."""
-    content = load_json(text.encode("utf-8", "surrogatepass"), Path(str(where)))  # a key given twice, and the like
+    """The library's tokenizer, from the text of `tokenizer.json`. Raises UserError (65)."""
+    content = load_json(text.encode("utf-8", "surrogatepass"), Path(str(where)))  # rejects duplicate keys and the like
     return build_tokenizer(lambda: plain_backend(content), where)
 
 
 def build_tokenizer(make: Any, where: object) -> Any:
-    """What the library makes; it raises bare Exceptions, and panics, which are none."""
+    """What `make` returns. The library raises bare Exceptions, and panics, which are not Exceptions."""
     try:
         return make()
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
-    # A panic of the library's Rust code is no Exception.
+    # A panic of the library's Rust code is not an Exception.
     except BaseException as error:
         what = f"the tokenizer cannot be read ({first_line(error)})"
         raise UserError(where, what, TODO, ExitCode.BAD_DATA) from None
 
 
 def named_in(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Which token is which, by role, and further special ones; of each file texts alone are read."""
+    """The special tokens by role, and further special tokens. Only strings are read from the files."""
     roles: dict[str, str] = {}
     more: list[str] = []
     for name in NAMED:
@@ -104,7 +104,7 @@ def named_in(folder: Path) -> tuple[dict[str, str], list[str]]:
             raise UserError(file, "holds no mapping", TODO, ExitCode.BAD_DATA)
         for role in ROLES:
             if (token := _token(content.get(role))) is not None:
-                # The first file that names a role counts.
+                # The first file that names a role wins.
                 roles.setdefault(role, token)
         for key in ("extra_special_tokens", "additional_special_tokens"):
             listed = content.get(key)
@@ -115,7 +115,7 @@ def named_in(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def _token(value: Any) -> str | None:
-    # A token is a text, or a mapping with the text as `content`.
+    # A token is a string, or a mapping with the string as `content`.
     text = value.get("content") if isinstance(value, dict) else value
     return text if Text(200).fits(text) else None
 
@@ -123,16 +123,17 @@ def _token(value: Any) -> str | None:
 def tokenizer_of(
     backend: Tokenizer, roles: dict[str, str], more: Iterable[str], where: object
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer with its roles, by name or, where a file says nothing, by the usual names. Raises UserError (65)."""
+    """A tokenizer with its special tokens: the given ones or, if a file names none, the usual ones. Raises UserError
+    (65)."""
     there = backend.get_vocab()
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    # The two families that models trained by masking words come from.
+    # The two families that masked language models come from.
     usual = ROBERTA if "<mask>" in there and "[MASK]" not in there else BERT
     named = {f"{role}_token": token for role, token in usual.items() if token in there}
     named |= {role: token for role, token in roles.items() if role in ROLES and token in there}
-    # As AddedToken where there is one: it says whether the space before it belongs to it.
+    # As an AddedToken if there is one: it says whether the token includes the space before it.
     special = {role: added.get(token, token) for role, token in named.items()}
-    # What the vocabulary lacks would be added to it, and has no embedding.
+    # Tokens that the vocabulary lacks would be added to it, but have no embedding.
     extra = [added.get(token, token) for token in more if token in there and token not in named.values()]
     return build_tokenizer(
         lambda: PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=extra, **special), where
@@ -140,9 +141,9 @@ def tokenizer_of(
 
 
 def wordpiece(folder: Path) -> Tokenizer:
-    """BERT's, of a `vocab.txt`: a word a line, its number the line's."""
+    """BERT's tokenizer, from a `vocab.txt` with one word per line; a word's id is its line number."""
     words = file_text(folder / "vocab.txt").split("\n")
-    # A blank line keeps its number.
+    # Blank lines count.
     vocab = {word.rstrip("\r"): number for number, word in enumerate(words) if word.strip()}
     lower = "do_lower_case" not in named_in(folder)[0]
     backend = build_tokenizer(lambda: Tokenizer(models.WordPiece(vocab, unk_token=BERT["unk"])), folder)
@@ -155,7 +156,7 @@ def wordpiece(folder: Path) -> Tokenizer:
 
 
 def byte_level(folder: Path) -> Tokenizer:
-    """RoBERTa's, of a `vocab.json` and a `merges.txt`."""
+    """RoBERTa's tokenizer, from a `vocab.json` and a `merges.txt`."""
     file = folder / "vocab.json"
     vocab = load_json(file_text(file).encode(), file)
     lines = [line for line in file_text(folder / "merges.txt").split("\n") if line and not line.startswith("#version")]
@@ -168,7 +169,7 @@ def byte_level(folder: Path) -> Tokenizer:
         ends = ("</s>", vocab["</s>"]), ("<s>", vocab["<s>"])
         backend.post_processor = processors.RobertaProcessing(*ends, trim_offsets=True, add_prefix_space=False)
     plain = [token for token in dict.fromkeys(ROBERTA.values()) if token in vocab and token != "<mask>"]
-    # RoBERTa's mask takes the space before it.
+    # RoBERTa's mask token includes the space before it.
     mask = [AddedToken("<mask>", lstrip=True, special=True)] if "<mask>" in vocab else []
     backend.add_special_tokens([*plain, *mask])
     return backend

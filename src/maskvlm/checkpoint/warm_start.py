@@ -1,6 +1,6 @@
-"""Where a run starts from: an earlier run's checkpoint, its backbone, its heads, its tokenizer and its history.
+"""Where a run starts from: an earlier run's checkpoint, with its backbone, heads, tokenizer and history.
 
-`io.py` reads and verifies the file; here is what the parts of it mean.
+`io.py` reads and verifies the file; this module interprets its parts.
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ class LineageEntry(NamedTuple):
 
     Attributes:
         task, source: class paths. sha: the data's fingerprint.
-        images: different ones. steps: of the optimiser.
-        ids: 63-bit hashes of the images' ids, sorted; None where the source cannot tell them.
-        held_out: evaluation split that it was compared with, by id and look -> rows left out as they show its images;
-            None where there was none.
+        images: number of distinct images. steps: number of optimiser steps.
+        ids: 63-bit hashes of the images' ids, sorted; None if the source has no ids.
+        held_out: evaluation split that the data were compared with, by id and look -> number of rows left out because
+            they show its images; None if there was no such split.
     """
 
     task: str
@@ -39,31 +39,31 @@ class LineageEntry(NamedTuple):
     held_out: dict[str, int] | None = None
 
     def plain(self) -> dict[str, Any]:
-        """Entry of a checkpoint, which holds plain types and tensors alone; `images` is called "pictures" in files."""
+        """The entry as stored in a checkpoint: plain types and tensors only; `images` is called "pictures" in files."""
         fields = self._asdict()
         return {"pictures" if name == "images" else name: value for name, value in fields.items()}
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> "LineageEntry":
-        """What `plain` gave."""
+        """The inverse of `plain`."""
         return cls(**{"images" if name == "pictures" else name: value for name, value in plain.items()})
 
     def words(self) -> dict[str, Any]:
-        """The entry for people: without the ids, and without `held_out` where there was none."""
+        """The entry for display: without the ids, and without `held_out` if that is None."""
         absent = {"ids"} if self.held_out is not None else {"ids", "held_out"}
         return {name: value for name, value in self.plain().items() if name not in absent}
 
 
 class Start(NamedTuple):
-    """What a checkpoint hands on.
+    """What a run takes over from a checkpoint.
 
     Attributes:
-        path: of the file.
+        path: path of the checkpoint.
         backbone, heads: tensors, by their names within the backbone and within the task.
-        tokenizer: None where it holds none.
-        labels: what its head decides among; None before a downstream task.
-        history: the data its weights have seen, first to last.
-        known_images: features of validation images (`novelty.sample_of`); None where it holds none.
+        tokenizer: None if the checkpoint holds none.
+        labels: labels that its head predicts; None before a downstream task.
+        history: the data that its weights were trained on, in order.
+        known_images: features of validation images (`novelty.sample_of`); None if it holds none.
     """
 
     path: str
@@ -76,23 +76,23 @@ class Start(NamedTuple):
 
 
 def read_content(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds: a file of this project, a folder that `save_pretrained` wrote, or one on the hub.
+    """The content of a checkpoint: a file of this project, a folder written by `save_pretrained`, or one on the hub.
 
     Raises:
         UserError: as `checkpoint.load`, `hf_folder.read_folder` and `folder_of_hub`.
     """
     place = folder_of_hub(str(path))
-    # A file has passed the schema within `checkpoint.load`.
+    # `checkpoint.load` has already checked a file against the schema.
     return check_content(folder.read_folder(place), place) if place.is_dir() else checkpoint.load(place)
 
 
 def read_start(path: str) -> Start:
-    """What a checkpoint hands on; raises as `read_content`."""
+    """What a run takes over from a checkpoint; raises as `read_content`."""
     return start_of(read_content(path), path)
 
 
 def start_of(content: Mapping[str, Any], path: str) -> Start:
-    """What the content of a checkpoint means; `path` is named in errors."""
+    """What a run takes over from the content of a checkpoint; `path` is named in errors."""
     # `backbone.` and `task.` are the module's two parts (`lit.py`).
     state = content["state_dict"]
     tokenizer = tokenizer_from_json(content["tokenizer"]) if "tokenizer" in content else None
@@ -102,23 +102,23 @@ def start_of(content: Mapping[str, Any], path: str) -> Start:
 
 
 def training_history_of(content: Mapping[str, Any]) -> tuple[LineageEntry, ...]:
-    """What a checkpoint tells of its history; an older one, which tells nothing, has seen unknown data."""
+    """The training history in a checkpoint; an older one without it was trained on unknown data."""
     if "lineage" not in content:
         return (LineageEntry("unknown", "unknown", "", 0, content.get("global_step", 0), None),)
-    # Class paths of earlier releases are read as today's.
+    # Class paths of earlier releases are mapped to today's.
     known = (LineageEntry.of(entry) for entry in content["lineage"])
     return tuple(entry._replace(task=current(entry.task), source=current(entry.source)) for entry in known)
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
+    """The tensors whose names start with `prefix`, with it removed."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def overlap(ids: Tensor, history: tuple[LineageEntry, ...]) -> int | None:
-    """How many of these images the weights have seen; None where a part of their history tells no ids."""
+    """How many of these images the weights have seen; None if a part of their history has no ids."""
     if any(entry.ids is None for entry in history):
         return None
-    # Without any history nothing was seen.
+    # Without a history the weights have seen nothing.
     known = [entry.ids for entry in history if entry.ids is not None]
     return int(torch.isin(ids, torch.cat(known)).sum()) if known else 0

@@ -1,6 +1,6 @@
-"""Weights into a module: read without running anything, resized where the resolution differs, accounted for.
+"""Loads weights into a module: read without running code, resized if the resolution differs, and accounted for.
 
-A state dict that fits badly is an error which names keys and shapes; there is no partial loading by accident.
+A state dict that does not fit raises an error that names keys and shapes; weights are never partly loaded by accident.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,16 +25,16 @@ from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import check_inside
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Keys under which training programs store weights beside other things; averaged ones first, as timm does."""
+"""Keys under which training programs store weights beside other objects; averaged ones first, as in timm."""
 NAMED = 3
-"""So many misfits of a kind are named in an error; the others are counted."""
+"""Number of misfits of each kind that an error names; the others are counted."""
 
 
 class Loadable(Protocol):
     """An encoder that knows where its pretrained weights are."""
 
     def load_pretrained(self) -> Provenance:
-        """Load them; says of each tensor where it comes from."""
+        """Load the weights; returns the origin of each tensor."""
         ...
 
 
@@ -42,11 +42,11 @@ def load_pretrained(image: Loadable, text: Loadable) -> Provenance:
     """Load the weights of both encoders.
 
     Returns:
-        What was loaded, by names as seen from a module that holds them as `image` and `text`.
+        What was loaded, named as in a module that holds the encoders as `image` and `text`.
 
     Raises:
-        Unreachable: names every encoder whose weights cannot be had, not just the first.
-        UserError: weights that do not fit or cannot be read.
+        Unreachable: names every encoder whose weights are unavailable, not just the first.
+        UserError: weights do not fit or cannot be read.
     """
     provenance = Provenance()
     missing: list[str] = []
@@ -71,22 +71,22 @@ class State(NamedTuple):
 
 
 def read_state(path: str | Path) -> State:
-    """The weights in a file, or in a folder with one of WEIGHT_FILES; nothing in it is executed.
+    """The weights in a file, or in a folder with one of WEIGHT_FILES, read without executing anything in it.
 
     Raises:
-        UserError: not there (66); damaged, or holds no weights (65); holds what could run code (77).
+        UserError: it does not exist (66); is damaged or holds no weights (65); holds what could run code (77).
     """
     path = Path(path).expanduser()
-    # An index counts where there is no whole file, as in transformers: it may be left from weights that were replaced.
+    # As in transformers, an index counts only if there is no single file: it may be left over from replaced weights.
     indexes = sorted(path.glob("*.index.json")) if path.is_dir() else []
     if indexes and not any((path / name).is_file() for name in WEIGHT_FILES):
         return _read_parts(path, indexes[0])
     path = find_weights(path)
     content = _read(path)
     key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-    # Without the prefixes that DDP and torch.compile put before names.
+    # Without the prefixes that DDP and torch.compile add to names.
     tensors = clean_state_dict(content[key] if key else content)
-    # Optimiser states and settings lie beside weights in some files.
+    # Some files hold optimiser states and settings beside the weights.
     odd = [f"{k} is of type {type(v).__name__}" for k, v in tensors.items() if not isinstance(v, Tensor)]
     if odd or not tensors:
         what = f"holds no plain weights ({odd[0] if odd else 'it is empty'})"
@@ -95,13 +95,13 @@ def read_state(path: str | Path) -> State:
 
 
 def _read_parts(folder: Path, index: Path) -> State:
-    """Weights in several files, which an index names. Raises as `read_state`."""
+    """Weights in several files, named by an index. Raises as `read_state`."""
     content = load_json(file_text(index).encode(), index)
     parts = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
         raise UserError(index, "names no files of weights", "Get the file again", ExitCode.BAD_DATA)
     names = sorted(set(parts.values()))
-    # Only files of weights in this very folder.
+    # Only weight files in this very folder.
     if strange := [
         name for name in names if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin")
     ]:
@@ -115,13 +115,13 @@ def _read_parts(folder: Path, index: Path) -> State:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of all files of weights in a folder."""
+    """Total size of all weight files in a folder, in bytes."""
     files = [file for kind in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(kind)]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def find_weights(path: Path) -> Path:
-    """The file itself, or the first of WEIGHT_FILES that lies in the folder."""
+    """The file itself, or the first of WEIGHT_FILES that the folder has. Raises UserError (66)."""
     if path.is_dir():
         files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
         if not files:
@@ -136,12 +136,12 @@ def find_weights(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     check_file(path)
-    # By now the file is whole: held against its hash, its archive's checksums or its header.
+    # The file is intact: checked against its hash, its archive's checksums or its header.
     if is_safetensors(path):
         return dict(load_file(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # weights_only refuses with UnpicklingError, damage can raise anything
+    except Exception as error:  # weights_only raises UnpicklingError, damage can raise anything
         what = f"holds more than weights, and that could run code ({refused_imports(error)})"
         raise UserError(path, what, "Store its tensors with safetensors", ExitCode.REFUSED) from error
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
@@ -152,11 +152,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def check_file(path: Path) -> None:
-    """Raise UserError unless the file is a whole safetensors file or a whole archive of torch.save."""
+    """Raise UserError unless the file is an intact safetensors file or an intact archive of torch.save."""
     if not is_safetensors(path):
         return verify_checkpoint(path)
     try:
-        # Opening holds the header against the size of the file; no tensor is read.
+        # Opening checks the header against the size of the file; no tensor is read.
         safe_open(path, "pt").keys()
     except SafetensorError as error:
         what = f"truncated or damaged ({first_line(error)})"
@@ -164,7 +164,7 @@ def check_file(path: Path) -> None:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is safetensors, by its content: the length of the header in 8 bytes, then JSON."""
+    """Whether a file is in safetensors format, judged by its content: 8 bytes with the header's length, then JSON."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
@@ -181,26 +181,26 @@ def load_state(
     unused: tuple[str, ...] = (),
     was: Mapping[str, torch.Size] | None = None,
 ) -> Provenance:
-    """Load a state dict into a module, all of it into all of it.
+    """Load a state dict into a module; every tensor of both must have its counterpart.
 
     Args:
-        model: takes the values; unchanged when an error is raised.
+        model: the module to load into; unchanged if an error is raised.
         state: plain tensors by name.
         source: where they come from, for the report and for errors.
         resize: resample position embeddings of another resolution (`resize_positions`).
-        new: tensors of the model whose names begin so may be absent; they keep their values.
-        unused: tensors of the state whose names begin so are left out.
-        was: shapes before a conversion that the caller did, where they were others.
+        new: name prefixes of tensors of the model that may be absent from the state; they keep their values.
+        unused: name prefixes of tensors of the state that are ignored.
+        was: original shapes of tensors whose shape the caller changed in a conversion.
 
     Returns:
         The origin of each loaded tensor.
 
     Raises:
-        UserError: shapes that differ, names that are missing or left over, values that are not finite.
+        UserError: shapes differ, names are missing or left over, or values are not finite.
     """
     wanted = {name: value for name, value in state.items() if not (unused and name.startswith(unused))}
     fitted = resize_positions(wanted, model) if resize else wanted
-    # All is checked before the first value changes. Not strict, as those of `new` may be missing.
+    # Everything is checked before the first value changes. Not strict, as tensors in `new` may be missing.
     check_fit(model, fitted, source, new)
     check_finite_weights(fitted, source)
     model.load_state_dict(fitted, strict=False)
@@ -215,10 +215,10 @@ def _origin(shape: tuple[int, ...], before: tuple[int, ...], source: str) -> Ori
 
 
 def resize_positions(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The state with every ViT's position embedding resampled to the resolution it has in `model`.
+    """The state with every ViT's position embedding resampled to its resolution in `model`.
 
-    Bicubic with antialiasing, by timm; class and register tokens keep theirs. An embedding that is of no
-    square grid or of another width stays as it is.
+    Bicubic with antialiasing, by timm; class and register tokens keep theirs. An embedding of another width, or of a
+    grid that is not square, is left as it is.
     """
     resized = dict(state)
     for name, part in model.named_modules():
@@ -228,7 +228,7 @@ def resize_positions(state: Mapping[str, Tensor], model: nn.Module) -> dict[str,
         size = part.patch_embed.grid_size if hasattr(part, "patch_embed") else getattr(part, "grid", None)
         if not isinstance(ours, Tensor) or theirs is None or size is None:
             continue
-        # timm: with `no_embed_class` patches alone have positions.
+        # timm: with `no_embed_class` only patches have positions.
         prefix = 0 if getattr(part, "no_embed_class", False) else getattr(part, "num_prefix_tokens", 1)
         if ours.shape != theirs.shape and _is_square(theirs, ours, prefix):
             resized[key] = resample_abs_pos_embed(theirs, size, num_prefix_tokens=prefix)
@@ -238,21 +238,21 @@ def resize_positions(state: Mapping[str, Tensor], model: nn.Module) -> dict[str,
 def _is_square(theirs: Tensor, ours: Tensor, prefix: Any) -> bool:
     if theirs.dim() != 3 or theirs.shape[-1] != ours.shape[-1] or theirs.shape[1] <= prefix:
         return False
-    # timm takes the old grid for a square.
+    # timm assumes that the old grid is square.
     positions = theirs.shape[1] - int(prefix)
     return bool(round(positions**0.5) ** 2 == positions)
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, new: tuple[str, ...] = ()) -> None:
-    """Raise UserError (65) unless names, shapes and kinds of numbers are the model's; it may be on the meta device."""
-    # All misfits at once, counted by kind: a wrong size shows in many tensors.
+    """Raise UserError (65) unless names, shapes and kinds of numbers match the model, possibly on the meta device."""
+    # Report all misfits at once, counted by kind: a wrong size shows in many tensors.
     own = model.state_dict()
     reshaped = [
         f"{name} {list(state[name].shape)} -> {list(value.shape)}"
         for name, value in own.items()
         if name in state and value.shape != state[name].shape
     ]
-    # Of any precision; but whole numbers in the place of weights would be copied without a word.
+    # Any precision is accepted, but integers in place of weights would be copied silently.
     others = [
         f"{name} {state[name].dtype} -> {value.dtype}"
         for name, value in own.items()
@@ -272,7 +272,7 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, new: t
 
 
 def check_finite_weights(state: Mapping[str, Tensor], source: str) -> None:
-    """Raise UserError (65) where a number is infinite or none."""
+    """Raise UserError (65) if a value is infinite or NaN."""
     broken = [n for n, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
     if broken:
         what = f"holds numbers that are not finite: {_count(broken, 'tensors')}"
@@ -287,7 +287,7 @@ def _count(names: Iterable[str], kind: str) -> str:
 
 
 def _advice(reshaped: list[str], others: list[str]) -> str:
-    # The usual causes by what alone does not fit: resolution, then vocabulary.
+    # The usual causes if only one kind of tensor does not fit: resolution, then vocabulary.
     if reshaped and not others and all("pos_embed" in text for text in reshaped):
         return "Set image_size to the one it was trained with, or allow resizing"
     if reshaped and not others and all("word_embeddings" in text for text in reshaped):

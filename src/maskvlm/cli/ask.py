@@ -1,6 +1,6 @@
-"""`maskvlm METHOD --from CHECKPOINT image.jpg "text"`: what was typed is checked, then the model is asked.
+"""`maskvlm METHOD --from CHECKPOINT image.jpg "text"`: check the command line, then run the method on a model.
 
-Answers are for reading; with `--json` one line of JSON each. Images go to `--out`.
+Answers are printed for people to read, or with `--json` as one line of JSON each. Images are written to `--out`.
 """
 
 import sys
@@ -9,15 +9,15 @@ from maskvlm.cli.shell_methods import check_options, check_typed, method_parser
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
-    """Ask; arguments begin with the method."""
+    """Run a method; `arguments` begins with its name."""
     method = arguments[0]
     check_options(method, arguments[1:])
     options = method_parser(method).parse_args(arguments[1:])
-    # The parser takes both names for one option, so only the words tell which was typed.
+    # The parser takes both names for one option, so only the raw words show which one was typed.
     if any(word.partition("=")[0] == "--hide" for word in arguments):
         print("warning: --hide is called --mask-ratio now", file=sys.stderr, flush=True)
     check_typed(method, options)
-    # Only now, so that a mistake costs no import of torch.
+    # Imported here so that a mistake is reported before torch is imported.
     from maskvlm.cli.ask_model import ask_method
 
     return ask_method(method, options, allowed)

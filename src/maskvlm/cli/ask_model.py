@@ -1,4 +1,4 @@
-"""What the methods of the shell (`shell_methods.py`) ask of a model, and how its answers are printed."""
+"""How the shell methods (`shell_methods.py`) query a model, and how its answers are printed."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ Answer = dict[str, Any]
 
 
 class Asked(NamedTuple):
-    """An answer, and what of the inputs it is about."""
+    """An answer, and the inputs that it is about."""
 
     answer: Answer
     images: Sequence[str]
@@ -41,16 +41,16 @@ Ask = Callable[[PretrainedMaskVLM, list[str], argparse.Namespace], Iterator[Aske
 
 
 def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> int:
-    """Load the model, ask it, and print the answers.
+    """Load the model, run the method and print the answers.
 
     Args:
-        options: of `shell_methods.method_parser`, checked.
-        allowed: packages that its classes may come from.
+        options: parsed by `shell_methods.method_parser`, and checked.
+        allowed: packages that the model's classes may come from.
     """
     named = options.source is not None
     options.source = options.source or default_model("asked")
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
-    # What a task brings is known only once its checkpoint is loaded.
+    # The methods that a task adds are known only once its checkpoint is loaded.
     ask = ASKS.get(method) or task_ask(model, method)
     seen: dict[str, str | None] = {}
     with warn_afterwards(model):
@@ -59,7 +59,7 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
                 print(json_line(answer | cautions(model, images, texts, seen)), flush=True)
             else:
                 print(answer_line(answer), flush=True)
-    if named:  # of the model that comes along it was said
+    if named:  # for the bundled model this was printed already
         print(f"{options.source}: {model.knows}", file=sys.stderr, flush=True)
     return 0
 
@@ -67,11 +67,11 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
 def cautions(
     model: PretrainedMaskVLM, images: Sequence[str], texts: Sequence[str], seen: dict[str, str | None]
 ) -> Answer:
-    """What to take an answer about these with care for: `far`, a line for each strange image, and `unknown_words`;
-    neither where there is nothing.
+    """Reasons to treat an answer about these inputs with care: `far`, a line for each image unlike the training data,
+    and `unknown_words`. An empty entry is left out.
 
     Args:
-        seen: what `far` says of the images of earlier answers; these are added.
+        seen: the result of `far` for the images of earlier answers; updated with these images.
     """
     new = [image for image in dict.fromkeys(images) if image not in seen]
     seen.update(zip(new, model.far(new), strict=True))
@@ -82,9 +82,9 @@ def cautions(
 
 @contextmanager
 def warn_afterwards(model: PretrainedMaskVLM) -> Iterator[None]:
-    """Context that ends with a line on stderr for each image unlike the training data, and one for unknown words."""
+    """On exit, print a line to stderr for each image unlike the training data, and one for unknown words."""
     with warnings.catch_warnings():
-        # Python would show a place in the code with each.
+        # Python would print the source location of each.
         for kind in (FarFromTraining, UnknownWords):
             warnings.simplefilter("ignore", kind)
         yield
@@ -93,13 +93,13 @@ def warn_afterwards(model: PretrainedMaskVLM) -> Iterator[None]:
 
 
 def json_line(answer: Answer) -> str:
-    """Its JSON, which any file takes: what a name that is no UTF-8 has in the place of a letter is escaped."""
+    """The answer as JSON that is always valid UTF-8: undecodable bytes of a file name are escaped."""
     return json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def answer_line(answer: Answer) -> str:
-    """Its entries on one line; numbers with three digits, each behind its name where there are several. A small
-    probability by itself keeps a digit: a rank still tells it from another one."""
+    """The entries on one line. Numbers have three decimals, and are preceded by their names if there are several. A
+    single small probability keeps a significant digit, so that it can still be told from another."""
     several = sum(isinstance(value, int | float) for value in answer.values()) > 1
 
     def word(value: Any, alone: bool = True) -> str:
@@ -107,7 +107,7 @@ def answer_line(answer: Answer) -> str:
             return f"{value:.1e}" if alone and 0 < value < 5e-4 else f"{value:.3f}"
         if isinstance(value, dict):
             return "  ".join(f"{word(key)} {word(each, alone=False)}" for key, each in value.items())
-        # Words and names may be anybody's: nothing that a terminal obeys is printed.
+        # Words and names are untrusted: no control characters reach the terminal.
         return "".join(letter if letter.isprintable() else "\ufffd" for letter in str(value))
 
     return "  ".join(
@@ -121,25 +121,25 @@ def answer_line(answer: Answer) -> str:
 
 
 def ask_fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
-    """The likeliest words of each [MASK]."""
+    """The most likely words for each [MASK]."""
     image, text = inputs
     for guesses in model.fill_mask(image, text, options.top):
         words: dict[str, float] = {}
         for guess in guesses:
-            # Some tokenizers have several tokens that read alike: the likeliest counts.
+            # Some tokenizers have several tokens with the same text: keep the most likely.
             words.setdefault(guess.word, guess.probability)  # type: ignore[union-attr]
         yield Asked({"words": words}, [image], [text])
 
 
 def ask_match(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
-    """Probability of each text."""
+    """The matching probability of each text."""
     image, *texts = inputs
     for text, probability in zip(texts, model.match(image, texts), strict=True):  # type: ignore[arg-type]
         yield Asked({"match": probability, "text": text}, [image], [text])
 
 
 def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
-    """What was given, the best first."""
+    """The candidates, best first."""
     query, *candidates = inputs
     for place, one in enumerate(model.rank(query, candidates, options.k), 1):
         ranked: Any = one
@@ -150,24 +150,24 @@ def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Name
 
 
 def ask_caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
-    """A caption of each image."""
+    """A caption for each image."""
     for image in inputs:
         answer = {"caption": model.caption(image)}
         yield Asked({"image": image, **answer} if len(inputs) > 1 or options.json else answer, [image], [])
 
 
 def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
-    """Nats of each text."""
+    """The score of each text, in nats."""
     image, *texts = inputs
     for text, value in zip(texts, model.score(image, texts), strict=True):  # type: ignore[arg-type]
         yield Asked({"score": value, "text": text}, [image], [text])
 
 
 def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
-    """Where the heat map was written, and which patches weigh most."""
+    """Where the heat map was written, and the patch with the highest weight."""
     image, text, word = inputs
     explanation: Any = model.explain(image, text, word)
-    # Place in the flat map -> (row, column)
+    # Index into the flattened map -> (row, column)
     rows, columns = explanation.gradcam.shape
     row, column = divmod(int(explanation.gradcam.argmax()), columns)
     peak = f"'{word}' is seen most in row {row + 1}, column {column + 1}, counted from 1 in {rows} x {columns}"
@@ -182,19 +182,19 @@ def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
 
 
 def ask_reconstruct(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
-    """Where the image was written; all patches at once."""
+    """Where the image was written; all patches are filled in at once."""
     yield from paint(model.reconstruct, model, inputs, options)
 
 
 def ask_inpaint(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
-    """Where the image was written; patches in rounds."""
+    """Where the image was written; patches are filled in over several rounds."""
     yield from paint(model.inpaint, model, inputs, options)
 
 
 def paint(
     how: Callable[..., Any], model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace
 ) -> Iterator[Asked]:
-    """Mask patches by the options, fill them in by `how`, and write the image."""
+    """Mask patches as the options say, fill them in with `how`, and write the image."""
     image, text = inputs
     mask = box_mask(options.box, model.grid) if options.box else lot_mask(options.mask_ratio, options.seed, model.grid)
     written, masked = save_image(how(image, mask, text), options.out), int(mask.sum())
@@ -203,18 +203,18 @@ def paint(
 
 
 def lot_mask(share: float, seed: int, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """A share of the patches, masked at random."""
+    """A mask over a random share of the patches."""
     check_masked_share(share)
     patches = grid[0] * grid[1]
-    # A generator of its own: the same patches whatever else has drawn numbers.
+    # A separate generator: the same patches whatever else has drawn random numbers.
     chosen = random.Random(seed).sample(range(patches), round(share * patches))
     return np.isin(np.arange(patches), chosen).reshape(grid)
 
 
 def box_mask(box: str, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """The patches that a box touches."""
+    """A mask over the patches that a box touches."""
     left, top, right, bottom = read_box(box)
-    # (rows, 1) and (1, columns); a patch that only shares an edge with the box is not touched.
+    # (rows, 1) and (1, columns); a patch that only shares an edge with the box does not count.
     rows, columns = np.arange(grid[0])[:, None], np.arange(grid[1])[None]
     down = (rows + 1 > top * grid[0]) & (rows < bottom * grid[0])
     across = (columns + 1 > left * grid[1]) & (columns < right * grid[1])
@@ -223,8 +223,8 @@ def box_mask(box: str, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
 
 
 def how_to_ask(task: Task, checkpoint: Path) -> str | None:
-    """The command that asks a trained model: by the first method of its task, or the first that its heads allow, with
-    the packages of others that its parts are from; None where there is no such method."""
+    """The command that queries a trained model, with the third-party packages that its parts come from. It uses the
+    first method of the task, or else the first that the heads allow; None if there is no such method."""
     own = next(((name, method.shell_form) for name, method in task.methods.items()), None)
     core = ((name, known.form) for name, known in METHODS.items() if getattr(task, known.head, None) is not None)
     name_and_form = own or next(core, None)
@@ -239,10 +239,10 @@ def how_to_ask(task: Task, checkpoint: Path) -> str | None:
 
 
 def task_ask(model: PretrainedMaskVLM, method: str) -> Ask:
-    """The method that the model's task brings. Raises UserError, which lists those there are."""
+    """The method that the model's task adds. Raises UserError if there is none; its message lists the known ones."""
     task_method = model.task.methods.get(method)
     if task_method is None:
-        # The core's methods for which this checkpoint has the head, then the task's own.
+        # The core methods for which this checkpoint has a head, then the task's own.
         core = [name for name, known in METHODS.items() if getattr(model.task, known.head, None) is not None]
         known = ", ".join([*core, *model.task.methods])
         near = nearest(method, COMMANDS, 0.6)

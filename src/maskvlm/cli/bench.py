@@ -1,5 +1,5 @@
-"""How fast a configuration trains here: pairs per second, share of the device's peak, memory; of runs whose steps cost
-differently (`contrast_first`, `image_learns`) the mean, and each kind of step."""
+"""How fast a configuration trains here: pairs per second, share of the device's peak, memory. If the steps of a run
+differ in cost (`contrast_first`, `image_learns`), the mean and each kind of step are reported."""
 
 import json
 import time
@@ -17,7 +17,7 @@ from maskvlm.training.failure import process_rank
 from maskvlm.training.memory_estimate import ATTENTION
 from maskvlm.training.run_record import machine
 
-WARMUP = 5  # steps that are not timed: kernels are chosen, memory is reserved
+WARMUP = 5  # steps that are not timed: kernels are selected, memory is reserved
 STEPS = 25
 
 
@@ -25,10 +25,10 @@ class PhaseSpeed(NamedTuple):
     """Speed of one process in the steps of one phase of a run.
 
     Attributes:
-        share: of the run's steps, 0 to 1.
-        seconds: time of a step.
-        flops: of the forward and backward pass of a step, counted as they are carried out: recomputed activations
-            count too.
+        share: fraction of the run's steps, 0 to 1.
+        seconds: time per step.
+        flops: operations of the forward and backward pass of a step, counted as they are executed: recomputed
+            activations count too.
     """
 
     share: float
@@ -37,8 +37,8 @@ class PhaseSpeed(NamedTuple):
 
 
 class BenchSpeed(NamedTuple):
-    """Speed of one process, the mean over the steps of a run. phases: one entry for each phase whose steps cost
-    differently (contrast_first, image_learns), else a single one."""
+    """Speed of one process, averaged over the steps of a run. phases: one entry for each phase whose steps differ in
+    cost (contrast_first, image_learns), otherwise a single one."""
 
     device: str
     precision: str
@@ -62,11 +62,10 @@ class BenchSpeed(NamedTuple):
 
 
 class Stopwatch(L.Callback):
-    """Counts the operations of the first step and times those after the warm-up; both in each phase of a run, one
-    after the other.
+    """Counts the operations of the first step and times the steps after the warm-up, in each phase of a run in turn.
 
     Attributes:
-        begins: the shares of a run at which its phases begin.
+        begins: the fractions of a run at which its phases begin.
     """
 
     def __init__(self) -> None:
@@ -82,7 +81,7 @@ class Stopwatch(L.Callback):
         return STEPS * len(self.begins)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # These few steps are no run: a step is told which part of one it is to be.
+        # These few steps are not a whole run: each step is told which point of the run it stands for.
         task: Any = pl_module.task
         task.register_forward_pre_hook(lambda task, _: setattr(task, "run_progress", self.begins[self.phase]))
 
@@ -90,9 +89,9 @@ class Stopwatch(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.phase, step = divmod(min(batch_idx, self.steps - 1), STEPS)
-        # Not a `with` block, as it spans two hooks. Counting slows a step down: the first one is not timed.
+        # Not a `with` block, as it spans two hooks. Counting slows a step down, so the first one is not timed.
         if step == 0:
-            # A block that is called while something counts would never be compiled (model.compile), later neither.
+            # A block first called under the counter would not be compiled (model.compile), then or later.
             self.counting.enter_context(torch.compiler.set_stance("force_eager"))
             self.counting.enter_context(self.counter)
 
@@ -105,18 +104,18 @@ class Stopwatch(L.Callback):
         if step == 1:
             self.counting.close()
             self.flops = self.counter.get_total_flops()
-        # Kernels are queued: without this the clock would be read before they have run. At no other step, as training
-        # does not wait after each.
+        # Kernels are queued: without this the clock would be read before they have run. Training does not synchronise
+        # after each step, so the other steps do not either.
         if step in (WARMUP, STEPS) and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-            # The most that any phase takes is asked for at the end.
+            # The peak over all phases is read at the end.
             if batch_idx + 1 == WARMUP:
-                # What counts operations keeps the first step's activations alive longer than training does.
+                # The operation counter keeps the first step's activations alive longer than training does.
                 torch.cuda.reset_peak_memory_stats(pl_module.device)
         if step == WARMUP:
             self.started = time.perf_counter()
         elif step == STEPS:
-            # What was counted and timed are passes, of which several may share a step.
+            # Counts and times are per pass; with gradient accumulation a step has several.
             passes = trainer.accumulate_grad_batches
             seconds = passes * (time.perf_counter() - self.started) / (STEPS - WARMUP)
             ends = (*self.begins[1:], 1.0)[self.phase]
@@ -127,7 +126,7 @@ class Stopwatch(L.Callback):
 
 
 def measured(device: torch.device, precision: str, pairs: int, phases: Sequence[PhaseSpeed]) -> BenchSpeed:
-    """The speed of a run whose steps are of these kinds."""
+    """The speed of a run with these kinds of steps."""
     cuda = device.type == "cuda"
     seconds = sum(phase.share * phase.seconds for phase in phases)
     flops = round(sum(phase.share * phase.flops for phase in phases))
@@ -146,17 +145,17 @@ def measured(device: torch.device, precision: str, pairs: int, phases: Sequence[
 
 
 class Bench(LightningCommand):
-    """A few steps of fit: no evaluation, no folder, no checkpoint."""
+    """A few steps of `fit` without evaluation, run folder or checkpoint."""
 
-    # Not the base class's, which takes the folder and its lock.
+    # Does not call the base class, which takes the folder and its lock.
     def before_instantiate_classes(self) -> None:
         trainer, data = self.settings.trainer, self.settings.data.init_args
         check_cards(trainer)
         trainer.logger, trainer.callbacks, trainer.limit_val_batches = False, [], 0
         trainer.enable_checkpointing = trainer.enable_progress_bar = False
         data.steps, data.epochs = STEPS, None
-        # What frozen blocks give is kept on disk from the first pass on. Whether it is there by now must not decide
-        # what a step is said to cost: here it is computed in each.
+        # The outputs of frozen blocks are cached on disk from the first pass on. The reported cost of a step must not
+        # depend on whether they are cached already, so here every step computes them.
         image = self.settings.get("model.backbone.init_args.image.init_args")
         if image is not None and "feature_cache" in image:
             image.feature_cache = None
@@ -170,7 +169,7 @@ class Bench(LightningCommand):
         self.datamodule.steps = self.stopwatch.steps
 
     def after_fit(self) -> None:
-        """Nothing is kept."""
+        """Keeps nothing."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.stopwatch = Stopwatch()
@@ -178,7 +177,7 @@ class Bench(LightningCommand):
 
 
 def bench(arguments: list[str], allowed: Iterable[str] = ()) -> str:
-    """Time a few training steps of a configuration; returns the line that says how fast they were, or JSON (--json)."""
+    """Time a few training steps of a configuration; returns a line with their speed, or JSON (--json)."""
     words = [word for word in arguments if word != "--json"]
     speed = run_command(Bench, ["fit", *words], allowed).stopwatch.speed
     if process_rank() != 0 or speed is None:

@@ -1,5 +1,5 @@
-"""The registry of commands. Dispatch, `maskvlm --help`, `maskvlm COMMAND --help`, docs/commands.md and shell completion
-all read it. Nothing here imports torch."""
+"""The registry of commands, used by dispatch, `maskvlm --help`, `maskvlm COMMAND --help`, docs/commands.md and shell
+completion. Nothing here imports torch."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -29,12 +29,12 @@ class Command(NamedTuple):
 
     Attributes:
         name, group, description: as `maskvlm --help` shows them.
-        target: `module:function`, which takes arguments and packages that class paths may come from, and returns the
-            exit status or the line that says what was done. "": `compose` names another command.
+        target: `module:function`, which takes the arguments and the packages that class paths may come from, and
+            returns the exit status or a line that says what was done. "": `compose` names another command.
         words: names of its `name=value` words.
-        places: its words without a name.
-        compose: files and options out of these words.
-        named: the target is given the command's name, too.
+        places: its positional words.
+        compose: turns these words into files and options.
+        named: whether the target is passed the command's name, too.
     """
 
     name: str
@@ -48,18 +48,19 @@ class Command(NamedTuple):
 
     @property
     def usage(self) -> str:
-        """`maskvlm evaluate [TASK] [model=..] ...`."""
+        """Usage line: `maskvlm evaluate [TASK] [model=..] ...`."""
         words = " ".join([*self.places, *(f"[{name}=..]" for name in self.words)])
         return f"maskvlm {self.name} {words}".rstrip()
 
     def full(self, arguments: Sequence[str]) -> list[str]:
-        """The command and its options, where it is given in words; with a whole stack of files it is that already."""
+        """The command with its words expanded to files and options. With a whole stack of files nothing is expanded."""
         if self.compose is None or (self.target and self._is_whole(arguments)):
             return [self.name, *arguments]
         return self.compose(read_words(self.name, arguments, self.words, len(self.places)))
 
     def _is_whole(self, arguments: Sequence[str]) -> bool:
-        """A stack begins with conf/base.yaml; other files come on top of the one that words stand for."""
+        """Whether the arguments hold a whole stack, which begins with conf/base.yaml. Other files come on top of the
+        stack that the words stand for."""
         options = {word.partition("=")[0] for word in arguments}
         stack = any(Path(file).name == "base.yaml" for file in config_files(list(arguments)))
         # `--vectors` needs no data, and so no stack.
@@ -67,12 +68,12 @@ class Command(NamedTuple):
 
     @property
     def has_own_options(self) -> bool:
-        """Whether its target has a help of its own; others take the keys of `fit`."""
+        """Whether its target has its own help; the others take the keys of `fit`."""
         return bool(self.target) and self.name not in ("submit", "preview", "bench")
 
     def run(self, arguments: list[str], allowed: list[str]) -> int | str:
-        """Import what it needs, and do it."""
-        # Only now, so that help and mistakes cost no import of torch.
+        """Import the target and call it."""
+        # Imported here so that help and mistakes do not import torch.
         module, _, function = self.target.partition(":")
         target: Callable[[list[str], list[str]], int | str] = getattr(importlib.import_module(module), function)
         return target([self.name, *arguments] if self.named else arguments, allowed)
@@ -169,10 +170,10 @@ ELSEWHERE = {
     "predict": "`evaluate` keeps every prediction of a split (predictions.jsonl), `embed` all vectors; methods such as "
     "`caption` answer for images that you name",
 }
-"""Commands that LightningCLI has elsewhere, and what does their work here."""
+"""Commands of a plain LightningCLI that are missing here, and what replaces them."""
 
 TASK_METHODS = {"answer": "vqa", "compare": "nlvr", "entail": "entailment"}
-"""What the tasks of this project bring to ask, and which task it is; a package's own are found in its checkpoint."""
+"""Methods that this project's tasks add, and the task of each. Those of other packages are found in the checkpoint."""
 
 USAGE = """maskvlm COMMAND [word=value ...] [--key value ...]
 {commands}
@@ -191,7 +192,7 @@ Options of commands that train or evaluate
 
 
 def overview() -> str:
-    """All commands by group."""
+    """The overview of `maskvlm --help`: all commands by group."""
     lines = []
     for group in dict.fromkeys(command.group for command in REGISTRY):
         lines += ["", group]
@@ -216,7 +217,7 @@ WORDS: dict[str, tuple[str, Callable[[], Sequence[str]], str]] = {
     "raw": ("folder or file of the set as distributed; for hf: name on the hub", list, ""),
     "name": ("name of the prepared set", list, "as the set"),
 }
-"""Word -> what it says, what it can be (nothing: anything), and what it is where it is left out."""
+"""Word -> its description, its possible values (empty: any), and its default."""
 
 
 KEYS = (
@@ -225,10 +226,10 @@ KEYS = (
 
 
 def help_of(command: Command, places: Sequence[str] = ()) -> str:
-    """What a command takes, with the choices that there are.
+    """Help of a command, with the available choices.
 
     Args:
-        places: words without a name that were given before --help: a task has data sets of its own.
+        places: positional words given along with --help: a task has its own data sets.
     """
     lines = [f"{command.usage} [--key value ...]", f"  {command.description}", ""]
     if any("TASK" in place for place in command.places):
@@ -238,7 +239,7 @@ def help_of(command: Command, places: Sequence[str] = ()) -> str:
         description, among, otherwise = WORDS[name]
         can_be = f": {' '.join(among())}" if among() else ""
         if name == "data" and command.places == ("TASK",):
-            can_be = ""  # those of pre-training are not a task's
+            can_be = ""  # the data sets of pre-training do not fit a task
         lines.append(f"  {name + '=':<9} {description}{can_be}{f' (default: {otherwise})' if otherwise else ''}")
         if name == "data":
             named_tasks = [task for task in own_sets if task in places] or own_sets

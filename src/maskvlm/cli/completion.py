@@ -1,4 +1,4 @@
-"""`maskvlm completion`: what completes commands, words and their values in bash and zsh."""
+"""`maskvlm completion`: the script that completes commands, words and their values in bash and zsh."""
 
 from maskvlm.cli.commands import REGISTRY, WORDS
 from maskvlm.config.compose import SPLITS, choices, home, sets_of, tasks
@@ -7,7 +7,7 @@ PREPARED = (
     '$(compgen -G "${DATA_ROOT:-data}/*/manifest.json" | while read -r file; do file="${file%/*}"; '
     'echo "${file##*/}"; done)'
 )
-"""Shell code that gives the names of the prepared sets."""
+"""Shell code that lists the names of the prepared sets."""
 
 SCRIPT = """# eval "$(maskvlm completion)" in ~/.bashrc; in ~/.zshrc after `autoload -U +X bashcompinit && bashcompinit`
 _maskvlm() {{
@@ -40,7 +40,7 @@ complete -o default -F _maskvlm maskvlm"""
 
 
 def main(arguments: list[str], allowed: list[str]) -> str:
-    """The script, or how to use it."""
+    """The script, or with --help how to use it."""
     if {"-h", "--help"} & {*arguments}:
         return SCRIPT.partition("\n")[0].removeprefix("# ").format()
     values = [f'      {name}) among="{" ".join(among())}" ;;' for name, (_, among, _) in WORDS.items() if among()]
@@ -50,7 +50,7 @@ def main(arguments: list[str], allowed: list[str]) -> str:
         f'      {"|".join(f"data:{name}:{task}" for name in trained)}) among="{" ".join(sets_of(task))}" ;;'
         for task in tasks()
     ]
-    # Checkpoints and prepared sets are looked for by the shell at each completion; the other values are fixed now.
+    # The shell looks up checkpoints and prepared sets at each completion; the other values are fixed now.
     sets += [f'      {"|".join(f"split:{name}:*" for name in ("embed", "index"))}) among="train {" ".join(SPLITS)}" ;;']
     sets += [
         f'      data:*) among="{" ".join(name for name in choices("data") if name != "prepared")} {PREPARED}" ;;',

@@ -1,4 +1,4 @@
-"""`maskvlm convert FROM TO`: a run's checkpoint to the hub's format, or such a folder to a checkpoint."""
+"""`maskvlm convert FROM TO`: converts a run's checkpoint to a Hugging Face folder, or such a folder to a checkpoint."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,10 +15,10 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 
 def convert(arguments: list[str], allowed: Iterable[str] = ()) -> str:
-    """Convert what the first argument names into what the second does; returns what was done.
+    """Convert the source, the first argument, to the target, the second; returns a line that says what was done.
 
     Raises:
-        UserError: the second is there already (73); as `from_pretrained`.
+        UserError: the target exists already (73), or as `from_pretrained`.
     """
     parser = OptionParser(
         "maskvlm convert", description="convert a checkpoint to a Hugging Face folder, or such a folder to FILE.ckpt"
@@ -36,12 +36,12 @@ def convert(arguments: list[str], allowed: Iterable[str] = ()) -> str:
         raise UserError("convert: --dtype", "is of folders alone", "Leave it out: a checkpoint keeps what it is given")
     if target.suffix == ".ckpt":
         content = read_content(source)
-        # A folder carries its card and metrics; a checkpoint has them in files beside it.
+        # A folder includes its card and metrics; a checkpoint has them in files beside it.
         content.pop("evaluation", None)
-        # What Lightning looks for in a file: epoch and version; optimiser and loops are not there to be restored.
+        # Lightning needs an epoch and a version in the file; there is no optimiser or loop state to restore.
         checkpoint.save({"epoch": 0, "pytorch-lightning_version": L.__version__, **content}, target)
         return f"{target}: {len(content['state_dict'])} tensors; fine-tune it: maskvlm finetune ... from={target}"
     model = PretrainedMaskVLM.from_pretrained(source, dtype=options.dtype, allow_import=allowed)
-    # A model that comes along is loaded by its name wherever the package is; of others nobody knows their name to be.
+    # A bundled model can be loaded by name wherever the package is installed; other models have no name yet.
     model.save_pretrained(target, name=source if source in bundled_models() else UNNAMED)
     return f"{target}: MaskVLM.from_pretrained('{target}'), or from={target} to fine-tune"

@@ -1,7 +1,7 @@
-"""`maskvlm doctor`: would this run work here, and how long would it take? One line a check, and nothing is trained.
+"""`maskvlm doctor`: would this run work here, and how long would it take? One line per check; nothing is trained.
 
-What cannot be measured before a run is predicted, and says so: memory by a simulated step, speed by the operations of a
-step and a share of the card's peak.
+What cannot be measured before a run is predicted, and marked as such: memory from a simulated step, speed from the
+operations of a step and an assumed share of the card's peak.
 """
 
 import contextlib
@@ -39,16 +39,16 @@ from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
 
 OK, LOOK, FAILS = "ok", "look", "fails"
-CHECKPOINTS = 4  # last, previous, best, and the one that is being written
-CARD_GIB, CARD_TFLOPS = 80.0, 312.0  # of an A100, where no card is at hand and none is described
-UTILISATION = 0.4  # of the peak; assumed
-LAUNCH = 10e-6  # seconds of the host for a kernel; assumed. Of a small model the card waits for it
-BATCH, BATCHES = 16, 3  # images that are read to time a data worker
-SENT = 2**26  # bytes of a timed all-reduce
+CHECKPOINTS = 4  # last, previous, best, and the one being written
+CARD_GIB, CARD_TFLOPS = 80.0, 312.0  # of an A100; used if there is no card here and none is described
+UTILISATION = 0.4  # share of the peak; assumed
+LAUNCH = 10e-6  # host seconds to launch a kernel; assumed. With a small model the card waits for it
+BATCH, BATCHES = 16, 3  # batch size, and number of batches, read to time a data worker
+SENT = 2**26  # bytes of the timed all-reduce
 
 
 class Finding(NamedTuple):
-    """One line. verdict: OK, LOOK or FAILS; todo: "" where there is nothing to do."""
+    """One line of the report. verdict: OK, LOOK or FAILS; todo: "" if there is nothing to do."""
 
     check: str
     verdict: str
@@ -60,7 +60,7 @@ class Finding(NamedTuple):
 
 
 class Card(NamedTuple):
-    """One of those that the run would use. peak: operations per second in bfloat16, None where it is not known."""
+    """A GPU that the run would use. memory: bytes; peak: operations per second in bfloat16, None if unknown."""
 
     name: str
     memory: int
@@ -68,7 +68,7 @@ class Card(NamedTuple):
 
 
 def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
-    """Print what was found; 2 where something fails, else 0."""
+    """Print the findings; returns 2 if something fails, else 0."""
     description = "Takes the words and options of `maskvlm pretrain`, and these:"
     parser = OptionParser("maskvlm doctor", description=description, allow_abbrev=False)
     parser.add_argument(
@@ -88,14 +88,14 @@ def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
 
 
 def findings(settings: Namespace, peak: float | None = None, memory: float | None = None) -> Iterator[Finding]:
-    """Findings of all checks, each as soon as it is known.
+    """Findings of all checks, each yielded as soon as it is known.
 
     Args:
-        settings: of a pre-training, as composed.
-        peak: TFLOP/s, memory: GiB of a card; None: its own, or what is assumed.
+        settings: composed configuration of a pre-training.
+        peak: TFLOP/s, memory: GiB of a card; None: the card's own, or assumed values.
     """
     if not alone():
-        # Every process takes part; the other checks are the first one's.
+        # Every process takes part; the other checks run on the first process only.
         yield examined("network", lambda: check_network(settings.trainer))
         if process_rank() != 0:
             return
@@ -116,7 +116,7 @@ def findings(settings: Namespace, peak: float | None = None, memory: float | Non
         yield Finding("data", LOOK, "not looked at, as the model tells the size of images", "Mend the model first")
     else:
         try:
-            with contextlib.redirect_stdout(io.StringIO()) as output:  # in the line, not before it
+            with contextlib.redirect_stdout(io.StringIO()) as output:  # goes into the finding's line, not before it
                 data = opened_data(settings, simulation)
             yield Finding("data", OK, "; ".join([contents(data), *output.getvalue().splitlines()]))
         except UserError as error:
@@ -128,7 +128,7 @@ def findings(settings: Namespace, peak: float | None = None, memory: float | Non
 
 
 def examined(check: str, look: Callable[[], Finding]) -> Finding:
-    """What `look` finds, or what it says is wrong."""
+    """What `look` finds, or a finding for the UserError that it raises."""
     try:
         return look()
     except UserError as error:
@@ -136,7 +136,7 @@ def examined(check: str, look: Callable[[], Finding]) -> Finding:
 
 
 def failure(check: str, error: UserError) -> Finding:
-    """Finding for an error that the run would end with."""
+    """A finding for an error that would end the run."""
     return Finding(check, FAILS, cut(f"{error.where}: {error.what}", 1000), cut(error.todo, 1000))
 
 
@@ -144,7 +144,7 @@ def failure(check: str, error: UserError) -> Finding:
 
 
 def on_cards(trainer: Namespace) -> bool:
-    """Whether the run asks for GPUs, or would take those that are here."""
+    """Whether the run asks for GPUs, or would use those of this machine."""
     return trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
 
 
@@ -169,14 +169,14 @@ def check_machine(trainer: Namespace) -> Finding:
 
 
 def check_torch(trainer: Namespace) -> Finding:
-    """Whether torch, its CUDA, the driver and the card fit each other."""
+    """Whether torch, its CUDA version, the driver and the card are compatible."""
     built, driver = torch.version.cuda, driver_version()
     message = f"torch {torch.__version__}, {f'built for CUDA {built}' if built else 'built without CUDA'}, "
     message += f"driver {driver}" if driver else "no NVIDIA driver"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         if f"sm_{major}{minor}" not in torch.cuda.get_arch_list():
-            # A kernel of the same major version runs; of another one none does.
+            # Kernels of the same major version run; those of another one do not.
             near = any(each.startswith(f"sm_{major}") for each in torch.cuda.get_arch_list())
             todo = f"It has no kernels for sm_{major}{minor}: install a newer torch" if not near else ""
             return Finding("torch", LOOK if todo else OK, message, todo)
@@ -191,7 +191,7 @@ def check_torch(trainer: Namespace) -> Finding:
 
 
 def driver_version() -> str | None:
-    """NVIDIA's, if its tool is here and answers."""
+    """Version of the NVIDIA driver; None if nvidia-smi is missing or fails."""
     if shutil.which("nvidia-smi") is None:
         return None
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -203,7 +203,7 @@ def driver_version() -> str | None:
 
 
 def check_disk(folder: Path, state: int | None) -> Finding:
-    """Room for the checkpoints of the run. state: bytes of one of them; None: not known."""
+    """Disk space for the checkpoints of the run. state: bytes of one checkpoint; None: unknown."""
     free, place = free_space(folder)
     message = f"{place}: {free / GIB:.1f} GiB free"
     if state is None:
@@ -216,24 +216,24 @@ def check_disk(folder: Path, state: int | None) -> Finding:
 
 
 def check_data_disk() -> Finding:
-    """Room where sets are prepared."""
+    """Disk space where data sets are prepared."""
     free, place = free_space(data_root())
     todo = "" if free >= GIB else "There is no room to prepare a set: make some, or set DATA_ROOT to a larger disk"
     return Finding("data disk", LOOK if todo else OK, f"{place}: {free / GIB:.1f} GiB free", todo)
 
 
 def free_space(folder: Path) -> tuple[int, Path]:
-    """Bytes free in a folder, or in the nearest one above it that is there, and which that is."""
+    """Free bytes of a folder, or of its nearest parent that exists, and the path of that folder."""
     place = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
     return shutil.disk_usage(place).free, place
 
 
 def check_shared_memory(settings: Namespace, simulation: StepSimulation | None) -> Finding:
-    """Room for what data workers have read. Raises UserError where there is too little."""
+    """Shared memory for the batches of data workers. Raises UserError if there is too little."""
     each, workers = processes(settings.trainer), workers_of(settings)
     if not workers or not Path(SHARED).is_dir() or simulation is None:
         return Finding("shared memory", OK, f"{workers} data workers")
-    # a byte for each of 3 colours
+    # one byte per colour channel
     image = 3 * simulation.model.backbone.image.image_size**2
     check_shared(image * pairs_of(settings), workers, each)
     free = shutil.disk_usage(SHARED).free / GIB
@@ -241,7 +241,7 @@ def check_shared_memory(settings: Namespace, simulation: StepSimulation | None) 
 
 
 def workers_of(settings: Namespace) -> int:
-    """Data workers of one process, as `PairData` chooses them."""
+    """Number of data workers per process, as `PairData` chooses it."""
     workers: int | None = settings.data.init_args.get("workers")
     if workers is not None or not on_cards(settings.trainer):
         return workers or 0
@@ -249,8 +249,8 @@ def workers_of(settings: Namespace) -> int:
 
 
 def check_network(trainer: Namespace) -> Finding:
-    """How fast the processes of this launch add up a tensor; all of them come here."""
-    # Fabric finds torchrun's and SLURM's places as the trainer does.
+    """How fast the processes of this launch all-reduce a tensor; every process must call this."""
+    # Fabric reads the ranks of torchrun and SLURM as the trainer does.
     try:
         fabric = L.Fabric(
             accelerator=trainer.accelerator, strategy="ddp", devices=trainer.devices, num_nodes=trainer.num_nodes
@@ -267,7 +267,7 @@ def check_network(trainer: Namespace) -> Finding:
         todo = "Start as many processes as devices and num_nodes say, and see that the machines reach each other"
         return Finding("network", FAILS, str(error).splitlines()[0], todo)
     best = min(seconds[1:])  # the first opens the connections
-    # A ring hands each number on twice, but for the own part.
+    # A ring passes each number on twice, except a process's own part.
     rate = 2 * (fabric.world_size - 1) / fabric.world_size * SENT / best
     message = f"{fabric.world_size} processes add up {SENT / 2**20:.0f} MiB in {1000 * best:.0f} ms"
     return Finding("network", OK, f"{message} ({rate / 1e9:.1f} GB/s)")
@@ -277,8 +277,8 @@ def check_network(trainer: Namespace) -> Finding:
 
 
 def simulated(settings: Namespace) -> StepSimulation:
-    """The configured model and task without values: no weights are read, and of a model on the hub only its
-    configuration. Raises UserError where it cannot be built."""
+    """The configured model and task on the meta device: no weights are read, and only the configuration of a model on
+    the hub. Raises UserError if they cannot be built."""
     backbone = settings.model.backbone.clone()
     backbone.init_args.start = None
     for encoder in (backbone.init_args.image, backbone.init_args.text):
@@ -290,7 +290,7 @@ def simulated(settings: Namespace) -> StepSimulation:
     with torch.device("meta"):
         parts = parser.instantiate(parser.parse_object({"backbone": backbone, "task": settings.model.task}))
         parts.task.build(parts.backbone)
-    # A card's own choice, as it is where the run would be on one.
+    # By default the precision that the run would choose on a card.
     precision = settings.trainer.precision or "bf16-mixed"
     try:
         return StepSimulation(parts.backbone, parts.task, str(precision), settings.data.init_args.get("captions") or 1)
@@ -300,17 +300,17 @@ def simulated(settings: Namespace) -> StepSimulation:
 
 
 def check_weights(settings: Namespace) -> Finding:
-    """Whether what the run starts from is here, or can be fetched; nothing is.
+    """Whether the weights that the run starts from are here or can be downloaded. Downloads nothing.
 
     Raises:
-        Unreachable: neither.
+        Unreachable: they are neither here nor can the hub be reached.
     """
     if settings["from"] is not None:
         return Finding("weights", OK, f"of the checkpoint {settings['from']}")
     if settings.model.random_init:
         return Finding("weights", OK, "random, as asked for")
     image, text = (settings.model.backbone.init_args[name].init_args for name in ("image", "text"))
-    # name of the encoder -> its repository on the hub; a local one that is not there is missing for good
+    # name of the encoder -> its repository on the hub; missing local weights cannot be downloaded
     absent: dict[str, str] = {}
     for encoder, local, repository in (
         (f"{image.name} (timm)", image.weights, hub_of_vit(image.name)),
@@ -328,13 +328,13 @@ def check_weights(settings: Namespace) -> Finding:
 
 
 def hub_of_vit(name: str) -> str:
-    """The repository of the weights that timm names for a model; "" for none."""
+    """The hub repository that timm names for a model's weights; "" if there is none."""
     facts = timm.get_pretrained_cfg(name, allow_unregistered=True)
     return (facts.hf_hub_id or "") if facts is not None else ""
 
 
 def opened_data(settings: Namespace, simulation: StepSimulation) -> PairData:
-    """The configured data, as a training sets them up. Raises UserError where they are missing or unfit."""
+    """The configured data, set up as for training. Raises UserError if they are missing or unsuitable."""
     arguments = {key: value for key, value in vars(settings.data.init_args).items() if key not in ("source", "spec")}
     data = PairData(built_source(settings), simulation.model.backbone.input_spec, **arguments)
     data.setup("fit")
@@ -342,8 +342,8 @@ def opened_data(settings: Namespace, simulation: StepSimulation) -> PairData:
 
 
 def contents(data: PairData) -> str:
-    """Images of each split."""
-    # A streamed split tells 0.
+    """Number of images in each split."""
+    # A streamed split has length 0.
     sizes = {name: f"{len(pairs):,} images" if len(pairs) else "a stream" for name, pairs in data.splits.items()}
     return ", ".join(f"{name}: {size}" for name, size in sizes.items())
 
@@ -352,7 +352,7 @@ def contents(data: PairData) -> str:
 
 
 def described(peak: float | None, memory: float | None) -> Card:
-    """The card that predictions are for: this machine's, or one that was described or assumed."""
+    """The card that predictions are for: this machine's, or a described or assumed one."""
     card = Card("a card (A100 assumed)", int(CARD_GIB * GIB), CARD_TFLOPS * 1e12)
     if torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
@@ -365,7 +365,7 @@ def described(peak: float | None, memory: float | None) -> Card:
 
 
 def pairs_of(settings: Namespace) -> int:
-    """Number of pairs of one process in one pass."""
+    """Number of pairs per process and forward pass."""
     data, trainer = settings.data.init_args, settings.trainer
     return max(1, data.batch_size // (data.accumulate or 1) // (processes(trainer) * trainer.num_nodes))
 
@@ -373,13 +373,13 @@ def pairs_of(settings: Namespace) -> int:
 def predicted_lines(
     settings: Namespace, simulation: StepSimulation, data: PairData | None, card: Card
 ) -> Iterator[Finding]:
-    """Memory, speed and length of the run, and whether the data workers keep up with it."""
+    """Memory, speed and duration of the run, and whether the data workers keep up with it."""
     cards, chunk = processes(settings.trainer) * settings.trainer.num_nodes, settings.model.chunk
     pairs = pairs_of(settings)
     try:
         memory = memory_line(settings, simulation, card)
         phases = simulation.work(pairs, chunk)
-    except Exception as error:  # a loss or masking of somebody else's that asks a fake tensor for a value
+    except Exception as error:  # a third-party loss or masking that reads the value of a fake tensor
         todo = "Try it: maskvlm bench with the same words"
         yield Finding("memory", LOOK, f"the step cannot be simulated ({type(error).__name__}: {error})", todo)
         return
@@ -387,7 +387,7 @@ def predicted_lines(
     if card.peak is None:
         yield Finding("speed", LOOK, f"{card.name}: its peak is not known", "Give --peak TFLOPS, or maskvlm bench")
         return
-    # Seconds of the mean step: of each phase what takes longer, to compute or to launch.
+    # Seconds of the mean step: in each phase computing or launching, whichever takes longer.
     computed_P = [pairs * each.flops / (UTILISATION * card.peak) for each in phases]
     launched_P = [each.launched * LAUNCH for each in phases]
     slower_P = [max(seconds) for seconds in zip(computed_P, launched_P, strict=True)]
@@ -408,10 +408,10 @@ def predicted_lines(
 
 
 def memory_line(settings: Namespace, simulation: StepSimulation, card: Card) -> Finding:
-    """Memory of a step on one card; raises as `StepSimulation.memory`."""
+    """Predicted memory of a step on one card; raises as `StepSimulation.memory`."""
     strategy = settings.trainer.strategy
     if str(getattr(strategy, "class_path", "")).endswith(f".{ShardedStrategy.__name__}"):
-        # Of the whole model it would say that what is shared out for want of room has none.
+        # A prediction for the whole model would say that a model sharded for lack of memory does not fit.
         return Finding("memory", LOOK, "not predicted where cards share the weights", "See docs/gpus.md, When to shard")
     copied = processes(settings.trainer) * settings.trainer.num_nodes > 1 and copies_gradients(strategy)
     memory = estimate_memory(simulation, pairs_of(settings), settings.model.chunk, card.memory, copied)
@@ -421,7 +421,7 @@ def memory_line(settings: Namespace, simulation: StepSimulation, card: Card) -> 
 
 
 def format_flops(phases: Sequence[StepWork]) -> str:
-    """`98.7`, or of a run of phases `61.2 (60 % of the steps 30.1, 40 % of the steps 107.9)`: GFLOP a pair."""
+    """GFLOP per pair: `98.7`, or for a run in phases `61.2 (60 % of the steps 30.1, 40 % of the steps 107.9)`."""
     mean = sum(each.share * each.flops for each in phases) / 1e9
     if len(phases) == 1:
         return f"{mean:,.1f}"
@@ -430,7 +430,7 @@ def format_flops(phases: Sequence[StepWork]) -> str:
 
 
 def check_workers(settings: Namespace, data: PairData, rate: float) -> Finding:
-    """Whether the data workers of a process keep up with a card. rate: pairs per second that it takes."""
+    """Whether the data workers of a process keep up with a card. rate: pairs per second that the card needs."""
     read, workers = images_per_second(data), workers_of(settings)
     needed, each = math.ceil(rate / read), processes(settings.trainer)
     message = f"one reads {read:,.0f} images/s (measured here): a card needs {needed}, {workers} are configured"
@@ -445,7 +445,7 @@ def check_workers(settings: Namespace, data: PairData, rate: float) -> Finding:
 
 
 def images_per_second(data: PairData) -> float:
-    """Images a second of one data worker, which has one core: some training images are read, augmented and batched."""
+    """Images per second of one single-core data worker, measured by reading, augmenting and batching some images."""
     data.batch_size, data.accumulate, data.workers = BATCH, 1, 0
     data.steps, data.epochs = 1 + BATCHES, None
     threads = torch.get_num_threads()

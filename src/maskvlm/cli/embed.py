@@ -1,4 +1,4 @@
-"""`maskvlm embed`: the vectors of a data set's images and captions (`inference/vector_files.py`)."""
+"""`maskvlm embed`: embeds a data set's images and captions (`inference/vector_files.py`)."""
 
 import argparse
 import json
@@ -21,11 +21,11 @@ from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.vector_files import SHARD, Process, embed
 from maskvlm.utils.errors import UserError, check_least
 
-LOOKED_AT = 16  # images of a split
+LOOKED_AT = 16  # images per split that are checked for being unlike the training data
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
-    """Embed a split; arguments as in the shell."""
+    """Embed a split. Takes arguments as in the shell."""
     parser = data_parser("embed", "checkpoints/vectors", "write the vectors of a data set as Parquet")
     options, rest = parser.parse_known_args(arguments)
     print(embed_data(options, rest, allowed, options.out, process_of(os.environ)), flush=True)
@@ -33,7 +33,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 
 
 def data_parser(command: str, out: str, description: str) -> argparse.ArgumentParser:
-    """The options of `embed`, which `index` takes too. Whatever else is given configures the data."""
+    """Parser of the options of `embed`, which `index` takes too. All other options configure the data."""
     parser = OptionParser(f"maskvlm {command}", description=description, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(out), help=f"output folder (default: {out})")
     parser.add_argument(
@@ -53,10 +53,10 @@ def data_parser(command: str, out: str, description: str) -> argparse.ArgumentPa
 
 
 def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str], folder: Path, process: Process) -> str:
-    """Embed the data that `rest` configures (`-c FILE ... --data.key value`); returns what was done.
+    """Embed the data that `rest` configures (`-c FILE ... --data.key value`); returns a line that says what was done.
 
     Raises:
-        UserError: data that are not images with captions, a streamed split, a folder that holds other vectors.
+        UserError: the data are not images with captions, the split is streamed, or the folder holds other vectors.
     """
     options.source = options.source or default_model("asked")
     check_least(1, {"shard": options.shard})
@@ -82,16 +82,16 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     tell_far(model, pairs)
     args = chosen.get("init_args")
     plain = {"class_path": chosen.class_path, "init_args": args.as_dict() if args else {}}
-    # What index.json can hold: paths and other values become texts.
+    # Only JSON types go into index.json: paths and other values become strings.
     facts = {"checkpoint": options.source, "split": options.split, "source": json.loads(json.dumps(plain, default=str))}
     return embed(model, pairs, folder, facts, options.shard, options.captions, process)
 
 
 def undivided(source: Source) -> Prepared:
-    """A set without splits of its own, of which no part is held out.
+    """A prepared set without splits of its own, read whole: no part of it is held out.
 
     Raises:
-        UserError: another data set.
+        UserError: the data set is of another kind.
     """
     there = read_manifest(source.root)["splits"] if isinstance(source, Prepared) else {}
     if not isinstance(source, Prepared) or list(there) != ["train"]:
@@ -101,7 +101,7 @@ def undivided(source: Source) -> Prepared:
 
 
 def tell_rest(source: Source, split: str) -> None:
-    """Print to stderr which part of a set without splits of its own is not among the images."""
+    """Print to stderr which images of a set without splits of its own are left out."""
     if isinstance(source, Prepared) and source.hold_out and split in ("train", "val"):
         other = "val" if split == "train" else "train"
         if list(read_manifest(source.root)["splits"]) == ["train"]:
@@ -110,11 +110,11 @@ def tell_rest(source: Source, split: str) -> None:
 
 
 def tell_far(model: PretrainedMaskVLM, pairs: Pairs) -> None:
-    """Print to stderr how many of a few images, evenly spread over a split, are unlike the model's training data."""
+    """Check a few images, evenly spread over a split, and warn on stderr if most are unlike the training data."""
     rows = sorted({number * len(pairs) // LOOKED_AT for number in range(LOOKED_AT)}) if len(pairs) else []
     images = []
     for row in rows:
-        with suppress(BadImage):  # told when it is embedded
+        with suppress(BadImage):  # reported when it is embedded
             images.append(safe_open(pairs[row]["image"], pairs[row]["origin"]))
     far = sum(line is not None for line in model.far(images))
     if 2 * far > len(images):
@@ -123,16 +123,16 @@ def tell_far(model: PretrainedMaskVLM, pairs: Pairs) -> None:
 
 
 def device_of_process(accelerator: str, local: int) -> str:
-    """The device of a process. accelerator: the trainer's. local: the process's number on its machine."""
+    """The device of a process. accelerator: the trainer's. local: the process's local rank."""
     if torch.cuda.is_available() and accelerator != "cpu":
-        # Where there are more processes than GPUs, some share one.
+        # If there are more processes than GPUs, some share one.
         return f"cuda:{local % torch.cuda.device_count()}"
-    # Where there is no GPU, the model says so.
+    # If there is no GPU, loading the model reports it.
     return "cuda" if accelerator in ("gpu", "cuda") else "cpu"
 
 
 def process_of(environment: Mapping[str, str]) -> Process:
-    """This process's number and how many there are, by torchrun's variables, else SLURM's; (0, 1) without either."""
+    """Rank of this process and number of processes, from torchrun's variables, else SLURM's; (0, 1) without either."""
     for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank in environment and world in environment:
             return int(environment[rank]), int(environment[world])

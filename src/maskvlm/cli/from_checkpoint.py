@@ -1,5 +1,5 @@
-"""What a command takes from the checkpoint that it starts from: the model, on request the task; and what it says of the
-rest."""
+"""What a command takes from the checkpoint that it starts from: the model and, on request, the task; and its warnings
+about the rest."""
 
 import json
 import re
@@ -24,12 +24,12 @@ RECIPE_FILE = re.compile(r"(?:^|/)pretrain-(\w+)\.yaml$")
 
 @contextmanager
 def with_start(arguments: list[str], allowed: Iterable[str]) -> Iterator[tuple[list[str], ModelSpec | None]]:
-    """The arguments with the model of `--from CHECKPOINT` as their first file, which every other one overrides. In the
-    place of `--task_from CHECKPOINT` stands its pre-training task as a file. In that of `--settings_from CHECKPOINT`
-    stands what it was fine-tuned with, if that was the task of the files before: else nothing.
+    """The arguments with the model of `--from CHECKPOINT` as their first file, which every other file overrides.
+    `--task_from CHECKPOINT` is replaced by a file with its pre-training task. `--settings_from CHECKPOINT` is replaced
+    by the settings that it was fine-tuned with, if its task is that of the files before it; otherwise it is dropped.
 
     Yields:
-        the arguments, and what the checkpoint of --from says of itself.
+        the arguments, and the `ModelSpec` stored in the checkpoint of --from.
     """
     starts = [option.value for option in options(arguments) if option.key == "from"]
     whole = list(arguments)
@@ -45,17 +45,17 @@ def with_start(arguments: list[str], allowed: Iterable[str]) -> Iterator[tuple[l
                 named = find_place("model.task.class_path", given_places(whole[1:at]))
                 same = spec.task is not None and named is not None and spec.task["class_path"] == current(named.value)
                 model = {"backbone": spec.backbone, "task": checked_task_of(spec, source, allowed)} if same else {}
-            # JSON: a class path or a text such as "no" comes back as it was written
+            # JSON: a class path or a string such as "no" is read back unchanged
             file = Path(folder, f"{option.removeprefix('--')}.yaml")
             whole[at : at + length] = ["-c", _file_of(file, json.dumps({"model": model}))] if model else []
         if start is not None:
-            # Of all that the checkpoint says only its backbone comes through, checked.
+            # Only the checked backbone is taken from what the checkpoint says.
             whole[1:1] = ["-c", _file_of(Path(folder, "model.yaml"), backbone_yaml(start))]
         yield whole, start
 
 
 def _place_of(arguments: Sequence[str]) -> int | None:
-    """Index of the first `--task_from CHECKPOINT` or `--task_from=CHECKPOINT`, or `--settings_from`; None without."""
+    """Index of the first `--task_from CHECKPOINT`, `--task_from=CHECKPOINT` or `--settings_from`; None if absent."""
     names = ("--task_from", "--settings_from")
     places = (at for at, word in enumerate(arguments) if word.partition("=")[0] in names)
     return next((at for at in places if "=" in arguments[at] or at + 1 < len(arguments)), None)
@@ -67,10 +67,10 @@ def _file_of(path: Path, text: str) -> str:
 
 
 def parts_left_behind(start: ModelSpec | None, task: Namespace) -> Iterator[str]:
-    """A line for each part of the pre-training that made a checkpoint which a run from it does not take over.
+    """A line for each part of a checkpoint's pre-training task that a run from it does not take over.
 
     Args:
-        start: what the checkpoint says of itself.
+        start: the `ModelSpec` stored in the checkpoint.
         task: class_path and init_args of the run's task.
     """
     before = {} if start is None or start.task is None else start.task["init_args"]
@@ -87,26 +87,26 @@ def parts_left_behind(start: ModelSpec | None, task: Namespace) -> Iterator[str]
 
 
 def recipe_of_another(start: ModelSpec, arguments: Sequence[str]) -> str | None:
-    """A line where pre-training goes on by the recipe of another model than the checkpoint's, as it does where `model=`
-    is left out: the rates of one that learns drawn scenes are far from those of pretrained encoders.
+    """A warning if pre-training continues with the recipe of a model other than the checkpoint's. This happens if
+    `model=` is left out: the learning rates for drawn scenes are far from those for pretrained encoders.
 
     Args:
-        start: what the checkpoint says of itself.
-        arguments: the subcommand, and the files and options that it is composed of.
+        start: the `ModelSpec` stored in the checkpoint.
+        arguments: the subcommand, and its composed files and options.
     """
     recipe = next((match[1] for word in arguments if (match := RECIPE_FILE.search(word))), None)
     if arguments[0] != "fit" or recipe is None:
         return None
     sizes = {name: _size_in(str(chosen("model", name))) for name in choices("model")}
     own = [name for name, size in sizes.items() if size == _size_of(start.backbone)]
-    # A file of the user's own may have such a name, too.
+    # A user's own file may have such a name, too.
     if not own or recipe in own or recipe not in sizes:
         return None
     return f"the recipe is that of model={recipe}, the checkpoint a model={own[0]}: give model={own[0]} beside from="
 
 
 def _size_in(file: str) -> tuple[str, int | None] | None:
-    """The same in a model's file; None for one that says nothing of encoders, or cannot be read: nobody named it."""
+    """`_size_of` a model's file; None if it sets no encoders or cannot be read, as the user did not name it."""
     try:
         return _size_of(read_yaml(config_text(file), file)["model"]["backbone"])
     except (UserError, KeyError, TypeError, AttributeError):
@@ -114,7 +114,7 @@ def _size_in(file: str) -> tuple[str, int | None] | None:
 
 
 def _size_of(backbone: Any) -> tuple[str, int | None]:
-    """Name of the ViT, and its width where that is not the name's."""
+    """Name of the ViT, and its width if that differs from the name's own."""
     image = backbone["init_args"]["image"]["init_args"]
     return image["name"], (image.get("config") or {}).get("embed_dim")
 
@@ -125,18 +125,18 @@ def _class_paths(part: Any) -> str:
 
 
 def check_same_task(start: ModelSpec | None, path: str, measured: str) -> None:
-    """Whether a fine-tuned checkpoint is measured as what it was fine-tuned as.
+    """Check that a fine-tuned checkpoint is evaluated on the task that it was fine-tuned on.
 
     Args:
-        path: of the checkpoint.
-        measured: class path of the task.
+        path: path of the checkpoint.
+        measured: class path of the task to evaluate.
 
     Raises:
-        UserError: it is not (2).
+        UserError: it is another task (2).
     """
     if start is None or start.task is None or start.task["class_path"] == measured:
         return
     theirs, measured_name = (task_name(path) for path in (start.task["class_path"], measured))
-    if theirs.startswith("maskvlm."):  # pre-training, which every task may begin from
+    if theirs.startswith("maskvlm."):  # pre-training, which every task may start from
         return
     raise UserError(path, f"was fine-tuned as {theirs}, not as {measured_name}", f"Name its task: evaluate {theirs}")

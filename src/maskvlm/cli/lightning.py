@@ -1,7 +1,7 @@
 """The command line: LightningCLI with this project's classes, links and rules.
 
-`maskvlm fit -c a.yaml -c b.yaml --model.task.image_mask_ratio 0.7`: later files win, then options.
-Every class path in a file is a plug-in: its base class is the whole registry.
+`maskvlm fit -c a.yaml -c b.yaml --model.task.image_mask_ratio 0.7`: later files override earlier ones, options override
+files. Every class path in a file is a plug-in: there is no registry besides its base class.
 """
 
 import re
@@ -67,12 +67,12 @@ class LightningCommand(LightningCLI):
 
     Args:
         arguments: the subcommand and its options.
-        start: what the checkpoint of --from says of itself.
+        start: the `ModelSpec` stored in the checkpoint of --from.
     """
 
     def __init__(self, arguments: list[str], start: ModelSpec | None = None) -> None:
         self.arguments, self.start = arguments, start
-        self.claimed = False  # whether all that lies in the run's folder is of this start
+        self.claimed = False  # whether everything in the run's folder was written by this start
         super().__init__(
             LitModel,
             PairData,
@@ -101,7 +101,7 @@ class LightningCommand(LightningCLI):
         description = "checkpoint to start from: its model, weights and tokenizer, and the heads that fit the task"
         parser.add_argument("--from", type=str | None, default=None, help=description)
         parser.link_arguments("from", "model.backbone.init_args.start")
-        # What the encoders know goes to the data once; one seed and one number of passes rule both sides.
+        # The encoders' input spec is linked to the data; model and data share one seed and one accumulation.
         parser.link_arguments("model.backbone", "data.init_args.spec", compute_fn=input_spec, apply_on="instantiate")
         for encoder in ("image", "text"):
             parser.link_arguments("model.random_init", f"model.backbone.init_args.{encoder}.init_args.random_init")
@@ -111,7 +111,7 @@ class LightningCommand(LightningCLI):
         parser.link_arguments("trainer.accumulate_grad_batches", "data.init_args.accumulate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        # Before --print_config ends the command.
+        # Checked before --print_config ends the command.
         refuse_two_lengths(self.arguments)
         self.config = parsed(parser, one_length(self.arguments))
         for line in old_name_lines(self.arguments):
@@ -135,75 +135,75 @@ class LightningCommand(LightningCLI):
         return self.config[self.config.subcommand]
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning's own would replace the model's settings by those inside the checkpoint."""
+        """Does nothing: Lightning's version would replace the model's settings by those in the checkpoint."""
 
     def before_instantiate_classes(self) -> None:
         settings = self.settings
         folder = Path(settings.run)
         check_least(1, {"patience": settings.get("patience")})
-        # 0 clips nothing; below it nothing would be clipped either, without a word.
+        # 0 turns clipping off; a negative value would do so silently.
         check_least(0, {"trainer.gradient_clip_val": settings.trainer.gradient_clip_val})
         check_cards(settings.trainer)
         check_strategy(settings.trainer.strategy)
         if self.subcommand != "fit":
             settings.verbose = False  # Lightning's table of raw numbers; ours is printed by `Report`
-        # An evaluation with --from measures the model that it starts from; any other names a checkpoint.
+        # An evaluation with --from measures that model; any other needs a checkpoint.
         if self.subcommand == "fit" or settings.get("ckpt_path") or settings["from"] is None:
             settings.ckpt_path = find_checkpoint(settings.get("ckpt_path"), folder, str(self.subcommand))
         if self.subcommand == "fit" and not settings.trainer.fast_dev_run:
             self._stand(settings, folder)
-        # Of an earlier command here alone: another process of this one may have failed by now.
+        # Remove the failure note of an earlier command only: another process of this one may have failed by now.
         if process_rank() == 0 and (not EARLIER or failed_first(folder) in EARLIER):
             folder.joinpath(FIRST).unlink(missing_ok=True)
 
     def _stand(self, settings: Namespace, folder: Path) -> None:
-        """Take the folder, and find where its run goes on. What is refused has touched nothing."""
-        # Every process looks, which touches nothing; the first alone takes the lock.
+        """Claim the folder, and find the checkpoint that its run resumes from. An error leaves the folder untouched."""
+        # Every process looks, which touches nothing; only the first takes the lock.
         named = settings.ckpt_path
         origin = None if named is None else foreign_origin(named, folder)
-        own = named is not None and origin is None  # one of the folder's checkpoints is asked for
+        own = named is not None and origin is None  # the checkpoint named is one of this folder's
         composed = self.composed()
         if not own:
             may_go_on(folder, composed, origin)
         if process_rank() == 0:
             HELD.take(folder, warn)
         if not own:
-            # Looked at again under the lock: somebody may have trained here in between.
+            # Checked again under the lock: another run may have trained here in between.
             settings.ckpt_path = newest_of(folder, composed, warn, origin) or named
             if settings.ckpt_path is None and process_rank() == 0:
-                # What lay there before, such as the settings of an earlier start, is not this one's to remove.
+                # Files that were there before, such as the settings of an earlier start, must not be removed.
                 self.claimed = not folder.is_dir() or {path.name for path in folder.iterdir()} <= {"run.lock"}
                 claim_folder(folder)
 
     def composed(self) -> str:
-        """The configuration of a training as YAML, every default written out."""
+        """The configuration of a training run as YAML, with every default written out."""
         text: str = self._parser("fit").dump(self.settings, skip_none=False)
         return text
 
     def instantiate_classes(self) -> None:
-        """Instantiate with `{run}` filled in; the saved configuration keeps it, so that it fits another folder too."""
+        """Instantiate with `{run}` filled in. The saved configuration keeps `{run}`, so that it fits other folders."""
         settings = self.settings
         portable = settings.clone()
         if self.subcommand == "fit":
-            portable.ckpt_path = None  # where this start goes on from is no setting of the run
+            portable.ckpt_path = None  # the checkpoint that this start resumes from is not a setting of the run
         self.save_config_kwargs = {"portable": portable}
         settings.trainer = fill_in(settings.trainer, settings.run)
         settings.trainer.default_root_dir = settings.run
         if self.subcommand != "fit":
-            settings.trainer.logger = False  # Lightning's CSV logger begins by deleting the training's metrics.csv
+            settings.trainer.logger = False  # Lightning's CSV logger would first delete the training's metrics.csv
         try:
             super().instantiate_classes()
         except BaseException:
             if self.claimed:
                 give_up_folder(Path(settings.run))
             raise
-        # Of the built model, as its text encoder's shape goes into what a checkpoint will say.
+        # Taken from the built model, as a checkpoint records the shape of its text encoder.
         written = portable.as_dict()
         self.model.model_yaml = portable_yaml(written, self.model.backbone.text.config)
         self.model.task_yaml = task_yaml(written["model"]["task"])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """bf16 wherever the GPU has it, and on a CPU where that is faster (`precision.py`), unless told otherwise."""
+        """By default, use bf16 on a GPU that supports it, and on a CPU if it is faster there (`precision.py`)."""
         trainer = self.settings.trainer
         if trainer.precision is None:
             kwargs.setdefault("precision", self._precision(trainer))
@@ -211,7 +211,7 @@ class LightningCommand(LightningCLI):
             new_trainer = super().instantiate_trainer(**kwargs)
         except UserError:
             raise
-        except (TypeError, ValueError, ImportError) as error:  # what Lightning says of a wrong value
+        except (TypeError, ValueError, ImportError) as error:  # Lightning's errors for a wrong value
             raise wrong_trainer(error) from error
         except RuntimeError as error:
             if "more than one stateful callback" not in str(error):
@@ -221,23 +221,24 @@ class LightningCommand(LightningCLI):
             if isinstance(callback, RunRecord | SaveConfig):
                 callback.goes_on = self.settings.get("ckpt_path") is not None
             if isinstance(callback, KeepState):
-                callback.restores_signals = False  # they are noted until the last evaluation has ended
+                callback.restores_signals = False  # signals are caught until the last evaluation has ended
         keep_profile(new_trainer, Path(self.settings.run))
-        # Without evaluations they are left to look at what training logs.
+        # Without evaluations, callbacks keep judging by what training logs.
         for callback in new_trainer.callbacks if new_trainer.limit_val_batches else ():  # type: ignore[attr-defined]
             judge_after_evaluations(callback)
         watch(new_trainer, Path(self.settings.run), self.settings.get("patience"))
         return new_trainer
 
     def _precision(self, trainer: Namespace) -> str | None:
-        """None: single precision. Of several processes on CPUs each would find its own: there it stays at that. A run
-        that goes on keeps what it began with, wherever: another rounding would change its losses."""
+        """The precision to use; None: single precision. Several processes on CPUs always use single precision, as each
+        would choose its own. A resumed run keeps its precision on any machine: other rounding would change its losses.
+        """
         if self.subcommand == "fit" and self.settings.get("ckpt_path") is not None:
             began = read_json(Path(self.settings.run) / "versions.json").get("precision")
             if began is not None:
                 return "bf16-mixed" if began == "bf16-mixed" else None
         if trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-            # A card that only emulates bf16 does not have it.
+            # Emulated bf16 does not count as support.
             return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else None
         one = str(trainer.devices) in ("1", "auto") and trainer.num_nodes == 1 and alone()
         if trainer.accelerator not in ("auto", "cpu") or not one:
@@ -247,8 +248,8 @@ class LightningCommand(LightningCLI):
         return cpu_precision(image.vit.blocks[-1], length, image.vit.embed_dim, Path(self.settings.run))
 
     def before_validate(self) -> None:
-        """A checkpoint without the task's heads is refused before anything is written. One that is loaded by
-        --ckpt_path brings them later."""
+        """Reject a checkpoint without the task's heads before anything is written. With --ckpt_path the heads are
+        loaded later."""
         if self.settings.get("ckpt_path") is None:
             try:
                 self.model.on_validation_start()
@@ -259,19 +260,19 @@ class LightningCommand(LightningCLI):
     before_test = before_validate
 
     def before_fit(self) -> None:
-        """Say what a step takes of the card, while there is time to change it."""
+        """Print the predicted memory of a step before training starts."""
         trainer: Any = self.trainer
         if process_rank() == 0 and trainer.strategy.root_device.type == "cuda":
             self._tell_memory(trainer, torch.cuda.get_device_properties(trainer.strategy.root_device).total_memory)
 
     def _tell_memory(self, trainer: Any, card: int) -> None:
-        """card: bytes.
+        """Print the predicted memory of a step. card: memory of the card in bytes.
 
         Raises:
-            UserError: not even what stays from step to step has a place (69).
+            UserError: not even what is kept from step to step fits (69).
         """
         model, data, precision = self.model, self.datamodule, str(trainer.precision)
-        # Of pairs, whose batches all look alike, in strategies that keep all parameters on each card.
+        # Only for pairs, whose batches all have the same shape, and strategies that keep all parameters on each card.
         pairs = isinstance(data, PairData) and isinstance(data.source, Source)
         whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
         if not (pairs and whole and precision in AUTOCAST):
@@ -281,7 +282,7 @@ class LightningCommand(LightningCLI):
         try:
             copied = trainer.world_size > 1 and copies_gradients(trainer.strategy)
             estimate = estimate_memory(simulation, share, model.chunk, card, copied)
-        except Exception as error:  # a plug-in that asks a fake tensor for a value; the run itself may be well
+        except Exception as error:  # a plug-in that reads the value of a fake tensor; the run itself may work
             print(f"note: the step's memory could not be simulated ({error})", file=sys.stderr, flush=True)
             return
         estimate.check()
@@ -291,11 +292,11 @@ class LightningCommand(LightningCLI):
             warn(f"{estimate}: {estimate.todo}")
 
     def after_fit(self) -> None:
-        """The weights of the last step, wherever the last evaluation fell; and an evaluation of all, where those
-        along the way looked at a part (limit_val_batches). Of a run that `EarlyStopping` ended, the
-        best weights are measured."""
+        """Save the weights of the last step, then evaluate on the whole validation split, even if evaluations during
+        training covered a part of it (limit_val_batches). If `EarlyStopping` ended the run, the best weights are
+        evaluated."""
         folder = Path(self.trainer.default_root_dir)
-        # Asked now: measuring the best weights brings back what callbacks knew when they were written.
+        # Asked now: evaluating the best weights restores the callback states stored with them.
         stopped = stopped_before_its_end(self.trainer)
         if self.trainer.checkpoint_callbacks and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             # Weights that are not finite must not become the last checkpoint.
@@ -307,31 +308,31 @@ class LightningCommand(LightningCLI):
             self.trainer.limit_val_batches = 1.0
             best, knew = best_of(self.trainer), self.model.known_images is not None
             if in_part:
-                # Before the best weights are measured: what is told of that names their file by its hash.
+                # Before the best weights are evaluated: the record of that names their file by its hash.
                 self._best_knows_as_much(folder)
             if best is not None:
                 why = ", ".join(filter(None, map(ended_by_score, self.trainer.callbacks)))  # type: ignore[attr-defined]
                 warn(f"{why}: the run ends at step {self.trainer.global_step}, {best} is measured")
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-            # Once more, where these weights know more images now. Not after the evaluation alone: it may take long, and
-            # whatever stops it must not take the last steps with it.
+            # Save once more if these weights know more images now. The first save must not wait for the evaluation,
+            # which may take long: if it is stopped, the last steps must not be lost.
             more = self.model.known_images is not None and (in_part or not knew)
             if more and best is None and self.trainer.checkpoint_callbacks:
                 self.trainer.save_checkpoint(folder / LAST)
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if stopped is not None:
-            forget(folder)  # it died of nothing
+            forget(folder)  # it did not crash
             warn(f"{folder}: not finished: {stopped}")
             return
-        # Last of all: a run that dies before this line is not finished, and goes on when it is started again.
+        # Must come last: a run that dies before this line is not finished, and resumes when it is started again.
         trainer: Any = self.trainer
         finish_run(folder, trainer.global_step, trainer.datamodule.total_steps)
         self._tell_end(folder)
 
     def _best_knows_as_much(self, folder: Path) -> None:
-        """Let the best weights know images of all the validation split: when they were kept, those that were looked at
-        along the way stood at its beginning. Of sharded weights they know these."""
+        """Rewrite the best checkpoint's known images to cover the whole validation split: when it was saved, they came
+        from the beginning of the split only. The checkpoint of sharded weights keeps these."""
         trainer: Any = self.trainer
         best = Path(best_checkpoint(trainer) or folder / LAST)
         whole = not any(map(is_sharded, self.model.parameters()))
@@ -342,25 +343,25 @@ class LightningCommand(LightningCLI):
         trainer.strategy.barrier()
 
     def _tell_end(self, folder: Path) -> None:
-        """Where the weights are, and how they are asked: whoever has waited for them wants to try them."""
+        """Print where the weights are, and the command to try them."""
         best = Path(best_checkpoint(self.trainer) or folder / LAST)
-        # As the run was named; Lightning keeps whole paths.
+        # Show the path as the user gave it; Lightning keeps absolute paths.
         best = folder / best.name if best.parent == folder.resolve() else best
-        if best.is_file():  # not where checkpoints are turned off
+        if best.is_file():  # false if checkpoints are turned off
             how = how_to_ask(self.model.task, best)
             print(f"{folder}: finished; {f'ask it: {how}' if how else best}", file=sys.stderr, flush=True)
 
     def _run_subcommand(self, subcommand: str) -> None:
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         memory = keep_freed_memory() if on_cpu else nullcontext()
-        # Neither an evaluation nor a trial is an attempt of the training whose folder it is in.
+        # An evaluation or a trial run does not count as an attempt of the training in that folder.
         trains = subcommand == "fit" and not self.settings.trainer.fast_dev_run
         attempt = attempted(Path(self.settings.run)) if trains else nullcontext()
         try:
             with attempt, writing(self.settings.run), explain_interval_error(), memory:
                 super()._run_subcommand(subcommand)
-        except UserError:  # with another error there is a report of it
-            # Of several processes the folder tells the others how this one ended.
+        except UserError:  # any other error leaves a report in the folder
+            # With several processes the folder tells the others how this one ended.
             alone, begun = self.trainer.world_size == 1, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
             if self.claimed and alone and not begun:
                 give_up_folder(Path(self.settings.run))
@@ -377,11 +378,11 @@ LINKED = {
     "data.seed": "--seed_everything",
     "data.accumulate": "--trainer.accumulate_grad_batches",
 }
-"""Settings that another option sets, and that option: jsonargparse drops what is given for them inside a class."""
+"""Settings that another option sets -> that option. jsonargparse ignores a value given for them inside a class."""
 
 
 def refuse_linked(typed: Collection[str]) -> None:
-    """Raises UserError for a typed option that would change nothing, as another one sets it."""
+    """Raises UserError for a typed option that would have no effect, as another option sets it."""
     for key in LINKED:
         if key in typed:
             raise UserError(f"--{key}", "changes nothing: another option sets it", f"Give {LINKED[key]}")
@@ -391,25 +392,25 @@ IDLE = {
     "image_masking": ("image_mask_ratio", "mask_block", "fully_masked_share"),
     "text_masking": ("text_mask_ratio", "text_mask_most", "whole_word", "keep_and_swap"),
 }
-"""Arguments of pre-training that take a masking of one's own, and those of the built-in one that it sets aside."""
+"""Arguments of pre-training that take a custom masking -> arguments of the built-in masking that it makes unused."""
 
 
 def refuse_idle(typed: Collection[str], task: Namespace) -> None:
-    """Raises UserError for a typed option of the built-in masking beside another masking. In files they may stand:
-    recipes set them for whoever gives no masking."""
+    """Raises UserError for a typed option of the built-in masking if another masking is used. Files may set such
+    options: recipes do, for runs without a custom masking."""
     arguments = task.get("init_args") or Namespace()
     for masking, names in IDLE.items():
         kind = arguments.get(masking)
         for name in names:
-            # null turns off what nobody asks for: a study's arms share such options.
+            # null turns off an unused option: a study's arms share such options.
             if kind and f"model.task.{name}" in typed and arguments.get(name) is not None:
                 what = f"changes nothing: {masking} is {kind['class_path'].rpartition('.')[2]}, which masks by its own"
                 raise UserError(f"--model.task.{name}", what, f"Give it to that: --model.task.{masking}.NAME")
 
 
 def stopped_before_its_end(trainer: L.Trainer) -> str | None:
-    """Of a run that ended with steps left, where, by what, and how it goes on; None of one that has come to its end, or
-    that its score ended."""
+    """For a run that ended with steps left: where and why it stopped, and how to resume it. None if the run reached its
+    end or was ended by its score."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     step, steps = trainer.global_step, trainer.datamodule.total_steps  # type: ignore[attr-defined]
     if step >= steps or any(map(ended_by_score, callbacks)):
@@ -424,57 +425,57 @@ def stopped_before_its_end(trainer: L.Trainer) -> str | None:
 
 
 def best_of(trainer: L.Trainer) -> str | None:
-    """The checkpoint to be measured of a run that `EarlyStopping` ended; None of any other."""
+    """The checkpoint to evaluate if `EarlyStopping` ended the run; otherwise None."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    # A run that ended at its full length is measured with its last weights, whatever the best ones are.
+    # A run that reached its full length is evaluated with its last weights, whichever are best.
     early = trainer.global_step < trainer.datamodule.total_steps  # type: ignore[attr-defined]
-    # Another cause, such as trainer.max_time, ends a run with its last weights, too.
+    # A run stopped for another reason, such as trainer.max_time, is evaluated with its last weights, too.
     return best_checkpoint(trainer) if early and any(map(ended_by_score, callbacks)) else None
 
 
 def best_checkpoint(trainer: L.Trainer) -> str | None:
-    """The checkpoint of the highest score so far; None where none is kept."""
+    """The checkpoint with the best score so far; None if none is kept."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     keepers = (each for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path)
     return next((keeper.best_model_path for keeper in keepers), None)
 
 
 class Parsed(LightningCommand):
-    """Parses and checks the arguments, and builds nothing."""
+    """Parses and checks the arguments without building anything."""
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is claimed."""
+        """Claims no folder."""
 
     def instantiate_classes(self) -> None:
-        """Nothing is built."""
+        """Builds nothing."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+        """Runs nothing."""
 
 
 def wrong_trainer(error: Exception) -> UserError:
-    """One line for a value that the trainer's types allow and Lightning does not."""
+    """A one-line error for a value that passes the trainer's types but that Lightning rejects."""
     return UserError("trainer", cut(str(error), 300).rstrip("."), "Correct the keys of trainer")
 
 
 def warn(text: str) -> None:
-    """A warning of one line, from the first process alone."""
+    """Print a one-line warning, from the first process only."""
     if process_rank() == 0:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def labels(data: Any) -> Any:
-    """What the head of a downstream task decides among."""
+    """The labels that the head of a downstream task predicts."""
     return getattr(data, "labels", None)
 
 
 def input_spec(backbone: Any) -> Any:
-    """What the encoders know about inputs."""
+    """The encoders' input spec."""
     return backbone.input_spec
 
 
 def fill_in(value: Any, run: str) -> Any:
-    """`value` with every `{run}` in its texts replaced by the run's folder."""
+    """`value` with every `{run}` in its strings replaced by the run's folder."""
     if isinstance(value, str):
         return value.replace("{run}", run)
     if isinstance(value, list):
@@ -485,10 +486,10 @@ def fill_in(value: Any, run: str) -> Any:
 
 
 def check_cards(trainer: Namespace) -> None:
-    """A card that is asked for must be there; one that cannot be used is told of.
+    """Check that the requested GPUs are there; warn if CUDA cannot use a GPU of this machine.
 
     Raises:
-        UserError: it is not (69).
+        UserError: there are too few GPUs (69).
     """
     asleep = torch.version.cuda is not None and not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
     if asleep and trainer.accelerator == "auto":
@@ -504,15 +505,15 @@ def check_cards(trainer: Namespace) -> None:
 
 
 def keep_profile(trainer: Any, folder: Path) -> None:
-    """Let what `trainer.profiler` measures go into the run's folder, unless it has a file: Lightning would log it at a
-    level that is not shown."""
+    """Write the report of `trainer.profiler` to the run's folder, unless it has a file of its own: Lightning would log
+    it at a level that is not shown."""
     profiler = trainer.profiler
     if isinstance(profiler, SimpleProfiler | AdvancedProfiler | PyTorchProfiler) and profiler.filename is None:
         profiler.dirpath, profiler.filename = profiler.dirpath or str(folder), "profile"
 
 
 def check_strategy(strategy: Any) -> None:
-    """Raises UserError for a strategy that starts its processes as copies of this one: what is built by then cannot be
+    """Raises UserError for a strategy that spawns or forks its processes from this one: objects built by then cannot be
     copied, and such processes could not be watched."""
     if isinstance(strategy, str) and re.search(r"_(spawn|fork|notebook)(_|$)", strategy):
         what = "starts its processes as copies of this one, which training here does not support"
@@ -520,16 +521,16 @@ def check_strategy(strategy: Any) -> None:
 
 
 def find_checkpoint(name: str | None, folder: Path, command: str) -> str | None:
-    """The file that `--ckpt_path` means: a path, or `last` or `best` of the run's folder.
+    """The file that `--ckpt_path` names: a path, or `last` or `best` of the run's folder.
 
     Raises:
-        UserError: it is not there (66), or an evaluation was asked for without naming one (2).
+        UserError: it does not exist (66), or an evaluation was requested without naming one (2).
     """
     if name is None:
         if command == "fit":
             return None
         raise UserError(command, "no checkpoint is named", "Give --ckpt_path FILE, or `last` or `best` of --folder")
-    # Lightning would open an address by fsspec, and fetch what is there.
+    # Lightning would open a URL with fsspec and download the file.
     if "://" in name:
         raise UserError("--ckpt_path", f"{name} is an address", "Download the file first")
     if name == "last":
@@ -545,18 +546,18 @@ def run_command(command: type[AnyCommand], arguments: list[str], allowed: Iterab
     """Run one command.
 
     Args:
-        command: what is done with them: LightningCommand, or Parsed to check only.
+        command: the class that handles them: LightningCommand, or Parsed to check only.
         arguments: the subcommand and its options.
-        allowed: further packages that class paths in files may come from.
+        allowed: additional packages that class paths in files may come from.
 
     Raises:
-        UserError: whatever is wrong with the arguments, in one line.
+        UserError: one line on what is wrong with the arguments.
     """
     set_up_parsing(arguments, allowed)
     try:
         with with_start(arguments, allowed) as (whole, start):
             return command(whole, start)
-    except Complaint as complaint:  # explained by what the user gave: the checkpoint's file is gone by now
+    except Complaint as complaint:  # explained in terms of what the user typed: the checkpoint's file is gone by now
         raise explain_message(complaint.message, complaint.known, complaint.siblings, arguments[1:]) from None
 
 
@@ -568,6 +569,6 @@ def built_source(settings: Namespace) -> Any:
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
-    """`fit`, `validate` or `test`; arguments begin with that."""
+    """Run `fit`, `validate` or `test`; `arguments` begins with its name."""
     run_command(LightningCommand, arguments, allowed)
     return 0

@@ -1,4 +1,4 @@
-"""`maskvlm COMMAND ...`: finds what it can before seconds of imports; every error is one line."""
+"""`maskvlm COMMAND ...`: reports mistakes before slow imports where possible; every error is one line."""
 
 import argparse
 import importlib
@@ -22,12 +22,12 @@ from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import STUDY, Finished, Stopped, end_with_study, leave_after_parent, requeue
 
 CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)+[A-Z]\w*")
-"""The path of a class, as somebody types it."""
+"""A dotted class path, as typed by a user."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status (see `errors.ExitCode`)."""
-    # Commands themselves say what a model knows; in Python `from_pretrained` does.
+    # Commands print what a model knows themselves; in Python `from_pretrained` logs it.
     library = logging.getLogger("maskvlm.inference")
     before = library.level
     library.setLevel(logging.ERROR)
@@ -35,13 +35,13 @@ def main(argv: list[str] | None = None) -> int:
         code = end_of(argv)
     finally:
         library.setLevel(before)
-    # Tells the other processes of the run, where there are some, how this one ends.
+    # Tells the other processes of the run, if any, how this one ended.
     leave(code)
     return code
 
 
 def end_of(argv: list[str] | None) -> int:
-    """Whatever ends a command, as an exit status."""
+    """Run a command and turn however it ends into an exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments
     end_with_study()
@@ -61,20 +61,20 @@ def end_of(argv: list[str] | None) -> int:
                 if not command.has_own_options:
                     return 0
                 print("\nIts options, and what the words stand for:", flush=True)
-            # Words become files and options, among which may be common ones again.
+            # Words become files and options, which may again include common ones.
             also, arguments = common(command.full(rest))
             name, rest = arguments[0], arguments[1:]
-            given_places(rest)  # files that are there and are plain YAML
-            # Read before this job can write it: what stands there is of an earlier one.
+            given_places(rest)  # checks that the files exist and are plain YAML
+            # Read before this job can write it: any content is from an earlier job.
             EARLIER[:] = [failed_first(run_folder(arguments))]
             allowed = [*options.allow_import, *also.allow_import]
-            # Tasks of the working directory only to train and for data: a model's folder may be a stranger's.
+            # Load tasks of the working directory only for training and data: a model's folder may be untrusted.
             find_tasks(command.group in (LEARN, DATA, LIGHTNING) or "tasks" in allowed)
-            # Of the working directory only packages that the command line itself names.
+            # From the working directory, load only packages named on the command line itself.
             named = filter(CLASS.fullmatch, (word.rpartition("=")[2] for word in rest))
             find_packages([*allowed, *(named if STUDY not in os.environ else ())])
             done = COMMANDS[name].run(rest, allowed)
-        # TASK.TOOL; a path has a slash.
+        # TASK.TOOL, without the slash of a path.
         elif "." in name and "/" not in name:
             done = tool(name)(rest)
         else:
@@ -92,7 +92,7 @@ def end_of(argv: list[str] | None) -> int:
     except KeyboardInterrupt:
         return interrupted(run_folder(arguments) if arguments[:1] == ["fit"] else None)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        # Python flushes stdout once more at its end, which would fail again; 141 is what shells say of SIGPIPE.
+        # Python flushes stdout again at exit, which would fail once more; 141 is the shells' status for SIGPIPE.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except SystemExit as end:
@@ -112,9 +112,9 @@ def version() -> str:
 
 
 def common(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options of every command, and what remains. `from=X` is `--from X` to a command that takes no words: the first
-    word of that form, where no option says it."""
-    # No abbreviations: a command's own option may begin like one of these.
+    """The options common to all commands, and the remaining arguments. For a command that takes no words, the first
+    `from=X` becomes `--from X`, unless that option is given."""
+    # No abbreviations: a command's own option may share a prefix with one of these.
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     front.add_argument("--debug", action="store_true")
     front.add_argument("--allow-import", action="append", default=[])
@@ -124,7 +124,7 @@ def common(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(error.argument_name, error.message, "Write the option and then its value") from None
     options.allow_import += [name for name in os.environ.get("MASKVLM_ALLOW_IMPORT", "").split(",") if name]
     takes_words = bool(rest) and rest[0] in COMMANDS and bool(COMMANDS[rest[0]].words)
-    # What stands behind -- is a text, whatever it looks like.
+    # Everything after -- is text, whatever it looks like.
     front_part = rest[: rest.index("--")] if "--" in rest else rest
     at = next((at for at, word in enumerate(front_part) if word.startswith("from=")), None)
     if at is not None and not takes_words and not any(word.partition("=")[0] == "--from" for word in front_part):
@@ -133,10 +133,10 @@ def common(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def ask_task_method(arguments: list[str], allowed: list[str]) -> int:
-    """A method that a task brings, such as `answer`; the checkpoint's task knows which there are.
+    """Run a method that a task adds, such as `answer`; the checkpoint's task defines which there are.
 
     Raises:
-        UserError: no checkpoint is named, so that it can be none.
+        UserError: no checkpoint is named, so it cannot be such a method.
     """
     name = arguments[0]
     if name in ELSEWHERE:
@@ -158,7 +158,7 @@ def ask_task_method(arguments: list[str], allowed: list[str]) -> int:
 
 
 def show_method_help(method: str) -> int:
-    """Print the help of a method that a task may bring."""
+    """Print the help of a method that a task may add."""
     from maskvlm.cli.shell_methods import method_parser
 
     print("A method of the task that the checkpoint was fine-tuned on, if that has one.")
@@ -167,20 +167,21 @@ def show_method_help(method: str) -> int:
 
 
 def stopped_early(stopped: Stopped) -> int:
-    """A training that a signal ended, with a checkpoint: 75 asks whoever started it to start it again."""
+    """Exit status of a training run that a signal ended after it saved a checkpoint: 75 asks the caller to restart it,
+    130 after Ctrl-C."""
     if process_rank() == 0:
         print(stopped.text, file=sys.stderr, flush=True)
         # SLURM sends USR1 before the time limit (`--signal` in the batch script).
         if stopped.signum == signal.SIGUSR1 and (message := requeue()):
             print(message, file=sys.stderr, flush=True)
-    # Neither torchrun nor SLURM started it, so Lightning did; which it may within a step of SLURM, too.
+    # Started by neither torchrun nor SLURM, so by Lightning, which may itself run within a SLURM step.
     elif "TORCHELASTIC_RUN_ID" not in os.environ and ("LOCAL_RANK" in os.environ or "SLURM_PROCID" not in os.environ):
         leave_after_parent()
     return 130 if stopped.signum == signal.SIGINT else int(ExitCode.REQUEUE)
 
 
 def interrupted(folder: Path | None) -> int:
-    """Ctrl-C is no error; 130 is what shells expect. Says what is left of a training run."""
+    """Print what is left of an interrupted training run; returns 130, as shells expect after Ctrl-C."""
     message = "interrupted"
     if folder is not None and folder.joinpath("last.ckpt").is_file():
         message += f"; {folder / 'last.ckpt'} holds its latest checkpoint: {same_command(folder)} goes on from it"
@@ -194,7 +195,7 @@ def tool(name: str) -> Callable[[list[str]], int]:
     """The `main` of `tasks/TASK/TOOL.py`."""
     task, _, module = name.partition(".")
     own, here = tools_of(own_home()), tools_of(home())
-    # A tool of this project is not replaced by one of the same name in the working directory.
+    # A tool of the same name in the working directory does not replace one of this project.
     find_tasks(name not in own)
     names = sorted(own | here)
     if name not in names:
@@ -209,19 +210,19 @@ def tool(name: str) -> Callable[[list[str]], int]:
 
 
 def tools_of(folder: Path) -> set[str]:
-    """`TASK.TOOL` of each tool in the tasks of that folder."""
+    """`TASK.TOOL` for each tool in the tasks of a folder."""
     files = (folder / "tasks").glob("*/*.py")
     return {f"{path.parent.name}.{path.stem}" for path in files if has_main(path)}
 
 
 def has_main(path: Path) -> bool:
-    """Whether a file of a task is a tool."""
-    # By its text, as importing it would run it.
+    """Whether a task's file is a tool."""
+    # Decided by its text, as importing it would run it.
     return "\ndef main(" in path.read_text(encoding="utf-8")
 
 
 def run_folder(arguments: list[str]) -> Path | None:
-    """The value of --folder (--run); None where it is not given."""
-    # The last one counts, as with all options.
+    """The value of --folder (--run); None if it is not given."""
+    # The last one wins, as with all options.
     values = [option.value for option in settings(arguments) if option.key == "run"]
     return Path(values[-1]) if values else None

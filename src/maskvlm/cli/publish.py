@@ -1,4 +1,4 @@
-"""`maskvlm publish from=CHECKPOINT to=owner/name`: what can be released of a run, checked, and uploaded."""
+"""`maskvlm publish from=CHECKPOINT to=owner/name`: writes what can be released of a run, checks it and uploads it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,18 +21,18 @@ from maskvlm.inference.pretrained import MESSAGE, MaskVLMOutput, PretrainedMaskV
 from maskvlm.utils.errors import ExitCode, UserError
 
 DTYPES = ("float16", "bfloat16", "float32")
-"""The first is the default: as small as bfloat16, with three more bits of each weight. What it cannot hold (above
-65,504) is refused."""
+"""The first is the default: as small as bfloat16, with three more bits of precision. Weights that it cannot hold
+(above 65,504) are rejected with an error."""
 LEAST_COSINE = 0.999
 SCENES = 8
 
 
 def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
-    """Publish; arguments are options. `allowed`: packages that a task may come from.
+    """Publish a model; `arguments` are options. `allowed`: packages that a task may come from.
 
     Raises:
-        UserError: as `from_pretrained`, `compared` and `check_publishable`; no name of the hub (2), FOLDER is there
-            (73).
+        UserError: as `from_pretrained`, `compared` and `check_publishable`; the name is not valid on the hub (2),
+            FOLDER exists (73).
     """
     parser = OptionParser("maskvlm publish", description="upload a model to the hub", allow_abbrev=False)
     parser.add_argument("--from", dest="source", required=True, help="checkpoint file or Hugging Face folder")
@@ -46,7 +46,7 @@ def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
     )
     parser.add_argument("--folder", type=Path, help="new folder in which to keep what is uploaded")
     options = parser.parse_args(arguments)
-    # What can be refused is refused before a large model is read.
+    # Cheap checks come before a large model is loaded.
     check_repository(options.to)
     folder = options.folder
     if folder is not None and folder.exists() and (folder.is_file() or any(folder.iterdir())):
@@ -61,22 +61,22 @@ def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
         if options.dry_run:
             print("nothing was uploaded (--dry-run)", flush=True)
         else:
-            # Of a repository that is there it stays as it is: None.
+            # None leaves the visibility of an existing repository unchanged.
             private = True if options.private else None
             print(f"uploaded: {upload(model_folder, options.to, MESSAGE, {'private': private})}", flush=True)
     return 0
 
 
 def write_release(source: str, folder: Path, name: str, dtype: str, allowed: Iterable[str] = ()) -> Iterator[str]:
-    """Write the hub's format, and say what it is: files, difference from the original, what is missing.
+    """Write the Hugging Face format; yields lines on its files, its difference from the original and what is missing.
 
     Raises:
         UserError: as `from_pretrained` and `compared`; the precision cannot hold the weights (73).
     """
-    # Asked before the other is loaded, and not saved itself: a tokenizer keeps in its file how it was asked last.
+    # Run before the other is loaded, and not saved itself: a tokenizer's file records the settings of its last call.
     before = outputs(PretrainedMaskVLM.from_pretrained(source, allow_import=allowed))
     model = PretrainedMaskVLM.from_pretrained(source, dtype=dtype, allow_import=allowed)
-    # The checkpoint's own are finite, or it would not load.
+    # The checkpoint's own weights are finite, or it would not load.
     if large := [key for key, value in model.state_dict().items() if not value.isfinite().all()]:
         what = f"{dtype} cannot hold numbers of {large[0]}"
         raise UserError(f"{source}: --dtype", what, "Give bfloat16 or float32", ExitCode.CANNOT_CREATE)
@@ -96,7 +96,7 @@ def write_release(source: str, folder: Path, name: str, dtype: str, allowed: Ite
 
 @torch.no_grad()
 def outputs(model: PretrainedMaskVLM) -> MaskVLMOutput:
-    """What a model of float32 makes of drawn scenes and their captions, which are at hand wherever it is."""
+    """Outputs of a float32 model for drawn scenes and their captions, which are available everywhere."""
     rows = [*map(Scenes().split("val").__getitem__, range(SCENES))]
     inputs = processor_of(model.backbone.input_spec)(
         images=[row["image"] for row in rows], text=[str(row["captions"][0]) for row in rows],
@@ -107,19 +107,20 @@ def outputs(model: PretrainedMaskVLM) -> MaskVLMOutput:
 
 
 def compared(before: MaskVLMOutput, after: MaskVLMOutput, folder: Path) -> str:
-    """How near the written weights' vectors are to the original's: of contrast, where the model has it, and fused.
+    """How close the written weights' embeddings are to the original's: contrastive ones, if the model has them, and
+    fused ones.
 
     Raises:
-        UserError: a cosine is below LEAST_COSINE, or no number (73).
+        UserError: a cosine is below LEAST_COSINE, or NaN (73).
     """
     cosines = []
     for name, kind in (("image_embeds", "images"), ("text_embeds", "texts"), ("fused", "pairs")):
         ours, theirs = getattr(before, name), getattr(after, name)
         if ours is None:
             continue
-        # In double precision: near 1 float32 has seven digits.
+        # In double precision: float32 has only seven digits near 1.
         cosine = float(cosine_similarity(ours.double(), theirs.double(), dim=-1).min())
-        if not cosine >= LEAST_COSINE:  # nor is NaN
+        if not cosine >= LEAST_COSINE:  # also true for NaN
             what = f"vectors of {kind} have a cosine of {cosine:.4f} with the original's, less than {LEAST_COSINE}"
             raise UserError(folder, what, "Give another --dtype; float32 keeps every bit", ExitCode.CANNOT_CREATE)
         cosines.append(f"{kind} {cosine:.7f} (largest difference {float((ours - theirs).abs().max()):.1e})")
@@ -130,11 +131,11 @@ def compared(before: MaskVLMOutput, after: MaskVLMOutput, folder: Path) -> str:
 
 
 def known_sets(history: Sequence[LineageEntry], card: Mapping[str, Any]) -> dict[str, KnownSet]:
-    """Training sets by name, by their hash: the prepared set here with that hash; of the last one the folder that the
-    run's card names."""
+    """Hash of a training set -> what is known of it, from the prepared set on this machine with that hash; for the last
+    set, else from the folder that the run's card names."""
     manifests = []
     for file in sorted(data_root().glob("*/manifest.json")):
-        # A set that is damaged is not this command's to tell.
+        # Damaged sets are not this command's concern.
         try:
             manifests.append(read_manifest(file.parent))
         except UserError:
@@ -155,7 +156,7 @@ def known_sets(history: Sequence[LineageEntry], card: Mapping[str, Any]) -> dict
 
 
 def data_lines(history: Sequence[LineageEntry], sets: Mapping[str, KnownSet]) -> Iterator[str]:
-    """Each training set once, with its terms as far as they are known here."""
+    """A line for each training set, with its terms as far as they are known here."""
     for entry in {entry.sha: entry for entry in history}.values():
         drawn = KnownSet("drawn scenes", "Apache-2.0, as this project") if DRAWN.fullmatch(entry.source) else None
         known = drawn or sets.get(entry.sha, KnownSet("a set that the history does not name", "not known here"))
@@ -163,7 +164,7 @@ def data_lines(history: Sequence[LineageEntry], sets: Mapping[str, KnownSet]) ->
 
 
 def missing(config: MaskVLMConfig) -> Iterator[str]:
-    """What somebody should see to before others get the model; only what can be known of its files."""
+    """What to fix before others get the model, as far as its files show."""
     _, versions, metrics = run_facts(config)
     if not metrics:
         yield "no metrics came with the checkpoint (metrics.json beside it): the card has no figures"

@@ -1,4 +1,4 @@
-"""The length of a run: steps or passes, given in the data's keys or in the trainer's, and what has to fit in it."""
+"""The length of a run: steps or epochs, set by the data's keys or the trainer's, and checks of what must fit in it."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -11,7 +11,7 @@ from maskvlm.utils.errors import UserError
 
 
 def refuse_two_lengths(arguments: list[str]) -> None:
-    """Raises UserError where the command line gives both steps and passes, neither of them null."""
+    """Raises UserError if the command line gives both steps and epochs, neither of them null."""
     values = {option.key: option.value for option in options(arguments)}
     both = [key for key in ("data.steps", "data.epochs") if values.get(key, "null") != "null"]
     if len(both) == 2:
@@ -19,8 +19,8 @@ def refuse_two_lengths(arguments: list[str]) -> None:
 
 
 def one_length(arguments: list[str]) -> list[str]:
-    """The arguments; where steps or passes are typed, the other one, which a file may set, is cleared. So a
-    configuration that is printed has one length, too."""
+    """The arguments; if steps or epochs are typed, the other, which a file may set, is cleared. A printed configuration
+    therefore has one length, too."""
     values = {option.key: option.value for option in options(arguments)}
     for key, other in (("data.steps", "data.epochs"), ("data.epochs", "data.steps")):
         if values.get(key, "null") != "null" and other not in values:
@@ -29,23 +29,23 @@ def one_length(arguments: list[str]) -> list[str]:
 
 
 def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
-    """`trainer.max_steps` and `trainer.max_epochs` as the data's `steps` and `epochs`, which the sample order, the
-    learning rate and the progress follow: a run that the trainer alone cut short would end at a high rate.
+    """Copy `trainer.max_steps` and `trainer.max_epochs` to the data's `steps` and `epochs`, which determine the sample
+    order, the learning rate and the progress: a run cut short by the trainer alone would end at a high learning rate.
 
     Args:
-        typed: keys that the command line gives, of which none may be beaten by another without a word.
+        typed: keys that the command line gives; none may silently override another.
 
     Raises:
-        UserError: two of them are given, or a number of passes below 1.
+        UserError: two of them are given, or a number of epochs below 1.
     """
-    # The same length in the data's keys and in the trainer's.
+    # A length in the data's keys and in the trainer's.
     beside = [key for key in ("data.steps", "data.epochs") if key in typed]
     length = [key for key in ("trainer.max_steps", "trainer.max_epochs") if key in typed]
     if beside and length:
         raise UserError(f"--{length[0]}", f"beside --{beside[0]}", "Give one of the two")
     trainer, data = settings.trainer, settings.data.get("init_args") or Namespace()
     passes = 1 if trainer.max_epochs is None else trainer.max_epochs
-    if "steps" not in data or trainer.fast_dev_run:  # a data module of somebody else's, or a trial
+    if "steps" not in data or trainer.fast_dev_run:  # a third-party data module, or a trial run
         return
     if trainer.max_steps > 0 and passes != 1:
         raise UserError("trainer.max_steps", f"beside {passes} trainer.max_epochs", "Give one of the two")
@@ -56,15 +56,15 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
         data.steps, data.epochs = trainer.max_steps, None
     elif passes != 1:
         data.steps, data.epochs = None, float(passes)
-    # Lightning sees one epoch; `data` ends it. Its own count of epochs is wrong once a run has resumed twice.
+    # Lightning sees a single epoch, which `data` ends. Its own epoch count is wrong once a run has resumed twice.
     trainer.max_steps, trainer.max_epochs = -1, 1
 
 
 def check_interval(settings: Namespace) -> None:
-    """Check the evaluation interval of a run whose length is given in steps, before anything of it is written.
+    """Check the evaluation interval of a run whose length is given in steps, before the run writes anything.
 
     Raises:
-        UserError: an evaluation was asked for after more steps than there are (2).
+        UserError: the interval is longer than the run (2).
     """
     trainer, data = settings.trainer, settings.data.get("init_args") or Namespace()
     batches = (data.get("steps") or 0) * trainer.accumulate_grad_batches
@@ -75,10 +75,10 @@ def check_interval(settings: Namespace) -> None:
 
 
 def check_warmup(settings: Namespace) -> None:
-    """The same of a warm-up that is given in steps: the run would end before it has its rate.
+    """Check a warm-up given in steps: if too long, the run would end before it reaches its learning rate.
 
     Raises:
-        UserError: it is longer than the run (2).
+        UserError: the warm-up is longer than the run (2).
     """
     steps, warmup = (settings.data.get("init_args") or Namespace()).get("steps"), settings.model.warmup
     if steps and warmup >= 1 and warmup > steps and not settings.trainer.fast_dev_run:
@@ -89,10 +89,11 @@ def check_warmup(settings: Namespace) -> None:
 
 @contextmanager
 def explain_interval_error() -> Iterator[None]:
-    """The same of a run whose length is given in passes: Lightning knows its batches only once the data is there.
+    """Explain Lightning's error for a wrong evaluation interval of a run whose length is given in epochs: the number of
+    batches is known only once the data is loaded.
 
     Raises:
-        UserError: an evaluation was asked for after more steps than there are (2).
+        UserError: the interval is longer than the run (2).
     """
     try:
         yield
@@ -104,6 +105,6 @@ def explain_interval_error() -> Iterator[None]:
 
 
 def interval_too_long(interval: int, batches: int) -> UserError:
-    """An evaluation after more batches than a run has."""
+    """The error for an evaluation interval longer than the run."""
     what, todo = f"{interval}, but the run has {batches} batches", f"Give at most {batches}, or 1.0: at the end"
     return UserError("trainer.val_check_interval", what, todo)

@@ -1,4 +1,4 @@
-"""`maskvlm scene`: an image of the built-in world to try a model with."""
+"""`maskvlm scene`: writes a drawn scene to try a model with."""
 
 import sys
 from pathlib import Path
@@ -11,10 +11,10 @@ from maskvlm.utils.errors import UserError
 
 
 def scene(arguments: list[str], allowed: list[str]) -> str:
-    """Write a scene of the validation split, which no model was trained on; returns its captions, one a line.
+    """Write a scene of the validation split, which no model was trained on; returns its captions, one per line.
 
     Raises:
-        UserError: no such scene, or no ending of an image (2); the file cannot be written (73), the disk is full (74).
+        UserError: no such scene or not an image extension (2); the file cannot be written (73); the disk is full (74).
     """
     parser = OptionParser(
         "maskvlm scene", description="write a drawn scene of the built-in world and print its captions"

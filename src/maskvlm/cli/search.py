@@ -17,11 +17,11 @@ from maskvlm.inference.vector_files import Facts
 from maskvlm.utils.errors import UserError
 
 OPTION_OF = {"source": "--from", "captions": "--no-captions"}
-"""Options whose values have other names."""
+"""Names of the options whose values are stored under another name."""
 
 
 def make(arguments: list[str], allowed: list[str]) -> int:
-    """`index`: embed where no vectors are named, and build; arguments as in the shell."""
+    """`index`: embed the data, unless vectors are given, and build the index. Takes arguments as in the shell."""
     parser = data_parser(
         "index",
         "checkpoints/index",
@@ -41,12 +41,12 @@ def make(arguments: list[str], allowed: list[str]) -> int:
         help=f"share of the 10 exact nearest neighbours that must be found (default: {RECALL})",
     )
     options, rest = parser.parse_known_args(arguments)
-    # Told before hours of embedding, if FAISS is not installed.
+    # Raises now, before hours of embedding, if FAISS is not installed.
     faiss_module()
     if process_of(os.environ)[1] > 1:
         raise UserError("index", "several processes", "`embed` with them, then `index --vectors FOLDER` with one")
     if options.vectors is not None:
-        # What `embed` was told is in the vectors by now.
+        # The options of `embed` are already built into the vectors.
         own = ("vectors", "out", "kind", "exact_share")
         names = [name for name, value in vars(options).items() if value != parser.get_default(name) and name not in own]
         for name in (*(OPTION_OF.get(name, f"--{name}") for name in names), *rest):
@@ -67,11 +67,11 @@ def make(arguments: list[str], allowed: list[str]) -> int:
 
 
 def checkpoint_of_index(index: SearchIndex) -> str:
-    """The checkpoint that an index was made with, if it is a run's in checkpoints/; else the model that comes along. A
-    line on stderr says which. An index may be a stranger's: no other place that it names is opened, and no name of the
-    hub is fetched."""
+    """The checkpoint that an index was made with, if it is a run's in checkpoints/; otherwise the bundled model. A line
+    on stderr says which. An index may be untrusted: no other path that it names is opened, and nothing is downloaded
+    from the hub."""
     named, runs = str(index.about["checkpoint"]), Path("checkpoints")
-    # The path is a run's own, not one that the index says: found among them, not opened as it stands there.
+    # The path is looked up among the runs' files; the one that the index names is never opened itself.
     own = next((file for file in runs.glob("*/*.ckpt") if file.is_file() and str(file) == named), None)
     if own is None:
         return default_model("asked")
@@ -80,7 +80,7 @@ def checkpoint_of_index(index: SearchIndex) -> str:
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
-    """`search`; arguments as in the shell."""
+    """`search`: print the images found. Takes arguments as in the shell."""
     parser = OptionParser("maskvlm search", description="find images by a text or an image", allow_abbrev=False)
     parser.add_argument("query", help="a text, or an image file")
     parser.add_argument("--index", type=Path, help="folder of the index (default: the newest checkpoints/index*)")
@@ -94,7 +94,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one line of JSON per result")
     parser.add_argument("--device", help="torch device, such as cuda (default: cpu)")
     options = parser.parse_args(arguments)
-    # A misspelt file name would be searched for as a text.
+    # A misspelt file name would be taken for a text query.
     check_absent([options.query])
     files = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
     if options.index is None and len(files) > 1:
@@ -109,7 +109,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         care = cautions(model, *asked, {}) if options.json else {}
     for place, each in enumerate(hits, 1):
         answer: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}
-        # Of an image of a prepared set the id has the file's name, as the user's table wrote it.
+        # For an image of a prepared set, the id holds the file's name as given in the user's table.
         place_of = each.origin if each.id in each.origin else f"{each.id}, {each.origin}"
         answer |= {"image": each.path or place_of, "caption": each.captions[0] if each.captions else None}
         whole = {**answer, "id": each.id, "captions": each.captions, **care}
@@ -120,8 +120,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 
 
 def show(index: SearchIndex, hits: list[SearchResult], path: Path) -> Path:
-    """Write a contact sheet of what was found, best first. Raises UserError: see `SearchIndex.open_images`; the file
-    cannot be written (73)."""
+    """Write a contact sheet of the images found, best first. Raises UserError as `SearchIndex.open_images`, or if the
+    file cannot be written (73)."""
     titles = [f"{place}. {each.id}, similarity {each.similarity:.3f}" for place, each in enumerate(hits, 1)]
     rows = zip(index.open_images(hits), hits, titles, strict=True)
     return save_sheet([open_row(image, each.captions, title, each.origin) for image, each, title in rows], path)

@@ -1,6 +1,6 @@
-"""The methods of a model in the shell: what they take, and what can be wrong with what was typed.
+"""The methods of a model in the shell: their arguments, and checks of what was typed.
 
-Nothing here imports torch, which takes seconds: a mistake is told before.
+Nothing here imports torch, which takes seconds, so that mistakes are reported at once.
 """
 
 import argparse
@@ -18,11 +18,11 @@ class ShellMethod(NamedTuple):
     """A method in the shell.
 
     Attributes:
-        form: what follows it.
-        description: what it is for.
-        least, most: how many inputs it takes; most is None where any number may follow.
-        options: of OPTIONS those that it takes.
-        head: which head it needs.
+        form: its inputs, as shown in the usage line.
+        description: what it does.
+        least, most: number of inputs that it takes; most is None if there is no limit.
+        options: the names in OPTIONS that it takes.
+        head: the head that it needs.
     """
 
     form: str
@@ -85,11 +85,11 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
     "--seed": ((), {"type": int, "default": 0, "help": "random seed of the mask (default: %(default)s)"}),
 }
-"""Options of some methods: other names, and what argparse is told of each."""
+"""Options of some methods -> their other names, and their keyword arguments for argparse."""
 
 
 def method_parser(method: str) -> argparse.ArgumentParser:
-    """The options of a method; of one that a task brings those that all have."""
+    """The parser of a method. A method that a task adds has the options common to all methods."""
     known = METHODS.get(method)
     description = known.description if known else "ask a fine-tuned model: its images, then the text"
     form = known.form if known else "IMAGE ... TEXT"
@@ -111,9 +111,9 @@ def method_parser(method: str) -> argparse.ArgumentParser:
 
 
 def check_options(method: str, words: list[str]) -> None:
-    """Raises UserError where an option of other methods is given."""
+    """Raises UserError if an option of another method is given."""
     own = METHODS[method].options if method in METHODS else ()
-    # What stands behind `--` is no option.
+    # Nothing after `--` is an option.
     words = words[: words.index("--")] if "--" in words else words
     for name, (others, _) in OPTIONS.items():
         typed = next((word for word in words if word.partition("=")[0] in (name, *others)), None)
@@ -124,10 +124,10 @@ def check_options(method: str, words: list[str]) -> None:
 
 
 def check_typed(method: str, options: argparse.Namespace) -> None:
-    """What can be known of inputs and options before a model is loaded. Of a method that a task brings nothing is.
+    """Check inputs and options as far as possible before a model is loaded. Methods that a task adds are not checked.
 
     Raises:
-        UserError: it cannot be meant so.
+        UserError: an input or option is wrong.
     """
     known = METHODS.get(method)
     if known is None:
@@ -136,7 +136,7 @@ def check_typed(method: str, options: argparse.Namespace) -> None:
     check_count(inputs, known.form, known.least, known.most, method)
     if "TEXT IMAGE" not in known.form:
         check_images(method, inputs if known.form == "IMAGE ..." else inputs[:1], inputs[1:])
-    # A tokenizer may have a word of its own for a masked word; in brackets it is, whatever it says.
+    # A tokenizer may have its own mask token; whatever it is called, it is in brackets.
     if method == "fill" and not any(sign in inputs[1] for sign in "[<") and "mask" not in inputs[1].lower():
         raise UserError("text", "no word in it is masked", "Write [MASK] in the place of one")
     for name, least in (("k", 0), ("top", 1)):
@@ -157,7 +157,7 @@ def check_typed(method: str, options: argparse.Namespace) -> None:
 
 
 def check_count(inputs: list[str], form: str, least: int, most: int | None, method: str) -> None:
-    """Raises UserError unless there are as many inputs as the method takes."""
+    """Raises UserError if the number of inputs is not one that the method takes."""
     if len(inputs) < least or (most is not None and len(inputs) > most):
         raise UserError(
             method, f"{len(inputs)} input{'' if len(inputs) == 1 else 's'}", f"Give {form} (maskvlm {method} --help)"
@@ -165,13 +165,13 @@ def check_count(inputs: list[str], form: str, least: int, most: int | None, meth
 
 
 def check_images(method: str, images: list[str], rest: list[str]) -> None:
-    """Whether the images are there.
+    """Check that the images exist.
 
     Raises:
-        UserError: a text stands where an image belongs, and an image after it.
+        UserError: a text is given in place of an image, and an image after it.
         BadImage: there is no such file.
     """
-    # Not Path's: a text that is too long for a name is no file either, where Path raises OSError.
+    # Not Path.exists, which raises OSError for a text that is too long to be a file name.
     absent = next((each for each in images if not os.path.exists(each)), None)
     if absent is None:
         return
@@ -185,13 +185,13 @@ def check_images(method: str, images: list[str], rest: list[str]) -> None:
 
 
 def check_masked_share(share: float) -> None:
-    """Raises UserError unless it is a share of patches."""
+    """Raises UserError unless it is a number from 0 to 1."""
     if not 0 <= share <= 1:
         raise UserError("--mask-ratio", f"{share} is no share", "Give a number from 0 to 1")
 
 
 def read_box(box: str) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of `--box`, as shares of the image. Raises UserError."""
+    """Left, top, right and bottom of `--box`, as fractions of the image. Raises UserError if it is not a valid box."""
     try:
         left, top, right, bottom = (float(part) for part in box.split(","))
     except ValueError:
@@ -202,18 +202,17 @@ def read_box(box: str) -> tuple[float, float, float, float]:
 
 
 def check_out(image: str, out: Path) -> None:
-    """Raises UserError where the answer would be written over the image that is asked about, or under a name of no
-    format of images."""
+    """Raises UserError if the output would overwrite the input image or has no extension of an image format."""
     if out.exists() and os.path.exists(image) and out.samefile(image):
         raise UserError(out, "is the image itself, which would be lost", "Name another file: --out filled.png")
     check_ending(out)
 
 
 def check_ending(out: Path) -> None:
-    """Raises UserError where an image is to be written under a name of no format of images."""
+    """Raises UserError if the file's extension is not that of an image format that can be written."""
     from PIL import Image
 
-    # Some formats are read alone.
+    # Some formats can only be read.
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         what = f"'{out.suffix}' is the ending of no image" if out.suffix else "has no ending"
         raise UserError(out, f"cannot be written ({what})", "Name a file such as out.png")

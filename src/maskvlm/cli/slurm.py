@@ -1,4 +1,4 @@
-"""`maskvlm submit`: a run as a SLURM job."""
+"""`maskvlm submit`: submits a run as a SLURM job."""
 
 import os
 import shlex
@@ -36,13 +36,13 @@ cd {here}
 srun --wait=900 {command}
 """
 
-READERS = 10  # data workers of a task whose configuration leaves their number to the run
-PLACES = ("DATA_ROOT", "STREAM")  # that files in conf/data read from the environment
+READERS = 10  # data workers of a task whose configuration does not set their number
+PLACES = ("DATA_ROOT", "STREAM")  # environment variables that files in conf/data read
 
 
 def surroundings(more: Sequence[str] = ()) -> dict[str, str]:
-    """Environment variables that the job needs as this command has them. more: names of those that its files read."""
-    # The job changes to this folder, so a relative path finds a clone's package.
+    """Environment variables to pass on from this command to the job. more: names of those that its files read."""
+    # The job changes to this folder, so a relative path finds the package of a git clone.
     paths = [*(["src"] if Path("src/maskvlm").is_dir() else []), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths)))}
     variables |= {name: os.environ.get(name, "") for name in (*PLACES, *more)}
@@ -50,17 +50,17 @@ def surroundings(more: Sequence[str] = ()) -> dict[str, str]:
 
 
 def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
-    """Write the batch script of a run into its folder, and hand it to sbatch where there is one.
+    """Write the batch script of a run into its folder, and submit it with sbatch if that is installed.
 
     Raises:
-        UserError: the data are not there or damaged; the folder holds another run, which the job would be refused for
-            (73); sbatch refused it (69).
-        Finished: the folder's run is.
+        UserError: the data are missing or damaged; the folder holds another run, for which the job would fail (73);
+            sbatch rejected the script (69).
+        Finished: the folder's run is finished.
     """
     command = run_command(Parsed, ["fit", *arguments], allowed)
     settings = command.settings
     folder, source = Path(settings.run), built_source(settings)
-    if not isinstance(source, Stream):  # to look at a stream is to begin it
+    if not isinstance(source, Stream):  # looking at a stream would start it
         source.split("train")
     named = settings.get("ckpt_path")
     origin = None if named in (None, "last", "best") else foreign_origin(named, folder)
@@ -86,14 +86,14 @@ def submit_array(
     allowed: list[str],
     variables: Sequence[str],
 ) -> str:
-    """The same for many runs that need one kind of machine, as an array.
+    """Like `submit`, for many runs that need the same kind of machine, as a job array.
 
     Args:
         folder: where the script is written.
-        run: the subcommand and options of one of them, which tell the machine.
-        words: of the command of every task, which is followed by the task's number.
-        numbers: of the tasks, at least one. at_once: of these, at most so many at the same time.
-        variables: of the environment, that the tasks need as this command has them.
+        run: the subcommand and options of one of them, which determine the machine.
+        words: the command of every task, to which the task's number is appended.
+        numbers: task numbers, at least one. at_once: maximum number of tasks that run at the same time.
+        variables: names of environment variables to pass on to the tasks.
 
     Raises:
         UserError: as `submit`.
@@ -106,7 +106,7 @@ def submit_array(
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Whole numbers as sbatch takes them: `0-3,7`."""
+    """Integers in the format of sbatch: `0-3,7`."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
         if spans and number == spans[-1][1] + 1:
@@ -117,10 +117,10 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def hand_over(path: Path, script: str) -> str:
-    """Write a batch script, and give it to sbatch where there is one; returns what was done.
+    """Write a batch script, and submit it with sbatch if that is installed; returns a line that says what was done.
 
     Raises:
-        UserError: sbatch refused it (69).
+        UserError: sbatch rejected the script (69).
     """
     write_text(path, script)
     if shutil.which("sbatch") is None:
@@ -138,15 +138,15 @@ def batch_script(
     array: str | None = None,
     variables: Sequence[str] = (),
 ) -> str:
-    """One task a GPU, as Lightning expects it under srun.
+    """The batch script, with one task per GPU as Lightning expects under srun.
 
     Args:
-        arguments: of `python -m maskvlm`.
-        array: of sbatch: the numbers of its tasks, each of which is handed to the command last.
-        variables: further ones of the environment that the job needs.
+        arguments: arguments of `python -m maskvlm`.
+        array: sbatch's array specification: the task numbers, each of which becomes the command's last argument.
+        variables: names of further environment variables that the job needs.
     """
     devices, workers = settings.trainer.devices, settings.data.init_args.get("workers")
-    if workers is None:  # as the run will choose: none on a processor
+    if workers is None:  # as the run will choose: none on a CPU
         workers = 0 if settings.trainer.accelerator == "cpu" else READERS
     if not str(devices).isdigit():
         what = f"a batch job needs a number of devices a node, not {devices}"
@@ -158,12 +158,12 @@ def batch_script(
         nodes=settings.trainer.num_nodes,
         devices=devices,
         gpus="" if settings.trainer.accelerator == "cpu" else f"#SBATCH --gpus-per-node={devices}\n",
-        # Two beside the data workers, for the training itself.
+        # Two cores besides the data workers, for the training itself.
         cpus=workers + 2,
         folder=settings.run,
         array=f"\n#SBATCH --array={array}" if array else "",
         places="".join(f"export {name}={shlex.quote(value)}\n" for name, value in surroundings(variables).items()),
         here=shlex.quote(str(Path.cwd())),
-        # This very Python: the job's own PATH may lead to another one.
+        # This very Python: the job's PATH may find another one.
         command=shlex.join([sys.executable, "-m", "maskvlm", *arguments, *allow]) + task,
     )

@@ -1,4 +1,4 @@
-"""`maskvlm study FILE`: makes the runs of a study that are missing, and writes its page (`study/`)."""
+"""`maskvlm study FILE`: makes the missing runs of a study, and writes its page (`study/`)."""
 
 import importlib.util
 import math
@@ -27,7 +27,7 @@ STUDIES = "studies"
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
-    """Make a study; arguments as in the shell."""
+    """Make a study. Takes arguments as in the shell."""
     parser = OptionParser("maskvlm study", description="make the missing runs of a study and write its page")
     parser.add_argument("file", metavar="FILE", help="YAML file of a study (docs/studies.md), or its name in studies/")
     parser.add_argument(
@@ -47,11 +47,11 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     check_least(1, {"--jobs": options.jobs})
     check_installed()
     study = read_study(study_file(options.file), options.where)
-    # From here on with torch: what is wrong with the file has been said.
+    # Imports torch, so only now: mistakes in the file have been reported.
     from maskvlm.study.earlier import earlier_runs
     from maskvlm.study.runs import check_same_run, holds_another, of_study, root_of, runs_of, step_of
 
-    # Options of a file are not typed: not where they are parsed or their operations are counted, and not in the runs.
+    # Options from a study's file do not count as typed, neither when they are parsed or counted here, nor in the runs.
     os.environ |= of_study(allowed, 0)
     root = root_of(study)
     listed = runs_of(study, root, counted=())
@@ -61,7 +61,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
             steps = (
                 "" if not run.cell.flops_of else f"  (and as many steps as cost the operations of {run.cell.flops_of})"
             )
-            # How many steps another arm's operations are is not counted for a list.
+            # For a list, the steps that match another arm's operations are not computed.
             other = not run.cell.flops_of and holds_another(run)
             state = "other options" if other else "finished" if run.finished else run.lost or f"step {step_of(run)}"
             print(f"{number}  {state}  {shlex.join(run.command[2:])}{steps}")
@@ -71,14 +71,14 @@ def main(arguments: list[str], allowed: list[str]) -> int:
             raise UserError("--task", f"there is no run {options.task}", f"Give 0 to {len(chosen) - 1}")
         become(study, chosen[options.task], root, allowed)
     check_cells(chosen, allowed)
-    # A page that was made elsewhere has runs that need not be made again.
+    # A page made elsewhere has runs that need not be made again.
     earlier = earlier_runs(options.page, listed) if options.page else {}
-    # Where there is no run and none is made, its command is not needed.
+    # The command of a run that does not exist and will not be made is not needed.
     needed = [run for run in listed if run.folder.is_dir()]
     needed += [] if options.page_only else without(chosen, earlier)
     every = runs_of(study, root, {run.cell.name for run in needed})
     chosen = chosen_runs(study, every, options.only, options.seeds)
-    # How many steps these make is known only now: an interval or a warm-up may be longer.
+    # Their numbers of steps are known only now: an interval or a warm-up may be longer.
     check_cells([run for run in chosen if run.spent is not None], allowed)
     for run in every:
         check_same_run(run)
@@ -91,7 +91,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         if not unfinished:
             print(f"nothing to submit: {len(chosen)} runs are finished, or have diverged")
             return ExitCode.DONE
-        # the tasks of an array begin in any order: at first only those that the others start from
+        # The tasks of an array start in any order, so first submit only those that the others start from.
         ready = [run for run in unfinished if run.waits_for is None]
         numbers = [chosen.index(run) for run in ready]
         variables = environment_names(Path(study_file(options.file)).read_text("utf-8-sig"))
@@ -100,7 +100,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         if len(ready) < len(unfinished):
             print(f"the other {len(unfinished) - len(ready)} start from these: submit again once they are finished")
         return ExitCode.DONE
-    if options.page_only:  # also while the study is being made
+    if options.page_only:  # also works while the study is running
         tell_page(study, every, options.page or root, options.file, allowed, earlier)
         return ExitCode.DONE
     from maskvlm.utils.lock import RunLock
@@ -116,28 +116,28 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 
 
 def become(study: Study, run: "StudyRun", root: Path, allowed: list[str]) -> NoReturn:
-    """Go on as a run of a study, in the place of this process, as a task of an array does.
+    """Replace this process by a run of the study, as a task of an array does.
 
     Raises:
-        UserError: its options are wrong, its folder holds another run (73), what it starts from is not finished (2).
+        UserError: its options are wrong, its folder holds another run (73), the run it starts from is not finished (2).
     """
     from maskvlm.study.runs import check_same_run, runs_of
 
     check_cells([run], allowed)
-    if run.spent is not None:  # of no other cell operations are counted
+    if run.spent is not None:  # operations are counted for such cells only
         run = next(each for each in runs_of(study, root, {run.cell.name}) if each.name == run.name)
         check_cells([run], allowed)
     check_same_run(run)
     if run.waits_for is not None:
         todo = "Submit the study again once it is"
         raise UserError(run.name, f"{run.waits_for}, which it starts from, is not finished", todo)
-    if process_rank() == 0:  # of the several processes of a task
-        run.note(math.nan)  # nobody times it
+    if process_rank() == 0:  # a task may have several processes
+        run.note(math.nan)  # it is not timed
     os.execv(sys.executable, run.command)
 
 
 def without(runs: Sequence["StudyRun"], earlier: Mapping[str, "Outcome"]) -> list["StudyRun"]:
-    """The runs that no page has, and what they start from."""
+    """The runs that are not in `earlier`, and those that they start from."""
     starts = {run.start for run in runs}
     remaining = [run for run in runs if run.name not in earlier and run not in starts]
     needed = {run.start for run in remaining if not run.over}
@@ -152,8 +152,8 @@ def tell_page(
     allowed: Sequence[str],
     earlier: Mapping[str, "Outcome"],
 ) -> None:
-    """Write the page, and say where it is. allowed: what the study may import, part of the command."""
-    from maskvlm.study.page import write_page  # with packages that only a study needs
+    """Write the page and print where it is. allowed: packages that the study may import, shown in its command."""
+    from maskvlm.study.page import write_page  # imports packages that only a study needs
 
     trusted = chain.from_iterable(("--allow-import", name) for name in allowed)
     page = write_page(study, runs, folder, shlex.join(["maskvlm", "study", file, *trusted]), earlier)
@@ -167,7 +167,7 @@ def tell_page(
 
 
 def check_installed() -> None:
-    """Before hours of runs. Raises UserError (69) where a package is missing that writes the page."""
+    """Raises UserError (69), before hours of runs, if a package needed to write the page is missing."""
     missing = [name for name in ("pandas", "scipy") if importlib.util.find_spec(name) is None]
     if missing:
         todo = "Run `make study`, or pip install 'maskvlm[study]'"
@@ -175,10 +175,10 @@ def check_installed() -> None:
 
 
 def study_file(name: str) -> str:
-    """A file by its path, or by its name in studies/.
+    """The file of a study, given by its path or its name in studies/.
 
     Raises:
-        UserError: there is none (66).
+        UserError: there is no such file (66).
     """
     folder = home() / STUDIES
     for path in (Path(name), folder / f"{name}.yaml"):
@@ -191,10 +191,10 @@ def study_file(name: str) -> str:
 def chosen_runs(
     study: Study, runs: Sequence["StudyRun"], cells: Sequence[str], seeds: Sequence[int]
 ) -> list["StudyRun"]:
-    """Those of these cells and seeds, empty: all, with the runs that they start from.
+    """The runs of these cells and seeds (empty: all), with the runs that they start from.
 
     Raises:
-        UserError: there is no such cell, or no run of them.
+        UserError: there is no such cell, or no run matches.
     """
     names = [cell.name for cell in study.cells]
     for name in cells:
@@ -209,7 +209,7 @@ def chosen_runs(
 
 
 def composed_run(run: "StudyRun") -> list[str]:
-    """The command of a run as subcommand, files and options, but for what it starts from, which is perhaps not made
+    """The command of a run as subcommand, files and options, without the run that it starts from, which may not exist
     yet."""
     from maskvlm.cli.commands import COMMANDS
 
@@ -219,11 +219,11 @@ def composed_run(run: "StudyRun") -> list[str]:
 
 
 def check_cells(runs: Sequence["StudyRun"], allowed: list[str]) -> None:
-    """Parse one command of each cell that has runs to make: a wrong option of the last arm is told before the first has
-    trained.
+    """Parse one command of each cell that has runs to make, so that a wrong option of the last arm is reported before
+    the first one trains.
 
     Raises:
-        UserError: what is wrong, with the cell.
+        UserError: an option is wrong; names the cell.
     """
     from maskvlm.cli.lightning import Parsed, run_command
 
@@ -240,7 +240,7 @@ def check_cells(runs: Sequence["StudyRun"], allowed: list[str]) -> None:
 
 
 def make_runs(study: Study, runs: Sequence["StudyRun"], jobs: int, allowed: list[str]) -> int:
-    """Make what is missing, with a line for each run that ends; returns the exit status of the first that failed."""
+    """Make the missing runs and print a line as each ends; returns the exit status of the first that failed."""
     from maskvlm.study.runs import Runner
 
     console = Console()
@@ -265,8 +265,8 @@ def make_runs(study: Study, runs: Sequence["StudyRun"], jobs: int, allowed: list
 def unknown_keys(
     study_metrics: Iterable[Metric], metrics: Mapping[str, float], who: str = "the first run"
 ) -> list[str]:
-    """A line for each key of a study's metrics that is not among what was measured; it may be of a head that other
-    runs have. who: measured it."""
+    """A line for each key of a study's metrics that was not measured; it may belong to a head that only other runs
+    have. who: the run that was measured, for the message."""
     lines = []
     has = f"{who} has" if who.startswith("no ") else f"{who} has no"
     for metric in study_metrics:
@@ -278,7 +278,7 @@ def unknown_keys(
 
 
 def line_of(ended: "Ended", done: int, count: int, spent: float, jobs: int) -> str:
-    """`[3/40] all-s1: 11.2 min; about 4.1 h left`, or how it failed."""
+    """The line for a run that has ended: `[3/40] all-s1: 11.2 min; about 4.1 h left`, or how it failed."""
     line = f"[{done}/{count}] {ended.run.name}: {ended.seconds / 60:.1f} min"
     if ended.why:
         return f"{line}, {ended.why}"

@@ -1,4 +1,4 @@
-"""`maskvlm suite NAME --path FOLDER`: a published evaluation suite (`suites/`)."""
+"""`maskvlm suite NAME --path FOLDER`: evaluates a model on a published suite (`suites/`)."""
 
 import inspect
 import shlex
@@ -16,7 +16,7 @@ from maskvlm.utils.errors import UserError, check_least
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
-    """Run a suite; arguments as in the shell."""
+    """Run a suite. Takes arguments as in the shell."""
     name = arguments[0] if arguments and not arguments[0].startswith("-") else ""
     parser = OptionParser(
         f"maskvlm suite {name}".strip(), description="evaluate a model on a published suite", allow_abbrev=False
@@ -45,7 +45,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     if kind is not None:
         kind.add_options(parser)
     options = parser.parse_args(arguments)
-    if kind is None:  # an option stands before it
+    if kind is None:  # an option precedes the name
         others = shlex.join(word for word in arguments if word != options.suite)
         todo = f"Write maskvlm suite {options.suite} {others}"
         raise UserError("suite", "its name stands before everything else", todo)
@@ -56,7 +56,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     suite = kind(**{key: getattr(options, key) for key in own})
     ways = suite.ways if options.by == ["all"] else options.by
     folder = options.out or Path("checkpoints") / f"suite-{name}-{moment_of_evaluation()}"
-    # What is wrong with the files is told before a large model is read.
+    # Problems with the files are reported before a large model is loaded.
     check_ways(suite, ways, options.limit)
     item_rows = suite.read(options.path, options.images)
     options.source = options.source or default_model("asked")

@@ -1,4 +1,4 @@
-"""What the page shows: answers as HTML, every word of it escaped, and images, which are part of that HTML."""
+"""What the page shows: answers as HTML with all text escaped, and images embedded in that HTML."""
 
 import io
 import re
@@ -17,17 +17,17 @@ from maskvlm.inference.pretrained import PretrainedMaskVLM, unknown_line
 from maskvlm.utils.errors import UserError
 
 Mask = list[list[bool]]
-BOARD = 384  # pixels, about: the side of an image with its patches
-MAX_IMAGE_SIDE = 400  # pixels of a side; a board has a little more or less than BOARD
-DRAWN_COLOURS = 4096  # that a drawn scene has at most
+BOARD = 384  # approximate side of an image with its patches, in pixels
+MAX_IMAGE_SIDE = 400  # pixels per side; a board is a little larger or smaller than BOARD
+DRAWN_COLOURS = 4096  # maximum number of colours of a drawn scene
 COVER, LINE, FRAME = (64, 72, 88), (148, 163, 184), (245, 158, 11)
 LENGTHS = (5, 8, 12)
-"""Caption lengths in tokens that are tried; few, as a page must answer soon."""
+"""Caption lengths to try, in tokens; few, as the page must answer quickly."""
 _WORD = re.compile(rf"{re.escape(MASK)}|[\w'’-]+")
 
 
 class SplitText(NamedTuple):
-    """A text taken apart: its words, and where each stands."""
+    """A text split into words, and the span of each."""
 
     text: str
     words: list[str]
@@ -35,19 +35,19 @@ class SplitText(NamedTuple):
 
 
 def split_words(text: str) -> SplitText:
-    """Words with what belongs to them, such as an apostrophe; [MASK] is one."""
+    """Words including apostrophes and hyphens; [MASK] is one word."""
     word_matches = list(_WORD.finditer(text))
     return SplitText(text, [each.group() for each in word_matches], [each.span() for each in word_matches])
 
 
 def covered(text: str, chosen: Iterable[int]) -> tuple[str, list[str]]:
-    """The text with [MASK] in the place of chosen words, and what stood in every covered place, "" where [MASK] did."""
+    """The text with [MASK] in place of the chosen words, and the word at each covered place, "" if it was [MASK]."""
     parts, truths = split_words(text), []
     which = set(chosen)
     covered_text, end = "", 0
     for number, (word, (start, stop)) in enumerate(zip(parts.words, parts.spans, strict=True)):
         masked = number in which or word == MASK
-        # What stands between the words is kept as it is.
+        # Text between words is kept unchanged.
         covered_text += text[end:start] + (MASK if masked else word)
         end = stop
         if masked:
@@ -56,7 +56,7 @@ def covered(text: str, chosen: Iterable[int]) -> tuple[str, list[str]]:
 
 
 def unknown(model: PretrainedMaskVLM, texts: Sequence[str]) -> str:
-    """A line about the words that the model's tokenizer does not know; "" where it knows all."""
+    """A note on words that the model's tokenizer does not know; "" if it knows them all."""
     words = model.unknown_words(texts)
     return note(sentence(unknown_line(words))) if words else ""
 
@@ -67,9 +67,9 @@ def words_filled(model: PretrainedMaskVLM, image: ImageInput | None, text: str, 
     if not truths:
         return note(f"Click a word to cover it, or write {MASK} in the text.")
     without_image: Any = model.fill_mask(None, masked)
-    # Without an image both would be the same.
+    # Without an image both would be equal.
     with_image: Any = model.fill_mask(image, masked) if image is not None else None
-    # Escaped first; [MASK] holds no character that escaping changes.
+    # Escaped first; escaping does not change [MASK].
     parts = [f'<p class="sentence">{escape(masked).replace(MASK, "<b>▮▮▮</b>")}</p>']
     for number, truth in enumerate(truths):
         head = f"Word {number + 1}" + (f", covered: <b>{escape(truth)}</b>" if truth else "")
@@ -80,14 +80,14 @@ def words_filled(model: PretrainedMaskVLM, image: ImageInput | None, text: str, 
 
 
 def guesses(title: str, words: Sequence[Guess], truth: str) -> str:
-    """Half of a word's answer: the likeliest words with their shares."""
-    # Whatever the case: some tokenizers keep it, others do not.
+    """Half of a word's answer: the most likely words with their probabilities."""
+    # Ignoring case, which some tokenizers do not keep.
     rows = [(each.word, each.probability, each.word.lower() == truth.lower()) for each in words]
     return f'<div class="side"><h3>{escape(title)}</h3>{bars(rows)}</div>'
 
 
 def bars(rows: Iterable[tuple[str, float, bool]]) -> str:
-    """A table: a text, its share as a bar and in percent; the true one is marked."""
+    """A table of texts, each with its probability as a bar and in percent; the true one is marked."""
     lines = []
     for word, share, right in rows:
         percent = 100 * min(1.0, max(0.0, share))
@@ -100,7 +100,7 @@ def bars(rows: Iterable[tuple[str, float, bool]]) -> str:
 
 
 def data_address(image: Image.Image) -> str:
-    """An image as an address that holds it: PNG where few colours are drawn, else JPEG."""
+    """An image as a data URL: PNG if it has few colours, else JPEG."""
     rgb, file = image.convert("RGB"), io.BytesIO()
     rgb.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     kind, media = ("PNG", "png") if rgb.getcolors(DRAWN_COLOURS) else ("JPEG", "jpeg")
@@ -114,7 +114,7 @@ def picture(image: Image.Image, description: str) -> str:
 
 
 def choice_buttons(images: Iterable[tuple[Image.Image, str]]) -> str:
-    """Images with what is said of each, as buttons."""
+    """Images with their labels, as buttons."""
     parts = [
         f'<button type="button" data-index="{number}" aria-label="Example {number + 1}: {escape(label)}">'
         f"{picture(image, '')}</button>"
@@ -124,7 +124,7 @@ def choice_buttons(images: Iterable[tuple[Image.Image, str]]) -> str:
 
 
 def hits(ranking: Iterable[Hit], title: str) -> str:
-    """Images that were found, the best first, each with its caption."""
+    """The images found, best first, each with its caption."""
     figures = [
         f"<li><figure>{picture(hit.image, f'Number {number}')}"
         f"<figcaption>{escape(hit.label)}</figcaption></figure></li>"
@@ -134,28 +134,28 @@ def hits(ranking: Iterable[Hit], title: str) -> str:
 
 
 def sentence(line: str) -> str:
-    """A line as a sentence; words in it keep their case."""
+    """A line as a sentence; words other than the first keep their case."""
     return f"{line[0].upper()}{line[1:]}."
 
 
 def note(line: str) -> str:
-    """A line that informs, as HTML."""
+    """An informative line, as HTML."""
     return f'<p class="note">{marked(line)}</p>'
 
 
 def problem(line: str) -> str:
-    """A mistake of the visitor, as HTML that screen readers announce."""
+    """An error of the visitor, as HTML that screen readers announce."""
     return f'<p class="problem" role="alert">{marked(line)}</p>'
 
 
 def marked(line: str) -> str:
-    """Escaped; what stands in backquotes is a command."""
-    # Escaping leaves backquotes alone, so what is between them is escaped by now.
+    """A line, escaped; text in backquotes becomes code."""
+    # Escaping leaves backquotes unchanged, so the text between them is already escaped.
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(line))
 
 
 def matches(model: PretrainedMaskVLM, image: ImageInput, texts: list[str]) -> str:
-    """Each text with the probability that it belongs to the image, the likeliest first."""
+    """Each text with the probability that it belongs to the image, most likely first."""
     likely: Any = model.match([image], texts)
     order = sorted(zip(texts, likely, strict=True), key=lambda pair: -pair[1])
     return bars((text, share, False) for text, share in order)
@@ -172,8 +172,8 @@ def captioned(model: PretrainedMaskVLM, image: ImageInput) -> str:
 
 
 def decided(answer: Any) -> str:
-    """What a task says: its answer, and the shares of what it chose among."""
-    # After the answer itself comes its probability, or the shares of all that it was chosen from.
+    """A task's answer, and the probabilities of the candidates."""
+    # The answer is followed by its probability, or by those of all candidates.
     first, *others = answer
     shares = next((each for each in others if isinstance(each, dict)), None)
     if shares is None:
@@ -186,7 +186,7 @@ def decided(answer: Any) -> str:
 
 
 def model_view(model: PretrainedMaskVLM, image: Image.Image) -> Image.Image:
-    """The image as the model has it: a small square."""
+    """The image as the model sees it: a small square."""
     side = model.image_size
     return image.resize((side, side), Image.Resampling.BICUBIC)
 
@@ -199,12 +199,12 @@ def enlarge(model: PretrainedMaskVLM, image: Image.Image) -> Image.Image:
 
 
 def boxes(size: tuple[int, int], mask: Mask) -> Iterable[tuple[bool, tuple[int, int, int, int]]]:
-    """Each patch: whether it is covered, and its corners in pixels."""
+    """For each patch: whether it is covered, and its corners in pixels."""
     down, across = size[1] / len(mask), size[0] / len(mask[0])
     for row, line in enumerate(mask):
         for column, masked in enumerate(line):
             left, top = round(column * across), round(row * down)
-            # Pillow draws up to the second corner and includes it.
+            # Pillow includes the second corner.
             yield masked, (left, top, round((column + 1) * across) - 1, round((row + 1) * down) - 1)
 
 
@@ -232,15 +232,15 @@ def painted(model: PretrainedMaskVLM, image: Image.Image, mask: Mask, texts: Seq
         draw = ImageDraw.Draw(large)
         for masked, box in boxes(large.size, mask):
             if masked:
-                # Thin on small patches: the frame is not to hide what it is about.
+                # Thin on small patches, so that the frame does not hide them.
                 draw.rectangle(box, outline=FRAME, width=min(3, max(1, (box[2] - box[0]) // 24)))
         framed.append(large)
     return framed
 
 
 def buttons(image: Image.Image, mask: Mask) -> str:
-    """A board as HTML: each patch a button over its place. Only the first is reached by the Tab key, the others from
-    there by the arrow keys (`page.js`)."""
+    """A board as HTML: each patch is a button over its place. The Tab key reaches only the first; from there, the arrow
+    keys reach the others (`page.js`)."""
     columns = len(mask[0])
     parts = [
         f'<button type="button" data-index="{row * columns + column}" aria-pressed="{str(masked).lower()}" '
@@ -256,8 +256,8 @@ def buttons(image: Image.Image, mask: Mask) -> str:
 
 
 def turned(mask: Mask, number: Any) -> Mask:
-    """The mask with one patch turned over, counted row by row. Raises UserError: there is none of that number."""
-    # The number comes from a browser: anything may stand there.
+    """The mask with one patch toggled, counted row by row. Raises UserError: there is no such patch."""
+    # The number comes from a browser and may be anything.
     if type(number) is not int or not 0 <= number < len(mask) * len(mask[0]):
         raise UserError("patches", "that is no place of the image", "Click on the image")
     place = divmod(number, len(mask[0]))
@@ -265,17 +265,17 @@ def turned(mask: Mask, number: Any) -> Mask:
 
 
 def by_lot(grid: tuple[int, int], share: float = 0.6) -> Mask:
-    """Other patches at every call."""
+    """A random mask over a share of the patches, different at every call."""
     count = grid[0] * grid[1]
     chosen = np.random.default_rng().permutation(count)[: round(share * count)]
     return [[row * grid[1] + column in chosen for column in range(grid[1])] for row in range(grid[0])]
 
 
 def fitted(mask: Mask, grid: tuple[int, int]) -> Mask:
-    """The mask, or an empty one where it is of another run's grid."""
+    """The mask, or an empty one if it belongs to another run's grid."""
     return mask if (len(mask), len(mask[0]) if mask else 0) == tuple(grid) else empty(grid)
 
 
 def empty(grid: tuple[int, int]) -> Mask:
-    """A mask of no patch."""
+    """A mask that covers no patch."""
     return [[False] * grid[1] for _ in range(grid[0])]

@@ -1,4 +1,4 @@
-"""How long a connection may stand still. uvicorn waits for ever for a head to end, and for an answer to be read."""
+"""How long a connection may stall. uvicorn waits forever for the head of a request, and for an answer to be read."""
 
 import asyncio
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 15.0  # for the head of a request, from its first byte; a connection's first one from when it opens
-READ_SECONDS = 30.0  # in which a browser must take some of what it asked for
+HEAD_SECONDS = 15.0  # for a request's head, from its first byte; for the first request, from opening the connection
+READ_SECONDS = 30.0  # in which a browser must read some of the answer
 
 
 class Hurried(H11Protocol):
-    """Connections that stand still are ended, so that they leave room for others."""
+    """Ends stalled connections to make room for others."""
 
-    late: asyncio.TimerHandle | None = None  # rings when the head took too long
-    unread: asyncio.TimerHandle | None = None  # rings when nothing was read
+    late: asyncio.TimerHandle | None = None  # fires if the head takes too long
+    unread: asyncio.TimerHandle | None = None  # fires if nothing is read
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -25,7 +25,7 @@ class Hurried(H11Protocol):
         self.watch()
 
     def watch(self) -> None:
-        """The clock of a head runs until the head is whole, however many pieces it comes in."""
+        """Start or stop the timer of a head, which runs until the head is complete, however many pieces it comes in."""
         waiting = self.conn.their_state is h11.IDLE
         if waiting and self.late is None:
             self.late = self.loop.call_later(HEAD_SECONDS, self.stand_still)
@@ -46,7 +46,7 @@ class Hurried(H11Protocol):
         self.stand_still()
 
     def stand_still(self) -> None:
-        """End it at once: a close would first wait until all that was written is read."""
+        """End the connection at once: a close would first wait until everything written is read."""
         self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:

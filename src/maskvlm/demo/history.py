@@ -1,7 +1,7 @@
-"""What a pre-trained run was trained on, and in which order the page offers several.
+"""What a pre-trained run was trained on, and the order in which the page lists several.
 
-Scores on different data cannot be compared: 90 % of drawn scenes is no better than 3 % of photographs. So the data
-decide first, and the score among runs on the same data.
+Scores on different data cannot be compared: 90 % on drawn scenes is no better than 3 % on photographs. So the data
+decide first, then the score among runs on the same data.
 """
 
 import json
@@ -21,19 +21,20 @@ from maskvlm.utils.errors import UserError
 from maskvlm.utils.whole_files import check_inside
 
 WORLDS = (r"tasks\.[a-z]\w*\.scenes\.[A-Z]\w*",)
-"""Sources of tasks that draw what they show."""
-LONGEST = 60  # characters of a data set's name on the page
+"""Task sources that draw their images."""
+LONGEST = 60  # maximum characters of a data set's name on the page
 
 
 class Trained(NamedTuple):
-    """What the weights of a run have seen.
+    """What the weights of a run were trained on.
 
     Attributes:
-        description: for people: "flickr8k (6,000 images), after drawn scenes of the built-in world (20,000 images)".
-        photographs: different ones, drawn scenes not counted; infinite where a set was streamed, which counts nothing.
-        sha: of the data of the run itself. measured: images that it was evaluated on; 0 where it does not say.
-        score: on these, -inf where it does not say. time: when the weights were written, in seconds.
-        steps: of the optimiser, on the data of the run itself. whole: whether it has the heads of all tabs.
+        description: for display: "flickr8k (6,000 images), after drawn scenes of the built-in world (20,000 images)".
+        photographs: number of distinct photographs, without drawn scenes; infinite if a set was streamed, as a stream
+            counts no images.
+        sha: fingerprint of the run's own data. measured: number of images that it was evaluated on; 0 if unknown.
+        score: score on these, -inf if unknown. time: when the weights were written, in seconds.
+        steps: optimiser steps on the run's own data. whole: whether it has the heads for all tabs.
     """
 
     description: str
@@ -47,29 +48,29 @@ class Trained(NamedTuple):
 
     @property
     def measures(self) -> str:
-        """Step and score in words: "step 1,125, score 30.1"."""
+        """Step and score for display: "step 1,125, score 30.1"."""
         score = f"score {self.score:.1f}" if math.isfinite(self.score) else "no score"
         return f"step {self.steps:,}, {score}"
 
 
 def is_drawn(source: str) -> bool:
-    """Whether the class path of a source is one of the built-in world's."""
+    """Whether a source's class path belongs to the built-in world."""
     return DRAWN.fullmatch(source) is not None
 
 
 def trained_run(
     path: str, history: Sequence[LineageEntry], whole: bool = True, metrics: Mapping[str, Any] | None = None
 ) -> Trained:
-    """What a checkpoint of pre-training tells of itself, and the files beside it.
+    """The training facts of a pre-training checkpoint, from itself and the files beside it.
 
     Args:
-        path: of the checkpoint.
-        history: the data that its weights have seen, first to last.
-        whole: whether it has the heads of all tabs.
-        metrics: that a folder of the hub's format tells; None: those in the file beside a checkpoint.
+        path: path of the checkpoint.
+        history: the data that its weights were trained on, in order.
+        whole: whether it has the heads for all tabs.
+        metrics: metrics from a Hugging Face folder; None: those in the file beside a checkpoint.
     """
     steps = [describe_data(entry, name_beside(path, entry) if entry is history[-1] else None) for entry in history]
-    # What came before, the latest first.
+    # Earlier data, the latest first.
     before = [step for step in reversed(steps[:-1]) if step != steps[-1]]
     description = ", after ".join(dict.fromkeys([*steps[-1:], *before])) or "nothing that it tells of"
     measured, score = score_beside(path) if metrics is None else score_of(metrics)
@@ -80,19 +81,19 @@ def trained_run(
 
 
 def photographs(history: Sequence[LineageEntry]) -> float:
-    """How many different images of these are no drawn scenes; those of sets without ids may be the same ones."""
+    """Number of distinct images in a history that are not drawn scenes. Sets without ids may share images."""
     photos = [entry for entry in history if not is_drawn(entry.source) and entry.source != UNKNOWN]
-    # One set of which nobody knows the size counts for more than any other.
+    # A set of unknown size counts as larger than any other.
     if any(not entry.images for entry in photos):
         return math.inf
     ids = [entry.ids for entry in photos if entry.ids is not None]
     different = len(torch.cat(ids).unique()) if ids else 0
-    # Sets without ids may hold the same images: together they are at least as many as the largest.
+    # Sets without ids may share images: together they have at least as many as the largest.
     return max([different, *(entry.images for entry in photos)])
 
 
 def describe_data(entry: LineageEntry, name: str | None) -> str:
-    """One entry of a training history in words: the data and how many images."""
+    """An entry of a training history for display: the data and the number of images."""
     if entry.source == UNKNOWN:
         return "data that it does not name"
     if is_drawn(entry.source):
@@ -102,11 +103,11 @@ def describe_data(entry: LineageEntry, name: str | None) -> str:
 
 
 def run_order(runs: Sequence[Trained]) -> list[int]:
-    """The places of the runs, the best first: the page starts with that.
+    """Indices of the runs, best first; the page starts with the best.
 
-    Those that were trained without one of the four losses come last: some tabs cannot ask them. Then photographs come
-    before drawn scenes, more of them before fewer; of data sets with equally many the one that was used last. Among
-    runs on the same data the best score counts, and what that leaves open the newest.
+    Runs trained without one of the four losses come last, as some tabs cannot use them. Otherwise photographs come
+    before drawn scenes, and more photographs before fewer; among data sets with equally many, the one used last comes
+    first. Among runs on the same data, the best score comes first, then the newest.
     """
     used = dict[tuple[float, str], float]()
     for run in runs:
@@ -116,25 +117,25 @@ def run_order(runs: Sequence[Trained]) -> list[int]:
     def merit(place: int) -> tuple[float | str, ...]:
         run = runs[place]
         last = used[run.photographs, run.sha]
-        # Among fewer images the right one is found more easily, so the number comes before the score.
+        # Retrieval among fewer images is easier, so the number comes before the score.
         return run.whole, run.photographs, last, run.sha, run.measured, run.score, run.time
 
     return sorted(range(len(runs)), key=merit, reverse=True)
 
 
-# ---------------------------------------------------------------------- the files beside a checkpoint: strangers', too
+# ---------------------------------------------------------------------- the files beside a checkpoint, also untrusted
 
 
 def name_beside(path: str, entry: LineageEntry) -> str | None:
-    """What the data are called: the set's folder, by the configuration of the run; None where it does not say."""
+    """Name of the data, taken from the set's folder in the run's configuration; None if unknown."""
     file = Path(path).parent / "config-fit.yaml"
-    if not path.endswith(".ckpt"):  # a folder of the hub's format, or a name: what lies beside is of something else
+    if not path.endswith(".ckpt"):  # a Hugging Face folder, or a name: files beside it belong to something else
         return None
     try:
         check_inside(file)
         source = read_yaml(read_small(file), str(file))["data"]["init_args"]["source"]
         settings = source.get("init_args") or {}
-        # Of another run than the checkpoint's it is not believed.
+        # Ignored if it belongs to another run than the checkpoint's.
         if source["class_path"] != entry.source:
             return None
         return name_of(settings)
@@ -143,14 +144,14 @@ def name_beside(path: str, entry: LineageEntry) -> str | None:
 
 
 def name_of(settings: Any) -> str | None:
-    """The sets of a mix, or the last part of a place that is no file's name."""
+    """The names of a mixture's sets, or the last part of a path that is not a file name."""
     if isinstance(sets := settings.get("sets"), dict) and sets:
         return " + ".join(map(str, sets))[:LONGEST]
     root, file = settings.get("root"), settings.get("file")
     if isinstance(root, list):
         root = root[0] if root else None
     parts = [part for part in re.split(r"[/\\]", str(root or file or "")) if part]
-    # Of a file its folder is the name.
+    # For a file, its folder is the name.
     if not root:
         parts = parts[:-1]
     plain = [part for part in parts if "*" not in part]
@@ -158,7 +159,7 @@ def name_of(settings: Any) -> str | None:
 
 
 def score_beside(path: str) -> tuple[float, float]:
-    """Images that `metrics.json` was measured on, and its score; 0 and -inf where it does not say."""
+    """Number of images evaluated in `metrics.json`, and its score; 0 and -inf if unknown."""
     file = Path(path).parent / "metrics.json"
     try:
         check_inside(file)
@@ -168,7 +169,7 @@ def score_beside(path: str) -> tuple[float, float]:
 
 
 def score_of(metrics: Any) -> tuple[float, float]:
-    """Score as `score_beside` gives it, from the contents of such a file."""
+    """The result of `score_beside`, from the content of such a file."""
     try:
         score, count = float(metrics["score"]), float(metrics.get("retrieval/pictures") or 0)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):

@@ -1,4 +1,4 @@
-"""What the page takes from strangers behind its door: images, texts, and the time that an answer may take."""
+"""Limits on what visitors send once a request is accepted: images, texts, and the time that an answer may take."""
 
 import hashlib
 import io
@@ -18,33 +18,33 @@ from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.utils.errors import ExitCode, UserError
 
 ANSWER_SECONDS = 20.0
-QUEUE = 24  # questions that wait
+QUEUE = 24  # maximum number of waiting questions
 MAX_TEXT = 1000  # characters
 MAX_LINES = 20  # texts at once
-MAX_SIDE = 1024  # pixels of an image that is kept; models see far fewer
+MAX_SIDE = 1024  # pixels per side of a stored image; models see far fewer
 OWN = "own-"
-"""How the name of one of the page's own images begins; after it comes the SHA-256 of its bytes."""
+"""Prefix of the names of the page's own images; the SHA-256 of the image's bytes follows."""
 
 T = TypeVar("T")
 
 
 class Worker:
-    """One thread for all that decodes and computes, so that many questions cost memory for one.
+    """A single thread for all decoding and computing, so that many questions need the memory of one.
 
-    A thread cannot be stopped: a question that takes too long is given up, not ended, and what waits behind it is given
-    up too. What is asked is bounded above, so that it ends.
+    A thread cannot be stopped: a question that takes too long is abandoned, not ended, and so are those waiting behind
+    it. The limits above ensure that every question ends.
     """
 
     def __init__(self, seconds: float = ANSWER_SECONDS) -> None:
         self.seconds, self.pool = seconds, ThreadPoolExecutor(1)
 
     def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Raises UserError: no answer in time; and whatever the function raises."""
+        """The result of a function. Raises UserError if it is not ready in time, and whatever the function raises."""
         future = self.pool.submit(_quietly, function, *arguments)
-        # Not by `result(seconds)`: its TimeoutError may as well be the function's own.
+        # Not by `result(seconds)`, whose TimeoutError could also be the function's own.
         done, _ = wait([future], self.seconds)
         if not done:
-            # Takes it back where it still waits; one that runs goes on to its end.
+            # Cancels it if it is still waiting; if it is running, it continues to its end.
             future.cancel()
             what, todo = f"no answer within {self.seconds:g} seconds", "Try again, with less at once"
             raise UserError("model", what, todo, ExitCode.UNAVAILABLE)
@@ -52,8 +52,8 @@ class Worker:
 
 
 def _quietly(function: Callable[..., T], *arguments: Any) -> T:
-    """Without warnings of strange words and images: Python remembers each that it has shown, and visitors bring any
-    number. The page tells both in places of their own."""
+    """Call a function without warnings about unknown words and unusual images: Python remembers every warning shown,
+    and visitors cause any number of them. The page shows both elsewhere."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FarFromTraining)
         warnings.simplefilter("ignore", UnknownWords)
@@ -61,9 +61,9 @@ def _quietly(function: Callable[..., T], *arguments: Any) -> T:
 
 
 class Opener:
-    """Uploads to images, through `safe_open`; the last few are kept, since each is asked about again and again.
+    """Opens uploads as images, through `safe_open`. The latest few are cached, as each is used many times.
 
-    The page's own images stay in memory: no file of theirs is removed while somebody looks at them.
+    The page's own images stay in memory, so that none is removed while somebody looks at it.
     """
 
     def __init__(self, most: int = 16) -> None:
@@ -71,7 +71,7 @@ class Opener:
         self.own = dict[str, bytes]()
 
     def keep(self, image: Image.Image) -> str:
-        """Take in one of the page's own images; returns the name that opens it again."""
+        """Store one of the page's own images; returns the name that opens it again."""
         file = io.BytesIO()
         image.save(file, "PNG")
         name = OWN + hashlib.sha256(file.getvalue()).hexdigest()
@@ -79,14 +79,14 @@ class Opener:
         return name
 
     def __call__(self, path: str | None, name: str = "image") -> Image.Image:
-        """Raises BadImage, or UserError where there is none."""
+        """The image of a path or name. Raises BadImage, or UserError if there is none."""
         if not path:
             raise UserError(name, "there is none", "Drop one in, or choose an example")
         file = Path(path)
         if path not in self.own and not file.is_file():
             raise UserError(name, "is here no more", "Drop it in again", ExitCode.MISSING_INPUT)
         data = self.own[path] if path in self.own else file.read_bytes()
-        # By content: the same image uploaded twice lies at two paths.
+        # Cached by content: the same image uploaded twice has two paths.
         key = hashlib.sha256(data).digest()
         if key not in self.known:
             opened = safe_open(data, name)
@@ -99,7 +99,7 @@ class Opener:
 
 
 def checked_text(value: object, name: str = "text") -> str:
-    """A text of bounded length with a word in it. Raises UserError."""
+    """Check that a text has a bounded length and at least one word; returns it. Raises UserError."""
     if not isinstance(value, str):
         raise UserError(name, "is no text", "Write one")
     if len(value) > MAX_TEXT:
@@ -108,10 +108,10 @@ def checked_text(value: object, name: str = "text") -> str:
 
 
 def lines_of(value: object) -> list[str]:
-    """Texts, one a line. Raises UserError."""
+    """Texts, one per line. Raises UserError."""
     if not isinstance(value, str):
         raise UserError("texts", "are no texts", "Write some")
-    # Bounded as a whole first, before it is taken apart.
+    # First bound the whole, before it is split.
     if len(value) > MAX_LINES * MAX_TEXT:
         todo = f"Write at most {MAX_LINES} lines of at most {MAX_TEXT:,}"
         raise UserError("texts", f"{len(value):,} characters", todo)

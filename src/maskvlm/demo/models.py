@@ -1,5 +1,5 @@
-"""The models of the page: the runs of pre-training, the best first (`history.run_order`), and the newest of each
-fine-tuned task, found in a folder or named."""
+"""The models of the page: pre-training runs, best first (`history.run_order`), and the newest run of each fine-tuned
+task, found in a folder or named."""
 
 import json
 from collections.abc import Iterable
@@ -21,13 +21,13 @@ from maskvlm.utils.whole_files import check_inside
 
 PRETRAINING = "maskvlm.objectives.pretraining.MaskedPretraining"
 WEIGHTS = ("best.ckpt", "last.ckpt")
-"""Checkpoints of a run's folder; the first one that exists is loaded."""
+"""Checkpoints in a run's folder; the first one that exists is loaded."""
 HEADS = ("projection", "matching", "tokens", "pixels")
 """Heads of pre-training that the tabs need."""
 
 
 class Run(NamedTuple):
-    """A checkpoint and the class of its task; trained: on what, of pre-training alone."""
+    """A checkpoint and the class of its task. trained: its training data, for pre-training only."""
 
     path: str
     task: str
@@ -35,25 +35,25 @@ class Run(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What its tab is called: `tasks.vqa.task.Vqa` is VQA."""
+        """Title of its tab: `tasks.vqa.task.Vqa` is VQA."""
         name = self.task.rpartition(".")[2]
         return name.upper() if len(name) < 5 else name
 
     @property
     def short_path(self) -> str:
-        """The end of its path: the rest is nobody's business."""
+        """The end of its path; the rest is private."""
         return "/".join(Path(self.path).parts[-2:])
 
     @property
     def choice(self) -> str:
-        """Its line in the chooser: the run, its step, its score and what it was trained on."""
+        """Its line in the chooser: the run, its step, its score and its training data."""
         if self.trained is None:
             return self.short_path
         return f"{Path(self.path).parent.name or self.short_path}: {self.trained.measures}, {self.trained.description}"
 
 
 class FoundModels(NamedTuple):
-    """runs: of pre-training, the best first. tasks: one a class, in alphabetical order. problems: lines."""
+    """runs: pre-training runs, best first. tasks: one run per task class, in alphabetical order. problems: messages."""
 
     runs: list[Run]
     tasks: list[Run]
@@ -61,31 +61,31 @@ class FoundModels(NamedTuple):
 
     @property
     def pretrained(self) -> Run | None:
-        """The run that the page starts with; None where there is none."""
+        """The run that the page starts with; None if there is none."""
         return self.runs[0] if self.runs else None
 
 
 def find_models(folder: Path, sources: Iterable[str] = ()) -> FoundModels:
-    """The runs of pre-training, the best first (`run_order`), and the newest checkpoint of each fine-tuned task.
+    """The pre-training runs, best first (`run_order`), and the newest checkpoint of each fine-tuned task.
 
     Args:
-        folder: of runs.
-        sources: checkpoints, folders of the hub's format or names of its cache that come before all of the folder's,
-            the last one first.
+        folder: folder of runs.
+        sources: checkpoints, Hugging Face folders or names in the hub's cache, listed before those of the folder, the
+            last one first.
 
     Raises:
-        UserError: a named one is not there or damaged.
+        UserError: one of the sources does not exist or is damaged.
     """
     named, problems = [run_of(source) for source in sources], list[str]()
     known = {Path(run.path).resolve() for run in named}
     there = [path for path in map(weights_in, folder.glob("*/")) if path is not None and path.resolve() not in known]
     folder_runs = []
-    # Oldest first, so that the newest of a task is the one that `last` keeps.
+    # Oldest first, so that `last` keeps the newest of each task.
     for path in sorted(there, key=lambda path: path.stat().st_mtime):
         try:
             folder_runs.append(run_of(str(path)))
         except UserError as error:
-            # Damaged ones do not keep the page from starting: they are told on it.
+            # Damaged checkpoints do not keep the page from starting; it lists them.
             problems.append(str(error))
     last = {run.task: run for run in [*folder_runs, *named]}
     last.pop(PRETRAINING, None)
@@ -96,19 +96,19 @@ def find_models(folder: Path, sources: Iterable[str] = ()) -> FoundModels:
 
 
 def weights_in(folder: Path) -> Path | None:
-    """The checkpoint of a run's folder."""
+    """The checkpoint in a run's folder; None if there is none."""
     return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 
 def run_of(source: str) -> Run:
-    """A checkpoint with its task's class path: by the card beside it, or else by the checkpoint itself.
+    """A checkpoint with its task's class path, from the card beside it or else from the checkpoint itself.
 
     Raises:
-        UserError: it is not there, damaged, or does not say it. Of a fine-tuned one with a card that is found when it
-            is loaded.
+        UserError: it does not exist, is damaged, or does not state its task. A fine-tuned checkpoint with a card is
+            checked only when it is loaded.
     """
     task = task_on_card(source)
-    # With a card a fine-tuned checkpoint need not be read before somebody asks it.
+    # A fine-tuned checkpoint with a card is not read until it is used.
     if task not in (None, PRETRAINING):
         return Run(source, str(task))
     content = read_content(source)
@@ -121,7 +121,7 @@ def run_of(source: str) -> Run:
     if task != PRETRAINING:
         return Run(source, task)
     heads = {name.split(".")[1] for name in content["state_dict"] if name.startswith("task.")}
-    # A folder of the hub's format brings its metrics along.
+    # A Hugging Face folder includes its metrics.
     evaluation = content.get("evaluation")
     metrics = evaluation.get("metrics") if isinstance(evaluation, dict) else None
     history = training_history_of(content)
@@ -129,10 +129,10 @@ def run_of(source: str) -> Run:
 
 
 def task_on_card(source: str) -> str | None:
-    """Class of the task by the card beside a checkpoint; None where the card does not say it."""
+    """Class of the task, from the card beside a checkpoint; None if the card does not state it."""
     try:
         file = Path(source).parent / "card.json"
-        # A stranger's, as the files beside it are.
+        # Untrusted, like the files beside it.
         check_inside(file)
         class_path = json.loads(read_small(file))["task"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
@@ -142,8 +142,8 @@ def task_on_card(source: str) -> str | None:
 
 
 class Loaded(NamedTuple):
-    """A fine-tuned model and its method; examples: of the data set it was trained on, where that can be opened here,
-    else None."""
+    """A fine-tuned model and its method. examples: from the data set that it was trained on; None if that cannot be
+    opened here."""
 
     model: PretrainedMaskVLM
     method: Method
@@ -151,12 +151,12 @@ class Loaded(NamedTuple):
 
 
 class Models:
-    """What is found, loaded: the first run of pre-training at once, another when it is chosen, a task when it is asked.
+    """Loads the models found: the first pre-training run at once, others when they are chosen, tasks on first use.
 
     Args:
-        listing: by `find_models`.
-        device: None for the CPU.
-        allowed: packages beside this project's that tasks may come from.
+        listing: result of `find_models`.
+        device: torch device; None for the CPU.
+        allowed: packages besides this project's that tasks may come from.
     """
 
     def __init__(self, listing: FoundModels, device: str | None = None, allowed: Iterable[str] = ()) -> None:
@@ -169,31 +169,30 @@ class Models:
         return PretrainedMaskVLM.from_pretrained(run.path, device=self.device, allow_import=self.allowed)
 
     def core(self, number: int = 0) -> PretrainedMaskVLM:
-        """The model of a run of the chooser; all but the first are loaded anew. Raises UserError: there is none."""
+        """The model of a run in the chooser; all but the first are loaded anew. Raises UserError if there is none."""
         if self.pretrained is None:
             todo = "Run `maskvlm pretrain`, then `maskvlm demo` again"
             raise UserError("model", "no checkpoint of pre-training is here", todo, ExitCode.MISSING_INPUT)
         return self.load(self.listing.runs[number]) if number else self.pretrained
 
     def task(self, run: Run) -> Loaded:
-        """Raises UserError: it cannot be loaded."""
-        # Loaded at the first question, and kept.
+        """The model of a task, loaded on first use and kept. Raises UserError if it cannot be loaded."""
         if run.task not in self.tasks:
             model = self.load(run)
-            method = next(iter(model.task.methods.values()), MATCH)  # retrieval has the core's methods alone
+            method = next(iter(model.task.methods.values()), MATCH)  # retrieval only has the core methods
             self.tasks[run.task] = Loaded(model, method, self.examples(run))
         return self.tasks[run.task]
 
     def examples(self, run: Run) -> Examples | None:
-        """The validation split of the built-in world that a run was trained on, by the configuration beside it.
+        """The validation split of the built-in world that a run was trained on, from the configuration beside it.
 
-        That file is as strange as the checkpoint: sources that open files are not made of it.
+        That file is as untrusted as the checkpoint, so no source that opens files is built from it.
         """
         file = Path(run.path).parent / "config-fit.yaml"
         try:
             check_inside(file)
             source = read_yaml(read_small(file), str(file))["data"]["init_args"]["source"]
-            # Sources that draw what they show (WORLDS), or those of packages that the user allows.
+            # Sources that draw their images (WORLDS), or those of packages that the user allows.
             kind = class_of(str(source["class_path"]), str(file), ExampleSource, WORLDS, self.allowed)  # type: ignore[type-abstract]
             args = read_arguments(kind, source.get("init_args") or {}, str(file))
             return kind(**args).split("val")
@@ -202,14 +201,14 @@ class Models:
 
 
 class Matched(NamedTuple):
-    """The probability that both belong together."""
+    """Whether a caption belongs to an image, and the probability that it does."""
 
     answer: str
     probability: float
 
 
 def matched(_: Any, model: Model, examples: list[tuple[Any, ...]]) -> list[Matched]:
-    """A `Method` of a model that has no other."""
+    """The `Method` of a model that has no other: matching."""
     probabilities = model.match([example[0] for example in examples], [example[-1] for example in examples])  # type: ignore[attr-defined]
     return [Matched("belongs to it" if each > 0.5 else "does not belong to it", each) for each in probabilities]
 

@@ -1,4 +1,4 @@
-"""The page itself, in Gradio: one image and one text on the left, what can be asked about them in tabs."""
+"""The page itself, in Gradio: an image and a text on the left, and tabs with what can be done with them."""
 
 import sys
 import traceback
@@ -21,20 +21,20 @@ from maskvlm.utils.errors import UserError
 
 CSS, JS = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 SESSIONS = 200  # visitors whose covered patches are remembered; each keeps a copy of the page's settings in memory
-LOADED_RUNS = 3  # runs that stay loaded, beside the first
+LOADED_RUNS = 3  # runs that stay loaded, besides the first
 INTRO = "<h1>MaskVLM</h1><p>Cover words: the image fills them in. Cover patches of the image: the words do.</p>"
 HIDE = "() => { document.querySelector('#tabs').classList.add('old'); return [BLANK]; }"
 SHOW = "() => { document.querySelector('#tabs').classList.remove('old'); }"
-"""HIDE hides the answers about the image before, SHOW shows answers again. HIDE runs in the browser at once, while the
-new question is on its way, so that no answer that arrives in between is seen beside another image."""
+"""HIDE hides the answers about the previous image, SHOW shows answers again. HIDE runs in the browser at once, while
+the new question is on its way, so that no answer that arrives in between is shown beside another image."""
 
 
 class ChosenRun:
-    """A run of the chooser, loaded, with what the page brings along for it.
+    """A loaded run of the chooser, with its examples and its search.
 
     Attributes:
-        about: of its model and data, as HTML. samples: what the examples show; photographs, where the model was trained
-            on some. searched: what the search finds. line: what is wrong with an index; None if nothing is.
+        about: description of its model and data, as HTML. samples: the examples; photographs if the model was trained
+            on any. searched: the images to search. line: what is wrong with the index; None if nothing is.
     """
 
     def __init__(self, models: Models, number: int, index: Path | None, images: Path | None) -> None:
@@ -53,7 +53,7 @@ class ChosenRun:
         try:
             self.searched = Searched(self.model, index, images, photos)
         except UserError as error:
-            # The tab tells what is wrong with an index, and searches what the page brings along.
+            # The tab shows what is wrong with the index, and searches the page's own images.
             self.line = str(error)
             self.searched = Searched(self.model, None, None, photos)
 
@@ -64,26 +64,26 @@ class ChosenRun:
         return f'<h2 class="over">{self.title}</h2>{buttons}'
 
     def texts_of(self, sample: PageSample) -> str:
-        """What an example is matched with: what is true, what is nearly true, and what is said of others."""
+        """Texts to match an example with: the true one, a nearly true one, and those of other examples."""
         others = [each.text for each in self.samples if each is not sample]
         return "\n".join([sample.text, sample.other, *others[:2]])
 
     def strange(self, image: Image.Image | None, text: str) -> str:
-        """A line where an image is unlike what the model has seen, and one of words that it does not know."""
+        """A note if the image is unlike the model's training data, and one on words that it does not know."""
         line = None if image is None else self.model.far([image])[0]
         far_note = answers.note(answers.sentence(line)) if line else ""
         return far_note + answers.unknown(self.model, [text])
 
 
 class Desk:
-    """What all tabs share.
+    """State and components shared by all tabs.
 
     Attributes:
-        run: which run is asked. image, text, status, strange, examples: components. sample: the example that is shown,
-            -1 for one of a task's; None where the image is the visitor's own. mask, other: of the patches.
-        inputs: of whatever is asked about image and text. change_inputs: of `changed`.
-        results: answers that follow image and text at once. stale: answers that are asked for, and go with the image.
-        shared: all that another image changes.
+        run: the chosen run. image, text, status, strange, examples: components. sample: the example shown, -1 for an
+            example of a task, None for the visitor's own image. mask, other: mask and other text of the patches tab.
+        inputs: inputs of questions about image and text. change_inputs: inputs of `changed`.
+        results: answers updated at once with image and text. stale: answers given on request, cleared with the image.
+        shared: all components that change with the image.
     """
 
     run: gr.components.Component
@@ -120,11 +120,10 @@ class Desk:
         return [self.run, self.sample, self.mask, self.other]
 
     def chosen(self, number: int) -> ChosenRun:
-        """A run of the chooser; loaded when it is first asked for, and given up when LOADED_RUNS others were asked
-        since."""
+        """A run of the chooser; loaded on first use, and dropped once LOADED_RUNS others have been used since."""
         if number not in self.loaded:
             self.loaded[number] = ChosenRun(self.models, number, self.index, self.images)
-            others = [each for each in self.loaded if each]  # the first stays: every visitor starts with it
+            others = [each for each in self.loaded if each]  # the first is kept, as every visitor starts with it
             if len(others) > LOADED_RUNS:
                 del self.loaded[others[0]]
         self.loaded.move_to_end(number)
@@ -133,22 +132,22 @@ class Desk:
     def safe_handler(
         self, function: Callable[..., dict[Any, Any]], clear: dict[Any, Any]
     ) -> Callable[..., dict[Any, Any]]:
-        """A function of an event: computed by the worker, its mistakes one line under the image.
+        """An event handler that runs `function` in the worker and shows errors as one line under the image.
 
         Args:
             function: returns component -> value.
-            clear: the same where there is no answer.
+            clear: component -> value if there is no answer.
         """
 
         def answered(*inputs: Any) -> dict[Any, Any]:
             try:
                 return {self.status: "", **self.worker.run(function, *inputs)}
             except UserError as error:
-                # What a bad image advises is meant for data sets; here there is no row.
+                # The advice of BadImage is meant for data sets; here there is no row.
                 line = str(error.without_row() if isinstance(error, BadImage) else error)
                 return {**clear, self.status: answers.problem(" ".join(line.split())[:400])}
             except Exception as error:
-                # The traceback is for the terminal: a visitor sees the kind of error alone.
+                # The traceback is for the terminal: a visitor sees only the type of the error.
                 traceback.print_exc(file=sys.stderr)
                 what = f"{type(error).__name__}. This is a bug; the terminal has its traceback."
                 return {**clear, self.status: answers.problem(what)}
@@ -163,11 +162,11 @@ class Desk:
         outputs: list[Any],
         clear: dict[Any, Any],
     ) -> Any:
-        """Ask when something happens; `clear` is what shows beside an error."""
+        """Call `function` on an event; `clear` is shown along with an error."""
         return self.listen(trigger, self.safe_handler(function, clear), inputs, outputs)
 
     def listen(self, trigger: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> Any:
-        """One question of all tabs at a time, in the order in which they were asked: they share the model."""
+        """Register an event handler. Questions of all tabs run one at a time, in order, as they share the model."""
         return trigger(
             function,
             inputs,
@@ -180,7 +179,7 @@ class Desk:
         )
 
     def changed(self, number: int, image: Image.Image, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
-        """All that follows where one of a task's examples comes to the desk."""
+        """All updates when one of a task's examples is shown."""
         updates = {self.image: image, self.sample: -1, **dict.fromkeys(self.stale, "")}
         model = self.chosen(number).model
         words = self.worded.offered(text, [])
@@ -194,7 +193,7 @@ class Desk:
         }
 
     def example(self, number: int, place: int) -> dict[Any, Any]:
-        """All that follows where one of the page's examples comes to the desk."""
+        """All updates when one of the page's examples is shown."""
         chosen = self.chosen(number)
         sample = chosen.samples[place]
         covered = self.worded.telling(sample)
@@ -210,23 +209,23 @@ def page(models: Models, worker: input_limits.Worker, index: Path | None, images
     """The whole page.
 
     Args:
-        models: what was found, with one run of pre-training at least (`serve.py` adds the one that comes along).
-        index: a folder to search; None for scenes of the built-in world.
-        images: where its images lie, as the user says.
+        models: the models found, with at least one pre-training run (`serve.py` adds the bundled one).
+        index: folder of the index to search; None for the page's own images.
+        images: folder of the index's images, as given by the user.
     """
     desk = Desk(models, worker, index, images)
     listing = models.listing
-    # delete_cache: once a minute Gradio removes files that are older than KEPT_SECONDS.
+    # delete_cache: once a minute Gradio removes files older than KEPT_SECONDS.
     with gr.Blocks(
         title="MaskVLM", analytics_enabled=False, delete_cache=(60, upload_store.KEPT_SECONDS), fill_width=True
     ) as blocks:
         gr.HTML(INTRO, elem_id="intro")
-        # Not by `worker.run`: encoding the images of the search may take longer than an answer may.
+        # Not through `worker.run`: encoding the images to search may take longer than an answer may.
         worker.pool.submit(desk.chosen, 0).result()
         chooser(desk)
         problems = "".join(answers.problem(f"Not used: {each}") for each in listing.problems)
-        # In the order in which a telephone shows them, and the Tab key reaches them; `page.css` puts the last part
-        # under the first on a wide screen.
+        # In the order of a phone screen and of the Tab key; on a wide screen, `page.css` puts the last part under the
+        # first.
         with gr.Column(elem_id="desk"):
             with gr.Column(elem_id="given"):
                 image_and_text(desk)
@@ -238,17 +237,17 @@ def page(models: Models, worker: input_limits.Worker, index: Path | None, images
         of_pretraining(desk)
         for each in tasks:
             each.wire()
-    # api_open: else a question could go past the queue.
+    # api_open: otherwise a question could bypass the queue.
     blocks.queue(max_size=input_limits.QUEUE, default_concurrency_limit=1, api_open=False)
     blocks.state_session_capacity = SESSIONS
     blocks.has_launched = (
-        True  # else Gradio does not check at all which files a call names: it is mounted, not launched
+        True  # otherwise Gradio does not check the files that a call names, as the page is mounted, not launched
     )
     return blocks
 
 
 def chooser(desk: Desk) -> None:
-    """The runs, the best first, and what the chosen one is."""
+    """The list of runs, best first, and a description of the chosen one."""
     desk.run = gr.Dropdown(
         [(run.choice, number) for number, run in enumerate(desk.models.listing.runs)],
         value=0,
@@ -260,7 +259,7 @@ def chooser(desk: Desk) -> None:
 
 
 def image_and_text(desk: Desk) -> None:
-    """Image and text, and what is to be said of them."""
+    """Image and text, and notes on them."""
     first = desk.chosen(0).samples[0]
     desk.image = upload_image(
         desk,
@@ -273,7 +272,7 @@ def image_and_text(desk: Desk) -> None:
     desk.status = gr.HTML("", elem_id="status")
     desk.strange = gr.HTML(desk.worker.run(desk.chosen(0).strange, first.image, first.text), elem_id="strange")
     desk.sample = gr.State(0)
-    # Below the tabs on a telephone: rendered by `more`.
+    # Below the tabs on a phone: rendered by `more`.
     desk.text = gr.Textbox(
         value=first.text,
         label=f"Text (write {MASK} or click words in the first tab to cover them)",
@@ -286,7 +285,7 @@ def image_and_text(desk: Desk) -> None:
 
 
 def tabs(desk: Desk) -> list[TaskTab]:
-    """All tabs; returns those of tasks, whose events are still to be wired."""
+    """Create all tabs; returns those of tasks, whose events are not wired yet."""
     listing = desk.models.listing
     first = desk.chosen(0).samples[0]
     desk.worded, desk.painted = WordsTab(desk, first), Patches(desk, first)
@@ -304,24 +303,24 @@ def tabs(desk: Desk) -> list[TaskTab]:
 
 
 def no_task(models: Models) -> str:
-    """What the tab of fine-tuned tasks says where there is none."""
+    """Text of the tab for fine-tuned tasks if there are none."""
     name = "/".join(Path(models.listing.runs[0].path).parts[-3:])
     return f"No fine-tuned checkpoint is here. Run `maskvlm finetune vqa from={name}`, then `maskvlm demo` again."
 
 
 def more(desk: Desk) -> None:
-    """Text and examples."""
+    """The text box and the examples."""
     desk.text.render()
     desk.examples = gr.HTML(desk.chosen(0).examples, elem_id="examples", js_on_load=PRESSED)
 
 
 def hide(trigger: Any, old: list[Any]) -> None:
-    """Take answers away in the browser, before anybody is asked."""
+    """Clear answers in the browser, before the question is sent."""
     trigger(None, None, old, js=HIDE.replace("BLANK", ", ".join(["''"] * len(old))))
 
 
 def of_pretraining(desk: Desk) -> None:
-    """What happens where image, text or run change: all tabs are concerned, so one question answers for all."""
+    """Wire changes of image, text and run. They concern all tabs, so one question answers for all."""
     worded, painted = desk.worded, desk.painted
     inputs = [*desk.inputs, worded.chips, desk.mask, desk.other]
     everything = [*desk.shared, desk.mask, desk.other, desk.compared, desk.about, desk.examples]
@@ -334,7 +333,7 @@ def of_pretraining(desk: Desk) -> None:
     ) -> dict[Any, Any]:
         words = worded.answer(number, path, text, covered)
         line = desk.chosen(number).strange(desk.open(path) if path else None, text)
-        if not path:  # words are guessed without an image, too
+        if not path:  # words can be guessed without an image, too
             return {**dict.fromkeys(painted.results, ""), **words, desk.strange: line}
         return {**words, **painted.answer(number, path, text, mask, other), desk.strange: line}
 
@@ -349,10 +348,10 @@ def of_pretraining(desk: Desk) -> None:
     def text_changed(
         number: int, path: str | None, text: str, _: list[int], mask: answers.Mask, other: str, known: str
     ) -> dict[Any, Any]:
-        # The box was left without a change.
+        # The box lost focus without a change.
         if text == known:
             return {}
-        # No example any more: another run does not put its own in the place of what somebody wrote.
+        # No longer an example: choosing another run must not replace the visitor's text.
         return {**worded.offered(text, []), **all_anew(number, path, text, [], mask, other), desk.sample: None}
 
     followed = [worded.chips, worded.known, desk.strange, desk.sample, *desk.results]
@@ -365,7 +364,7 @@ def of_pretraining(desk: Desk) -> None:
             raise UserError("example", "there is none of that number", "Click one of those that are shown")
         return {**desk.example(number, place), desk.compared: chosen.texts_of(chosen.samples[place])}
 
-    # Gradio hands the place in for the annotation `gr.EventData`, which `desk.on` would hide.
+    # Gradio passes the event because of the annotation `gr.EventData`, which `desk.on` would hide.
     def pressed(number: int, event: gr.EventData) -> dict[Any, Any]:
         return safely(number, event.index)
 
@@ -385,7 +384,7 @@ def of_pretraining(desk: Desk) -> None:
         updates: dict[Any, Any] = {desk.about: chosen.about, desk.examples: chosen.examples}
         updates |= {desk.search.description: desk.search.about(chosen), desk.search.query: chosen.searched.query}
         if sample is not None and sample >= 0:
-            # Runs of drawn scenes and of photographs have other examples.
+            # Runs on drawn scenes and on photographs have different examples.
             return {**updates, **exemplary(number, sample if sample < len(chosen.samples) else 0)}
         mask = answers.fitted(mask, chosen.model.grid)
         return {**nothing, **updates, desk.mask: mask, **all_anew(number, path, text, covered, mask, other)}

@@ -1,4 +1,4 @@
-"""What all limits of the page have in common: a request that is not answered, and the shapes of ASGI."""
+"""Shared by all limits of the page: the exception for a rejected request, and the types of ASGI."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -11,7 +11,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Refused(Exception):
-    """A request that is not answered: status and one line."""
+    """A request is rejected, with an HTTP status and one line."""
 
     def __init__(self, status: int, line: str) -> None:
         self.status, self.line = status, line

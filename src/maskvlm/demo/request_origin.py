@@ -1,7 +1,7 @@
-"""Who asks: the page's own script in a browser that was pointed here, or a program; never another page.
+"""Checks where a request comes from: the page's own script in a browser, or a program, but never another page.
 
-Nobody is asked for a name or a password, so a browser must not lend its way in to a page from elsewhere. Each check
-raises `Refused`, in one line.
+There is no login, so another page must not use the visitor's browser to get in. Each check raises `Refused` with one
+line.
 """
 
 import ipaddress
@@ -15,8 +15,8 @@ Head = dict[bytes, bytes]
 PASSED = frozenset(
     b"host accept accept-encoding content-type content-length if-none-match if-modified-since user-agent".split()
 )
-"""Headers that Gradio sees. Left out: it builds addresses from X-Forwarded-*, echoes all headers of a request for a
-range, lets other origins in by its own rule on Origin, and knows its users by cookies."""
+"""Headers passed on to Gradio. Others are left out because it builds URLs from X-Forwarded-*, echoes all headers of a
+range request, allows other origins by its own rule on Origin, and identifies users by cookies."""
 SINGLE = frozenset(
     b"host origin referer content-type content-length sec-fetch-site sec-fetch-mode sec-fetch-dest".split()
 )
@@ -26,12 +26,12 @@ DEFAULT_PORT = {"http": ":80", "https": ":443"}
 
 
 def head_of(scope: Scope) -> Head:
-    """The headers by name. Raises Refused: one that counts is there twice, where two readers may take each another."""
+    """The headers by name. Raises Refused: an important one is repeated, so two readers could use different values."""
     head: Head = {}
     for name, value in scope["headers"]:
         if name in head and name in SINGLE:
             raise Refused(400, f"The header {name.decode('latin-1')} must not be repeated.")
-        # A header that is allowed to come twice keeps its last value.
+        # A header that may be repeated keeps its last value.
         head[name] = value
     return head
 
@@ -53,7 +53,7 @@ def is_address(host: str) -> bool:
 
 
 def check_host(head: Head, served: str) -> None:
-    """The browser was pointed at this machine by its address or its own name: another name may have been rebound.
+    """Check that the browser addressed this machine by IP address or its own name: another name may be DNS rebinding.
 
     Args:
         served: the address or the name that the page listens on.
@@ -65,32 +65,32 @@ def check_host(head: Head, served: str) -> None:
     if match is None:
         raise Refused(400, "The header host is missing or wrong.")
     name = match[1] or match[2]
-    # Names of this machine itself cannot be rebound by a stranger's DNS.
+    # Loopback names cannot be rebound by an attacker's DNS.
     if is_loopback(name):
         return
     if is_loopback(served):
         raise Refused(421, "This page answers to 127.0.0.1 and localhost only.")
-    # By address: no name, so nothing to rebind. By name: the one it was started with, or the machine's own.
+    # An address has no name to rebind. A name must be the one the page was started with, or the machine's own.
     if not is_address(name) and name not in {served.lower(), socket.gethostname().lower()}:
         raise Refused(421, "This page has another name. Open it by its address, or start it with --host NAME.")
 
 
 def check_origin(scope: Scope, head: Head) -> None:
-    """The request comes from the page itself, from the address bar, or from a program.
+    """Check that the request comes from the page itself, from the address bar, or from a program.
 
-    A browser says so by Origin, by Sec-Fetch-Site, or at least by Referer. Another port of this machine is another
-    origin. Following a link to the page is no request of the page that has the link.
+    A browser states this in Origin, in Sec-Fetch-Site, or at least in Referer. Another port of this machine is another
+    origin. Following a link to the page does not count as a request from the page with the link.
 
     Raises:
         Refused: 403.
     """
     host, origin, site = header_text(head, b"host"), head.get(b"origin"), header_text(head, b"sec-fetch-site")
     own = origin is None or is_own(header_text(head, b"origin"), host)
-    # A link elsewhere may open the page; only what its script asks for must come from itself.
+    # A link elsewhere may open the page; only its script's requests must come from the page itself.
     if not is_entry(scope, head):
-        # "none": typed or bookmarked; "": a program, or a browser that does not say.
+        # "none": typed or bookmarked; "": a program, or a browser that does not state it.
         own = own and site in ("", "same-origin", "none")
-        # A browser that sends neither of the two may send this.
+        # A browser that sends neither of the two may send Referer.
         if origin is None and not site and b"referer" in head:
             own = own and is_own(origin_of(header_text(head, b"referer")), host)
     if not own:
@@ -98,7 +98,7 @@ def check_origin(scope: Scope, head: Head) -> None:
 
 
 def origin_of(address: str) -> str:
-    """Scheme, host and port of an address; "" of one that is none."""
+    """Scheme, host and port of a URL; "" if it is not valid."""
     try:
         parts = urlsplit(address)
     except ValueError:
@@ -107,25 +107,25 @@ def origin_of(address: str) -> str:
 
 
 def is_entry(scope: Scope, head: Head) -> bool:
-    """Whether a browser opens the page in a tab; not in a frame, and not by a script."""
+    """Whether a browser opens the page in a tab, not in a frame and not by a script."""
     is_page = scope["method"] in ("GET", "HEAD") and scope["path"] == "/"
-    # A frame has another destination, a script another mode.
+    # A frame has a different destination, a script a different mode.
     mode, destination = header_text(head, b"sec-fetch-mode"), header_text(head, b"sec-fetch-dest")
     return is_page and mode in ("", "navigate") and destination in ("", "document")
 
 
 def is_own(origin: str, host: str) -> bool:
-    """Whether an origin's host and port are those that the browser was pointed at. "null" is nobody's."""
+    """Whether an origin's host and port are those that the browser addressed. "null" never is."""
     match = _ORIGIN.fullmatch(origin.lower())
     if match is None:
         return False
-    # The default port may be left out on either side.
+    # Either side may leave out the default port.
     port = DEFAULT_PORT[match[1]]
     return match[2].removesuffix(port) == host.lower().removesuffix(port)
 
 
 def check_media_type(scope: Scope, head: Head, wanted: str) -> None:
-    """A body is of the kind that the page's script sends. Other kinds are what forms of other pages can send.
+    """Check that a body has the media type that the page's script sends. Forms on other pages can send other types.
 
     Raises:
         Refused: 415.
@@ -136,5 +136,5 @@ def check_media_type(scope: Scope, head: Head, wanted: str) -> None:
 
 
 def header_text(head: Head, name: bytes) -> str:
-    """The value of a header; "" where there is none."""
+    """The value of a header; "" if it is missing."""
     return head.get(name, b"").decode("latin-1")

@@ -1,5 +1,5 @@
-"""What the page brings along, and what it searches: held-out scenes of the built-in world, drawn when it starts; for a
-model of photographs those in `photos/`."""
+"""The page's own examples and the images that it searches: held-out scenes of the built-in world, drawn when it starts;
+for a model trained on photographs, those in `photos/`."""
 
 from contextlib import suppress
 from functools import cached_property
@@ -20,16 +20,16 @@ from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.utils.errors import UserError
 
 CHOSEN = (2, 1, 7, 3, 6, 0, 4, 5)
-"""Rows of the validation split: scenes with one thing and with several, with all shapes but one."""
+"""Rows of the validation split: scenes with one and with several objects, with all shapes but one."""
 PHOTOS = Path(__file__).with_name("photos")
-SEARCHED = 200  # images of the test split
-SCENE_PIXELS = 288  # pixels, at least, of a drawn scene on the page
+SEARCHED = 200  # number of images of the test split
+SCENE_PIXELS = 288  # minimum size of a drawn scene on the page, in pixels
 THUMB = 320
 
 
 class PageSample(NamedTuple):
-    """A scene or a photograph: its image, a caption, one of as many words that is wrong in some, and which patches
-    hold its first thing.
+    """A scene or a photograph: its image, a caption, another caption with the same number of words of which some are
+    wrong, and the patches with its first object.
 
     masked: [rows, columns].
     """
@@ -41,7 +41,7 @@ class PageSample(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """An image that was found, what is said of it, and its cosine."""
+    """An image that was found, its label, and its cosine similarity."""
 
     image: Image.Image
     label: str
@@ -49,26 +49,26 @@ class Hit(NamedTuple):
 
 
 def enlarged(image: Image.Image) -> Image.Image:
-    """A small image in large pixels: scaled down for the model it is what it was."""
+    """A small image, enlarged in whole pixels so that scaling it down for the model restores it."""
     times = max(1, -(-SCENE_PIXELS // image.width))  # rounded up
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
 def otherwise(text: str) -> str:
-    """The same caption with other colours and shapes."""
+    """The caption with different colours and shapes."""
     words = []
     for word in text.split():
         plain = word.strip(",.:")
         for known in (COLOURS, SHAPES):
             if plain in known:
-                # Half the list further on, so never the same word.
+                # Half the list further on, so it is never the same word.
                 word = word.replace(plain, known[(known.index(plain) + len(known) // 2) % len(known)])
         words.append(word)
     return " ".join(words)
 
 
 def samples(size: int, grid: tuple[int, int]) -> list[PageSample]:
-    """Scenes as a model of this resolution has learnt to see them."""
+    """Scenes as a model of this resolution saw them in training."""
     pairs = ScenePairs("val", max(CHOSEN) + 1, max(size, SMALLEST), 0)
     rows, columns = grid
     page_samples = []
@@ -90,14 +90,14 @@ def photo_rows() -> dict[str, Any]:
 
 
 def photo(name: str) -> Image.Image:
-    """One of those that come with the page."""
+    """One of the page's own photographs."""
     return open_image(PHOTOS / name, name)
 
 
 def photo_samples(grid: tuple[int, int]) -> list[PageSample]:
-    """The photographs, with their first captions; masked is what has its middle in the box."""
+    """The photographs with their first captions; patches whose centre is in the box are masked."""
     rows, columns = grid
-    # Middles of patches as shares of the image: (rows, 1) and (1, columns)
+    # Centres of patches as fractions of the image: (rows, 1) and (1, columns)
     down, across = (np.arange(rows)[:, None] + 0.5) / rows, (np.arange(columns)[None] + 0.5) / columns
     page_samples = []
     for name, row in photo_rows().items():
@@ -108,13 +108,13 @@ def photo_samples(grid: tuple[int, int]) -> list[PageSample]:
 
 
 class Searched:
-    """The images that the page searches: an index of the user's, or scenes of the built-in world, or photographs.
+    """The images that the page searches: the user's index, scenes of the built-in world, or photographs.
 
     Args:
-        model: of pre-training.
-        folder: of an index (`maskvlm index`); None for what the page brings along.
-        images: where the index's images lie, as the user says.
-        photos: without an index the photographs, not the scenes.
+        model: a pre-training model.
+        folder: folder of an index (`maskvlm index`); None for the page's own images.
+        images: folder of the index's images, as given by the user.
+        photos: without an index, search the photographs instead of the scenes.
 
     Raises:
         UserError: the index is damaged, or was made with another checkpoint.
@@ -125,11 +125,11 @@ class Searched:
     ) -> None:
         self.model, self.index, self.query = model, None, "a red circle"
         if folder is not None:
-            from maskvlm.inference.search import SearchIndex  # brings the command line along; most pages do without
+            from maskvlm.inference.search import SearchIndex  # imports the command line, which most pages do not need
             from maskvlm.inference.vector_files import identity
 
             self.index = SearchIndex.load(folder, images)
-            # A query of these weights cannot be compared with vectors of others.
+            # A query embedded with these weights cannot be compared with vectors of other weights.
             if identity(model) != self.index.about["weights"]:
                 what = f"was made with another checkpoint ({Path(str(self.index.about['checkpoint'])).name})"
                 raise UserError(folder.name, what, "Make it again: maskvlm index")
@@ -147,35 +147,34 @@ class Searched:
             self.query = f"a {thing.colour} {thing.shape}"
             self.description = f"{SEARCHED} scenes of the built-in world that the model has not seen"
         if self.index is None:
-            # Now, as it may take longer than an answer may. A run without contrast has no vectors: a search says so.
+            # Computed now, as it may take longer than an answer may. A run without contrast has none; a search says so.
             with suppress(UserError):
                 _ = self.vector_NE
 
     @cached_property
     def vector_NE(self) -> Tensor:
-        """Unit vectors of the page's images, [N, E]. Raises UserError where the run has no head for them."""
+        """Unit vectors of the page's images, [N, E]. Raises UserError if the run has no head for them."""
         vectors: Tensor = self.model.encode_image([row["image"] for row in self.rows])
         return vectors
 
     def by_text(self, text: str, k: int = 8) -> list[Hit]:
-        """The nearest images of a text, and of these the ones that match it best. It is never taken for the name of a
-        file."""
-        # Contrast finds three times as many as are shown, matching chooses among them.
+        """The images nearest to a text, re-ranked by matching. The text is never interpreted as a file name."""
+        # Contrast finds three times as many as are shown; matching selects among them.
         near = self.nearest(self.model.encode_text(text), 3 * k)
         likely: Any = self.model.match([hit.image for hit in near], text)
-        # As `search_index` orders them: log-odds, and the cosine where it counts; 1e-6 keeps those of 0 and 1 finite.
+        # Ordered as in `search_index`: log-odds, plus the cosine if it counts; 1e-6 keeps those of 0 and 1 finite.
         cosine_K = torch.tensor([hit.similarity for hit in near])
         score_K = torch.tensor(likely).logit(1e-6) + contrast_counts(self.model) * cosine_K
         order = [(near[at], likely[at]) for at in score_K.argsort(descending=True, stable=True).tolist()[:k]]
-        # The match takes the place of the cosine in front of the caption.
+        # The match replaces the cosine before the caption.
         return [hit._replace(label=f"{100 * share:.0f} %  {hit.label.partition('  ')[2]}") for hit, share in order]
 
     def by_image(self, image: ImageInput, k: int = 8) -> list[Hit]:
-        """The nearest images of another one."""
+        """The images nearest to another one."""
         return self.nearest(self.model.encode_image(image), k)
 
     def nearest(self, vector_E: Tensor, k: int) -> list[Hit]:
-        """The k images whose vectors are nearest to this one, [E], of unit length."""
+        """The k images whose vectors are nearest to a unit vector, [E]."""
         if self.index is None:
             similarity_N = self.vector_NE @ vector_E
             order = similarity_N.argsort(descending=True)[:k].tolist()
@@ -188,7 +187,7 @@ class Searched:
         from maskvlm.inference.search import SearchResult
 
         (cosine_K,), (position_K,) = self.index.search(vector_E.cpu(), k)
-        # -1 stands, last of all, where the index found fewer than k.
+        # If the index found fewer than k, the last positions are -1.
         rows = self.index.ids.take(position_K[position_K >= 0]).to_pylist()
         hits = [SearchResult(**row, similarity=value) for row, value in zip(rows, cosine_K.tolist(), strict=False)]
         return [
@@ -202,7 +201,7 @@ class Searched:
 
 
 def thumbnail(source: ImageInput, name: str) -> Image.Image:
-    """An image of an index, small. Raises BadImage."""
+    """A thumbnail of an index's image. Raises BadImage."""
     image = open_image(source, name)
     image.thumbnail((THUMB, THUMB))
     return image if image.width >= THUMB // 2 else enlarged(image)

@@ -1,7 +1,7 @@
 """`maskvlm demo`: starts the page and serves it until Ctrl-C.
 
-Gradio is told not to call home before it is imported, and everything it writes lies in one temporary folder of this
-process, which goes when the page does.
+Gradio's telemetry is turned off before it is imported, and everything it writes goes to a temporary folder of this
+process, which is removed when the page ends.
 """
 
 import importlib.util
@@ -20,20 +20,20 @@ from maskvlm.demo.terminal import printable
 from maskvlm.utils.errors import ExitCode, UserError
 
 RUNS = Path("checkpoints")
-"""Where runs are looked for."""
+"""Folder that is searched for runs."""
 QUIET = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_SSR_MODE": "False",
     "GRADIO_MCP_SERVER": "False",
     "GRADIO_RUN_HISTORY": "False",
-    "GRADIO_ANALYTICS_MAX_EVENTS": "100",  # it makes a table of all of them at every question
+    "GRADIO_ANALYTICS_MAX_EVENTS": "100",  # Gradio makes a table of all events at every question
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
-    """Serve the page; arguments as in the shell, without the command's name."""
+    """Serve the page. Takes arguments as in the shell, without the command's name."""
     parser = OptionParser("maskvlm demo", description="serve a web page to try models in", allow_abbrev=False)
     parser.add_argument(
         "--from", dest="sources", nargs="+", default=[], help="checkpoints to list first; others found here follow"
@@ -54,7 +54,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         raise UserError(
             "demo", "gradio is not installed", "Run `make demo`, or pip install maskvlm[demo]", ExitCode.UNAVAILABLE
         )
-    # Before Gradio is imported, which is further down.
+    # Must be set before Gradio is imported, further down.
     os.environ.update(QUIET)
     listener = listen(options.host, options.port)
     with listener, own_folder() as folder:
@@ -64,11 +64,11 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Before seconds of imports. Raises UserError: the address or the port cannot be had."""
+    """Open the listening socket, before slow imports. Raises UserError: the address or the port is not available."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family)
-        # Else the port is refused for a while after an earlier page has ended.
+        # Otherwise the port is unavailable for a while after an earlier page has ended.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(128)
@@ -81,9 +81,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 @contextmanager
 def own_folder() -> Iterator[Path]:
-    """A temporary folder for all that is uploaded and shown; every temporary file of this process lies in it."""
+    """A temporary folder for uploads and results, used for all temporary files of this process."""
     with tempfile.TemporaryDirectory(prefix="maskvlm-demo-", ignore_cleanup_errors=True) as temporary:
-        # Resolved, since paths are compared letter for letter later.
+        # Resolved, since paths are compared exactly later.
         before, name = tempfile.tempdir, str(Path(temporary).resolve())
         os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = name
         try:
@@ -94,19 +94,19 @@ def own_folder() -> Iterator[Path]:
 
 
 def run_page(options: Any, allowed: list[str], listener: socket.socket, folder: Path) -> None:
-    """Load the models, make the page, serve it. Raises UserError."""
+    """Load the models, build the page and serve it. Raises UserError."""
     app = guarded(options, allowed, folder)
     host, port = listener.getsockname()[:2]
     url_host = f"[{host}]" if ":" in host else host
     print(f"http://{url_host}:{port}  (Ctrl-C ends it)", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder goes whoever ends the page
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM removes the folder, too
     with suppress(KeyboardInterrupt), printable():
         server_of(app).run(sockets=[listener])
 
 
 def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
-    """The page in its guard. Raises UserError."""
-    # Gradio comes with these imports; QUIET is set by now.
+    """The page, wrapped in its guard. Raises UserError."""
+    # These import Gradio; QUIET is set by now.
     from maskvlm.demo.input_limits import Worker
     from maskvlm.demo.models import Models, find_models, run_of
     from maskvlm.demo.page import page
@@ -116,13 +116,13 @@ def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
 
     listing = find_models(RUNS, options.sources)
     if not listing.runs:
-        default_model("asked")  # tells it
+        default_model("asked")  # prints that the bundled model is used
     if DEFAULT not in options.sources:
         listing = listing._replace(runs=[*listing.runs, run_of(DEFAULT)])
     models = Models(listing, options.device, allowed)
     index = options.index
     if index is None:
-        # The newest of `maskvlm index`.
+        # The newest one written by `maskvlm index`.
         indexes = sorted(RUNS.glob("index*/index.json"), key=lambda file: file.stat().st_mtime)
         index = indexes[-1].parent if indexes else None
     blocks = page(models, Worker(), index, options.images)
@@ -132,7 +132,7 @@ def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
 
 
 def server_of(app: Any) -> Any:
-    """A server that gives no visitor more time, room or belief than he needs."""
+    """A server that gives visitors no more time, connections or trust than they need."""
     import uvicorn
 
     from maskvlm.demo.connection_timeouts import Hurried
@@ -144,9 +144,9 @@ def server_of(app: Any) -> Any:
         log_level="warning",
         use_colors=False,
         server_header=False,
-        # X-Forwarded-For would let a visitor choose his own address.
+        # X-Forwarded-For would let visitors choose their own address.
         proxy_headers=False,
-        # Twice as many as pages may stay in touch (`request_limits.MAX_OPEN`): the others are for questions.
+        # Twice the number of pages that may stay connected (`request_limits.MAX_OPEN`): the rest is for questions.
         limit_concurrency=200,
         timeout_keep_alive=10,
         timeout_graceful_shutdown=2,
@@ -162,9 +162,9 @@ def application(blocks: Any) -> Any:
     from maskvlm.demo.page import CSS, JS
     from maskvlm.demo.request_limits import MAX_UPLOAD
 
-    plain = ("system-ui", "sans-serif")  # no font is fetched
+    plain = ("system-ui", "sans-serif")  # no font is downloaded
     theme = gr.themes.Default(font=plain, font_mono=("ui-monospace", "monospace"), primary_hue="teal")
-    # Gradio's own shades of what is chosen and pressed are too near to what lies under them.
+    # Gradio's own colours for selected and pressed elements have too little contrast with the background.
     theme.set(
         color_accent="*primary_700",
         border_color_accent_dark="*primary_400",
@@ -176,7 +176,7 @@ def application(blocks: Any) -> Any:
         block_title_text_color="*neutral_700",
         body_text_color_subdued="*neutral_600",
     )
-    # FastAPI's own pages are left out.
+    # Without FastAPI's own pages.
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     return gr.mount_gradio_app(
         outer,

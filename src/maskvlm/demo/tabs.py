@@ -1,4 +1,4 @@
-"""The tabs of the page. Each takes the desk that all share, and offers what it does to who changes the image."""
+"""The tabs of the page. Each takes the shared desk, and offers functions to whatever changes the image."""
 
 import random
 from abc import ABCMeta
@@ -18,7 +18,7 @@ from maskvlm.utils.errors import UserError
 if TYPE_CHECKING:
     from maskvlm.demo.page import ChosenRun, Desk
 
-MOST_IMAGES = 4  # of a task's example
+MOST_IMAGES = 4  # in a task's example
 NO_HEAD = answers.note("This run was trained without the loss that this tab needs: choose another one.")
 PRESSED = """
 element.addEventListener("click", (event) => {
@@ -26,11 +26,11 @@ element.addEventListener("click", (event) => {
   if (pressed) trigger("click", {index: Number(pressed.dataset.index)});
 });
 """
-"""Says which button of an HTML component was pressed."""
+"""Reports which button of an HTML component was pressed."""
 
 
 class WordsTab:
-    """Words of the text as buttons; what is covered is guessed with the image and without it."""
+    """Words of the text as buttons; covered words are guessed with the image and without it."""
 
     def __init__(self, desk: "Desk", first: PageSample) -> None:
         self.desk = desk
@@ -45,37 +45,37 @@ class WordsTab:
             model = desk.chosen(0).model
             self.result = gr.HTML(elem_id="words")
             self.result.value = desk.worker.run(self.of, model, first.image, first.text, chosen)[self.result]
-            # The text that the buttons were made of.
+            # The text that the buttons were made from.
             self.known = gr.State(first.text)
         self.results = [self.result]
         desk.on(self.chips.input, self.answer, [*desk.inputs, self.chips], self.results, {self.result: ""})
 
     def answer(self, number: int, path: str | None, text: str, covered: list[int]) -> dict[Any, Any]:
-        """Raises UserError, but not for want of an image: words are guessed without one, too."""
+        """The tab's answer. Raises UserError, but not for a missing image: words can be guessed without one."""
         image = self.desk.open(path) if path else None
         return self.of(self.desk.chosen(number).model, image, input_limits.checked_text(text), covered)
 
     def of(self, model: PretrainedMaskVLM, image: Any, text: str, covered: list[int]) -> dict[Any, Any]:
-        """The tab's answer for an image that is open."""
+        """The tab's answer for an opened image."""
         if not hasattr(model.task, "tokens"):
             return {self.result: NO_HEAD}
         return {self.result: answers.words_filled(model, image, text, [int(each) for each in covered or []])}
 
     def offered(self, text: str, covered: list[int]) -> dict[Any, Any]:
-        """The words of a new text."""
+        """Updates of the buttons for a new text."""
         parts = answers.split_words(input_limits.checked_text(text))
         choices = [(word, number) for number, word in enumerate(parts.words)]
         return {self.chips: gr.update(choices=choices, value=covered), self.known: text}
 
     def telling(self, sample: PageSample) -> list[int]:
-        """The words that the wrong caption has otherwise: the image tells them."""
-        # Both captions have as many words (`PageSample`), so they are compared place by place.
+        """The words that differ in the wrong caption, and can be told from the image."""
+        # Both captions have the same number of words (`PageSample`), so they are compared word by word.
         right, wrong = (answers.split_words(text).words for text in (sample.text, sample.other))
         return [number for number, pair in enumerate(zip(right, wrong, strict=True)) if pair[0] != pair[1]][:2]
 
 
 class Patches:
-    """The image in patches; what is covered is filled in from two texts."""
+    """The image in patches; covered patches are filled in from two texts."""
 
     def __init__(self, desk: "Desk", first: PageSample) -> None:
         self.desk = desk
@@ -104,7 +104,7 @@ class Patches:
             mask = answers.fitted(mask, desk.chosen(number).model.grid)
             return self.with_mask(number, path, text, answers.turned(mask, place), other)
 
-        # Gradio hands the place in for the annotation `gr.EventData`, which `desk.on` would hide.
+        # Gradio passes the event because of the annotation `gr.EventData`, which `desk.on` would hide.
         def pressed(
             number: int, path: str, text: str, mask: answers.Mask, other: str, event: gr.EventData
         ) -> dict[Any, Any]:
@@ -131,22 +131,22 @@ class Patches:
     right: gr.HTML
 
     def with_mask(self, number: int, path: str, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
-        """All of the tab for another mask."""
-        # No example any more, as of a text of one's own.
+        """All updates of the tab for another mask."""
+        # No longer an example, as with a text of the visitor's own.
         return {self.mask: mask, self.desk.sample: None, **self.answer(number, path, text, mask, other)}
 
     def answer(self, number: int, path: str | None, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
-        """Raises UserError."""
+        """The tab's images for the inputs. Raises UserError."""
         image, text = self.desk.open(path), input_limits.checked_text(text)
         return self.of(self.desk.chosen(number).model, image, text, mask, other)
 
     def of(self, model: PretrainedMaskVLM, image: Any, text: str, mask: answers.Mask, other: str) -> dict[Any, Any]:
-        """The tab's images for an image that is open."""
+        """The tab's images for an opened image."""
         other = input_limits.checked_text(other, "another text")
         return dict(zip(self.results, self.drawn(model, image, text, mask, other), strict=True))
 
     def drawn(self, model: PretrainedMaskVLM, image: Any, text: str, mask: answers.Mask, other: str) -> list[str]:
-        """The image with masked patches covered, and filled in from each text; "" where nothing is masked."""
+        """The image with masked patches covered, and filled in from each text; "" if nothing is masked."""
         if not hasattr(model.task, "pixels"):
             return [NO_HEAD, "", ""]
         mask = answers.fitted(mask, model.grid)
@@ -158,12 +158,12 @@ class Patches:
         pictures = [
             answers.picture(each, f"The covered patches, from: {of}") for each, of in zip(paintings, texts, strict=True)
         ]
-        pictures[1] += answers.unknown(model, [other])  # of the first text it stands under the image
+        pictures[1] += answers.unknown(model, [other])  # for the first text it is shown under the image
         return [board, *pictures]
 
 
 def match_and_caption(desk: "Desk", first: PageSample) -> gr.Textbox:
-    """Two tabs; returns the box of texts to match."""
+    """Create the tabs Match and Caption; returns the box of texts to match."""
     with gr.Tab("Match"):
         label = f"Texts, one a line (at most {input_limits.MAX_LINES})"
         texts = gr.Textbox(desk.chosen(0).texts_of(first), label=label, lines=4, elem_id="texts")
@@ -188,7 +188,7 @@ def match_and_caption(desk: "Desk", first: PageSample) -> gr.Textbox:
 
 
 class SearchTab:
-    """Images by a text, or by the image on the left."""
+    """Search for images by a text, or by the image on the left."""
 
     def __init__(self, desk: "Desk", indexed: bool) -> None:
         self.desk, self.indexed = desk, indexed
@@ -219,7 +219,7 @@ class SearchTab:
         desk.stale.append(self.hits)
 
     def about(self, chosen: "ChosenRun") -> str:
-        """What is searched, and what is wrong with an index."""
+        """Describes the images that are searched, and any problem with the index."""
         searched = chosen.searched
         line = f"In {searched.description}."
         if not self.indexed:
@@ -228,11 +228,11 @@ class SearchTab:
 
 
 def upload_image(desk: "Desk", image: Any = None, **settings: Any) -> gr.Image:
-    """An image that comes in as the path of its upload: nothing decodes it before `safe_open` does. The page's own go
-    out as addresses that hold them, and come back by the names that `Opener.keep` gave them.
+    """An image component whose uploads arrive as paths: nothing decodes them before `safe_open` does. The page's own
+    images are sent as data URLs, and come back under the names that `Opener.keep` gave them.
 
-    A class of its own: in each visitor's session Gradio makes the component anew, by its class, and methods of one
-    object would be lost: Gradio would decode uploads itself.
+    It needs a class of its own: Gradio recreates the component from its class in each visitor's session, so methods set
+    on a single object would be lost, and Gradio would decode uploads itself.
     """
 
     def to_path(_: gr.Image, file: Any) -> str | None:
@@ -242,7 +242,7 @@ def upload_image(desk: "Desk", image: Any = None, **settings: Any) -> gr.Image:
         return None if picture is None else {"path": desk.open.keep(picture), "url": answers.data_address(picture)}
 
     methods = {"preprocess": to_path, "postprocess": to_browser, "__module__": gr.Image.__module__}
-    # Not by `class`: Gradio would write an interface file beside this one.
+    # Not with a `class` statement: Gradio would write an interface file beside this one.
     kind = ABCMeta.__new__(type(gr.Image), "Image", (gr.Image,), methods)
     component: gr.Image = kind(type="filepath", format="png", sources=["upload", "clipboard"], buttons=[], **settings)
     component.value = to_browser(component, image)
@@ -250,7 +250,7 @@ def upload_image(desk: "Desk", image: Any = None, **settings: Any) -> gr.Image:
 
 
 def digest(image: Any) -> str:
-    """What an image shows, in short."""
+    """A hash of an image's size and pixels."""
     rgb = image.convert("RGB")
     return sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()
 
@@ -276,12 +276,12 @@ class TaskTab:
                 self.ask = gr.Button("Answer", variant="primary", elem_id=f"{name}-ask")
                 self.another = gr.Button("Another example", elem_id=f"{name}-example")
             self.answer = gr.HTML("", elem_id=f"{name}-answer")
-            self.truth = gr.State(("", ""))  # of an example, and the image that it belongs to
+            self.truth = gr.State(("", ""))  # the example's answer, and the digest of its image
             self.started = gr.State(False)
         desk.stale.append(self.answer)
 
     def wire(self) -> None:
-        """What happens; once every tab is there, since an example changes the image of all."""
+        """Register the events, once every tab exists, since an example changes the image of all tabs."""
         desk, answer = self.desk, self.answer
         own = [self.note, *self.places, *self.more, self.text, self.another, answer, self.truth, self.started]
         outputs = list(dict.fromkeys([*own, *desk.shared]))
@@ -291,26 +291,26 @@ class TaskTab:
         for trigger in (self.ask.click, self.text.submit):
             inputs = [desk.image, *self.more, self.text, self.truth]
             desk.on(trigger, self.answered, inputs, [answer], {answer: ""})
-        # The example's answer is of the example alone, and an answer of what it was asked about.
+        # The example's own answer belongs to the example only, and an answer to the inputs that it was given for.
         for each in (self.text.input, *(event for box in self.more for event in (box.upload, box.clear))):
             desk.listen(each, lambda: {self.truth: ("", ""), answer: ""}, [], [self.truth, answer])
 
     def input_updates(self, loaded: Loaded) -> dict[Any, Any]:
-        """What the task takes."""
+        """Updates that show the inputs that the task takes."""
         if loaded.method.images > MOST_IMAGES:
             raise UserError(self.run.short_path, f"takes {loaded.method.images} images", "Ask it in the shell")
-        # The image on the left is the first; boxes beyond the task's number stay hidden.
+        # The first image is the one on the left; boxes beyond the task's number of images stay hidden.
         updates = {each: gr.update(visible=number < loaded.method.images) for number, each in enumerate(self.places, 1)}
         label, line = loaded.method.text.capitalize(), f"{self.run.short_path}: {loaded.method.description}."
         box = gr.update(label=label, visible=bool(label))
         return {self.note: answers.note(line), self.text: box, **updates, self.started: True}
 
     def drawn(self, loaded: Loaded, number: int, mask: Any, other: str) -> dict[Any, Any]:
-        """An example of the task's data, its first image and its text on the desk."""
+        """An example of the task's data; its first image and its text are shown on the left."""
         if loaded.examples is None:
             return {self.another: gr.update(visible=False)}
         example = loaded.examples[random.randrange(min(len(loaded.examples), 500))]
-        # The first image goes to the desk, the others to boxes of this tab.
+        # The first image goes to the left, the others to boxes of this tab.
         first, *others = [enlarged(open_image(each, "example")) for each in example["images"]]
         filled = dict(zip(self.more, others, strict=False))
         truth = ", ".join(dict.fromkeys(example["answers"]))
@@ -319,24 +319,24 @@ class TaskTab:
         return {**updates, **filled, self.text: label, self.truth: (truth, digest(first)), self.answer: ""}
 
     def opening(self, begun: bool, number: int, sample: int | None, mask: Any, other: str) -> dict[Any, Any]:
-        """The first click on the tab loads the model; later ones change nothing."""
+        """Updates when the tab is opened: the first time loads the model, later times change nothing."""
         if begun:
             return {}
         loaded = self.desk.models.task(self.run)
-        # Nobody's own image is taken away.
+        # Do not replace a visitor's own image.
         drawn = {} if sample is None else self.drawn(loaded, number, mask, other)
         return {**self.input_updates(loaded), **drawn}
 
     def exemplary(self, number: int, _: int | None, mask: Any, other: str) -> dict[Any, Any]:
-        """Another example, whatever is on the desk."""
+        """Another example, whatever is shown at present."""
         return self.drawn(self.desk.models.task(self.run), number, mask, other)
 
     def answered(self, path: str | None, *others: Any) -> dict[Any, Any]:
-        """Raises UserError."""
+        """The task's answer for the inputs. Raises UserError."""
         *paths, words, truth = others
         loaded = self.desk.models.task(self.run)
         images = [self.desk.open(path)]
-        # Boxes that are hidden may still hold images of an example before.
+        # Hidden boxes may still hold images of an earlier example.
         images += [self.desk.open(each, f"image {n}") for n, each in enumerate(paths[: loaded.method.images - 1], 2)]
         texts = [input_limits.checked_text(words, loaded.method.text)] if loaded.method.text else []
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What the page writes to its terminal: characters that show, whoever made the text."""
+"""Output of the page to its terminal: only printable characters, whoever wrote the text."""
 
 import re
 import sys
@@ -6,27 +6,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-# Controls but tab and line end, then characters without width, of direction, and line ends of Unicode.
+# Control characters except tab and newline, then zero-width characters, direction marks and Unicode line separators.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
 
 def escaped(text: str) -> str:
-    """A text without what would move the cursor, colour, hide, reverse, or ring: each such character by its number."""
+    """A text in which characters that would move the cursor, colour, hide, reverse or ring are escaped by number."""
     return _HIDDEN.sub(lambda match: ascii(match.group())[1:-1], text)  # ascii() without its quotes
 
 
 class Plain:
-    """A stream of which all that is written is `escaped`."""
+    """A stream that writes all text `escaped`."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write a text without its control characters; returns its length."""
+        """Write a text with its control characters escaped; returns the length written."""
         return self.stream.write(escaped(text))
 
     def writelines(self, lines: Any) -> None:
-        """Each by `write`."""
+        """Write each line with `write`."""
         for line in lines:
             self.write(line)
 
@@ -36,7 +36,7 @@ class Plain:
 
 @contextmanager
 def printable() -> Iterator[None]:
-    """Within it a stranger's text cannot take hold of the terminal, in whatever traceback it turns up."""
+    """Context in which untrusted text cannot control the terminal, whatever traceback it appears in."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Plain(before[0]), Plain(before[1])
     try:

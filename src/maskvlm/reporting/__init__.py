@@ -1,1 +1,1 @@
-"""What a run shows: progress, tables, curves, pages."""
+"""Output of a run: progress, tables, curves, pages."""

@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at: the table of metrics, `curves.png` and `reconstructions.png`."""
+"""The visual output of a run: the table of metrics, `curves.png` and `reconstructions.png`."""
 
 import logging
 from collections.abc import Callable
@@ -27,15 +27,15 @@ log = logging.getLogger(__name__)
 
 
 class Report(Callback):
-    """After an evaluation outside training: prints the table of metrics and writes the two figures into the
-    run's folder and to TensorBoard. During training it says what was measured in one line.
+    """After an evaluation outside training, prints the table of metrics and writes the two figures to the run's folder
+    and to TensorBoard. During training, prints the metrics of each evaluation in one line.
 
-    What cannot be drawn costs a warning, never a finished training. Measuring a checkpoint later leaves the
-    training's own images alone: it writes `reconstructions-validate.png`.
+    If a figure cannot be drawn, it warns and never fails a finished training. Evaluating a checkpoint later does not
+    overwrite the training's images: it writes `reconstructions-validate.png`.
 
     Args:
-        every: draw also at each so many evaluations during training; None: not.
-        count: pairs in `reconstructions.png`.
+        every: also draw the figures after every `every` evaluations during training; None: do not.
+        count: number of pairs in `reconstructions.png`.
     """
 
     def __init__(self, every: int | None = None, count: int = 12) -> None:
@@ -55,7 +55,7 @@ class Report(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first pairs: they are decoded and on the device."""
+        """Keep the first pairs, as they are already decoded and on the device."""
         pretrains = isinstance(getattr(pl_module, "task", None), MaskedPretraining)
         if pretrains and batch_idx == 0 and trainer.is_global_zero and not trainer.sanity_checking:
             self.batch = subsample(batch, self.count)
@@ -64,10 +64,10 @@ class Report(Callback):
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         metrics = getattr(pl_module, "metrics", {})
-        # In a training one line at each evaluation, and figures now and then; outside of one the whole table.
+        # During training, a line for each evaluation and sometimes figures; outside of training, the whole table.
         if trainer.state.fn == TrainerFn.FITTING:
             self.evaluations += 1
-            # Pre-training has a claim, a downstream task a score.
+            # Pre-training reports its claim, a downstream task its score.
             if line := claim_line(metrics) or score_line(metrics):
                 say(f"step {trainer.global_step}: {line}")
             if not self.every or self.evaluations % self.every:
@@ -82,9 +82,9 @@ class Report(Callback):
             Console().print(metrics_table(getattr(pl_module, "metrics", {})))
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Both figures, as far as there is something to draw."""
+        """Draw both figures, if there is something to draw."""
         folder = folder_of(trainer)
-        # Curves are of a training; of a checkpoint that is measured there are none.
+        # Only a training has curves, not the evaluation of a checkpoint.
         logged = metrics_file(trainer)
         if logged is not None and self.trained:
             try_drawing(trainer, folder / "curves.png", lambda path: curves(logged, path, title=folder.name))
@@ -93,7 +93,7 @@ class Report(Callback):
             backbone: Any = pl_module.backbone
 
             def fill(path: Path) -> None:
-                # In the precision of an evaluation, which Lightning sets for steps alone; not compiled, as none is.
+                # In the precision of an evaluation, which Lightning sets for steps only; and, as there, not compiled.
                 with torch.compiler.set_stance("force_eager"), trainer.precision_plugin.val_step_context():
                     reconstructions(backbone, task, batch, backbone.text.tokenizer, path, self.count)
 
@@ -103,7 +103,7 @@ class Report(Callback):
 
 
 def metrics_file(trainer: L.Trainer) -> Path | None:
-    """The metrics.csv of the run, with all that was logged so far."""
+    """The metrics.csv of the run, with everything logged so far."""
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger):
             logger.save()
@@ -113,7 +113,7 @@ def metrics_file(trainer: L.Trainer) -> Path | None:
 
 
 def try_drawing(trainer: L.Trainer, path: Path, draw: Callable[[Path], object]) -> None:
-    """Draw a figure and hand it to TensorBoard; one line says why it could not be."""
+    """Draw a figure and pass it to TensorBoard; if that fails, warn in one line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
@@ -129,5 +129,5 @@ def try_drawing(trainer: L.Trainer, path: Path, draw: Callable[[Path], object]) 
 
 
 def say(text: str) -> None:
-    """A line on the standard output, above a progress bar where there is one."""
+    """Print a line to stdout, above a progress bar if there is one."""
     Console().print(text, soft_wrap=True, highlight=False, markup=False)

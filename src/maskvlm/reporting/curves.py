@@ -1,4 +1,4 @@
-"""`curves.png`: a run's losses beside their chance levels, what was measured, rates and speed."""
+"""`curves.png`: a run's losses with their chance levels, held-out metrics, learning rates and speed."""
 
 import csv
 import math
@@ -13,13 +13,13 @@ from maskvlm.reporting.meters import NOT_LOSSES, number
 from maskvlm.reporting.metric_tables import LEVELS, percentages
 
 Rows = Sequence[Mapping[str, float]]
-"""What was logged, in order; every row has `step`."""
+"""Logged values, in order; every row has `step`."""
 
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9601a", "#7a7a7a"
 COLOURS = (BLUE, ORANGE, "#2e9350", "#8a5bb5", "#b0892b", GREY)
 COLUMNS = 3
 NO_DECAY = " (no decay)"
-"""What Lightning's names of such parameter groups end with here."""
+"""Suffix of Lightning's names for parameter groups without weight decay."""
 TITLES = {
     "itc": "ITC: contrast",
     "itm": "ITM: matching",
@@ -64,18 +64,18 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 def series(rows: Rows, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one name."""
-    # A value that is not finite has no place on an axis.
+    """Steps and values of one key."""
+    # Values that are not finite cannot be plotted.
     pairs = [(row["step"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """Mean over `reach` values to either side: over fewer at the start, where losses fall fast, and over what
-    there is at the end."""
+    """Mean over `reach` values to either side: over fewer at the start, where losses fall fast, and over those
+    available at the end."""
     means = []
     for place in range(len(values)):
-        # As many values on either side, but at the end.
+        # The same number of values on both sides, except at the end.
         near = min(reach, place)
         window = values[place - near : place + near + 1]
         means.append(sum(window) / len(window))
@@ -87,9 +87,9 @@ def curves(source: Path | Rows, path: Path, levels: Mapping[str, float] | None =
 
     Args:
         source: the CSVLogger's metrics.csv, or its rows.
-        path: of the PNG; its folder must exist.
-        levels: chance level of losses for which none was logged as `level/<loss>`.
-        title: over all panels.
+        path: path of the PNG; its folder must exist.
+        levels: chance levels of losses for which none was logged as `level/<loss>`.
+        title: title above all panels.
 
     Returns:
         `path`.
@@ -103,14 +103,14 @@ def curves(source: Path | Rows, path: Path, levels: Mapping[str, float] | None =
 def draw_curves(rows: Rows, levels: Mapping[str, float], title: str = "") -> Figure:
     """One panel for each loss, each group of held-out metrics, the learning rates, and the speed."""
     keys = {key for row in rows for key in row}
-    # The known ones in the order of TITLES, the others after them by name.
+    # Known losses in the order of TITLES, then the others by name.
     losses = sorted(key for key in keys if key.startswith("train/") and key not in NOT_LOSSES)
     losses.sort(key=lambda key: [*TITLES, key.removeprefix("train/")].index(key.removeprefix("train/")))
     held_out = [(RECALL, "recall@1, %"), (WORDS, "masked words right, %")]
     held_out.append((PIXELS, "squared error of masked pixels"))
     groups = [part for part in held_out if any(line.key in keys for line in part[0])]
     others = sorted({key.split("/")[0] for key in keys if "/" in key and not key.startswith(KNOWN)})
-    # A group without decay has the rate of its twin, where it has one.
+    # A group without decay has the same rate as its twin, if there is one.
     rates = [key for key in sorted(keys) if key.startswith("lr") and key.removesuffix(NO_DECAY) not in keys - {key}]
     speed = "train/pairs_per_second" in keys
     count = len(losses) + len(groups) + len(others) + bool(rates) + speed
@@ -125,7 +125,7 @@ def draw_curves(rows: Rows, levels: Mapping[str, float], title: str = "") -> Fig
         draw_rates(next(panels), rows, rates)
     if speed:
         draw_speed(next(panels), rows)
-    # One range of steps for all panels.
+    # The same range of steps for all panels.
     last = max((row["step"] for row in rows), default=1)
     for axes in figure.axes:
         axes.set_xlim(0, 1.02 * max(last, 1))
@@ -133,20 +133,20 @@ def draw_curves(rows: Rows, levels: Mapping[str, float], title: str = "") -> Fig
 
 
 def task_curves(group: str, rows: Rows) -> tuple[Curve, ...]:
-    """What a task is judged by: its percentages of all examples, dashed the chance level of each; where it has none,
-    all of its metrics. The one that is the score comes first. Kinds of examples stand in the table alone."""
+    """A task's percentages over all examples, each with its chance level dashed; if it has none, all of its metrics.
+    The metric that is the score comes first. Kinds of examples are shown in the table only."""
     keys = {key: 0.0 for row in rows for key in row}
     own = [key for key in sorted(keys) if key.startswith(f"{group}/") and key.count("/") == 1]
     own = [key for key in own if not key.endswith((*LEVELS, "/examples"))]
     shares = [key for key in percentages(group, keys) if key in own]
-    # Not what is said of another one, such as the `accuracy_ceiling` of an accuracy.
+    # Without metrics derived from another one, such as the `accuracy_ceiling` of an accuracy.
     names = [key for key in shares or own if not any(key.startswith(f"{other}_") for other in own)]
     score = {key for row in rows for key in names if key in row and row[key] == row.get("score")}
     names.sort(key=lambda key: key not in score)
     lines: list[Curve] = []
     for key, colour in zip(names, COLOURS, strict=False):
         lines.append(Curve(key, key.split("/", 1)[1], colour))
-        # The dashed lines stand in the legend once: an underscore keeps a label out of it.
+        # The dashed lines appear in the legend once: a leading underscore hides a label.
         label = "_level" if any(line.style == "--" for line in lines) else "chance level"
         lines += [Curve(f"{key}{end}", label, colour, "--") for end in LEVELS if f"{key}{end}" in keys]
     return tuple(lines)
@@ -164,7 +164,7 @@ def grid(count: int, title: str) -> tuple[Figure, "Panels"]:
 
 
 class Panels:
-    """Hands out the panels in order; those beyond `count` stay blank."""
+    """Yields the panels in order; those beyond `count` stay blank."""
 
     def __init__(self, axes: list[Axes], count: int) -> None:
         self.axes = iter(axes[:count])
@@ -181,7 +181,7 @@ class Panels:
 
 
 def draw_loss(axes: Axes, rows: Rows, name: str, levels: Mapping[str, float]) -> None:
-    """A loss: each logged value pale, their running mean, and the chance level."""
+    """Draw a loss: the logged values in a pale colour, their running mean, and the chance level."""
     steps, values = series(rows, f"train/{name}")
     axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
     axes.plot(steps, smooth(values, len(values) // 25), color=BLUE, linewidth=1.6)
@@ -189,35 +189,35 @@ def draw_loss(axes: Axes, rows: Rows, name: str, levels: Mapping[str, float]) ->
     if not level and name in levels and steps:
         level_steps, level = [steps[0], steps[-1]], [levels[name]] * 2
     if level:
-        # A level may change with the batch, as that of masked pixels does.
+        # A level may change with the batch, as for masked pixels.
         level = smooth(level, len(level) // 6)
         label = f"knows nothing: {number(level[-1])}"
         axes.plot(level_steps, level, color="black", linestyle="--", linewidth=1, label=label)
         axes.legend(fontsize=7.5, frameon=False, loc="upper right")
     axes.set_title(TITLES.get(name, name), fontsize=10, parse_math=False)
-    settled = values[len(values) // 20 :]  # the first steps may stand far above all that follows
+    settled = values[len(values) // 20 :]  # the first values may be far above all others
     if settled:
         low, top = min(*settled, *level, settled[0]), max(*settled, *level, settled[0])
-        # More room above, for the legend.
+        # More room at the top, for the legend.
         axes.set_ylim(low - 0.06 * (top - low or 1), top + 0.25 * (top - low or 1))
 
 
 def draw_lines(axes: Axes, rows: Rows, lines: Sequence[Curve], title: str) -> None:
-    """Held-out metrics over steps. Retrieval among another number of images is another question, so values
-    are joined by a line only where the number is the same; the largest is marked by stars."""
+    """Draw held-out metrics over steps. Retrieval among a different number of images is not comparable, so a line only
+    joins values with the same number; stars mark the largest."""
     retrieval = any(line.key.startswith("retrieval/") for line in lines)
     sizes: list[float] = sorted({row["retrieval/pictures"] for row in rows if "retrieval/pictures" in row})
-    # Evaluations on the way may be of fewer images than the last one.
+    # Evaluations during training may have fewer images than the last one.
     split = retrieval and len(sizes) > 1
     for line in lines:
         for size in sizes if split else [None]:
             part = [row for row in rows if size is None or row.get("retrieval/pictures") == size]
             star = size is not None and size == sizes[-1]
-            # Stars have no label of their own: a line is in the legend once.
+            # Stars have no label, so that each line is in the legend once.
             look: dict[str, Any] = (
                 {"marker": "*", "markersize": 9} if star else {"marker": "o", "markersize": 3.5, "label": line.label}
             )
-            # One point makes no line.
+            # A single point is not a line.
             style = line.style if len(series(part, line.key)[0]) > 1 else "none"
             fill = line.colour if line.style == "-" else "white"
             axes.plot(
@@ -236,11 +236,11 @@ def draw_lines(axes: Axes, rows: Rows, lines: Sequence[Curve], title: str) -> No
 
 
 def draw_rates(axes: Axes, rows: Rows, keys: Sequence[str]) -> None:
-    """Learning rates by parameter group; groups that share one are drawn once."""
+    """Draw the learning rates by parameter group; groups with the same rate are drawn once."""
     drawn: list[list[float]] = []
     for key in keys:
         steps, values = series(rows, key)
-        # Groups of one rate would hide each other.
+        # Groups with the same rate would hide each other.
         if values not in drawn:
             axes.plot(
                 steps,
@@ -259,7 +259,7 @@ def draw_rates(axes: Axes, rows: Rows, keys: Sequence[str]) -> None:
 
 
 def draw_speed(axes: Axes, rows: Rows) -> None:
-    """Pairs per second; the mean share of waiting for data stands in the title."""
+    """Draw the pairs per second; the title has the mean share of time spent waiting for data."""
     axes.plot(*series(rows, "train/pairs_per_second"), color=BLUE, linewidth=1.2)
     axes.set_ylim(bottom=0)
     waits = series(rows, "train/data_wait")[1]

@@ -1,4 +1,4 @@
-"""What is read off a run while it trains: smoothed losses, their levels, where the time goes, time left."""
+"""Meters of a training run: smoothed losses, their chance levels, throughput, time left."""
 
 import math
 import time
@@ -12,85 +12,85 @@ from torch import Tensor
 from maskvlm.data.batch import Batch
 
 NOT_LOSSES = {"train/loss", "train/pairs_per_second", "train/data_wait"}
-"""What stands under `train/` beside the terms of the task."""
+"""Keys under `train/` that are not terms of the task."""
 
 
 class RunningMeans:
-    """Running means in which recent values weigh more, kept where the values are.
+    """Exponential running means, kept on the device of the values.
 
     Args:
-        decay: weight of the past against the newest value, 0 to below 1; 0.97 looks back some 30 values.
+        decay: weight of the past relative to the newest value, from 0 to below 1; 0.97 looks back about 30 values.
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.sums: dict[str, Tensor] = {}
-        self.weights: dict[str, Tensor] = {}  # 1 + decay + decay^2 + ...: what the sums are divided by
+        self.weights: dict[str, Tensor] = {}  # 1 + decay + decay^2 + ...: divisors of the sums
 
     def take(self, values: Mapping[str, Tensor | float]) -> None:
-        """One value of each name; names that come or go start anew."""
+        """Add a value for each name. If the set of names changes, all means are reset."""
         if values.keys() != self.sums.keys():
             self.sums = {name: torch.zeros(()) for name in values}
             self.weights = {name: torch.zeros(()) for name in values}
         for name, value in values.items():
             value = torch.as_tensor(value).detach().float()
             finite = value.isfinite()
-            # A value that is not finite has no weight, and what was before keeps its own: it does not outlast its step.
+            # A value that is not finite has no weight and leaves the past unchanged: it affects only its own step.
             for totals, new in ((self.sums, value.nan_to_num()), (self.weights, torch.ones_like(value))):
                 before = totals[name].to(value.device)
                 totals[name] = torch.where(finite, self.decay * before + new, before)
 
     def read(self) -> dict[str, float]:
-        """The means so far, copied to the host in one go; not a number where no value was finite."""
+        """The means so far, copied to the host at once; NaN if no value was finite."""
         if not self.sums:
             return {}
-        # One copy for all names: each copy waits for the device. 0 / 0 is not a number.
+        # One copy for all names, as each copy waits for the device. 0 / 0 is NaN.
         means = torch.stack(list(self.sums.values())) / torch.stack(list(self.weights.values()))
         return dict(zip(self.sums, means.tolist(), strict=True))
 
 
 class Readings(NamedTuple):
-    """losses: of the task's terms, smoothed. levels: chance level of those that have one."""
+    """losses: smoothed losses of the task's terms. levels: chance levels of those that have one."""
 
     losses: dict[str, float]
     levels: dict[str, float]
 
 
 class LossMeter:
-    """Follows the terms that the module logs as `train/<name>`, and the task's levels."""
+    """Tracks the terms that the module logs as `train/<name>`, and the task's chance levels."""
 
     def __init__(self, decay: float = 0.97) -> None:
-        # Levels come at each reading, losses at each step: the shorter memory covers about as many steps, or more.
+        # Levels are added at each reading, losses at each step: the shorter memory covers about as many steps or more.
         self.losses, self.levels = RunningMeans(decay), RunningMeans(0.8)
 
     def take(self, trainer: L.Trainer) -> None:
-        """The terms of this step, without waiting for the device."""
-        # Tensors where the step has left them.
+        """Add the terms of this step, without waiting for the device."""
+        # Tensors, still on the device of the step.
         logged = trainer.callback_metrics
         names = [name for name in logged if name.startswith("train/") and name not in NOT_LOSSES]
         self.losses.take({name.removeprefix("train/"): logged[name] for name in names})
 
     def read(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> Readings:
-        """Waits for the device. The level of contrast is that of the pairs that meet in one pass."""
+        """The smoothed losses and levels; waits for the device. The level of contrast is for the pairs of one pass."""
         task = getattr(pl_module, "task", None)
-        # Other processes have as many pairs in a pass.
+        # Other processes have the same number of pairs per pass.
         self.levels.take(task.chance_levels(len(batch.valid_B) * trainer.world_size) if task else {})
         return Readings(self.losses.read(), self.levels.read())
 
 
 class StepSpeed(NamedTuple):
-    """pairs_per_second: of all processes. data_wait: share of the time spent waiting for a batch, 0 to 1."""
+    """pairs_per_second: over all processes. data_wait: share of the time spent waiting for a batch, 0 to 1."""
 
     pairs_per_second: float
     data_wait: float
 
 
 class ThroughputMeter:
-    """Where the time of training goes. How long a checkpoint holds the training counts as work; validation is left
-    out.
+    """Measures where the time of training goes. Time that a checkpoint blocks training counts as work; validation is
+    excluded.
 
     Args:
-        now: seconds from anywhere.
+        now: clock, in seconds from any start.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -101,14 +101,14 @@ class ThroughputMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Count anew."""
+        """Restart counting."""
         self.waited = self.worked = 0.0
         self.pairs = 0
 
     def batch_starts(self) -> None:
         """A batch has arrived."""
         self.began = self.now()
-        # Not after an interruption: what came between was no waiting.
+        # Not after an interruption, which is not waiting.
         if self.ended is not None and self.saved:
             self.worked += self.began - self.ended
         elif self.ended is not None:
@@ -116,7 +116,7 @@ class ThroughputMeter:
         self.saved = False
 
     def batch_ends(self, pairs: int) -> None:
-        """Its step is done. pairs: in it, of all processes."""
+        """The step of the batch is done. pairs: number of its pairs over all processes."""
         self.ended = self.now()
         if self.began is not None:
             self.worked += self.ended - self.began
@@ -131,7 +131,7 @@ class ThroughputMeter:
         self.ended = None
 
     def read(self) -> StepSpeed:
-        """Since the last call."""
+        """The speed since the last call."""
         total = self.waited + self.worked
         speed = StepSpeed(self.pairs / total, self.waited / total) if total else StepSpeed(0.0, 0.0)
         self.reset()
@@ -140,7 +140,7 @@ class ThroughputMeter:
 
 class TimeLeft:
     """Time left, from the pace since the first step seen, which is excluded because it compiles and fills caches.
-    Evaluations on the way count. The pace starts anew when `kind` changes, because such steps cost something else."""
+    Evaluations in between count. The pace restarts when `kind` changes, because such steps have another cost."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.now = now
@@ -148,30 +148,30 @@ class TimeLeft:
         self.kind: object = None
 
     def seconds(self, step: int, total: float, kind: object = None) -> float | None:
-        """None where it cannot be told. kind: of the step, such as the names of its losses."""
+        """Seconds left; None if unknown. kind: kind of the step, such as the names of its losses."""
         if self.first is None or kind != self.kind:
             self.first, self.kind = (self.now(), step), kind
         began, first = self.first
-        # Nothing is known after one step, nor of a run without an end.
+        # Unknown after a single step, and for a run without an end.
         if step == first or math.isinf(total):
             return None
         return (self.now() - began) / (step - first) * max(0.0, total - step)
 
 
 def reading_interval(trainer: L.Trainer) -> int:
-    """Steps between two looks at the device; Lightning's own default where the run logs nothing."""
+    """Steps between two readings from the device; Lightning's default if the run logs nothing."""
     return trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
 
 
 def number(value: float) -> str:
-    """Three digits: 4.16, 0.637, 0.0985, 123; above a thousand all before the point: 5,200."""
-    # `#` keeps zeros at the end (4.10), and a point after 123.
+    """Format with three significant digits: 4.16, 0.637, 0.0985, 123; from a thousand on as an integer: 5,200."""
+    # `#` keeps trailing zeros (4.10), and a point after 123.
     return f"{value:,.0f}" if abs(value) >= 999.5 and math.isfinite(value) else f"{value:#.3g}".rstrip(".")
 
 
 def duration(seconds: float) -> str:
-    """45 s is 0:45, one hour and five minutes 1:05:00, more than a day 2 d 03:00."""
-    # Rounded once, before it is split: 59.6 s are 1:00.
+    """Format a duration: 45 s is 0:45, one hour and five minutes is 1:05:00, more than a day is 2 d 03:00."""
+    # Rounded once, before it is split: 59.6 s is 1:00.
     minutes, second = divmod(int(seconds + 0.5), 60)
     hours, minute = divmod(minutes, 60)
     if hours >= 24:

@@ -1,4 +1,4 @@
-"""The metrics of an evaluation as a table, each beside its chance level, and the paper's claim as numbers."""
+"""The metrics of an evaluation as tables with chance levels, and the paper's claim in numbers."""
 
 import math
 import re
@@ -28,14 +28,14 @@ LEVELS = ("_majority", "_chance")
 
 
 class Measured(NamedTuple):
-    """One number, asked with the right partner, with another row's, and with none.
+    """A metric measured with the right partner, with another row's, and with none.
 
     Attributes:
-        name: what a reader sees.
-        key: in the metrics; `_wrong_image`, `_no_image` (or `_text`) and `_chance` follow it.
+        name: name for display.
+        key: its key in the metrics; suffixes are `_wrong_image`, `_no_image` (or `_text`) and `_chance`.
         partner: `image` or `text`.
-        digits: after the point.
-        gain: `points` (more is better), `nats` (less is better) or `%` (less is better, relative).
+        digits: number of decimals.
+        gain: `points` (higher is better), `nats` (lower is better) or `%` (lower is better, relative).
     """
 
     name: str
@@ -58,9 +58,9 @@ PIXELS = (
 
 
 def gain(kind: str, right: float, other: float) -> str:
-    """How much better the right partner is: `+13.9` points, `+0.520` nats, `+12.2 %` less error; `-` unknown.
+    """How much better the right partner is: `+13.9` points, `+0.520` nats, `+12.2 %` less error; `-` if unknown.
 
-    Positive is better in all three; a worse right partner has a minus.
+    Positive is better in all three; the sign is negative if the right partner is worse.
     """
     if math.isnan(right) or math.isnan(other):
         return "-"
@@ -72,10 +72,10 @@ def gain(kind: str, right: float, other: float) -> str:
 
 
 def metrics_table(metrics: Mapping[str, float]) -> Table:
-    """What was measured, in groups: retrieval, masked words, masked pixels, downstream tasks, whatever else there is.
+    """The metrics in groups: retrieval, masked words, masked pixels, downstream tasks, and the rest.
 
     Args:
-        metrics: names and values as a task's `compute` gives them; any may be missing.
+        metrics: names and values from a task's `compute`; any may be missing.
     """
     parts = [
         retrieval_table(metrics),
@@ -98,17 +98,17 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(Text(title), no_wrap=True)
     for column in columns:
-        # `Text`, as a label may hold what rich takes for markup.
+        # `Text`, as rich would interpret brackets in a label as markup.
         table.add_column(Text(column), justify="right", no_wrap=True)
     return table
 
 
 def retrieval_table(metrics: Mapping[str, float]) -> Table | None:
-    """Recall in percent, by contrast alone and re-ranked, with what a random order reaches."""
+    """Recall in percent, by contrast alone and re-ranked, with that of a random order."""
     sizes = [f"{metrics[key]:.0f} {name}" for key, name in SIZES.items() if key in metrics]
     among = f" ({', '.join(sizes)})" if sizes else ""
     table = _table(f"Recall in %{among}", [f"R@{k}" for k in KS])
-    # tr: texts for an image; ir: images for a text. Each way is followed by its chance level.
+    # tr: texts for an image; ir: images for a text. Each direction is followed by its chance level.
     for direction in ("tr", "ir"):
         for name, key in RETRIEVAL:
             if key.endswith(f"{direction}_r") and f"{key}1" in metrics:
@@ -123,43 +123,43 @@ def retrieval_table(metrics: Mapping[str, float]) -> Table | None:
 
 
 def sweep_table(metrics: Mapping[str, float]) -> Table | None:
-    """R@1 in percent both ways for every number of candidates that matching has ranked again."""
+    """R@1 in percent in both directions, for each number of candidates re-ranked by matching."""
     table = _table("R@1 in %, candidates re-ranked", ["captions", "images"])
     for name in metrics:
         if match := SWEPT.fullmatch(name):
             row = [f"{metrics.get(f'retrieval/{match[1]}_{side}_r1', math.nan):.1f}" for side in ("tr", "ir")]
-            # Each number of candidates is in two names: a row at the first of them.
+            # Each number of candidates is in two names: add the row at one of them.
             if match[2] == "tr":
                 table.add_row(match[1].removeprefix("k").removeprefix("_"), *row)
     return table if table.rows else None
 
 
 def tasks_of(metrics: Mapping[str, float]) -> list[str]:
-    """Prefixes of the downstream tasks that give an accuracy, or say how many examples were measured."""
+    """Prefixes of the downstream tasks that have an accuracy or a number of examples."""
     own = [name for name in metrics if name.count("/") == 1 and name.endswith(("/accuracy", "/examples"))]
     tasks = dict.fromkeys(name.partition("/")[0] for name in own)
     return [name for name in tasks if name != "mlm"]
 
 
 def percentages(task: str, metrics: Mapping[str, float]) -> list[str]:
-    """Metrics of a task that are percentages: accuracy of all and by kind, recall by class, whatever has a level."""
+    """Metrics of a task that are percentages: accuracy overall and by kind, recall by class, any with a level."""
     own = [name for name in metrics if name.startswith(f"{task}/") and not name.endswith(LEVELS)]
     kinds = ("accuracy", "recall/")
     return [n for n in own if n.split("/", 1)[1].startswith(kinds) or any(n + end in metrics for end in LEVELS)]
 
 
 def task_table(task: str, metrics: Mapping[str, float]) -> Table | None:
-    """Percentages, each beside the chance level (the most frequent answer's, or chance), by kind below."""
+    """Percentages of a task, each beside its level (that of the most frequent answer, or chance); kinds below."""
     among = f" ({metrics[f'{task}/examples']:.0f} examples)" if f"{task}/examples" in metrics else ""
     names = percentages(task, metrics)
     levels = any(name + end in metrics for name in names for end in LEVELS)
-    # CIDEr of captions is a hundred times a mean, as percentages are, but no share of anything.
+    # CIDEr is a mean times a hundred, like a percentage, but not a fraction of anything.
     unit = "%" if f"{task}/accuracy" in metrics else "x 100"
     table = _table(f"{task}{among}", [unit, "chance level"] if levels else [unit])
     for name in names:
-        # The majority where there is one, else chance.
+        # The majority if there is one, else chance.
         known = [f"{metrics[name + end]:.1f} ({end[1:]})" for end in LEVELS if name + end in metrics]
-        # accuracy/KIND stands indented below the accuracy of all.
+        # accuracy/KIND is indented below the overall accuracy.
         label = name.split("/", 1)[1].replace("accuracy/", "  ", 1).replace("recall/", "recall, ", 1)
         cells = [f"{metrics[name]:.1f}", *([known[0] if known else ""] * levels)]
         table.add_row(Text(label.replace("accuracy_", "accuracy, ", 1)), *cells)
@@ -167,9 +167,9 @@ def task_table(task: str, metrics: Mapping[str, float]) -> Table | None:
 
 
 def confusion_table(task: str, metrics: Mapping[str, float]) -> Table | None:
-    """How often each class was taken for which: a row a truth, a column an answer."""
+    """The confusion matrix: one row per true class, one column per answer."""
     start = f"{task}/confusion/"
-    # The labels by the diagonal, where each is taken for itself: a label may hold `_as_`.
+    # The labels are taken from the diagonal, as a label may contain `_as_`.
     right = (re.fullmatch(rf"{re.escape(start)}(.+)_as_\1", name) for name in metrics)
     labels = [match[1] for match in right if match]
     table = _table("truth, and what was said", labels)
@@ -180,7 +180,7 @@ def confusion_table(task: str, metrics: Mapping[str, float]) -> Table | None:
 
 
 def partner_table(title: str, measured: Sequence[Measured], metrics: Mapping[str, float]) -> Table | None:
-    """Each number with the right partner, a wrong one and none, and what the right one gains over both."""
+    """Each metric with the right partner, a wrong one and none, and the gain of the right one over both."""
     columns = ["right", "wrong", "none", "vs wrong", "vs none"]
     chances = any(f"{m.key}_chance" in metrics for m in measured)
     table = _table(title, [*columns, "chance"] if chances else columns)
@@ -193,14 +193,14 @@ def partner_table(title: str, measured: Sequence[Measured], metrics: Mapping[str
         # Against the wrong partner, and against none.
         cells += [gain(m.gain, values[0], other) for other in values[1:]]
         chance = metrics.get(f"{m.key}_chance")
-        # True counts as one cell, False as none: there may be no such column.
+        # True adds one cell, False none, as there may be no such column.
         table.add_row(m.name, *cells, *(["" if chance is None else f"{chance:.{m.digits}f}"] * chances))
     return table if table.rows else None
 
 
 def other_table(metrics: Mapping[str, float]) -> Table | None:
-    """What no group above knows, by name."""
-    # What the tables above have shown; the rest is listed as it is.
+    """The metrics that are in no group above, by name."""
+    # Those in the tables above; the rest is listed unchanged.
     known = {f"{key}{k}{end}" for _, key in RETRIEVAL for k in KS for end in ("", "_chance")}
     known |= {*SIZES, *(key for _, key in SUMS), "score"}  # the score repeats what another group shows
     known |= {name for name in metrics if SWEPT.fullmatch(name)}
@@ -218,7 +218,7 @@ def other_table(metrics: Mapping[str, float]) -> Table | None:
 
 
 def claim_line(metrics: Mapping[str, float]) -> str:
-    """The paper's claim in one sentence: what the right partner is worth; "" where neither was measured."""
+    """The paper's claim in one sentence: the gain of the right partner; "" if neither part was measured."""
     parts = []
     if "mlm/accuracy_wrong_image" in metrics:
         points, nats = (gain(m.gain, metrics[m.key], metrics[f"{m.key}_wrong_image"]) for m in WORDS)
@@ -230,11 +230,11 @@ def claim_line(metrics: Mapping[str, float]) -> str:
 
 
 def score_line(metrics: Mapping[str, float]) -> str:
-    """What a downstream task is judged by, in a few words: `accuracy 71.3 (majority 29.7)`."""
+    """The main metric of a downstream task, in a few words: `accuracy 71.3 (majority 29.7)`."""
     names = [name for name in metrics if name.count("/") == 1 and name.endswith("/accuracy")]
     if not names:
         return f"score {number(metrics['score'])}" if "score" in metrics else ""
-    # A share of right answers says nothing without what the most frequent answer reaches.
+    # An accuracy means little without that of the most frequent answer.
     level = metrics.get(f"{names[0]}_majority", math.nan)
     known = "" if math.isnan(level) else f" (majority {level:.1f})"
     return f"accuracy {metrics[names[0]]:.1f}{known}"

@@ -1,4 +1,4 @@
-"""A page of examples: images, what was asked, the truth and the prediction, green where it is right, else red."""
+"""A page of examples: images, question, truth and prediction; right predictions are green, wrong ones red."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from maskvlm.reporting.page import BLACK, GREEN, GREY, RED, Page, Segment
 
 COLUMNS = 3
 IMAGE, TEXT, MARGIN, LINE, GAP = 1.25, 2.6, 0.2, 0.15, 0.12  # inches
-QUESTION_LINES, ANSWER_LINES = 4, 2  # lines at most: of a question, of the truth and of the prediction each
+QUESTION_LINES, ANSWER_LINES = 4, 2  # maximum lines of a question, and of the truth and the prediction each
 SIZE = 8  # points of the font
 
 
 class ExampleCell(NamedTuple):
-    """A prediction with its images: encoded bytes, paths or Pillow images; and what each image is, or nothing."""
+    """A prediction with its images (encoded bytes, paths or Pillow images) and, optionally, a label for each."""
 
     prediction: Prediction
     images: Sequence[Any]
@@ -32,7 +32,7 @@ def example_page(cells: Sequence[ExampleCell], path: Path) -> Path:
 
 
 def draw_page(cells: Sequence[ExampleCell]) -> Page:
-    """Cells of one size, as wide as the example with most images needs."""
+    """Cells of equal size, as wide as the example with the most images needs."""
     most = max(len(cell.images) for cell in cells)
     columns = COLUMNS if most == 1 else 2
     # Rounded up.
@@ -40,7 +40,7 @@ def draw_page(cells: Sequence[ExampleCell]) -> Page:
     cell_width, cell_height = most * (IMAGE + GAP) + TEXT, IMAGE + 2 * GAP
     size = (columns * cell_width + 2 * MARGIN, rows * cell_height + 2 * MARGIN + 2 * LINE)
     page = Page(*size, SIZE)
-    # Of a test split the truth may not be published.
+    # The truth of a test split may be unpublished.
     known = [cell.prediction["right"] for cell in cells if cell.prediction["right"] is not None]
     right = f"; {sum(known):.3g} of these {len(known)} right" if known else ""
     title = f"Some predictions, at even distances through the split{right}"
@@ -52,15 +52,15 @@ def draw_page(cells: Sequence[ExampleCell]) -> Page:
 
 
 def draw_cell(page: Page, left: float, top: float, cell: ExampleCell, most: int) -> None:
-    """The images side by side, what they are below, the words to their right."""
+    """Draw the images side by side, their labels below, and the text to their right."""
     prediction = cell.prediction
-    # `right` may be a share (VQA): from one half on it counts as right.
+    # `right` may be a fraction (VQA): from one half on it counts as right.
     colour = GREY if prediction["right"] is None else GREEN if prediction["right"] >= 0.5 else RED
     for place, image in enumerate(cell.images):
         page.image(left + place * (IMAGE + GAP), top, IMAGE, safe_open(image, prediction["id"]), colour)
     for place, label in enumerate(cell.labels):
         page.line(left + place * (IMAGE + GAP), top + IMAGE + GAP / 3, [Segment(label, GREY)])
-    # What was asked, the truth where it is known, what was said.
+    # The question, the truth if known, the prediction.
     parts = [
         (prediction["text"] or " ", QUESTION_LINES, BLACK),
         (f"predicted: {prediction['prediction']}", ANSWER_LINES, colour),

@@ -1,5 +1,5 @@
-"""What an evaluation leaves beside its numbers: every prediction as a line of JSON, a page of images with some of
-them, and the evaluation card, which says what was measured, on what, with which weights."""
+"""Files of an evaluation besides its metrics: every prediction as a line of JSON, a page of images with some of them,
+and the evaluation card, which records what was measured, on which data, with which weights."""
 
 import json
 from pathlib import Path
@@ -22,12 +22,13 @@ from maskvlm.utils.whole_files import json_ready, write_json, write_text
 
 
 class Predictions(Callback):
-    """After an evaluation outside training: `predictions.jsonl`, `examples.png` and `card.json` in the run's folder.
+    """Writes `predictions.jsonl`, `examples.png` and `card.json` to the run's folder after an evaluation outside
+    training.
 
-    Measuring a checkpoint in its training's own folder leaves those of the training alone and adds the split's name.
+    Evaluating a checkpoint in its training's own folder adds the split to the names instead of overwriting these files.
 
     Args:
-        count: predictions on the page.
+        count: number of predictions on the page.
     """
 
     def __init__(self, count: int = 24) -> None:
@@ -47,12 +48,12 @@ class Predictions(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder, task, data = folder_of(trainer), pl_module.task, trainer.datamodule  # type: ignore[attr-defined]
-        # The card is written for every task, predictions where a task makes some.
+        # The card is written for every task, predictions only if the task makes some.
         end = file_suffix(folder, split, self.trained)
         write_json(folder / f"card{end}.json", evaluation_card(trainer, pl_module, split))
         if not task.predictions:  # type: ignore[union-attr]
             return
-        # By now they are those of all processes.
+        # They have been gathered from all processes.
         predictions = with_ids(task.predictions, data.splits[split])  # type: ignore[arg-type, union-attr]
         lines = (json.dumps(json_ready(one), ensure_ascii=False) for one in predictions)
         write_text(folder / f"predictions{end}.jsonl", "".join(f"{line}\n" for line in lines))
@@ -65,14 +66,14 @@ class Predictions(Callback):
 
 
 def spread(predictions: list[Prediction], count: int) -> list[Prediction]:
-    """`count` of them at even distances, so that right and wrong ones appear as often as they are."""
+    """`count` predictions at even distances, so that right and wrong ones appear in their true proportion."""
     count = min(count, len(predictions))
     return [predictions[number * len(predictions) // count] for number in range(count)]
 
 
 def with_ids(predictions: list[Prediction], rows: Any) -> list[Prediction]:
-    """An image of pairs, which a task can only call `image ROW`, is followed by its id in the data set: nobody finds
-    a photo by its place in a split. Also by itself, as `images`. Examples say their own."""
+    """Add ids to the images of pairs, which a task can only call `image ROW`: `image ROW, ID`, and the ids alone as
+    `images`, as a row number does not identify a photo. Examples have their own ids."""
     places = sorted({place for one in predictions for place in one["index"]})
     # Rows with `images` are examples, those with `image` pairs.
     if not places or "images" in rows[places[0]]:
@@ -88,20 +89,20 @@ def with_ids(predictions: list[Prediction], rows: Any) -> list[Prediction]:
 
 
 def example_cell(rows: Any, prediction: Prediction) -> ExampleCell:
-    """A prediction with its images, as the source returns them, and a label for each where there are two: "left" and
-    "right" for an example, "found" and "truth" for pairs (retrieval)."""
+    """A prediction with its images, as the source returns them. Two images get labels: "left" and "right" for an
+    example, "found" and "truth" for pairs (retrieval)."""
     items = [rows[place] for place in prediction["index"]]
     images = [image for row in items for image in (row["images"] if "images" in row else [row["image"]])]
-    # An example of NLVR has two images; of retrieval these are two rows.
+    # An NLVR example has two images; in retrieval they are two rows.
     several = ("left", "right") if items and "images" in items[0] else ("found", "truth")
     return ExampleCell(prediction, images, several if len(images) == 2 else ())
 
 
 def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str, Any]:
-    """What a reader must know to trust or repeat the numbers beside it."""
+    """What a reader must know to trust or reproduce the metrics."""
     data, backbone, task = trainer.datamodule, pl_module.backbone, pl_module.task  # type: ignore[attr-defined]
     rows, source = data.splits[split], type(data.source)
-    # None where the source cannot tell its images without opening them.
+    # None if the source cannot identify its images without opening them.
     ids = data.hashed_image_ids(split)
     history = pl_module.history
     seen_count = None if ids is None else overlap(ids, history)
@@ -132,30 +133,30 @@ def evaluation_card(trainer: L.Trainer, pl_module: Any, split: str) -> dict[str,
 
 
 def source_settings(trainer: L.Trainer) -> dict[str, Any] | None:
-    """The source's arguments as configured, defaults included; None where no command line configured it."""
+    """The source's arguments as configured, including defaults; None if it was not configured by the command line."""
     saved = next((one for one in trainer.callbacks if isinstance(one, SaveConfig)), None)  # type: ignore[attr-defined]
     if saved is None:
         return None
-    # By way of JSON, so that paths and the like become text.
+    # Through JSON, so that paths and the like become strings.
     init_args = saved.config.data.init_args.source.get("init_args")
     settings: dict[str, Any] = json.loads(json.dumps(init_args.as_dict() if init_args else {}, default=str))
     return settings
 
 
 def share_measured(trainer: L.Trainer, split: str) -> float:
-    """Below 1 where trainer.limit_val_batches (or limit_test_batches) cut the evaluation short."""
+    """Share of the split that was evaluated: below 1 with trainer.limit_val_batches (or limit_test_batches)."""
     counts = trainer.num_test_batches if split == "test" else trainer.num_val_batches
     loaders = trainer.test_dataloaders if split == "test" else trainer.val_dataloaders
-    # Batches of this process, in all and as limited.
+    # Batches of this process, in total and as limited.
     total = len(loaders) if loaders is not None else 0
     share = float(sum(counts)) / total if total else 1.0
-    # A limit in batches has cut the loader itself.
+    # A limit in batches shortens the loader itself.
     data = getattr(trainer, "datamodule", None)
     return round(share * getattr(data, "share_looked_at", 1.0), 4)
 
 
 def checkpoint_of(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
-    """The file the measured weights come from and its sha256; where this run trained them, what it started from."""
+    """The file of the evaluated weights, with its sha256; if this run trained them, the file that it started from."""
     origin = pl_module.backbone.origin
     path = trainer.ckpt_path or (origin.path if origin else None)
     bundled = None if path is None else bundled_folder(str(path))
@@ -164,19 +165,19 @@ def checkpoint_of(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
     if trained and pl_module.measured_step is not None:
         trained = pl_module.measured_step  # the best weights of a run that ended later
     sha = None if path is None else hash_of(bundled or Path(path))
-    # The weights that were measured are in no file that was named: what is known is where they began.
+    # The evaluated weights are in no named file: only their starting point is known.
     if trained and trainer.ckpt_path is None:
         return {"started from": name, "sha256 of that": sha, "measured after steps": trained}
     return {"file": name, "sha256": sha, "steps trained here": trained}
 
 
 def hash_of(path: Path) -> str | None:
-    """SHA-256 of a file, as the `.sha256` beside it states it, else computed; of a folder that of its weights. None
-    where the file has gone since it was read."""
+    """SHA-256 of a file, from the `.sha256` beside it or else computed; for a folder, that of its weights. None if the
+    file has been removed since it was read."""
     facts = stated(path)
-    # Two are stated where a save was interrupted at its rename: the file itself tells which of them it is.
+    # There are two if a save was interrupted at its rename: only the file itself shows which one is right.
     if len(facts) == 1:
         return facts[0].sha256
-    # A folder of the hub's format.
+    # A folder in Hugging Face format.
     path = path / WEIGHTS if path.is_dir() else path
     return sha256_of(path) if path.is_file() else None

@@ -1,7 +1,7 @@
-"""What a run says while it trains: each loss beside its chance level, speed, time left; and a warning
-when a loss sits at that level past warm-up.
+"""Progress of a training run: each loss beside its chance level, speed, time left; and a warning when a loss stays at
+that level past warm-up.
 
-Losses are smoothed on the device and read every `log_every_n_steps`: no step waits in order to be watched.
+Losses are smoothed on the device and read every `log_every_n_steps`, so that other steps do not wait for the device.
 """
 
 import logging
@@ -40,8 +40,8 @@ def status_line(
     """`itc 2.31/4.16  itm 0.520/0.637  78 pairs/s  data wait 4 %  3:20 left`.
 
     Args:
-        width: characters that there is room for; chance levels, then the data wait, the speed and the time left are
-            left out where they do not fit. None: any.
+        width: available characters. If the line does not fit, the chance levels are dropped, then the data wait, the
+            speed and the time left. None: no limit.
     """
     levels = {name: f"/{number(level)}" for name, level in readings.levels.items()}
     losses = [f"{name} {number(loss)}{levels.get(name, '')}" for name, loss in readings.losses.items()]
@@ -58,11 +58,11 @@ def status_line(
 class TrainingProgress(ProgressBar):
     """One line: step, losses beside their chance levels, pairs per second, data-wait share, time left.
 
-    A terminal gets a bar; elsewhere (a log file, CI, SLURM) a plain line is printed now and then. Also logs
+    On a terminal it is a bar; elsewhere (a log file, CI, SLURM) a plain line is printed at intervals. Also logs
     `train/pairs_per_second`, `train/data_wait` (0 to 1) and `level/<loss>`.
 
     Args:
-        seconds: between plain lines, which come at multiples of trainer.log_every_n_steps.
+        seconds: minimum time between plain lines, which come at multiples of trainer.log_every_n_steps.
     """
 
     def __init__(self, seconds: float = 30.0) -> None:
@@ -88,7 +88,7 @@ class TrainingProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.losses, self.clock, self.time_left = LossMeter(), ThroughputMeter(), TimeLeft()
-        # The loaders are made by now, which asking for it would do.
+        # The loaders exist by now; otherwise reading this would create them.
         self.total = float(trainer.estimated_stepping_batches)
         self.step, self.status, self.printed = trainer.global_step, "", -math.inf
         if self.enabled:
@@ -122,7 +122,7 @@ class TrainingProgress(ProgressBar):
     ) -> None:
         logged = {f"level/{name}": level for name, level in readings.levels.items()}
         logged |= {"train/pairs_per_second": speed.pairs_per_second, "train/data_wait": speed.data_wait}
-        # Only the first process comes here: nobody else logs, or waits.
+        # Only the first process gets here: no other one logs or waits.
         pl_module.log_dict(logged, batch_size=1, rank_zero_only=True)
         room = None if self.bar is None else self.bar.room(self._step_of)
         self.status = status_line(readings, speed, seconds_left, room)
@@ -194,7 +194,7 @@ class TrainingProgress(ProgressBar):
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def _open(self, name: str, total: float | None) -> None:
-        # Elsewhere lines are printed, and a bar would fill a log file.
+        # Not in a log file, which a bar would fill; there, lines are printed.
         if self.enabled and self.console.is_terminal:
             self.bar = StatusBar(name, total, self.console)
 
@@ -209,26 +209,26 @@ class TrainingProgress(ProgressBar):
 
 
 LEAST_PATIENCE = 50
-"""Steps below which even a healthy matching loss sits at its level: a trial run need not alarm."""
+"""Number of steps for which even a healthy matching loss stays at its level, so that a trial run does not warn."""
 
 
 class StuckLoss(Callback):
-    """Warns, once for each loss, of one that teaches nothing: it has no gradient, or it sits at its chance level past
+    """Warns, once per loss, if nothing is learned from it: it has no gradient, or it stays at its chance level past
     warm-up.
 
     Args:
-        share: of the level above which a loss counts as sitting at it.
-        patience: how long it must have sat there, counted from the end of warm-up at the earliest: a share of
-            the run's steps, at least 50 of them, or a number of steps from 1 on. Matching stays for a while, hence
-            a quarter.
-        warmup: like patience; the module's own unless told.
+        share: fraction of the level above which a loss counts as being at it.
+        patience: how long it must have been there, counted from the end of warm-up at the earliest: a fraction of the
+            run's steps, but at least 50 steps; or, from 1 on, a number of steps. The default is a quarter, as matching
+            stays at its level for a while.
+        warmup: like patience; by default the module's own.
     """
 
     def __init__(self, share: float = 0.98, patience: float = 0.25, warmup: float | None = None) -> None:
         self.share, self.patience, self.warmup = share, patience, warmup
         self.losses = LossMeter()
         self.since: dict[str, int] = {}
-        self.lowest: dict[str, float] = {}  # of each; by a further fall its time begins anew
+        self.lowest: dict[str, float] = {}  # lowest value of each; a further fall restarts its time
         self.warned: set[str] = set()
         self.step = -1
 
@@ -243,12 +243,12 @@ class StuckLoss(Callback):
                 self.warned.add(name)
                 log.warning("%s", no_gradient_line(name))
         step = trainer.global_step
-        # Not at every pass of an accumulated step.
+        # Once per step, not at every pass of an accumulated step.
         if step != self.step and step % reading_interval(trainer) == 0:
             self.step = step
             total = float(trainer.estimated_stepping_batches)
             warmup = getattr(pl_module, "warmup", 0) if self.warmup is None else self.warmup
-            # During warm-up little is learned: a loss at its level tells nothing.
+            # Little is learned during warm-up, so a loss at its level means nothing then.
             if step > steps_of(warmup, total):
                 patience = steps_of(self.patience, total)
                 patience = max(patience, LEAST_PATIENCE) if self.patience < 1 else patience
@@ -256,14 +256,14 @@ class StuckLoss(Callback):
                 self.look(step, patience, self.losses.read(trainer, pl_module, batch), hints)
 
     def look(self, step: int, patience: float, readings: Readings, hints: Mapping[str, str]) -> None:
-        """Follow which losses sit at their level, and warn of those that have sat there for long enough.
+        """Track which losses are at their level, and warn about those that have been there for too long.
 
         Args:
-            hints: what it means of each loss, and where to look.
+            hints: for each loss, what that means and where to look.
         """
         for name, loss in readings.losses.items():
             level = readings.levels.get(name, 0.0)
-            # Below its level once, and it is counted anew; so is a loss that still comes down from far above.
+            # Falling below its level restarts the count; so does still coming down from far above.
             lowest = self.lowest.setdefault(name, loss)
             if level <= 0 or loss < self.share * level or loss < self.share * lowest:
                 self.since.pop(name, None)
@@ -275,13 +275,13 @@ class StuckLoss(Callback):
 
 
 def no_gradient_line(name: str) -> str:
-    """The warning of a loss that is logged and trains nothing, in one line."""
+    """One-line warning about a loss that is logged but trains nothing."""
     todo = "compute it from the step's tensors without detach, item or no_grad, and leave what it reads unfrozen"
     return f"warning: {name} has no gradient, so nothing is learned from it; {todo}"
 
 
 def stuck_line(name: str, loss: float, level: float, since: int, step: int, hint: str) -> str:
-    """The warning, in one line."""
+    """One-line warning about a loss that stays at its chance level."""
     return (
         f"warning: {name} sits at {number(loss)} since step {since} (now step {step}); "
         f"its chance level is {number(level)}, {hint}"
@@ -289,5 +289,5 @@ def stuck_line(name: str, loss: float, level: float, since: int, step: int, hint
 
 
 def steps_of(amount: float, total: float) -> float:
-    """A number of steps from 1 on, a share of all steps below 1."""
+    """The number of steps: `amount` itself from 1 on, a fraction of `total` below 1."""
     return amount if amount >= 1 else amount * total

@@ -1,4 +1,4 @@
-"""`reconstructions.png`: pairs with parts masked, and what the model fills in with the right partner or not.
+"""`reconstructions.png`: masked pairs, and what the model fills in with the right partner and without it.
 
 Captions are in a fixed-width font, so that words can be shaded.
 """
@@ -15,10 +15,10 @@ from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.reconstructed_examples import Guesses, Reconstruction, reconstruct, subsample
 from maskvlm.reporting.page import GREEN, GREY, RED, Line, Page, Segment
 
-IMAGE, GAP, MARGIN, TEXT = 1.44, 0.08, 0.15, 6.1  # inches; TEXT is the width of the column of words
-POINTS = 7.2  # ten pixels at 100 an inch, where a character takes six: words stand in columns
+IMAGE, GAP, MARGIN, TEXT = 1.44, 0.08, 0.15, 6.1  # inches; TEXT is the width of the text column
+POINTS = 7.2  # ten pixels at 100 per inch, where a character takes exactly six, so that columns align
 SPACE = 0.22  # inches between rows
-LINE, CHARACTER = 0.14, 0.06  # inches a line and a character of DejaVu Sans Mono
+LINE, CHARACTER = 0.14, 0.06  # inches per line and per character of DejaVu Sans Mono
 WRAP = int(TEXT / CHARACTER)
 WORD, GUESS, SIDE = 14, 9, 36  # characters: the masked word, a guess, three guesses with their percentages
 MOST_WORDS = 8
@@ -30,16 +30,16 @@ def reconstructions(
 ) -> Path:
     """Draw held-out pairs with what the model fills in.
 
-    Each row: the image, the image with patches masked, filled in with its caption, filled in with a wrong
-    one; beside it the caption with masked words shaded, and each masked word's likeliest fillings with the
-    image and with a blank one, green where right and red where wrong.
+    Each row shows the image, the image with patches masked, filled in with its caption, and filled in with a wrong one.
+    Beside them are the caption with masked words shaded, and the most likely guesses for each masked word with the
+    image and with a blank one, green if right and red if wrong.
 
     Args:
         backbone, task: in evaluation mode.
         batch: an evaluation batch.
         tokenizer: turns ids into words.
-        path: of the PNG; its folder must exist.
-        count: rows.
+        path: path of the PNG; its folder must exist.
+        count: number of rows.
 
     Returns:
         `path`.
@@ -48,8 +48,8 @@ def reconstructions(
 
 
 def draw_reconstruction(result: Reconstruction, tokenizer: Any) -> Page:
-    """One row a pair, as high as its words need."""
-    # Sizes first, as a page is made in one size.
+    """One row per pair, as high as its text needs."""
+    # Sizes first, as a page is created with a fixed size.
     columns = image_columns(result)
     texts = [words_of_row(result, row, tokenizer) for row in range(len(result.image_BCHW))]
     heights = [max(IMAGE + 0.2, LINE * len(text)) + SPACE for text in texts]
@@ -65,7 +65,7 @@ def draw_reconstruction(result: Reconstruction, tokenizer: Any) -> Page:
         Segment("  (percentages: the likeliest guesses)"),
     ]
     page.line(MARGIN + len(columns) * (IMAGE + GAP) + GAP, top, words)
-    # What is filled in has been helped: a reader must know.
+    # The filled-in patches use true statistics, which the reader must know.
     if result.true_statistics and len(columns) > 2:
         note = [Segment("each patch has its true mean and contrast (pixel_norm)", GREY)]
         page.line(MARGIN + 2 * (IMAGE + GAP), top + LINE, note)
@@ -89,7 +89,7 @@ def draw_reconstruction(result: Reconstruction, tokenizer: Any) -> Page:
 
 
 def image_columns(result: Reconstruction) -> list[tuple[str, Tensor, Tensor | None]]:
-    """Title, images and errors of each column."""
+    """Title, images and errors (None if there are none) of each column."""
     columns: list[tuple[str, Tensor, Tensor | None]] = [("image", result.image_BCHW, None)]
     if result.images is not None:
         masked, filled, wrong, error, error_wrong = result.images
@@ -100,7 +100,7 @@ def image_columns(result: Reconstruction) -> list[tuple[str, Tensor, Tensor | No
 
 
 def error_text(error: Tensor, errors: Tensor) -> Segment:
-    """The error below an image, green where it is the smallest of its row."""
+    """The error below an image, green if it is the smallest of its row."""
     texts = {f"{value:.3f}" for value in errors.tolist()}
     best = len(texts) > 1 and bool((error <= errors).all())
     return Segment(f"error {error:.3f}", GREEN if best else GREY, bold=best)
@@ -110,12 +110,12 @@ def error_text(error: Tensor, errors: Tensor) -> Segment:
 
 
 def words_of_row(result: Reconstruction, row: int, tokenizer: Any) -> list[Line]:
-    """The column of words: the caption, the wrong one, and the guesses for each masked word."""
-    # The wrong caption is the next row's, as `reconstruct` rolls them; the last row has the first one's.
+    """The text column: the caption, the wrong one, and the guesses for each masked word."""
+    # The wrong caption is the next row's, as `reconstruct` rolls them; the last row gets the first one's.
     batch, other = result.batch, (row + 1) % len(result.image_BCHW)
     masked: set[int] = set()
     if result.words is not None:
-        # K places, of which those that are not masked are padding.
+        # K positions, of which the unmasked ones are padding.
         index_K, masked_K = result.words.index_BK[row], result.words.masked_BK[row]
         masked = set(index_K[masked_K].tolist())
     lines = wrap(caption_pieces(batch, row, tokenizer, masked), WRAP)
@@ -134,7 +134,7 @@ def words_of_row(result: Reconstruction, row: int, tokenizer: Any) -> list[Line]
 
 
 def caption_pieces(batch: Batch, row: int, tokenizer: Any, masked: set[int]) -> list[Segment]:
-    """The caption token by token, with spaces between words; masked tokens shaded."""
+    """The caption token by token, with spaces between words and masked tokens shaded."""
     pieces: list[Segment] = []
     last = -1
     words = batch.word_CT[row].tolist()
@@ -143,7 +143,7 @@ def caption_pieces(batch: Batch, row: int, tokenizer: Any, masked: set[int]) -> 
         if words[place] < 0:
             continue
         text = piece_text(tokenizer, token)
-        # A space where a word begins, not between its tokens.
+        # A space before each word, not between its tokens.
         if pieces and words[place] != last and text not in CLOSING:
             pieces.append(Segment(" "))
         pieces.append(Segment(text, shade=place in masked, bold=place in masked))
@@ -152,7 +152,7 @@ def caption_pieces(batch: Batch, row: int, tokenizer: Any, masked: set[int]) -> 
 
 
 def piece_text(tokenizer: Any, token: int) -> str:
-    """A token as a reader knows it: WordPiece's `##` and RoBERTa's leading space left out."""
+    """A token for display, without WordPiece's `##` or RoBERTa's leading space."""
     text = tokenizer.decode([token]).strip()
     return text[2:] if text.startswith("##") and len(text) > 2 else text
 
@@ -166,16 +166,16 @@ def wrap(pieces: list[Segment], width: int) -> list[Line]:
         if used and used + length > width:
             lines.append([])
             used = 0
-            # No line begins with a space.
+            # A line does not start with a space.
             word = word[1:] if word[0].text == " " else word
         lines[-1] += word
         used += sum(len(piece.text) for piece in word)
-    # A line can be too long only where one word is.
+    # A line can only be too long if a single word is.
     return [cut_line(line, width) for line in lines]
 
 
 def group_words(pieces: list[Segment]) -> list[Line]:
-    """Pieces that belong together: each group starts at a space."""
+    """Pieces grouped into words: each group starts at a space."""
     groups: list[Line] = []
     for piece in pieces:
         if piece.text == " " or not groups:
@@ -194,10 +194,10 @@ def cut_line(line: Line, width: int) -> Line:
 
 
 def guess_line(result: Reconstruction, row: int, place: int, tokenizer: Any) -> Line:
-    """A masked word and its likeliest fillings with the image and without."""
+    """A masked word and the most likely guesses for it with the image and without."""
     assert result.words is not None
     target = int(result.batch.token_CT[row, place])
-    # Place in the text, of T -> place among the masked, of K.
+    # Position in the text (of T) -> index among the masked positions (of K).
     position = int((result.words.index_BK[row] == place).nonzero()[0, 0])
     line = [Segment(f"{shorten(piece_text(tokenizer, target), WORD - 2):{WORD}}", bold=True)]
     for guesses in (result.words.with_image, result.words.without_image):
@@ -206,7 +206,7 @@ def guess_line(result: Reconstruction, row: int, place: int, tokenizer: Any) -> 
 
 
 def guess_segments(guesses: Guesses, row: int, position: int, target: int, tokenizer: Any) -> Line:
-    """`red 92  blue 3  big 1`: the target green, a wrong first guess red, the others grey."""
+    """Guesses such as `red 92  blue 3  big 1`: the target green, a wrong first guess red, the others grey."""
     segments, used = [], 0
     tokens, shares = (
         guesses.token_BKG[row, position].tolist(),
@@ -217,10 +217,10 @@ def guess_segments(guesses: Guesses, row: int, position: int, target: int, token
         text = f"{shorten(piece_text(tokenizer, token), GUESS)} {100 * share:.0f}"
         segments += [Segment(text, colour, bold=number == 0), Segment("  ")]
         used += len(text) + 2
-    # As wide as the heading, so that the guesses without an image begin below theirs.
+    # As wide as the heading, so that the guesses without an image start below theirs.
     return [*segments, Segment(" " * max(0, SIDE - used))]
 
 
 def shorten(text: str, most: int) -> str:
-    """The text cut to `most` characters; dots say that there were more."""
+    """The text cut to `most` characters; an ellipsis marks the cut."""
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,1 +1,1 @@
-"""Studies: many runs that differ in little, and what they say of a claim."""
+"""Studies: sets of similar runs, and what they say about a claim."""

@@ -1,4 +1,4 @@
-"""What a study's runs say: means with intervals, differences paired by seed, a verdict on each claim."""
+"""Results of a study: means with intervals, differences paired by seed, and a verdict on each claim."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ Verdict = Literal["holds", "does not hold", "undecided"]
 
 
 class Interval(NamedTuple):
-    """A mean with its 95 % interval by Student's t; the interval is not a number for fewer than two values.
+    """A mean with its 95 % confidence interval by Student's t; the interval is NaN for fewer than two values.
 
     Attributes:
-        values: how many there were.
+        values: number of values.
     """
 
     mean: float
@@ -30,7 +30,7 @@ class Interval(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """A comparison: what `better` is ahead by, paired by seed, in the metric's unit."""
+    """A comparison with its result: how far `better` is ahead, paired by seed, in the metric's unit."""
 
     comparison: Comparison
     ahead: Interval
@@ -39,7 +39,7 @@ class Compared(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A question with all its comparisons."""
+    """A question with the results of all its comparisons."""
 
     question: Claim
     compared: tuple[Compared, ...]
@@ -47,10 +47,10 @@ class Answer(NamedTuple):
 
 
 def frame_of(study: Study, runs: Sequence[StudyRun], earlier: Mapping[str, Outcome] | None = None) -> pd.DataFrame:
-    """One row for each run that is over: what it was, what it took, every metric of its metrics.json, and the study's.
+    """One row for each run that is over: its facts, hours, every metric of its metrics.json, and the study's metrics.
 
     Args:
-        earlier: what runs gave that were made elsewhere, by name; a run that is here counts before it.
+        earlier: outcomes of runs made elsewhere, by name; a run made here takes precedence.
     """
     rows = []
     for run in runs:
@@ -62,14 +62,14 @@ def frame_of(study: Study, runs: Sequence[StudyRun], earlier: Mapping[str, Outco
             outcome.sha256, outcome.remark,
         )  # fmt: skip
         facts = dict(zip(FACTS, values, strict=True))
-        # Prefixed: a study may call a metric by the name of a key, or of a fact.
+        # Prefixed, as a study's metric may have the name of a key or a fact.
         own = {OF_STUDY + name: metric.of(outcome.metrics) for name, metric in study.metrics.items()}
         rows.append(facts | own | dict(outcome.metrics))
     return pd.DataFrame(rows)
 
 
 def outcome_of(run: StudyRun) -> Outcome | None:
-    """What a run gave that is finished here, or has diverged, which has no metrics; None for another one."""
+    """The outcome of a run that is finished here or has diverged (then without metrics); otherwise None."""
     metrics, hours = run.metrics, (run.seconds or float("nan")) / 3600
     if metrics is None:
         return Outcome(hours, {}, "", run.diverged) if run.diverged else None
@@ -78,13 +78,13 @@ def outcome_of(run: StudyRun) -> Outcome | None:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and confidence interval of independent values, such as one for each seed."""
+    """Mean and confidence interval of independent values, such as one per seed."""
     sample = np.asarray(values, float)
     mean = float(sample.mean()) if len(sample) else float("nan")
     if len(sample) < 2:
         return Interval(mean, float("nan"), float("nan"), len(sample))
     error = stats.sem(sample)
-    # Scipy's interval of no spread is not a number; and what only rounding makes differ has no spread.
+    # SciPy's interval is NaN if there is no spread. Differences from rounding alone do not count as spread.
     if error <= 1e-9 * np.abs(sample).max():
         return Interval(mean, mean, mean, len(sample))
     low, high = stats.t.interval(CONFIDENCE, len(sample) - 1, loc=mean, scale=error)
@@ -92,7 +92,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def values_of(frame: pd.DataFrame, cell: str, metric: Metric) -> "pd.Series[float]":
-    """Value of a metric in the runs of a cell: seed -> value."""
+    """Values of a metric in the runs of a cell: seed -> value."""
     if frame.empty:
         return pd.Series(dtype=float)
     column = frame[frame["cell"] == cell].set_index("seed")[OF_STUDY + metric.name]
@@ -100,41 +100,41 @@ def values_of(frame: pd.DataFrame, cell: str, metric: Metric) -> "pd.Series[floa
 
 
 def has_lost_runs(frame: pd.DataFrame, comparison: Comparison, metric: Metric) -> bool:
-    """Whether a run of either cell that is over lacks a metric that its other runs have, as one that diverged does."""
+    """Whether a finished or diverged run of either cell lacks a metric that other runs of that cell have."""
     columns = [frame[frame["cell"] == cell][OF_STUDY + metric.name] for cell in comparison] if len(frame) else []
     return any(0 < values.count() < len(values) for values in columns)
 
 
 def lead(frame: pd.DataFrame, comparison: Comparison, metric: Metric) -> "pd.Series[float]":
-    """Seed -> how far `better` is ahead, over the seeds that both have."""
+    """Seed -> how far `better` is ahead, for the seeds that both cells have."""
     better, than = (values_of(frame, cell, metric) for cell in comparison)
     ahead = (better - than).dropna()
     return -ahead if metric.lower else ahead
 
 
 def answer(frame: pd.DataFrame, question: Claim) -> Answer:
-    """What the runs that are there say of a claim."""
+    """What the runs made so far say about a claim."""
     compared = []
     for comparison in question.comparisons:
         ahead = lead(frame, comparison, question.metric)
         if question.more_than is not None:
             ahead = (ahead - lead(frame, question.more_than, question.metric)).dropna()
         estimate = interval(ahead.tolist())
-        # Without the run that diverged an arm would look better than it is, or what it is held against worse.
+        # If diverged runs were ignored, their arm would look better than it is, or its rival worse by comparison.
         pairs = [comparison, *([question.more_than] if question.more_than is not None else [])]
         lost = any(has_lost_runs(frame, pair, question.metric) for pair in pairs)
         compared.append(
             Compared(comparison, estimate, tuple(ahead), "undecided" if lost else verdict_by(estimate, question.by))
         )
     verdicts = {each.verdict for each in compared}
-    # all have to hold; one that does not decides
+    # All must hold; a single one that does not hold decides.
     every: Verdict = "holds" if verdicts == {"holds"} else "undecided"
     return Answer(question, tuple(compared), "does not hold" if "does not hold" in verdicts else every)
 
 
 def verdict_by(ahead: Interval, by: float) -> Verdict:
-    """holds: the whole interval is above `by`; does not hold: it is below; undecided: it has both, or there is none, as
-    of seeds that differ by nothing at all, whose spread is not known."""
+    """holds: the whole interval is above `by`; does not hold: it is below; undecided: it contains `by`, or there is no
+    interval, for example because all seeds have the same difference and the spread is unknown."""
     if ahead.low == ahead.high:
         return "undecided"
     if ahead.low > by:

@@ -1,4 +1,4 @@
-"""How many steps cost as many operations as those of another arm."""
+"""The number of steps that costs as many operations as another arm's run."""
 
 import json
 import os
@@ -17,13 +17,13 @@ STEPS = "data.steps"
 
 
 def budget_in_steps(study: Study, cell: Cell, folder: Path) -> int | None:
-    """The number of steps of a cell that is given another arm's operations; None for one whose options say it.
+    """The number of steps of a cell that gets another arm's operations; None for a cell whose options set it.
 
     Args:
-        folder: of the study; what was counted is kept there.
+        folder: folder of the study, where counts are cached.
 
     Raises:
-        UserError: the other arm does not say its steps (2), or its operations could not be counted.
+        UserError: the other arm does not set its steps (2), or its operations could not be counted.
     """
     if not cell.flops_of:
         return None
@@ -39,11 +39,11 @@ def budget_in_steps(study: Study, cell: Cell, folder: Path) -> int | None:
 
 
 def spent_by(cells: Sequence[Cell], cell: Cell) -> Cell | None:
-    """The cell whose operations another one spends: of its arm with as many pairs, or else with others; None where
-    there is none.
+    """The cell whose operations another one may spend: a cell of the arm in `flops_of`, preferably with the same
+    fraction of the images; None if there is none.
 
     Raises:
-        UserError: there are several, which make other numbers of steps.
+        UserError: there are several, with different numbers of steps.
     """
     candidates = [one for one in cells if one.arm == cell.flops_of and not one.flops_of]
     candidates = [one for one in candidates if one.fraction == cell.fraction] or candidates
@@ -54,19 +54,19 @@ def spent_by(cells: Sequence[Cell], cell: Cell) -> Cell | None:
 
 
 def flops_of(cell: Cell, folder: Path, starts: bool) -> int:
-    """Operations of a training step of a cell, the mean of its run, counted by `maskvlm bench` once and kept.
+    """Operations of a training step of a cell, averaged over its run, counted once by `maskvlm bench` and cached.
 
     Args:
-        starts: whether its runs start from another run of the study. That one need not be made yet, so what such runs
-            take besides is given to the model of the command.
+        starts: whether its runs start from another run of the study. That run may not exist yet, so the settings that
+            such a start adds are applied to the command's own model.
 
     Raises:
-        UserError: the bench did not end well.
+        UserError: the bench failed.
     """
     path = folder / FLOPS
     known: dict[str, int] = read_json(path)
     options = [f"--{key}={value}" for key, value in cell.options if key != STEPS]
-    # Not where the runs will be: what submits them may have no card, and operations are the same on all machines.
+    # Not on the machine of the runs: the one that submits them may have no GPU, and operations are the same on all.
     words = [word for word in cell.run[1:] if not word.startswith("where=")]
     if starts:
         options = [*continued(read_words(cell.run[0], words, PRETRAINING)), *options]
@@ -78,7 +78,7 @@ def flops_of(cell: Cell, folder: Path, starts: bool) -> int:
 
 
 def _counted(words: Sequence[str]) -> int:
-    # They go with the steps of the run: the bench, which is not told these, might find them too long.
+    # These depend on the steps of the run, which the bench is not given, so it might find them too long.
     words = [word for word in words if not word.startswith(("--trainer.val_check_interval=", "--model.warmup="))]
     print(f"counting the operations of a step: {' '.join(words)}", flush=True)
     command = [sys.executable, "-m", "maskvlm", "bench", *words, "--json"]

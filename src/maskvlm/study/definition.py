@@ -1,4 +1,4 @@
-"""A study's YAML file: which runs it is made of, and what is asked of them.
+"""A study's YAML file: its runs, and the questions that they answer.
 
 ```yaml
 name: claims                                 # the runs are checkpoints/claims/...
@@ -27,7 +27,7 @@ questions:
 ```
 
 A `cell` is an arm on a part of the data with a number of steps: `all`, `all@0.25`, `contrast@flops-of-all`. It is run
-once for each seed.
+once per seed.
 """
 
 import json
@@ -45,11 +45,11 @@ from maskvlm.config.safe_yaml import cut, read_yaml
 from maskvlm.utils.errors import ExitCode, UserError
 
 COMMANDS = ("pretrain", "finetune")
-"""What a run of a study may be."""
+"""Commands that a run of a study may use."""
 NOT_IN_FILES = ("allow-import", "debug", "folder", "run", "print_config")
-"""Options that only who starts a study gives."""
+"""Options that only the person who starts a study may give."""
 KEY = r"[A-Za-z_]\w*(\.\w+)*\+?"
-"""Pattern of an option in a file: a dotted key, perhaps with the + that adds to a list."""
+"""Pattern of an option in a file: a dotted key, optionally with the + that appends to a list."""
 NAME = Text(60, r"[a-z0-9]+([._+-][a-z0-9]+)*")
 CELL = Text(200, r"[a-z0-9._+-]+(@[a-z0-9._+-]+)*")
 SENTENCE = Text(500)
@@ -95,20 +95,21 @@ QUESTION = Record(
 PAIR = Record({"better": CELL, "than": CELL}, {}, ExitCode.USAGE)
 TODO = "See docs/studies.md"
 FIRST = "first"
-"""The name of the cell that all the others start from."""
+"""Name of the cell that all others start from."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a run: the mean of some of its metrics, less the mean of others.
+    """A metric of a study: the mean of some of a run's metrics, minus the mean of others.
 
     Attributes:
         mean, minus: keys of metrics.json.
-        otherwise: in the place of `mean` for a run that does not measure it, such as contrast where nothing re-ranks.
+        otherwise: keys used in place of `mean` for a run that does not measure it, e.g. contrastive retrieval for a run
+            without re-ranking.
         unit: such as "points" or "nats".
-        lower: whether less is better.
-        gaussian: both are squared errors. The value is how many nats a number is told better by `mean` than by `minus`
-            if errors are Gaussian, each of a variance that is known: half of the logarithm of minus / mean.
+        lower: whether lower is better.
+        gaussian: `mean` and `minus` are squared errors. The value is by how many nats `mean` predicts a number better
+            than `minus`, if errors are Gaussian with known variances: half the logarithm of minus / mean.
     """
 
     name: str
@@ -120,7 +121,7 @@ class Metric:
     gaussian: bool = False
 
     def of(self, metrics: Mapping[str, float]) -> float:
-        """Its value; not a number where the run does not measure it, as a run without that head."""
+        """The value of the metric; NaN if the run does not measure it, for example because it lacks the head."""
         mean = self.mean if all(metrics.get(key) is not None for key in self.mean) else self.otherwise
         if not mean or any(metrics.get(key) is None for key in (*mean, *self.minus)):
             return float("nan")
@@ -133,15 +134,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class Cell:
-    """What differs between runs, but for the seed.
+    """What differs between runs, apart from the seed.
 
     Attributes:
-        arm: its name. fraction: of the training images.
-        flops_of: the arm whose operations it may spend; "" where the options say how many steps.
-        options: key -> value, of the study, then the block, then the arm: the last one wins.
-        seeds: of its runs.
-        run: the words of their command. written: as the file has them, before the environment is filled in; what a
-            machine calls its folders does not make another run.
+        arm: name of its arm. fraction: fraction of the training images.
+        flops_of: the arm whose operations it may spend; "" if the options set the number of steps.
+        options: key -> value, from the study, the block and the arm; later ones win.
+        seeds: seeds of its runs.
+        run: words of the runs' command. written: the same as in the file, before environment variables are filled in:
+            another folder on another machine does not make another run.
     """
 
     arm: str
@@ -154,13 +155,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """`all`, `all@0.25`, `contrast@flops-of-all`."""
+        """Name of the cell: `all`, `all@0.25`, `contrast@flops-of-all`."""
         part = f"@{self.fraction}" if self.fraction < 1 else ""
         return f"{self.arm}{part}{f'@flops-of-{self.flops_of}' if self.flops_of else ''}"
 
 
 class Comparison(NamedTuple):
-    """Two cells, paired by seed; `better` is claimed to be the better one."""
+    """Two cells, paired by seed; the claim is that `better` is better."""
 
     better: str
     than: str
@@ -168,13 +169,13 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, and which comparisons decide it.
+    """A claim, and the comparisons that decide it.
 
     Attributes:
-        comparisons: all have to hold.
-        more_than: the lead of each has to be larger than the lead of this one; None: larger than `by`.
-        by: the least difference, in the metric's unit.
-        source: where it is claimed.
+        comparisons: all of them must hold.
+        more_than: the lead in each comparison must exceed the lead in this one; None: it must exceed `by`.
+        by: the minimum difference, in the metric's unit.
+        source: where the claim is made.
     """
 
     claim: str
@@ -190,12 +191,12 @@ class Study:
     """A whole study.
 
     Attributes:
-        run: the words of the command of every run, but of arms with one of their own, before the environment is filled
-            in: for people.
-        arms: name -> what it is, for people.
+        run: the command of every run, except for arms with their own, before environment variables are filled in; for
+            display.
+        arms: name -> description, for display.
         columns: names of the metrics that the table shows.
-        first: made once for each seed before all others, which start from its last weights; None: they start as their
-            command says.
+        first: run once per seed before all others, which start from its last weights; None: they start as their command
+            says.
     """
 
     name: str
@@ -210,11 +211,11 @@ class Study:
     first: Cell | None = None
 
     def cell(self, name: str) -> Cell:
-        """The cell of this name. Raises KeyError."""
+        """The cell with this name. Raises KeyError."""
         return {cell.name: cell for cell in self.cells}[name]
 
     def label(self, cell: Cell) -> str:
-        """What it is, for people."""
+        """Description of a cell, for display."""
         words = [self.arms[cell.arm]]
         words += [f"{100 * cell.fraction:g} % of the images"] if cell.fraction < 1 else []
         words += [f"with the operations of {self.arms[cell.flops_of]}"] if cell.flops_of else []
@@ -222,15 +223,15 @@ class Study:
 
 
 def read_study(file: str, where: str | None = None) -> Study:
-    """A study's file, checked.
+    """Read and check a study's file.
 
     Args:
-        where: the machine, in the place of the file's own word where=.
+        where: the machine, overriding where= in the file.
 
     Raises:
-        UserError: it is not there, or not what the schema allows; names the key.
+        UserError: it does not exist, or the schema does not allow it; names the key.
     """
-    # the checks of configuration files: a plain small file, UTF-8, YAML without tags
+    # The checks of configuration files: a small regular file, UTF-8, YAML without tags.
     if read_config_file(file) is None:
         raise UserError(file, "is empty", TODO)
     written = read_yaml(Path(file).read_text("utf-8-sig"), file)
@@ -268,12 +269,12 @@ def read_study(file: str, where: str | None = None) -> Study:
 
 
 def _filled(value: Any, file: str, path: tuple[str, ...] = ()) -> Any:
-    """`value` with the environment filled in where it says how runs are made. All else may stand on the page.
+    """`value` with environment variables filled in, in commands and options only. Anything else may appear on the page.
 
     Raises:
-        UserError: a variable elsewhere (77); as `fill_environment`.
+        UserError: a variable elsewhere (77), or as `fill_environment`.
     """
-    # below an arm's name, or the number of a block of the grid
+    # Below an arm's name, or the number of a block of the grid.
     inner = path[2:] if path[:1] in (("arms",), ("grid",)) else path[1:] if path[:1] == ("first",) else path
     if inner in (("run",), ("options",)):
         return fill_environment(value, file)
@@ -289,7 +290,7 @@ def _filled(value: Any, file: str, path: tuple[str, ...] = ()) -> Any:
 
 
 def _words(run: str, where: str, machine: str | None) -> tuple[str, ...]:
-    """The command of a run, taken apart as in the shell; `machine`: in the place of its own word where=."""
+    """The command of a run, split as in the shell; `machine` overrides its where=."""
     try:
         words = tuple(shlex.split(run))
     except ValueError as error:
@@ -301,7 +302,7 @@ def _words(run: str, where: str, machine: str | None) -> tuple[str, ...]:
             raise _not_for_files(where, word)
     if machine is None:
         return words
-    # words stand before the options
+    # Words come before options.
     return (words[0], f"where={machine}", *(word for word in words[1:] if not word.startswith("where=")))
 
 
@@ -325,7 +326,7 @@ def _metric(name: str, content: Mapping[str, Any]) -> Metric:
 
 
 def _first(content: Mapping[str, Any], cells: tuple[Cell, ...], file: str, machine: str | None) -> Cell | None:
-    """The run that the others start from, once for each of their seeds."""
+    """The run that the others start from, made once for each of their seeds."""
     if "first" not in content:
         return None
     where = f"{file}: first"
@@ -350,7 +351,7 @@ def _model(words: tuple[str, ...]) -> str:
 
 
 def _check_keys(options: Mapping[str, Any], where: str) -> None:
-    """Raises UserError for an option that a file may not give."""
+    """Raises UserError for an option that a file may not set."""
     for key in options:
         if key == "trainer.max_time":
             what = "is no budget: a run that its time ends is not finished, and is gone on with each time"
@@ -392,7 +393,7 @@ def _seeds(content: int | list[int]) -> tuple[int, ...]:
 
 
 def as_text(value: Any) -> str:
-    """An option's value as the command line takes it."""
+    """An option's value in the form that the command line takes."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

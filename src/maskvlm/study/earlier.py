@@ -1,4 +1,4 @@
-"""Runs that were made elsewhere: the rows of a page's `runs.csv`, so that a study can go on on another machine."""
+"""Runs made elsewhere: the rows of a page's `runs.csv`, so that a study can continue on another machine."""
 
 import csv
 import math
@@ -15,19 +15,19 @@ RUNS = "runs.csv"
 RUN_SHA256 = "run_sha256"
 REMARK = "remark"
 FACTS = ("run", "cell", "arm", "fraction", "seed", "hours", RUN_SHA256, "metrics_sha256", REMARK)
-"""Columns of `runs.csv` that tell what a run is; after them come its metrics."""
+"""Columns of `runs.csv` that describe a run; its metrics follow them."""
 OF_STUDY = "study: "
-"""Before the names of a study's own metrics in `runs.csv`; the others are keys of metrics.json."""
-MOST = 50_000_000  # bytes of a file
+"""Prefix of a study's own metrics in `runs.csv`; the others are keys of metrics.json."""
+MOST = 50_000_000  # maximum size of the file in bytes
 
 
 class Outcome(NamedTuple):
-    """What a finished run gave.
+    """Outcome of a run that is over.
 
     Attributes:
-        hours: of its processes; not a number where nobody counted.
-        metrics: of its metrics.json. sha256: of that file.
-        remark: of the run (`StudyRun`).
+        hours: time that its processes took; NaN if unknown.
+        metrics: content of its metrics.json. sha256: hash of that file.
+        remark: as `StudyRun.remark`.
     """
 
     hours: float
@@ -37,11 +37,11 @@ class Outcome(NamedTuple):
 
 
 def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
-    """The runs of a study that `runs.csv` of a page's folder has, by name. Rows of other runs, or of the same name made
-    by another command, are left out, which is told.
+    """Outcomes of a study's runs in the `runs.csv` of a page's folder, by name. Rows of other runs, or of the same name
+    but another command, are left out with a note.
 
     Raises:
-        UserError: it is no such table (65).
+        UserError: the file is not such a table (65).
     """
     path = page / RUNS
     if not path.is_file():
@@ -55,7 +55,7 @@ def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
         with path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
             columns = list(table.fieldnames or ())
-            if not columns:  # a page that was written before any run was finished
+            if not columns:  # the page was written before any run had finished
                 return {}
             missing = [name for name in ("run", "hours", "metrics_sha256") if name not in columns]
             if missing:
@@ -64,7 +64,7 @@ def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
                 if None in row or None in row.values():
                     what = f"expected {len(columns)} fields"
                     raise UserError(f"{path}:{table.line_num}", what, todo, ExitCode.BAD_DATA)
-                # A table of an earlier version has no hash: its runs cannot be told from others.
+                # A table of an earlier version has no hash: its runs cannot be told apart from others.
                 if wanted.get(row["run"], "none") == row.get(RUN_SHA256):
                     outcomes[row["run"]] = _outcome(row, f"{path}:{table.line_num}", todo)
                 else:
@@ -78,7 +78,7 @@ def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
 
 
 def _outcome(row: Mapping[str, str], where: str, todo: str) -> Outcome:
-    """Raises UserError for what is no number."""
+    """Outcome from a row of the table. Raises UserError for a value that is not a number."""
     numbers: dict[str, float] = {}
     for key, value in row.items():
         if value and (key == "hours" or not (key in FACTS or key.startswith(OF_STUDY))):

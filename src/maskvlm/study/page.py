@@ -1,6 +1,6 @@
-"""A study's page: verdicts, a table of all cells, a plot for each question; all of it computed from the runs.
+"""A study's page: verdicts, a table of all cells and a plot for each question, all computed from the runs.
 
-`runs.csv` beside it has every run with its metrics and the SHA-256 of the metrics.json that they are from.
+`runs.csv` beside it has every run with its metrics and the SHA-256 of the metrics.json that they come from.
 """
 
 import csv
@@ -37,12 +37,12 @@ def write_page(
     """Write the page, its plots and `runs.csv` from the runs that are over.
 
     Args:
-        folder: where to, made where needed.
-        command: what makes the study, for the page.
-        earlier: what runs gave that were made elsewhere, by name.
+        folder: output folder, created if necessary.
+        command: the command that makes the study, shown on the page.
+        earlier: outcomes of runs made elsewhere, by name.
 
     Returns:
-        the page.
+        the path of the page.
 
     Raises:
         UserError: it cannot be written (73, or 74 for a full disk).
@@ -52,7 +52,7 @@ def write_page(
     measured = [each for each in answers if any(one.ahead.values for one in each.compared)]
     open_claims = [each for each in answers if each not in measured]
     keep_other_runs(folder, {*frame["run"]} if len(frame) else set())
-    # Of no run nothing is known, not even the columns.
+    # Without runs not even the columns are known.
     write_text(folder / RUNS, frame.to_csv(index=False, lineterminator="\n") if len(frame) else "")
     for number, each in enumerate(measured, 1):
         with whole_file(folder / plot_name(number)) as temporary:
@@ -62,7 +62,7 @@ def write_page(
 
 
 def keep_other_runs(folder: Path, names: set[str]) -> None:
-    """Move a table of runs aside that has others than these: it may be the only record of what was made elsewhere."""
+    """Rename a table that has further runs: it may be the only record of runs made elsewhere."""
     path = folder / RUNS
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -76,7 +76,7 @@ def keep_other_runs(folder: Path, names: set[str]) -> None:
 
 
 def plot_name(number: int) -> str:
-    """File name of the plot of a question; questions are counted from 1."""
+    """File name of a question's plot; questions are numbered from 1."""
     return f"question-{number}.png"
 
 
@@ -91,7 +91,7 @@ def text_of(
     open_claims: Sequence[Answer],
     command: str,
 ) -> str:
-    """The page in Markdown. answers: of which something was measured; open_claims: the others."""
+    """The page in Markdown. answers: those with at least one measured comparison; open_claims: the others."""
     seeds = sorted({run.seed for run in runs})
     lines = [
         f"# {study.title}", "", *([study.about.strip(), ""] if study.about.strip() else []),
@@ -118,7 +118,7 @@ def text_of(
     if answers:
         lines += ["## Claims", "", "| | claim | against | ahead by | verdict |", "|---|---|---|---|---|"]
         for number, each in enumerate(answers, 1):
-            # What it is held against stands beside each: a claim can fail in one comparison and be open in another.
+            # One line per comparison: a claim can fail in one comparison and be undecided in another.
             rows = [(_than(study, one), _ahead(one.ahead, each.question.metric), one.verdict) for one in each.compared]
             columns = ("<br>".join(column) for column in zip(*rows, strict=True))
             lines.append(f"| {number} | {_cell(each.question.claim)} | {' | '.join(columns)} |")
@@ -133,7 +133,7 @@ def text_of(
 
 
 def _hours(frame: pd.DataFrame) -> str:
-    """What all runs took; a run that nobody has timed did not take nothing."""
+    """Total time of all runs; runs without a known time are counted separately, not as zero."""
     hours = frame["hours"] if len(frame) else pd.Series(dtype=float)
     unknown = len(hours) - hours.count()
     total = f"{hours.sum():.1f} hours of runs, waiting included"
@@ -141,7 +141,7 @@ def _hours(frame: pd.DataFrame) -> str:
 
 
 def cell_table(study: Study, frame: pd.DataFrame) -> list[str]:
-    """Each cell that has been run, with the means of the study's columns and half the width of their intervals."""
+    """A row for each cell that has been run, with the means of the study's columns and half their intervals' widths."""
     metrics = [study.metrics[name] for name in study.columns]
     lines = [
         f"| | seeds | hours a run, waiting included | {' | '.join(_cell(f'{m.name}, {m.unit}') for m in metrics)} |"
@@ -155,7 +155,7 @@ def cell_table(study: Study, frame: pd.DataFrame) -> list[str]:
         hours = f"{rows['hours'].mean():.2f}" + (f" ({known})" if known < len(rows) else "") if known else ""
         intervals = [interval(values_of(frame, cell.name, metric).tolist()) for metric in metrics]
         means = [
-            # Of how many runs, where not all have it; hours as well.
+            # With the number of runs, if not all of them have the metric; the same for hours.
             _mean(each, metric) + (f" ({each.values})" if 0 < each.values < len(rows) else "")
             for each, metric in zip(intervals, metrics, strict=True)
         ]
@@ -185,7 +185,7 @@ def _answer_lines(study: Study, each: Answer) -> list[str]:
 
 
 def _than(study: Study, one: Compared) -> str:
-    """What the better one is held against, for people."""
+    """Description of the cell that the better one is compared with."""
     return _cell(study.label(study.cell(one.comparison.than)))
 
 
@@ -208,7 +208,7 @@ def _mean(estimate: Interval, metric: Metric) -> str:
 
 
 def _cell(text: str) -> str:
-    """The text as a cell of a Markdown table."""
+    """The text, escaped for a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
@@ -216,7 +216,7 @@ def _cell(text: str) -> str:
 
 
 def figure_of(study: Study, frame: pd.DataFrame, each: Answer) -> Figure:
-    """Left what every cell of a question reached, seed by seed with mean and interval; right the differences."""
+    """Plot of a question. Left: the values of every cell by seed, with mean and interval. Right: the differences."""
     question = each.question
     pairs = [one.comparison for one in each.compared] + ([question.more_than] if question.more_than else [])
     cells = list(dict.fromkeys(name for pair in pairs for name in pair))
@@ -229,12 +229,12 @@ def figure_of(study: Study, frame: pd.DataFrame, each: Answer) -> Figure:
 
 
 def label_lines(text: str) -> str:
-    """A label in lines that leave room for what is drawn."""
+    """A label, wrapped to leave room for the plot."""
     return textwrap.fill(text, 34)
 
 
 def draw_levels(axes: Axes, study: Study, frame: pd.DataFrame, cells: Sequence[str], metric: Metric) -> None:
-    """Every run a dot; mean and interval a bar."""
+    """Draw every run as a dot, and mean and interval as a bar."""
     for place, name in enumerate(cells):
         values = values_of(frame, name, metric).tolist()
         axes.plot(values, [place] * len(values), "o", color=GREY, alpha=0.5, markersize=4)
@@ -247,7 +247,7 @@ def draw_levels(axes: Axes, study: Study, frame: pd.DataFrame, cells: Sequence[s
 
 
 def draw_differences(axes: Axes, study: Study, each: Answer) -> None:
-    """Each comparison's lead with its interval, beside what it has to exceed."""
+    """Draw each comparison's lead with its interval, and the line that it must exceed."""
     axes.axvline(each.question.by, color="black", linewidth=0.8)
     for place, one in enumerate(each.compared):
         axes.plot(one.by_seed, [place] * len(one.by_seed), "o", color=GREY, alpha=0.5, markersize=4)

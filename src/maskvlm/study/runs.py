@@ -1,6 +1,7 @@
-"""The runs of a study: each a process of its own in a folder of its own, several at once.
+"""The runs of a study: each a separate process with its own folder, several at a time.
 
-A run is an ordinary run: killed, it goes on from its latest checkpoint; finished, it is read and not made again.
+A run is an ordinary run: if it was killed, it resumes from its latest checkpoint; if it is finished, it is read and not
+repeated.
 """
 
 import csv
@@ -28,19 +29,19 @@ from maskvlm.utils.launch import STUDY
 from maskvlm.utils.whole_files import open_no_link, read_json, write_json
 
 ABOUT, LOG, METRICS = "study.json", "study.log", "metrics.json"
-"""Files in a run's folder: what it is a run of; what its processes printed; what it measured."""
+"""Files in a run's folder: its description, the output of its processes, its metrics."""
 ALLOWED = "MASKVLM_ALLOW_IMPORT"
-TICK = 30.0  # seconds between two notes of how long a run has taken
+TICK = 30.0  # seconds between updates of a run's time
 
 
 class StudyRun(NamedTuple):
-    """One run of a study.
+    """A run of a study.
 
     Attributes:
-        folder: where it lies.
-        command: what makes it, or goes on with it.
+        folder: its folder.
+        command: the command that starts or resumes it.
         start: the run of the study whose last weights it starts from; None: it starts as its command says.
-        spent: the cell whose operations it spends (`flops_of`); None where its options say its steps.
+        spent: the cell whose operations it spends (`flops_of`); None if its options set the number of steps.
     """
 
     cell: Cell
@@ -52,70 +53,70 @@ class StudyRun(NamedTuple):
 
     @property
     def name(self) -> str:
-        """`all@0.25-s3`."""
+        """Name of the run: `all@0.25-s3`."""
         return self.folder.name
 
     @property
     def finished(self) -> bool:
-        """Whether it has come to its end, and was measured."""
+        """Whether it has reached its end and was evaluated."""
         return finished(self.folder) is not None and self.metrics is not None
 
     @property
     def diverged(self) -> str:
-        """`diverged at step 77`, of which its command would not bring it further; "" of any other run."""
+        """`diverged at step 77`, if its command would not get it any further; "" for any other run."""
         step = diverged_at(self.folder)
         return "" if step is None or self.finished else f"diverged at step {step}"
 
     @property
     def lost(self) -> str:
-        """Why it is not made, though it is not finished: it has diverged, or what it starts from has; else ""."""
+        """Why it is not made although it is unfinished: it, or the run that it starts from, has diverged; else ""."""
         start = "" if self.start is None else self.start.diverged
         return self.diverged or (f"starts from {self.start.name}, which {start}" if self.start and start else "")
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to be made of it."""
+        """Whether nothing is left to do for it."""
         return self.finished or bool(self.lost)
 
     @property
     def waits_for(self) -> str | None:
-        """The name of the run that has to be finished before this one; None where nothing is in its way."""
+        """Name of the run that must be finished before this one; None if it can start."""
         return self.start.name if self.start is not None and not self.start.finished else None
 
     @property
     def last_weights(self) -> Path:
-        """Its checkpoint at its end, which others may start from."""
+        """Its last checkpoint, which others may start from."""
         return self.folder / LAST
 
     @property
     def metrics(self) -> dict[str, float] | None:
-        """What it measured at its end; None where it has not come to it, or the file cannot be read."""
+        """Metrics of its final evaluation; None if it has not reached that, or the file cannot be read."""
         content = read_json(self.folder / METRICS) if finished(self.folder) is not None else {}
         return content or None
 
     @property
     def remark(self) -> str:
-        """What whoever reads its numbers has to know: `ended at step 120 of 400`, or that it has none; else ""."""
+        """A caveat for its numbers: `ended at step 120 of 400`, or that it diverged and has none; else ""."""
         step, steps = finished(self.folder), asked_for(self.folder)
         early = step is not None and steps is not None and step < steps
         return f"ended at step {step} of {steps}" if early else self.diverged
 
     @property
     def seconds(self) -> float | None:
-        """Time that its processes took, in all; None where nobody has timed all of them."""
+        """Total time of its processes; None if not all of them were timed."""
         seconds = read_json(self.folder / ABOUT).get("seconds")
         return float(seconds) if isinstance(seconds, int | float) else None
 
     @property
     def about(self) -> dict[str, object]:
-        """What decides its weights, to tell whether a folder holds this very run; the machine does not."""
+        """What determines its weights, to check whether a folder holds this very run. The machine is not part of it."""
         words = [word for word in self.command[2:] if not word.startswith("where=")]
         return {"cell": self.cell.name, "seed": self.seed, "command": words}
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of what decides its weights, wherever its folder lies. Steps that follow from another arm's
-        operations stay out: other versions count them slightly differently."""
+        """SHA-256 of what determines its weights, independent of its folder. Steps derived from another arm's
+        operations are left out, as other versions count operations slightly differently."""
         words = [word for word in self.cell.written or self.cell.run if not word.startswith("where=")]
         start = self.start.sha256 if self.start is not None else ""
         facts: list[object] = [self.cell.name, self.seed, words, start, sorted(self.cell.options)]
@@ -124,23 +125,24 @@ class StudyRun(NamedTuple):
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def note(self, seconds: float) -> None:
-        """Write down what it is, and how long its processes took so far; not a number where that is not known."""
+        """Write its description, and the time that its processes took so far: NaN if unknown."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / ABOUT, {**self.about, "seconds": seconds})
 
 
 def root_of(study: Study) -> Path:
-    """Where a study's runs lie."""
+    """The folder of a study's runs."""
     return Path("checkpoints") / study.name
 
 
 def runs_of(study: Study, root: Path, counted: Collection[str] | None = None) -> list[StudyRun]:
-    """All of a study: what the others start from, then seed by seed, so that every arm has its first seed early.
+    """All runs of a study: first those that others start from, then seed by seed, so that every arm has its first seed
+    early.
 
     Args:
         root: folder of the study.
-        counted: the cells whose steps are to be known where these are another arm's operations, which takes minutes to
-            count; None: all.
+        counted: cells whose number of steps is computed if it follows from another arm's operations, which takes
+            minutes; None: all.
 
     Raises:
         UserError: see `budget_in_steps`.
@@ -164,20 +166,20 @@ def _run(
     options = {**dict(cell.options), "seed_everything": str(seed)}
     options |= {"data.fraction": str(cell.fraction)} if cell.fraction < 1 else {}
     options |= {STEPS: str(steps)} if steps is not None else {}
-    # One word each: a value that looks like an option stays a value.
+    # One word each, so that a value that looks like an option stays a value.
     words = [f"--{key}={value}" for key, value in options.items()]
     begin, run_words = (f"from={start.last_weights}",) if start is not None else (), cell.run
-    if start is not None:  # which has the encoders
+    if start is not None:  # the checkpoint has the encoders
         run_words = tuple(word for word in run_words if not word.startswith("encoders="))
     command = (sys.executable, "-m", "maskvlm", *run_words, *begin, "--folder", str(folder), *words)
     return StudyRun(cell, seed, folder, command, start, spent)
 
 
 def check_same_run(run: StudyRun) -> None:
-    """Whether the folder, where there is one, holds this very run.
+    """Check that the folder, if it exists, holds this very run.
 
     Raises:
-        UserError: it was made by another command (73): a table would mix two things.
+        UserError: it was made by another command (73), so a table would mix different runs.
     """
     if holds_another(run):
         todo = "Give the arm another name, or remove that folder"
@@ -185,13 +187,13 @@ def check_same_run(run: StudyRun) -> None:
 
 
 def holds_another(run: StudyRun) -> bool:
-    """Whether its folder is that of a run of this name that another command made."""
+    """Whether its folder holds a run of this name made by another command."""
     before = read_json(run.folder / ABOUT)
     return bool(before) and {key: before.get(key) for key in run.about} != run.about
 
 
 class Ended(NamedTuple):
-    """How a run ended: its exit status (of a signal: less than 0), the last line that it said, and how long it took."""
+    """How a run ended: its exit status (negative for a signal), the last line of its output, and its duration."""
 
     run: StudyRun
     code: int
@@ -200,7 +202,7 @@ class Ended(NamedTuple):
 
     @property
     def why(self) -> str:
-        """Why the run ended, in words; "" where it came to its end."""
+        """Why the run ended early, in words; "" if it reached its end."""
         if self.code < 0:
             return f"ended by {signal.Signals(-self.code).name}"
         if self.code == ExitCode.REQUEUE:
@@ -211,11 +213,11 @@ class Ended(NamedTuple):
 
 
 class Runner:
-    """Makes runs, several at a time, each on its part of the cores.
+    """Makes runs, several at a time, each on its share of the cores.
 
     Args:
-        jobs: how many at once.
-        allowed: packages that class paths may come from; what a study's file names is not typed.
+        jobs: number of runs at a time.
+        allowed: packages that class paths may come from; those in a study's file do not count as typed.
     """
 
     def __init__(self, jobs: int, allowed: Sequence[str] = ()) -> None:
@@ -224,8 +226,8 @@ class Runner:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def make(self, runs: Sequence[StudyRun]) -> Iterator[Ended]:
-        """Make those that are not over, what others start from before these; yields each as it ends. On Ctrl-C or
-        SIGTERM the runs are asked to save and to end, and nothing new is begun."""
+        """Make the runs that are not over, first those that others start from; yields each as it ends. On Ctrl-C or
+        SIGTERM the runs are asked to save and end, and no new one is started."""
         waves = [[run for run in runs if run.start is None], [run for run in runs if run.start is not None]]
         with ThreadPoolExecutor(self.jobs) as pool, on_signals(self.stop):
             for wave in waves:
@@ -240,23 +242,23 @@ class Runner:
         if run.waits_for is not None:
             return Ended(run, ExitCode.MISSING_INPUT, f"{run.waits_for}, which it starts from, is not finished", 0.0)
         before, start = run.seconds, time.monotonic()
-        if before is None:  # what was made without a study, or by a task of an array, nobody has timed
+        if before is None:  # made without a study or by an array task, and so not timed
             before = math.nan if has_begun(run.folder) else 0.0
         run.note(before)
         threads = str(max(1, cores() // self.jobs))
-        # PASSIVE: threads that wait do not spin, which would take time from the other runs
+        # PASSIVE: waiting threads do not spin, which would take time from the other runs
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": threads}
         environment |= of_study(self.allowed, os.getpid())
         with open(run.folder / LOG, "ab", opener=open_no_link) as log:
-            # a session of its own: Ctrl-C reaches this process alone, which passes it on once
+            # its own session: Ctrl-C reaches only this process, which passes it on once
             process = subprocess.Popen(
                 run.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
             )
             self.processes[run.name] = process
-            if self.stopping.is_set():  # it was asked for between the check and the start
+            if self.stopping.is_set():  # stopped between the check and the start
                 process.send_signal(signal.SIGTERM)
             while (code := self._wait(process)) is None:
-                run.note(before + time.monotonic() - start)  # a study that is killed has counted nearly all
+                run.note(before + time.monotonic() - start)  # so a killed study has counted nearly all of it
             del self.processes[run.name]
         seconds = time.monotonic() - start
         run.note(before + seconds)
@@ -270,7 +272,7 @@ class Runner:
             return None
 
     def stop(self) -> None:
-        """Ask all processes to save and to end."""
+        """Ask all processes to save and end."""
         self.stopping.set()
         for process in [*self.processes.values()]:
             process.send_signal(signal.SIGTERM)
@@ -278,7 +280,7 @@ class Runner:
 
 @contextmanager
 def on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """While inside: SIGINT, SIGTERM and SIGHUP call `stop`."""
+    """Context in which SIGINT, SIGTERM and SIGHUP call `stop`."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, lambda *_: stop()) for number in numbers}
     try:
@@ -289,13 +291,13 @@ def on_signals(stop: Callable[[], None]) -> Iterator[None]:
 
 
 def of_study(allowed: Sequence[str], process: int) -> dict[str, str]:
-    """Environment variables of a run: what it may import, and the process whose end is its own (0: of none)."""
+    """Environment variables of a run: the packages it may import, and the process that it ends with (0: none)."""
     names = [name for name in os.environ.get(ALLOWED, "").split(",") if name]
     return {ALLOWED: ",".join(dict.fromkeys([*names, *allowed])), STUDY: str(process)}
 
 
 def last_line(log: Path, most: int = 4096) -> str:
-    """The last line of a log that is not empty, in printable characters."""
+    """The last non-empty line of a log, with unprintable characters replaced."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - most))
         lines = file.read().decode("utf-8", "replace").splitlines()
@@ -308,7 +310,7 @@ def step_of(run: StudyRun) -> int:
     path = run.folder / "metrics.csv"
     if not path.is_file():
         return 0
-    with path.open(newline="") as file:  # names of columns hold commas: "lr-AdamW/encoders, late"
+    with path.open(newline="") as file:  # column names may contain commas: "lr-AdamW/encoders, late"
         steps = [row.get("step") or "" for row in csv.DictReader(file)]
-    # A row that is being written may have lost its end.
+    # A row that is being written may be incomplete.
     return next((int(step) for step in reversed(steps) if step.isdigit()), 0)

@@ -1,2 +1,2 @@
-"""Evaluation suites that are published elsewhere: a reader of the true files, the model's scores, and metrics. One file
-a suite; `suite.py` says what a suite is, `run.py` runs one."""
+"""Published evaluation suites: a reader of the original files, the model's scores, and metrics. One file per suite;
+`suite.py` defines what a suite is, `run.py` runs one."""

@@ -1,5 +1,5 @@
-"""ARO's Visual Genome Relation and Attribution: a sentence about a part of an image, and the same with its two things,
-or their attributes, exchanged (Yuksekgonul et al. 2023, github.com/mertyg/vision-language-models-are-bows)."""
+"""ARO's Visual Genome Relation and Attribution: a sentence about a part of an image, and the same with its two objects,
+or their attributes, swapped (Yuksekgonul et al. 2023, github.com/mertyg/vision-language-models-are-bows)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 LAYOUT = "ARO"
 FILES = {"relation": "visual_genome_relation.json", "attribution": "visual_genome_attribution.json"}
-MOST_PIXELS = 1_000_000  # of a place in an image
+MOST_PIXELS = 1_000_000  # largest coordinate in an image
 ENOUGH = 25
-"""Items of a relation, or of a pair of attributes, that make a figure of its own, as published for attributes."""
+"""Minimum number of items for a relation or pair of attributes to have its own metric, as published for attributes."""
 
 
 class Aro(Suite):
-    """Two files, one for each test."""
+    """ARO's relation and attribution tests: two files, one for each."""
 
     question = "which of two sentences is true whose two things, or whose attributes, are exchanged"
     licence = "code MIT; images are of Visual Genome (CC BY 4.0; photos of COCO and YFCC100M)"
@@ -93,7 +93,7 @@ class Aro(Suite):
 
 
 def _kind(record: Any, test: str, where: str) -> str:
-    """The relation, or the two attributes, of an item."""
+    """The relation or the two attributes of an item."""
     if test == "relation":
         return plain_text(get(record, "relation_name", str, where, LAYOUT), "relation_name", where)
     attributes = get(record, "attributes", list, where, LAYOUT)

@@ -1,5 +1,5 @@
-"""ARO's order test: an image's caption against the same words in another order, generated from any captioned set
-(Yuksekgonul et al. 2023, github.com/mertyg/vision-language-models-are-bows)."""
+"""ARO's order test: an image's caption against the same words in another order, generated from any data set with
+captions (Yuksekgonul et al. 2023, github.com/mertyg/vision-language-models-are-bows)."""
 
 import argparse
 import importlib
@@ -18,31 +18,31 @@ from maskvlm.utils.errors import ExitCode, UserError
 MAX_WORDS = 30
 NOUNS = {"NN", "NNS", "NNP", "NNPS"}
 ADJECTIVES = {"JJ", "JJR", "JJS"}
-"""Penn Treebank's tags."""
+"""Penn Treebank tags."""
 TRIES = 20
-"""Draws until an order differs; of a caption whose orders are all the same none does."""
+"""Maximum number of draws to find a different order; some captions have none."""
 
 
 def plain_words(caption: str) -> list[str]:
-    """The words that ARO shuffles: in lower case, most punctuation taken away (ALBEF's `pre_caption`), 30 at most. The
-    original's tokenizer also sets commas and apostrophes apart; here they stay with their words."""
+    """The words that ARO shuffles: in lower case, without most punctuation (ALBEF's `pre_caption`), at most 30. The
+    original's tokenizer also splits off commas and apostrophes; here they stay with their words."""
     return re.sub(r"[.!\"()*#:;~]", " ", caption.lower()).split()[:MAX_WORDS]
 
 
 def all_words(words: list[str], tags: list[str], rng: random.Random) -> list[str]:
-    """Every word anywhere."""
+    """All words shuffled."""
     return rng.sample(words, len(words))
 
 
 def nouns_and_adjectives(words: list[str], tags: list[str], rng: random.Random) -> list[str]:
-    """Nouns in one another's places, and adjectives in one another's."""
+    """Nouns shuffled among themselves, and adjectives among themselves."""
     nouns = [place for place, tag in enumerate(tags) if tag in NOUNS]
     adjectives = [place for place, tag in enumerate(tags) if tag in ADJECTIVES]
     return _exchanged(_exchanged(words, nouns, rng), adjectives, rng)
 
 
 def all_but_nouns_and_adjectives(words: list[str], tags: list[str], rng: random.Random) -> list[str]:
-    """All other words in one another's places."""
+    """All other words shuffled among themselves."""
     return _exchanged(words, [place for place, tag in enumerate(tags) if tag not in NOUNS | ADJECTIVES], rng)
 
 
@@ -54,19 +54,19 @@ def _exchanged(words: list[str], places: list[int], rng: random.Random) -> list[
 
 
 def trigrams(words: list[str], tags: list[str], rng: random.Random) -> list[str]:
-    """Groups of three words in another order, each as it is."""
+    """Groups of three words shuffled, each group unchanged."""
     groups = [words[start : start + 3] for start in range(0, len(words), 3)]
     return [word for group in rng.sample(groups, len(groups)) for word in group]
 
 
 def within_trigrams(words: list[str], tags: list[str], rng: random.Random) -> list[str]:
-    """Groups of three words where they are, each in another order."""
+    """Groups of three words in place, each shuffled within."""
     groups = [words[start : start + 3] for start in range(0, len(words), 3)]
     return [word for group in groups for word in rng.sample(group, len(group))]
 
 
 Shuffle = Callable[[list[str], list[str], random.Random], list[str]]
-"""The words of a caption in another order. Its tags, one for each word, are there for `OF_ARO` only."""
+"""Puts the words of a caption in another order. Tags, one for each word, are passed for `OF_ARO` only."""
 
 SHUFFLES: dict[str, Shuffle] = {
     "all words": all_words,
@@ -79,19 +79,19 @@ OF_ARO: dict[str, Shuffle] = {
     "trigrams": trigrams,
     "within trigrams": within_trigrams,
 }
-"""The four of the paper's COCO-Order and Flickr30k-Order."""
+"""The four shuffles of the paper's COCO-Order and Flickr30k-Order."""
 
 
 def other_orders(
     words: list[str], rng: random.Random, tags: list[str] | None = None, shuffles: dict[str, Shuffle] = SHUFFLES
 ) -> dict[str, str]:
-    """Shuffle -> the words in another order; one that gives no order that is new is not there.
+    """Name of a shuffle -> the words in another order. Shuffles that find no new order are left out.
 
     Args:
-        words: of one caption.
-        rng: of its shuffles.
-        tags: the part of speech of each word, for `OF_ARO`.
-        shuffles: by name.
+        words: words of a caption.
+        rng: random number generator of the shuffles.
+        tags: part-of-speech tag of each word, for `OF_ARO`.
+        shuffles: shuffles by name.
     """
     orders: dict[str, str] = {}
     for name, shuffle in shuffles.items():
@@ -104,10 +104,10 @@ def other_orders(
 
 
 def part_of_speech_tagger() -> Callable[[list[str]], list[str]]:
-    """NLTK's averaged perceptron: words -> their Penn Treebank tags.
+    """NLTK's averaged perceptron tagger: words -> their Penn Treebank tags.
 
     Raises:
-        UserError: NLTK, or the weights of its tagger, are not installed (69).
+        UserError: NLTK or the weights of its tagger are not installed (69).
     """
     try:
         tagger = importlib.import_module("nltk.tag.perceptron").PerceptronTagger()
@@ -117,21 +117,21 @@ def part_of_speech_tagger() -> Callable[[list[str]], list[str]]:
     except LookupError as error:
         todo = "python -m nltk.downloader averaged_perceptron_tagger_eng"
         raise UserError("--tagged", "NLTK has no tagger for English", todo, ExitCode.UNAVAILABLE) from error
-    # The tagger knows words without the comma that stays with them here.
+    # The tagger expects words without the commas that stay attached here.
     return lambda words: [tag for _, tag in tagger.tag([word.strip(",?'") or word for word in words])]
 
 
 class AroOrder(Suite):
-    """Captions in their order, and in others.
+    """Captions in their own order and in other orders.
 
     Args:
-        set: how the captions are kept, as `maskvlm data` knows it.
-        split: whose captions.
-        name: of people's own data the name of the prepared set, which begins the ids of its images; without it nobody
-            can tell which of them a model has seen.
-        seed: of the shuffles.
-        tagged: ARO's own four shuffles, two of which ask NLTK's tagger for nouns and adjectives; without it the three
-            that need no tagger.
+        set: format of the captions, as in `maskvlm data`.
+        split: split whose captions are used.
+        name: for your own data, the name of the prepared set, with which the ids of its images start; without it, the
+            images that a model was trained on cannot be identified.
+        seed: random seed of the shuffles.
+        tagged: use ARO's own four shuffles, two of which need NLTK's tagger for nouns and adjectives; otherwise the
+            three that need no tagger.
     """
 
     question = "which order of an image's caption is the true one"
@@ -170,7 +170,7 @@ class AroOrder(Suite):
         tags_of = part_of_speech_tagger() if self.tagged else None
         rows.ids_known = self.name is not None or self.set in FACTS
         for row in open_raw(self.set, str(path), None, self.name or self.set).rows():
-            # Of a bad row the split may not be known.
+            # The split of a bad row may be unknown.
             if isinstance(row, BadRow):
                 rows.skip(row.reason, f"{row.origin}: {row.message}")
                 continue
@@ -180,7 +180,7 @@ class AroOrder(Suite):
             for number, caption in enumerate(row.captions):
                 words = plain_words(clean_caption(caption)[0])
                 tags = tags_of(words) if tags_of else None
-                # Seeded by the caption: the same whatever other captions there are.
+                # Seeded by the caption, so that its shuffles do not depend on the other captions.
                 rng = random.Random(f"{self.seed} {row.image_id} {caption}")
                 orders = other_orders(words, rng, tags, self.shuffles)
                 origin = f"{row.origin} caption {number}"
@@ -201,7 +201,7 @@ class AroOrder(Suite):
             percent_right("the true order is the best", [first_is_best(each) for each in scores], chance, images)
         ]
         for name in self.shuffles:
-            # The place of this shuffle's text behind the true one, where the caption has it.
+            # Index of this shuffle's text after the true one, if the caption has it.
             rows = [(row, 1 + item.truth.index(name)) for row, item in enumerate(items) if name in item.truth]
             right = [scores[row][0] > scores[row][place] for row, place in rows]
             figures.append(percent_right(f"better than {name} shuffled", right, 50.0, [images[row] for row, _ in rows]))

@@ -1,4 +1,4 @@
-"""What suites on COCO's images share: an image's id, and COCO's captions by their ids."""
+"""Shared code for suites on COCO images: an image's id, and COCO's captions by their ids."""
 
 import re
 from typing import NamedTuple
@@ -11,7 +11,7 @@ CAPTIONS = ("captions_val2014.json", "annotations/captions_val2014.json")
 
 
 class CocoTexts(NamedTuple):
-    """text: id of a caption -> it. image: id of a caption -> that of its image. name: id of an image -> its file."""
+    """text: caption id -> caption. image: caption id -> image id. name: image id -> file name."""
 
     text: dict[int, str]
     image: dict[int, int]
@@ -19,16 +19,16 @@ class CocoTexts(NamedTuple):
 
 
 def coco_id(name: str) -> str:
-    """Id of a COCO image by its file name: 000000397133.jpg or COCO_val2014_000000397133.jpg -> coco 397133."""
+    """Id of a COCO image from its file name: 000000397133.jpg or COCO_val2014_000000397133.jpg -> coco 397133."""
     digits = re.findall(r"\d+", name)
     return f"coco {int(digits[-1])}" if digits else f"coco {name}"
 
 
 def read_coco_texts(rows: ItemRows) -> CocoTexts:
-    """COCO's `captions_val2014.json`, beside the suite's files; bad rows are left out and counted.
+    """Read COCO's `captions_val2014.json`, beside the suite's files; bad rows are left out and counted.
 
     Raises:
-        UserError: it is not there, or of another form.
+        UserError: it is missing or has another format.
     """
     file, content = rows.json_file(*CAPTIONS)
     texts = CocoTexts({}, {}, {})

@@ -1,4 +1,4 @@
-"""Crisscrossed Captions: how alike people find captions and images of COCO, 0 to 5 (Parekh et al. 2021,
+"""Crisscrossed Captions: human ratings, 0 to 5, of how similar captions and images of COCO are (Parekh et al. 2021,
 github.com/google-research-datasets/Crisscrossed-Captions)."""
 
 import argparse
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from maskvlm.inference.pretrained import PretrainedMaskVLM
 
 KINDS = {"sits": ("caption", "image"), "sis": ("image1", "image2"), "sts": ("caption1", "caption2")}
-"""Kind -> the columns of its pairs: a text and an image, two images, two texts."""
+"""Kind -> columns of its pairs: a text and an image, two images, two texts."""
 SAMPLES = 1000
 TODO = "Take the file as published"
 
 
 class Cxc(Suite):
-    """Three files of a split; those that are there are measured.
+    """Three files of a split; those that exist are evaluated.
 
     Args:
-        split: val or test, of Karpathy's.
-        seed: of the samples.
+        split: Karpathy split, val or test.
+        seed: random seed of the samples.
     """
 
     question = "whether the model's similarities order pairs of texts and images as people do"
@@ -94,7 +94,7 @@ class Cxc(Suite):
         rows.items.append(SuiteItem((*images,), (*captions,), (rated, fields[0]), kind, where, (*ids,)))
 
     def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[list[float]]:
-        """Scores of the items: by contrast the cosine of any two inputs; by match only those of a text and an image."""
+        """Scores of the items: with contrast the cosine of any two inputs; with match only pairs of text and image."""
         if way == "match":
             mixed = [item for item in items if item.kind == "sits"]
             matches = iter(pair_scores(model, mixed, way))
@@ -114,7 +114,7 @@ class Cxc(Suite):
         figures = []
         for kind in KINDS:
             rows = [row for row, item in enumerate(items) if item.kind == kind]
-            if len(rows) < 4:  # a correlation of half of them
+            if len(rows) < 4:  # the correlation is over half of them
                 continue
             model_scores = [float(scores[row][0]) for row in rows]
             rated = [items[row].truth[0] for row in rows]
@@ -131,22 +131,22 @@ class Cxc(Suite):
 def sampled_spearman(
     scores: Sequence[float], rated: Sequence[float], queries: Sequence[str], seed: int, samples: int = SAMPLES
 ) -> list[float]:
-    """Spearman's correlation of one pair of each of half of the queries, drawn again and again (the paper's sec. 5)."""
+    """Spearman correlations of repeated samples: one pair of each of a random half of the queries (paper, sec. 5)."""
     rows_of: dict[str, list[int]] = {}
     for row, query in enumerate(queries):
         rows_of.setdefault(query, []).append(row)
     rng, names, correlations = random.Random(seed), sorted(rows_of), []
-    if len(names) < 2:  # one query has no order to compare
+    if len(names) < 2:  # a single query has no order to compare
         return [0.0] * samples
     for _ in range(samples):
         rows = [rng.choice(rows_of[name]) for name in rng.sample(names, max(2, len(names) // 2))]
         correlations.append(spearman_rho([scores[row] for row in rows], [rated[row] for row in rows]))
-    # Of scores that are all the same there is no correlation: nothing is known of the order, as by chance.
+    # If all scores are equal, the correlation is undefined: nothing is known about the order, as at chance.
     return [0.0 if value != value else value for value in correlations]
 
 
 def _caption(texts: CocoTexts, field: str, column: str, where: str) -> str:
-    """`COCO_val2014:sentid:648388`."""
+    """The caption with an id such as `COCO_val2014:sentid:648388`."""
     number = field.rpartition(":")[2]
     if not number.isdecimal() or int(number) not in texts.text:
         raise UserError(where, f"{column} {field[:60]!r} is no caption of COCO val2014", TODO, ExitCode.BAD_DATA)

@@ -1,5 +1,5 @@
-"""ECCV Caption: retrieval on COCO with the matches that its captions leave out (Chun et al. 2022,
-github.com/naver-ai/eccv-caption). What is relevant to what, and the metrics, are those of the authors' package."""
+"""ECCV Caption: retrieval on COCO with the matches that COCO's annotation misses (Chun et al. 2022,
+github.com/naver-ai/eccv-caption). The relevant pairs and the metrics are those of the authors' package."""
 
 import contextlib
 import importlib
@@ -62,7 +62,7 @@ class EccvCaption(Suite):
         return rows
 
     def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[Tensor]:
-        """Cosine of each image with every caption, [C] each."""
+        """Cosine similarities of each image with every caption, [C] each."""
         image_BE = model.encode_image([item.images[0] for item in items]).cpu()
         return list(image_BE @ model.encode_text([text for item in items for text in item.texts]).cpu().T)
 
@@ -74,9 +74,9 @@ class EccvCaption(Suite):
 
 
 def judge() -> Any:
-    """The package's `Metrics`, which holds what is relevant. Raises UserError (69) where it is not installed."""
+    """The package's `Metrics`, which holds the relevant pairs. Raises UserError (69) if it is not installed."""
     try:
-        # It warns of a faster JSON library that it does without.
+        # The package warns that it could use a faster JSON library.
         with contextlib.redirect_stderr(io.StringIO()):
             return importlib.import_module("eccv_caption").Metrics()
     except ImportError as error:
@@ -85,18 +85,18 @@ def judge() -> Any:
 
 
 def retrieval_figures(official: Any, contrast_BC: Tensor, images: list[int], captions: list[int]) -> list[SuiteMetric]:
-    """The package's metrics in percent, each way, beside what a random order gives."""
+    """The package's metrics in percent, in both directions, with those of a random order."""
     sides = {
         "i2t": (images, captions, contrast_BC, "captions of an image"),
         "t2i": (captions, images, contrast_BC.T, "images of a caption"),
     }
-    # No metric looks further than the most relevant items that a query has.
+    # No metric looks beyond the largest number of relevant items of any query.
     depth = {side: max([*KS, *map(len, official.eccv_gts[side].values())]) for side in sides}
     ranked = {
         side: dict(zip(queries, ranked_ids(score_QG, gallery, depth[side]), strict=True))
         for side, (queries, gallery, score_QG, _) in sides.items()
     }
-    with contextlib.redirect_stderr(io.StringIO()):  # bars of progress
+    with contextlib.redirect_stderr(io.StringIO()):  # hides progress bars
         eccv = official.eccv_metrics(ranked, "all")
         recalls = {
             name: {k: getattr(official, f"{name}_recalls")(ranked, "all", K=k) for k in KS}
@@ -124,13 +124,13 @@ def retrieval_figures(official: Any, contrast_BC: Tensor, images: list[int], cap
 
 
 def ranked_ids(score_QG: Tensor, gallery: Sequence[int], depth: int) -> list[list[int]]:
-    """The ids of the best items of each query, the best first."""
+    """The ids of the best items of each query, best first."""
     parts = (top_items(block_qG, depth) for block_qG in score_QG.split(BLOCK))
     return [[gallery[place] for place in places] for part in parts for places in part.tolist()]
 
 
 def hit_chance(relevant: int, total: int, k: int) -> float:
-    """How likely k items drawn of a gallery hold a relevant one."""
+    """Probability that k items drawn from the gallery include a relevant one."""
     missed = 1.0
     for drawn in range(min(k, total)):
         missed *= max(0, total - relevant - drawn) / (total - drawn)

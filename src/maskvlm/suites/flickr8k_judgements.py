@@ -1,5 +1,5 @@
-"""Flickr8k's human judgements: how well a caption of some image fits this one (Hodosh et al. 2013), as measures of
-captions are compared with them (Anderson et al. 2016; Hessel et al. 2021, github.com/jmhessel/clipscore)."""
+"""Flickr8k's human judgements of how well a caption of some image fits this one (Hodosh et al. 2013), compared as is
+usual for caption metrics (Anderson et al. 2016; Hessel et al. 2021, github.com/jmhessel/clipscore)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ EXPERTS, CROWD, TOKENS = "ExpertAnnotations.txt", "CrowdFlowerAnnotations.txt", 
 
 
 class Flickr8kJudgements(Suite):
-    """Both files of judgements, or the one that is there, beside the captions that they name."""
+    """Both files of judgements, or the one that exists, beside the captions that they name."""
 
     question = "whether the model's scores order captions of an image as people do"
     licence = "non-commercial research and education only; photos under Flickr's terms of use"
@@ -48,7 +48,7 @@ class Flickr8kJudgements(Suite):
                     if name not in caption:
                         todo = "Take the file of the same distribution"
                         raise UserError(where, f"{name[:80]!r} is no caption of {TOKENS}", todo, ExitCode.BAD_DATA)
-                    # They are the references of the measures that are compared so.
+                    # An image's own captions are the references of caption metrics.
                     if kind == "experts" and caption[name] in of_image.get(image, ()):
                         own += 1
                         continue
@@ -85,7 +85,7 @@ def _fields(line: str, count: int, where: str) -> list[str]:
 
 
 def _judged(numbers: list[str], where: str) -> list[float]:
-    """Three judgements, 1 (does not describe the image at all) to 4 (describes it)."""
+    """Three judgements, from 1 (does not describe the image at all) to 4 (describes it)."""
     if wrong := [each for each in numbers if each not in ("1", "2", "3", "4")]:
         todo = "Take the file as published"
         raise UserError(where, f"judgement {wrong[0][:20]!r} is none of 1 to 4", todo, ExitCode.BAD_DATA)
@@ -93,7 +93,7 @@ def _judged(numbers: list[str], where: str) -> list[float]:
 
 
 def _share_of_yes(numbers: list[str], where: str) -> list[float]:
-    """Share of yes, number of yes, number of no; the share must be theirs."""
+    """The fraction of yes. numbers: that fraction, the number of yes and the number of no, which must agree."""
     try:
         share, yes, no = float(numbers[0]), int(numbers[1]), int(numbers[2])
         right = yes >= 0 and no >= 0 and abs(share - yes / (yes + no)) < 1e-5

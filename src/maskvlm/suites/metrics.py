@@ -1,5 +1,4 @@
-"""Figures out of scores, whatever gave them. A tie, or a score that is no number, counts against the model: ranked, it
-is the lowest.
+"""Metrics from scores of any kind. A tie or a NaN counts against the model; in a ranking, NaN is the lowest score.
 
 Shapes: P positives, N negatives, J judged pairs.
 """
@@ -15,14 +14,14 @@ from maskvlm.suites.suite import SuiteMetric
 
 
 def first_is_best(scores: Sequence[float]) -> bool:
-    """Whether the first score is above all others."""
+    """Whether the first score is higher than all others."""
     return all(scores[0] > other for other in scores[1:])
 
 
 def clustered_interval(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[float, float] | None:
-    """95 % interval of the mean of shares, 0 to 1, that depend on each other within a group, such as those of the
-    captions of an image: by Student's t over the groups, and by Wilson's rule for so many groups where all values are 0
-    or all are 1. None for fewer than two groups, and where all groups have one mean: they say nothing of the spread.
+    """95 % interval of the mean of fractions from 0 to 1 that are dependent within a group, such as the captions of an
+    image: by Student's t over the groups, or by Wilson's rule for that many groups if all values are 0 or all are 1.
+    None for fewer than two groups, or if all groups have the same mean, as the spread is then unknown.
     """
     mean = sum(values) / len(values)
     sums: dict[Hashable, float] = {}
@@ -44,10 +43,10 @@ def clustered_interval(values: Sequence[float], groups: Sequence[Hashable]) -> t
 def percent_right(
     name: str, right: Sequence[bool | float], chance: float | None, groups: Sequence[Hashable]
 ) -> SuiteMetric:
-    """Share of right answers in percent, with its interval over groups (images).
+    """Percentage of correct answers, with its interval over groups (images).
 
     Args:
-        right: 0 to 1 of each item. chance: percent.
+        right: value of each item, 0 to 1. chance: chance level in percent.
     """
     if not right:
         return SuiteMetric(name, math.nan, chance, 0)
@@ -58,7 +57,7 @@ def percent_right(
 
 
 def area_under_curve(positives: Sequence[float], negatives: Sequence[float]) -> float:
-    """Share of all pairs of a positive and a negative where the positive scores higher; a tie is half."""
+    """Fraction of all pairs of a positive and a negative in which the positive scores higher; a tie counts half."""
     positive_P1 = torch.tensor(positives, dtype=torch.float64)[:, None]
     negative_N = torch.tensor(negatives, dtype=torch.float64)
     # (P, 1) against (N,) -> (P, N)
@@ -66,20 +65,20 @@ def area_under_curve(positives: Sequence[float], negatives: Sequence[float]) -> 
 
 
 def kendall_tau(scores: Sequence[float], truth: Sequence[float], variant: str) -> float:
-    """Kendall's tau, -1 to 1; 0 of scores that are all alike. variant: `b`, or `c` where the two have scales of
-    different lengths (Stuart)."""
+    """Kendall's tau, -1 to 1; 0 if all scores are equal. variant: `b`, or `c` (Stuart) if the two have scales of
+    different lengths."""
     return _number(stats.kendalltau(ranked(scores), truth, variant=variant).statistic)
 
 
 def spearman_rho(scores: Sequence[float], truth: Sequence[float]) -> float:
-    """Spearman's rank correlation, -1 to 1; 0 of scores that are all alike. Ties get their mean rank."""
+    """Spearman's rank correlation, -1 to 1; 0 if all scores are equal. Ties get their mean rank."""
     score_J = ranked(scores)
-    # scipy would warn of a correlation that is not defined.
+    # SciPy would warn that the correlation is undefined.
     return 0.0 if np.ptp(score_J) == 0 else _number(stats.spearmanr(score_J, truth).statistic)
 
 
 def ranked(scores: Sequence[float]) -> np.ndarray:
-    """The scores' ranks, [J], of which 0 is that of all that are no numbers."""
+    """Ranks of the scores, [J]; the rank of NaN is 0."""
     score_J = np.asarray(scores, dtype=np.float64)
     lost_J = np.isnan(score_J)
     rank_J = np.zeros(len(score_J))
@@ -88,13 +87,13 @@ def ranked(scores: Sequence[float]) -> np.ndarray:
 
 
 def _number(value: float) -> float:
-    """0 where nothing is known of the order."""
+    """The value, or 0 for NaN: nothing is known about the order."""
     return 0.0 if math.isnan(value) else float(value)
 
 
 def map_at_r_chance(relevant: int, total: int) -> float:
-    """Expected mAP@R of a random order, 0 to 1: the item at place r is relevant with R / N, and the r - 1 before it are
-    then of the other R - 1 among N - 1."""
+    """Expected mAP@R of a random order, 0 to 1: the item at place r is relevant with probability R / N, and each of the
+    r - 1 before it is then one of the other R - 1 relevant ones among N - 1."""
     if total < 2:
         return float(relevant > 0)
     places = range(1, relevant + 1)

@@ -1,5 +1,5 @@
-"""The pointing game (Zhang et al. 2018) on Flickr30k Entities (Plummer et al. 2017): does `explain` peak on what a
-phrase names?"""
+"""The pointing game (Zhang et al. 2018) on Flickr30k Entities (Plummer et al. 2017): does the map of `explain` peak on
+the object that a phrase names?"""
 
 import argparse
 import re
@@ -24,21 +24,21 @@ PHRASE = re.compile(r"\[/EN#(\d+)((?:/[a-z]+)+) ([^\]]+)\]")
 MAX_XML_BYTES = 1_000_000
 TODO = "Take the file as published"
 Box = tuple[float, float, float, float]
-"""Left, top, right, bottom as shares of the image's width and height, 0 to 1."""
+"""Left, top, right, bottom as fractions of the image's width and height, 0 to 1."""
 
 
 class Boxed(NamedTuple):
-    """A phrase of a caption and the boxes of what it names."""
+    """A phrase of a caption and the boxes of the objects that it names."""
 
     phrase: str
     boxes: tuple[Box, ...]
 
 
 class Pointing(Suite):
-    """Phrases with boxes, of the captions of a split.
+    """Phrases with boxes from the captions of a split.
 
     Args:
-        split: a list of photos beside the folders: `test` for test.txt; `all` for every photo.
+        split: list of photos beside the folders: `test` for test.txt; `all` for every photo.
     """
 
     question = "whether the map of a masked phrase peaks within a box of what it names"
@@ -89,7 +89,7 @@ class Pointing(Suite):
                 if chain in boxes:
                     with rows.row():
                         caption = plain_text(PHRASE.sub(r"\3", line), "the caption", where)
-                        # `explain` is asked for words, and takes the first place where they stand.
+                        # `explain` takes words, and uses their first occurrence.
                         if len(re.findall(rf"\b{re.escape(phrase)}\b", caption, re.IGNORECASE)) > 1:
                             rows.skip("phrase stands there twice", f"{where}: '{phrase}'")
                             continue
@@ -98,8 +98,8 @@ class Pointing(Suite):
                         rows.items.append(SuiteItem((image,), (caption,), truth, kind.strip("/"), where, ids))
 
     def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[list[float]]:
-        """Where the maps of attention and of Grad-CAM peak: x, y, x, y, as shares of the image; [] where the phrase is
-        beyond what the model reads of the text; -1, -1 of a map without a peak."""
+        """Peaks of the attention and Grad-CAM maps: x, y, x, y, as fractions of the image; [] if the phrase is beyond
+        the part of the text that the model reads; -1, -1 for a map without a peak."""
         peaks: list[list[float]] = []
         for item in items:
             try:
@@ -127,8 +127,8 @@ class Pointing(Suite):
 
 
 def peak(map_RC: Any) -> tuple[float, float]:
-    """x and y of the middle of the patch with the highest value, as shares of the image; -1, -1, which is in no box,
-    where no single patch has it, as of a map of zeros."""
+    """x and y of the centre of the patch with the highest value, as fractions of the image. If no single patch has it,
+    as in a map of zeros: -1, -1, which is in no box."""
     rows, columns = map_RC.shape
     if (map_RC == map_RC.max()).sum() != 1:
         return -1.0, -1.0
@@ -142,7 +142,7 @@ def inside(point: Sequence[float], boxes: Sequence[Box]) -> bool:
 
 
 def covered_share(boxes: Sequence[Box]) -> float:
-    """Share of the image that the boxes cover together: edges divide it into cells, each of which is in or out."""
+    """Fraction of the image that the boxes cover together: their edges divide it into cells, each inside or outside."""
     xs, ys = ({0.0, 1.0, *(box[side] for box in boxes for side in sides)} for sides in ((0, 2), (1, 3)))
     across, down = sorted(xs), sorted(ys)
     share = 0.0
@@ -154,17 +154,17 @@ def covered_share(boxes: Sequence[Box]) -> float:
 
 
 def read_boxes(file: Path, root: Path) -> dict[str, tuple[Box, ...]]:
-    """Chain of a phrase -> the boxes of what it names, of an `Annotations/PHOTO.xml`. A box without chain is of nothing
-    that a caption names.
+    """Chain id of a phrase -> the boxes of the objects that it names, from an `Annotations/PHOTO.xml`. A box without a
+    chain belongs to no phrase.
 
     Raises:
-        UserError: it is not there, is no such file, or a box lies outside of the image.
+        UserError: the file is missing or not of this format, or a box lies outside of the image.
     """
     check_below(file, root)
     text, problem = read_text(file, MAX_XML_BYTES)
     if problem:
         raise UserError(file, problem[1], TODO, ExitCode.BAD_DATA)
-    # Entities of XML, by which a small file grows without end, are declared there; no file of the set has one.
+    # XML entities, with which a small file can expand without limit, are declared there; no file of the set has one.
     if "<!" in text:
         raise UserError(file, "declarations or comments (<!), which no file of the set has", TODO, ExitCode.BAD_DATA)
     try:
@@ -182,7 +182,7 @@ def read_boxes(file: Path, root: Path) -> dict[str, tuple[Box, ...]]:
         if not (left <= right <= width and top <= bottom <= height):
             what = f"box {left},{top},{right},{bottom} is not within {width} x {height}"
             raise UserError(file, what, TODO, ExitCode.BAD_DATA)
-        # Pixels are counted from 1, as in PASCAL VOC; a box of one pixel has a width.
+        # Pixels are counted from 1, as in PASCAL VOC, and both edges are included: a box of one pixel has width 1.
         box = (max(0, left - 1) / width, max(0, top - 1) / height, right / width, bottom / height)
         for name in thing.findall("name"):
             boxes[name.text or ""] = (*boxes.get(name.text or "", ()), box)

@@ -1,4 +1,4 @@
-"""Which suites there are: each file of this package that has a `Suite`, and classes of packages of your own."""
+"""The available suites: each file of this package with a `Suite`, and classes of your own packages."""
 
 import importlib
 from pathlib import Path
@@ -11,15 +11,15 @@ HERE = Path(__file__).parent
 
 def suite_names() -> list[str]:
     """Names of this project's suites, sorted."""
-    # By their text: importing them all would only cost time.
+    # Found by their text: importing them all would take time.
     return sorted(path.stem for path in HERE.glob("*.py") if "(Suite):\n" in path.read_text(encoding="utf-8"))
 
 
 def suite_class(name: str) -> type[Suite]:
-    """A suite by its name, or one of your own by the path of its class, `acme.birds.BirdPairs`.
+    """A suite by its name, or your own by its class path, such as `acme.birds.BirdPairs`.
 
     Raises:
-        UserError: there is none (2), or it cannot be imported (66).
+        UserError: it does not exist (2), or cannot be imported (66).
     """
     if name in suite_names():
         module = importlib.import_module(f"{__package__}.{name}")

@@ -1,4 +1,4 @@
-"""A suite run on a model: its items read, their images checked, asked in each way, measured, and written down."""
+"""Runs a suite on a model: checks the items' images, scores the items in each way, computes and writes the metrics."""
 
 import json
 import random
@@ -26,20 +26,20 @@ from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import json_ready, write_json, write_text
 
 RESULT, SCORES = "result.json", "scores.jsonl"
-MAX_SCORES = 5_000_000  # of a way that are written, some 100 MB: not every image with every caption of a gallery
-MOST_WORDS = 10  # unknown ones that are named
-MOST_FIGURES = 20  # figures of a way that are printed; a thousand classes have a thousand more
+MAX_SCORES = 5_000_000  # per way that are written, about 100 MB: not every image with every caption of a gallery
+MOST_WORDS = 10  # unknown words that are named
+MOST_FIGURES = 20  # metrics per way that are printed; a thousand classes have a thousand more
 
 
 class SuiteReport(NamedTuple):
-    """What a suite found.
+    """Results of a suite.
 
     Attributes:
-        metrics, scores: of each way.
-        items: that were asked about.
-        of: items that the files hold, before `limit`.
+        metrics, scores: for each way.
+        items: the items that were evaluated.
+        of: number of items in the files, before `limit`.
         skipped: reason -> rows that were left out.
-        trained_on: images of the items that the weights were trained on; None where the checkpoint does not tell.
+        trained_on: number of the items' images that the weights were trained on; None if the checkpoint does not say.
     """
 
     metrics: dict[str, list[SuiteMetric]]
@@ -53,7 +53,7 @@ class SuiteReport(NamedTuple):
 
 
 def check_ways(suite: Suite, ways: Sequence[str], limit: int | None) -> None:
-    """What can be said before anything is read; raises as `run_suite`."""
+    """Checks that need no files; raises as `run_suite`."""
     if unknown := [way for way in ways if way not in suite.ways]:
         raise UserError("--by", f"this suite is not asked by {unknown[0]}", f"There are: {', '.join(suite.ways)}")
     if suite.whole and limit is not None:
@@ -68,15 +68,15 @@ def run_suite(
     limit: int | None = None,
     seed: int = 0,
 ) -> SuiteReport:
-    """Ask a model, and measure.
+    """Evaluate a model on a suite.
 
     Args:
-        rows: what `suite.read` gave; it stays as it is.
-        ways: of the suite's; none for its first.
-        limit: only so many images, drawn by `seed`, with all their items.
+        rows: the result of `suite.read`; not modified.
+        ways: ways of the suite; empty for its first.
+        limit: maximum number of images, drawn at random with `seed`; all their items are used.
 
     Raises:
-        UserError: no item is left, the suite has no such way, or needs all its items; the checkpoint lacks a head.
+        UserError: no item is left, the suite has no such way or needs all its items, or the checkpoint lacks a head.
     """
     check_ways(suite, ways, limit)
     ways, path = tuple(ways) or suite.ways[:1], rows.path
@@ -87,11 +87,11 @@ def run_suite(
         first = next(iter(skipped.values()))[0]
         what = f"{sum(map(len, skipped.values()))} rows cannot be used, the first: {first}"
         raise UserError(path, what, "Mend them: this suite needs all its items", ExitCode.BAD_DATA)
-    if not items:  # rows of images that are all bad, or of no images
+    if not items:  # all images are bad, or there are none
         first = next(iter(skipped.values()), ["; ".join(notes) or "the files are empty"])[0]
         raise UserError(path, f"no item can be used: {first}", "Check --path and --images", ExitCode.BAD_DATA)
     with warnings.catch_warnings():
-        # The images are strange by intention, and the line would be about one of thousands; of words there is a note.
+        # Unusual images are intended, and a warning would be about one of thousands; unknown words get a note below.
         for kind in (FarFromTraining, UnknownWords):
             warnings.simplefilter("ignore", kind)
         scores = {way: suite.ask(model, items, way) for way in ways}
@@ -110,14 +110,14 @@ def run_suite(
 
 
 def subset(items: list[SuiteItem], limit: int | None, seed: int) -> list[SuiteItem]:
-    """The items of at most so many images, in their order; those without an image are all kept."""
+    """The items of at most `limit` images, in their order; all items without an image are kept."""
     groups = list(dict.fromkeys(item.images for item in items if item.images))
     if limit is None or limit >= len({image for group in groups for image in group}):
         return items
     images: set[str | bytes] = set()
     if all(len(group) == 1 for group in groups):
         images.update(image for (image,) in random.Random(seed).sample(groups, limit))
-    else:  # of items with several images whole ones, as long as there is room
+    else:  # items with several images are kept whole, as long as there is room
         for group in random.Random(seed).sample(groups, len(groups)):
             if len(images.union(group)) <= limit:
                 images.update(group)
@@ -125,8 +125,8 @@ def subset(items: list[SuiteItem], limit: int | None, seed: int) -> list[SuiteIt
 
 
 def with_images(items: list[SuiteItem], skipped: dict[str, list[str]]) -> list[SuiteItem]:
-    """The items whose images can be read; the others are listed in `skipped`, by reason. That is known before the model
-    works for hours, at the price of decoding twice."""
+    """The items whose images can be read; the others are added to `skipped`, by reason. This is known before the model
+    runs for hours, at the cost of decoding twice."""
     bad: dict[str | bytes, BadImage] = {}
     sizes: dict[str | bytes, tuple[int, int]] = {}
     for image, origin in {image: item.origin for item in items for image in item.images}.items():
@@ -150,7 +150,7 @@ def with_images(items: list[SuiteItem], skipped: dict[str, list[str]]) -> list[S
 
 
 def trained_on(model: PretrainedMaskVLM, items: Sequence[SuiteItem]) -> int | None:
-    """How many images of the items are in the data that the weights have seen, by their ids."""
+    """Number of the items' images that the weights were trained on, by their ids; None if unknown."""
     history = model.origin.history
     wanted = {hash_of_photo(image_id) for item in items for image_id in item.image_ids}
     if not history or not wanted or any(entry.ids is None for entry in history):
@@ -160,7 +160,7 @@ def trained_on(model: PretrainedMaskVLM, items: Sequence[SuiteItem]) -> int | No
 
 
 def table_of_suite(report: SuiteReport) -> Table:
-    """Every figure beside its interval and its chance level."""
+    """A table of the metrics with their intervals and chance levels."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("by", no_wrap=True)
     table.add_column("metric")
@@ -170,7 +170,7 @@ def table_of_suite(report: SuiteReport) -> Table:
         for place, one in enumerate(metrics[:MOST_FIGURES]):
             between = "" if one.interval is None else f"{one.interval[0]:.1f} to {one.interval[1]:.1f}"
             chance = "" if one.chance is None else f"{one.chance:.1f}"
-            # Kinds are names out of a stranger's file: no styles, and nothing that a terminal obeys.
+            # Kinds are names from an untrusted file: no markup, and no control characters for the terminal.
             label = Text("".join(letter if letter.isprintable() else "\ufffd" for letter in one.name))
             table.add_row("" if place else way, label, f"{one.value:.1f}", between, chance, f"{one.items:,}")
         if len(metrics) > MOST_FIGURES:
@@ -180,8 +180,8 @@ def table_of_suite(report: SuiteReport) -> Table:
 
 
 def lines_of_suite(report: SuiteReport) -> list[str]:
-    """What belongs beside the figures: a subset, what was left out, what the weights have seen. Names in it are a
-    stranger's: nothing that a terminal obeys is printed."""
+    """Notes on the metrics: a subset, rows left out, images that the weights were trained on. Names in them are
+    untrusted: no control characters are printed."""
     lines = list(report.notes)
     images = len({image for item in report.items for image in item.images})
     if len(report.items) < report.of:
@@ -196,8 +196,8 @@ def lines_of_suite(report: SuiteReport) -> list[str]:
 def write_result(
     folder: Path, name: str, suite: Suite, options: dict[str, Any], report: SuiteReport, model: PretrainedMaskVLM
 ) -> None:
-    """`result.json`: figures, the suite's card, and what was measured on what; `scores.jsonl`: every item's scores, out
-    of which anybody can compute other figures. options: plain values, as given."""
+    """Write `result.json`, with the metrics, the suite's card and what was measured on what, and `scores.jsonl`, with
+    every item's scores, from which other metrics can be computed. options: plain values, as given."""
     result = {
         "suite": name,
         "told": suite.question,
@@ -217,7 +217,7 @@ def write_result(
         },
     }
     write_json(folder / RESULT, result)
-    # Of an earlier measurement: its lines would stand beside these figures.
+    # Remove the scores of an earlier run, which would not belong to these metrics.
     (folder / SCORES).unlink(missing_ok=True)
     if sum(map(len, next(iter(report.scores.values())))) > MAX_SCORES:
         return

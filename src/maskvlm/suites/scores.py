@@ -1,4 +1,4 @@
-"""How a model scores texts with an image, by the methods that everybody can call."""
+"""How a model scores texts with an image, using its public methods."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ def _score(model: "PretrainedMaskVLM", image: Image.Image | None, texts: list[st
 
 
 def _score_per_word(model: "PretrainedMaskVLM", image: Image.Image, texts: list[str]) -> list[float]:
-    # Of a text longer than the model reads the words that are read count, as in `score`.
+    # If a text is longer than the model reads, only the words that are read count, as in `score`.
     word_CT = model.words.captioner(texts).word_CT
     counts = [len({*words} - {-1}) for words in word_CT.tolist()]
     return [nats / count for nats, count in zip(_score(model, image, texts), counts, strict=True)]
@@ -48,13 +48,13 @@ _SCORERS: dict[str, Callable[["PretrainedMaskVLM", Image.Image, list[str]], Any]
 }
 WAYS = tuple(_SCORERS)
 """contrast: cosine (ITC). match: probability of a match (ITM). score: pseudo-log-likelihood of the text given the
-image, nats (MLM), and the same divided by the words that are read, punctuation marks being words, too. score_no_image:
-without the image, the control for what the text alone gives away."""
+image, in nats (MLM). score_per_word: the same divided by the number of words that are read, including punctuation
+marks. score_no_image: without the image, a control for what the text alone gives away."""
 
 
 def pair_scores(model: "PretrainedMaskVLM", items: Sequence["SuiteItem"], way: str) -> list[list[float]]:
-    """A score for each text of an item with the item's image, or the part of it in the item's box; the texts of all
-    items of an image (or part) are scored at once.
+    """A score for each text of an item with the item's image, or with the part of it in the item's box. The texts of
+    all items of an image (or part) are scored at once.
 
     Raises:
         UserError: the checkpoint lacks the head, or there is no such way.
@@ -71,7 +71,7 @@ def pair_scores(model: "PretrainedMaskVLM", items: Sequence["SuiteItem"], way: s
         if box is not None:
             image = image.crop(within(box, image.size))
         bar.show(done, f"{done:,} of {len(rows_of):,} images")
-        # Each text once, whichever items ask about it.
+        # Each text once, whichever items share it.
         texts = list(dict.fromkeys(text for row in rows for text in items[row].texts))
         scores = dict(zip(texts, _SCORERS[way](model, image, texts), strict=True))
         for row in rows:
@@ -84,7 +84,7 @@ def within(box: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, 
     """The part of a box (left, top, right, bottom in pixels) that lies in an image of this width and height.
 
     Raises:
-        UserError: none does.
+        UserError: the box lies outside of the image.
     """
     left, top, right, bottom = max(0, box[0]), max(0, box[1]), min(size[0], box[2]), min(size[1], box[3])
     if left >= right or top >= bottom:

@@ -1,4 +1,4 @@
-"""SugarCrepe: a caption of an image against one that differs in little and is false (Hsieh et al. 2023,
+"""SugarCrepe: a caption of an image against a slightly different one that is false (Hsieh et al. 2023,
 github.com/RAIVNLab/sugar-crepe)."""
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ LAYOUT = "SugarCrepe"
 
 
 class SugarCrepe(Suite):
-    """Seven files, one for each way in which the false caption was made."""
+    """Seven files, one for each kind of change that makes the caption false."""
 
     question = "which of two captions that differ in an object, an attribute or a relation is true"
     licence = "MIT; the images are of COCO val2017, under the licences of their Flickr owners"

@@ -1,6 +1,6 @@
-"""What an evaluation suite is: a reader, items, the model's scores of them, metrics with their chance levels.
+"""What an evaluation suite is: a reader, items, the model's scores of them, and metrics with their chance levels.
 
-A suite of your own is one class of this kind, named by its path: `maskvlm suite acme.birds.BirdPairs from=...`.
+A custom suite is a subclass of `Suite`, named by its class path: `maskvlm suite acme.birds.BirdPairs from=...`.
 """
 
 import argparse
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from maskvlm.inference.pretrained import PretrainedMaskVLM
 
 MAX_FILE_BYTES = 500_000_000
-"""Largest size of a suite's JSON file, in bytes; the captions of COCO train2014 have 67 MB."""
+"""Largest size of a suite's JSON file, in bytes; the captions of COCO train2014 take 67 MB."""
 
 
 class SuiteItem(NamedTuple):
-    """One question of a suite.
+    """One item of a suite.
 
     Attributes:
-        images: of it, most often one: the path of a file, or encoded bytes.
-        texts: what is compared with them.
-        truth: what is true, as the suite's `metrics` reads it.
-        kind: metrics are also given by kind; "" where a suite has none.
-        origin: names it in messages and in scores.jsonl.
-        image_ids: of the images, as in every set of this project ("coco 397133", "flickr 1000092795").
-        box: left, top, right and bottom in pixels of the only part of the image that is looked at; None for all of it.
+        images: its images, usually one: file paths or encoded bytes.
+        texts: the texts to compare with the images.
+        truth: the ground truth, in the form that the suite's `metrics` expects.
+        kind: a category, for which metrics are also reported; "" if the suite has none.
+        origin: identifies the item in messages and in scores.jsonl.
+        image_ids: ids of the images, as in every set of this project ("coco 397133", "flickr 1000092795").
+        box: left, top, right and bottom in pixels of the part of the image to use; None for the whole image.
     """
 
     images: tuple[str | bytes, ...]
@@ -50,13 +50,13 @@ class SuiteItem(NamedTuple):
 
 
 class SuiteMetric(NamedTuple):
-    """A figure of a suite.
+    """A metric of a suite.
 
     Attributes:
-        value: percent, except where the name says otherwise.
-        chance: what a model that knows nothing would get; None where that is not defined.
-        items: that it is of (or judgements of them).
-        interval: 95 %, by what the suite says; None where there is none.
+        value: percent, unless the name says otherwise.
+        chance: chance level; None if it is not defined.
+        items: number of items (or of judgements of them) that it covers.
+        interval: 95 % interval, computed as the suite says; None if there is none.
     """
 
     name: str
@@ -69,14 +69,14 @@ class SuiteMetric(NamedTuple):
 class Suite(ABC):
     """An evaluation suite.
 
-    Its constructor's arguments are its options: `add_options` says them to the command line under the same names.
+    Its constructor's arguments are its options: `add_options` adds them to the command line under the same names.
 
     Attributes:
-        question: what it asks, in a line.
-        licence: of its files and images, as far as known.
-        traps: what its figures do not say, one line each.
-        ways: how the model can be asked (see `scores.WAYS`), the usual first.
-        whole: every item is needed, since they are ranked among each other: no subset, and no item without its image.
+        question: what it tests, in one line.
+        licence: licence of its files and images, as far as known.
+        traps: limits and pitfalls of its metrics, one line each.
+        ways: how the model can score items (see `scores.WAYS`), the default first.
+        whole: every item is needed, since all are ranked together: no subset, and no item without its image.
     """
 
     question: ClassVar[str]
@@ -87,45 +87,45 @@ class Suite(ABC):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """Options of this suite alone; none as it comes."""
+        """Add the suite's own options to the parser; none by default."""
         return
 
     @abstractmethod
     def read(self, path: Path, images: Path | None) -> "ItemRows":
-        """The items of the suite's files; images are not opened here.
+        """Read the items from the suite's files; images are not opened here.
 
         Args:
-            path: the folder (or file) of the suite as it is distributed.
+            path: the folder (or file) of the suite as distributed.
             images: the folder of its images; None for `images/` in `path`, or else `path`.
 
         Raises:
-            UserError: the files are not there, or none of this form.
+            UserError: the files are missing or have another format.
         """
 
     def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> Sequence[Any]:
-        """The model's scores of each item, higher is better: as it comes one for each text with the item's image; []
-        where an item cannot be asked so."""
+        """The model's scores of each item, higher is better: by default one for each text with the item's image; []
+        if an item cannot be scored this way."""
         return pair_scores(model, items, way)
 
     @abstractmethod
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
-        """Figures out of what `ask` gave, for items that have scores; the first is the suite's own headline."""
+        """Metrics from the scores of `ask`, for the items that have scores; the first is the suite's headline."""
 
 
 class ItemRows:
-    """The items of a suite, as its reader finds them; rows that cannot be used are counted and listed.
+    """The items of a suite, collected by its reader; rows that cannot be used are counted and listed.
 
     Args:
         path: the folder (or file) of the suite.
-        images: as of `Suite.read`.
+        images: as in `Suite.read`.
 
     Attributes:
-        items: the good ones.
-        skipped: reason -> the others, a message each.
-        files: that were read, for the record.
-        notes: one line each about the files as a whole.
-        ids_known: False where the items' image ids cannot be those that training kept, as the name of the prepared set
-            begins them and is not known.
+        items: the usable items.
+        skipped: reason -> messages, one for each row left out.
+        files: the files read, for the record.
+        notes: remarks about the files as a whole, one line each.
+        ids_known: False if the items' image ids cannot be matched with those that training stored, as these start with
+            the name of the prepared set, which is unknown.
     """
 
     ids_known = True
@@ -142,19 +142,19 @@ class ItemRows:
         self._images = ImagesByName(self.folder)
 
     def skip(self, reason: str, message: str) -> None:
-        """Count and list a row that cannot be used."""
+        """Record a row that cannot be used, with the reason and a message."""
         self.skipped.setdefault(reason, []).append(message)
 
     @contextmanager
     def row(self) -> Iterator[None]:
-        """A row whose mistakes leave out that row alone."""
+        """Context in which a UserError skips the current row only."""
         try:
             yield
         except UserError as error:
             self.skip(getattr(error, "reason", "malformed row"), str(error))
 
     def file(self, *names: str) -> Path:
-        """The first of these files that is there. Raises UserError (66): none is; (77): it is a link that leads out."""
+        """The first of these files that exists. Raises UserError: none does (66), it links out of the folder (77)."""
         path = find_file(self.path, *names)
         if path is None:
             raise no_files(self.path, *names)
@@ -162,13 +162,13 @@ class ItemRows:
         return path
 
     def json_file(self, *names: str) -> tuple[Path, Any]:
-        """The first of these files that is there, and its content. Raises UserError as `file` and `load_json`."""
+        """The first of these files that exists, and its content. Raises UserError as `file` and `load_json`."""
         file = self.file(*names)
         return file, load_json(content_of(file, MAX_FILE_BYTES), file)
 
     def lines(self, *names: str) -> Iterator[tuple[str, str]]:
-        """(file:line, text) of the first of these files that is there; blank and damaged lines are left out, the latter
-        counted."""
+        """(file:line, text) of the first of these files that exists. Blank and damaged lines are left out; the damaged
+        ones are counted."""
         file = self.file(*names)
         for line in text_lines(file):
             where = f"{file}:{line.number}"
@@ -178,7 +178,7 @@ class ItemRows:
                 yield where, line.text
 
     def image(self, name: str, where: str) -> str:
-        """The path of an image, anywhere in the folder of images. Raises BadImage."""
+        """The path of an image, found anywhere in the folder of images. Raises BadImage."""
         path, problem = self._images.find(name)
         if problem:
             raise BadImage(where, problem[0], problem[1])
@@ -186,7 +186,7 @@ class ItemRows:
 
 
 def plain_text(value: object, key: str, where: str) -> str:
-    """A text of a file, cleaned as captions are in training. Raises UserError where there is no word in it."""
+    """A text from a file, cleaned like captions in training. Raises UserError if it is not a string or has no word."""
     text = clean_caption(value)[0] if isinstance(value, str) else ""
     if not text:
         what = f"'{key}' is no text" if not isinstance(value, str) else f"'{key}' holds no word"

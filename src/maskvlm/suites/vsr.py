@@ -1,4 +1,4 @@
-"""Visual Spatial Reasoning: is a sentence about how two things stand to each other true of the image (Liu et al. 2023,
+"""Visual Spatial Reasoning: is a sentence about the spatial relation of two objects true of the image (Liu et al. 2023,
 github.com/cambridgeltl/visual-spatial-reasoning)."""
 
 import argparse
@@ -16,14 +16,14 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 LAYOUT = "VSR"
 ENOUGH = 20
-"""Items of a relation that make a figure of its own."""
+"""Minimum number of items for a relation to have its own metric."""
 
 
 class Vsr(Suite):
-    """True or false.
+    """Sentences that are true or false of an image.
 
     Args:
-        split: kind and part of the split, `zeroshot/test` or `random/test`.
+        split: kind and part of the split, such as `zeroshot/test` or `random/test`.
     """
 
     question = "whether a sentence about how two things stand to each other is true of the image"
@@ -72,7 +72,7 @@ class Vsr(Suite):
         sides = [[each[0] for each, item in zip(scores, items, strict=True) if item.truth == side] for side in (1, 0)]
         curve = 100 * area_under_curve(*sides) if all(sides) else float("nan")
         area = SuiteMetric("area under the curve", curve, 50.0, len(items))
-        # A cosine has no value that divides true from false.
+        # A cosine has no threshold between true and false.
         if way != "match":
             return [area]
         right = [

@@ -1,4 +1,4 @@
-"""Zero-shot classification: an image against a sentence for each class (Radford et al. 2021).
+"""Zero-shot classification: compares an image with a prompt for each class (Radford et al. 2021).
 
 Shapes: B images, K classes, E contrast width.
 """
@@ -28,12 +28,12 @@ TEMPLATE = "a photo of a {}"
 
 
 class Zeroshot(Suite):
-    """A folder for each class: CLASS/ANY/NAME.jpg.
+    """Zero-shot classification of a folder with a subfolder for each class: CLASS/ANY/NAME.jpg.
 
     Args:
-        template: sentences with `{}` in the place of the class; several are averaged.
-        templates: a file of such, one a line.
-        names: a JSON file of folder -> name of its class, where the folders' own are none (`n01440764`).
+        template: prompts with `{}` in place of the class; several are averaged.
+        templates: file of prompts, one per line.
+        names: JSON file of folder -> class name, for folders not named after their class (`n01440764`).
     """
 
     question = "which of the classes an image shows, told by their names alone"
@@ -85,7 +85,7 @@ class Zeroshot(Suite):
         called = [plain_text(self.names.get(each, each.replace("_", " ")), each, str(path)) for each in classes]
         if twice := [name for name, count in Counter(called).items() if count > 1]:
             raise UserError(path, f"two classes are called '{twice[0]}'", "Name them apart", ExitCode.BAD_DATA)
-        # All templates of a class, then those of the next.
+        # All templates of the first class, then those of the next.
         texts = tuple(template.replace("{}", name) for name in called for template in self.templates)
         rows.notes.append(f"{len(classes)} classes; texts such as '{texts[0]}'")
         for name in files:
@@ -98,7 +98,8 @@ class Zeroshot(Suite):
         return rows
 
     def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[Tensor]:
-        """Scores of the classes, [K]: by contrast the cosine with the mean of a class's templates, else their mean."""
+        """Scores of the classes, [K]: with contrast the cosine with the mean embedding of a class's templates, with
+        match the mean score over the templates."""
         count = len(self.templates)
         if way == "contrast":
             # (classes * templates, E) -> (classes, templates, E) -> (classes, E)
@@ -111,7 +112,7 @@ class Zeroshot(Suite):
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
         score_BK = torch.stack([torch.as_tensor(each, dtype=torch.float64) for each in scores])
         truth_B1, classes = torch.tensor([[item.truth] for item in items]), score_BK.shape[1]
-        # How many other classes are not below the true one: a tie, or what is no number, counts against the model.
+        # Number of other classes that do not score below the true one: a tie or NaN counts against the model.
         before = ((~(score_BK < score_BK.gather(1, truth_B1))).sum(1) - 1).tolist()
         groups = [item.images[0] for item in items]
         figures = [percent_right("top-1", [place < 1 for place in before], 100 / classes, groups)]
