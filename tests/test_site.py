@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import pytest
 import yaml
 from raw_toys import TOYS
@@ -23,7 +24,9 @@ from toy_pretrained import saved
 
 from maskvlm.cli.commands import COMMANDS
 from maskvlm.cli.lightning import Parsed, run_command
+from maskvlm.config.compose import tasks
 from maskvlm.data.raw import FACTS, SETS
+from maskvlm.objectives.task import Task
 from maskvlm.reporting.metric_tables import metrics_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,6 +254,28 @@ def documented() -> list[str]:
     """Paths of the classes and functions on the reference's pages."""
     pages = (DOCS / "reference" / "api").glob("*.md")
     return [path for page in pages for path in re.findall(r"\.\. auto(?:class|function):: ([\w.]+)", text_of(page))]
+
+
+def undescribed(known: type) -> list[str]:
+    """Arguments of a class that have no entry of their own, in its docstring or its constructor's."""
+    texts = [known.__doc__ or "", known.__init__.__doc__ or ""]
+    described = {entry.arg_name for text in texts for entry in docstring_parser.parse(text).params}
+    parameters = list(inspect.signature(known.__init__).parameters.values())[1:]
+    named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    return [each.name for each in named if each.name not in described]
+
+
+def test_every_argument_is_described_on_its_own() -> None:
+    """`--help` of an option shows its argument's entry, and nothing for `low, high: ...`."""
+    modules = {path: importlib.import_module(path.rpartition(".")[0]) for path in documented()}
+    classes = [getattr(module, path.rpartition(".")[2]) for path, module in modules.items()]
+    for name in tasks():
+        module = importlib.import_module(f"tasks.{name}.task")
+        classes += [each for each in vars(module).values() if inspect.isclass(each) and issubclass(each, Task)]
+    classes = [each for each in classes if inspect.isclass(each)]
+    classes = [each for each in classes if "__init__" in vars(each) and not issubclass(each, tuple | BaseException)]
+    assert len(classes) > 20
+    assert {f"{each.__module__}.{each.__name__}": undescribed(each) for each in classes if undescribed(each)} == {}
 
 
 def raised_by(function: Any) -> bool:

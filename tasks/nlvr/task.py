@@ -10,7 +10,13 @@ from maskvlm.objectives.methods import Method
 class Nlvr(Classification):
     """Each image is fused with the sentence, and the two fused vectors go through two linear layers (paper sec. 4; R).
 
-    Args: as in `Classification`; `images_per_example` may be any number, 2 in NLVR2.
+    Args:
+        labels: the classes; linked from the data, not set by hand.
+        images_per_example: any number; 2 in NLVR2.
+        hidden: width between the two layers of the head; None: the backbone's width.
+        dropout: dropout rate in the head, 0 to 1.
+        image_ablation: control experiment: replace every image by noise.
+        reads: input of the head: `fused` vectors or `scores`, see `Classification`.
     """
 
     name = "nlvr"

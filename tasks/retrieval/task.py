@@ -58,8 +58,9 @@ class Retrieval(Task):
     """ITC + ITM, and recall in both directions.
 
     Args:
-        weight_itc, weight_itm: weight of each loss; 0 skips it. Without ITC, the contrast that picks candidates stays
-            as loaded from the checkpoint; without ITM, retrieval is by contrast alone.
+        weight_itc: weight of image-text contrast; 0 skips it, and the contrast that picks candidates stays as loaded
+            from the checkpoint.
+        weight_itm: weight of image-text matching; 0 skips it, and retrieval is by contrast alone.
         contrast_dim: width of the projections; None: that of the initial checkpoint, otherwise 256 (C).
         temperature: initial value, as in pre-training.
         rerank_k: candidates per query that matching re-scores (C; ALBEF: 256 for COCO, 128 for Flickr30k).

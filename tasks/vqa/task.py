@@ -45,7 +45,9 @@ class Vqa(Classification):
             C), `free` generates word by word, greedily.
         candidates: number of answers, by likeliest first word, that `rank` compares in full (128, C).
         answer_length: maximum answer length in tokens, including start and end.
-        hidden, dropout, image_ablation: as in `Classification`.
+        hidden: width between the two layers of the `classify` head; None: the backbone's width.
+        dropout: dropout rate in the `classify` head, 0 to 1.
+        image_ablation: control experiment: replace every image by noise.
     """
 
     name = "vqa"

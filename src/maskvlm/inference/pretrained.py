@@ -68,10 +68,14 @@ class UnknownWords(UserWarning):
 
 @dataclass
 class MaskVLMOutput(ModelOutput):
-    """image_embeds [B, E], text_embeds [C, E]: unit vectors, if the checkpoint has contrast heads.
-    fused [B, 3 * D]: class tokens of row-by-row pairs and their product, if B = C.
-    match_logits [B]: log-odds that the pair matches, if the checkpoint has a matching head; the method `match` returns
-    the probability.
+    """What `MaskVLM.forward` returns; None for what the inputs or the checkpoint's heads cannot give.
+
+    Attributes:
+        image_embeds: [B, E] unit vectors, if the checkpoint has contrast heads.
+        text_embeds: [C, E] unit vectors, if the checkpoint has contrast heads.
+        fused: [B, 3 * D] class tokens of row-by-row pairs and their product, if B = C.
+        match_logits: [B] log-odds that the pair matches, if the checkpoint has a matching head; the method `match`
+            returns the probability.
     """
 
     image_embeds: Tensor | None = None
@@ -85,6 +89,12 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
 
     Its methods are those of `ModelMethods`, plus those of a fine-tuned task (`model.answer` with a VQA checkpoint).
     It warns about images that are unlike its training data (`FarFromTraining`), if the checkpoint has a sample of it.
+
+    Args:
+        config: the checkpoint's settings, as in its `config.json`.
+        backbone: encoders and cross encoders.
+        task: the objective or downstream task with its heads.
+        origin: where the weights come from, and which data they have seen.
 
     Attributes:
         known: range of the training images' features; None if the checkpoint does not record it.

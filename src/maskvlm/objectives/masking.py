@@ -255,9 +255,11 @@ class DrawnBlocks(RandomBlocks):
     in evaluation, use the same share for all.
 
     Args:
-        low, high: the share is drawn between these, 0 to 1.
+        low: smallest share of the blocks, 0 to 1.
+        high: largest share of the blocks, 0 to 1.
         measured: the share in evaluation.
-        block, whole: as in `RandomBlocks`.
+        block: side of a block in pixels; a multiple of the patch size.
+        whole: in training, the probability that an image is masked completely.
 
     Raises:
         UserError: a share is outside [0, 1], or `low` exceeds `high`.
@@ -356,7 +358,9 @@ class ChosenPhrases(RandomTokens):
         phrases: words as they occur in the captions, such as "left of".
         share: share of the texts with a phrase, 0 to 1, in which it is masked this way, drawn anew each time. With
             several maskings per text, this applies to the first only.
-        ratio, most: as in `RandomTokens`.
+        ratio: share of the tokens that are masked in all other texts, 0 to 1.
+        most: in training, each of these maskings draws its share between `ratio` and this value; with several maskings
+            per text, the first keeps `ratio`.
         weight: loss weight of a token masked this way relative to any other, above 0.
 
     Raises:
@@ -434,7 +438,8 @@ class DrawnTokens(TextMasking):
     """In training, draw a separate share for each masking of a text, like `DrawnBlocks` for images.
 
     Args:
-        low, high: the share is drawn between these, 0 to 1.
+        low: smallest share of the tokens, 0 to 1.
+        high: largest share of the tokens, 0 to 1.
         measured: the share in evaluation.
 
     Raises:

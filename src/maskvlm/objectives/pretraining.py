@@ -113,7 +113,10 @@ class MaskedPretraining(Task):
             then learned on fixed image features (docs/results/scenes). Cannot be combined with `contrast_first`,
             which has its own phases.
         mask_block: side of an image block in pixels (32, P); a multiple of the patch size.
-        weight_itc, weight_itm, weight_mlm, weight_mim: weight of each loss (1, P); 0 skips its computation.
+        weight_itc: weight of image-text contrast (1, P); 0 skips its computation, as for all losses.
+        weight_itm: weight of image-text matching (1, P).
+        weight_mlm: weight of masked words (1, P).
+        weight_mim: weight of masked pixels (1, P).
         weight_words: weight of a fifth loss, which is not in the paper (0), see `pretraining_losses.WordsPresent`.
         weight_spread: weight of a loss on how much each masked patch varies (0: none, P), which teaches where objects
             are, see `pretraining_losses.PatchSpread`.

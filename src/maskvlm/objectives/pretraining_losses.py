@@ -196,6 +196,7 @@ class ImageTextContrast(PretrainingLoss):
     """ITC: find an image's text among those of the batch, and vice versa (paper sec. 3).
 
     Args:
+        weight: weight of the loss in the sum; 0 skips its computation.
         width: width of the contrast space.
         temperature: initial value.
         reads: use the class tokens, or also the mean patch and token, see `heads.Projection`.
@@ -304,6 +305,7 @@ class MaskedTokens(PretrainingLoss):
     """MLM: predict the masked tokens of a text from the rest of it and the whole image (paper sec. 3).
 
     Args:
+        weight: weight of the loss in the sum; 0 skips its computation.
         from_words: initialise the head's weights from the text encoder's word embeddings.
     """
 
@@ -366,6 +368,7 @@ class MaskedPixels(PretrainingLoss):
     """MIM: predict the pixels of masked patches from the visible ones and the whole text (paper sec. 3).
 
     Args:
+        weight: weight of the loss in the sum; 0 skips its computation.
         kind: l1 (P), squared or smooth_l1.
         norm: normalise each target patch to mean 0 and variance 1 (MAE's option).
         layers: blocks of the pixel decoder (3, P).
@@ -442,7 +445,11 @@ class MaskedPixels(PretrainingLoss):
 
 class WordsPresent(PretrainingLoss):
     """Predict the caption's words from the whole image alone (Fang et al. 2015; not in the paper). It substitutes for
-    pretrained weights if the image encoder is trained from scratch."""
+    pretrained weights if the image encoder is trained from scratch.
+
+    Args:
+        weight: weight of the loss in the sum; 0 skips its computation.
+    """
 
     name, needs, adds_up = "words", frozenset({Need.IMAGE}), True
     stuck_hint = (
@@ -504,6 +511,9 @@ class PatchSpread(PretrainingLoss):
     its place, colour and background at once: over all colours and backgrounds, an object is neither lighter nor darker
     than what is behind it, so the place alone makes no pixel more likely, and for a long time pixels alone teach no
     place. The presence of an object always raises the spread.
+
+    Args:
+        weight: weight of the loss in the sum; 0 skips its computation.
     """
 
     name, needs, adds_up = "spread", frozenset({Need.MASKED_IMAGE}), True

@@ -140,6 +140,11 @@ class Draw:
     """Uniform random numbers of one step, float32: drawn for the global batch, cut to this process's rows.
 
     Masks and negatives depend on (seed, step) alone, not on how many processes share the batch.
+
+    Args:
+        seed: of the run.
+        step: number of the step.
+        device: where the numbers are drawn.
     """
 
     def __init__(self, seed: int, step: int, device: torch.device | str) -> None:

@@ -63,9 +63,12 @@ class RawSet(ABC):
 
     A reader of your own is a class of this kind: `maskvlm data acme.birds.Birds raw=FOLDER name=birds`.
 
-    Attributes:
-        path: its folder or file.
+    Args:
+        raw: its folder or file.
         name: the set's, starts the ids.
+
+    Attributes:
+        path: `raw` as a path.
         facts: its title, published counts, licence.
         annotations: files to copy beside the images (vqav2, nlvr2, snli_ve, daquar, nlvr_pairs).
         notes: one line each about the set as a whole, complete when all rows were read: how images were found,
