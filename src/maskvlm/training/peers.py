@@ -230,7 +230,7 @@ class Peers:
         return range(self.world)
 
     def blame(self, timed_out: bool) -> LostProcess:
-        """Find the process that broke a connection or let it time out; watches the others for up to `WITHIN` seconds."""
+        """Find the process that broke a connection or let it time out; watches the others for up to WITHIN seconds."""
         every, until = 0.2, time.monotonic() + WITHIN
         # A connection breaks if a process is gone, and times out if one is stuck.
         still = AFTER_A_BREAK if timed_out else math.inf
