@@ -116,7 +116,7 @@ class Begin:
 
 
 def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an uncaught exception in a worker, except a broken connection, which the main process has explained."""
+    """Print an exception of a thread in a worker, except a broken connection, which the main process has explained."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 

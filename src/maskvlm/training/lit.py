@@ -71,7 +71,7 @@ def check_source(task: Task, data: PairData) -> None:
 
 def check_labels(task: Task, theirs: Sequence[str] | None, path: str) -> None:
     """Check that the labels of a checkpoint's head are the task's, which come from the data. With another order, or
-    with as many different labels, every metric would be wrong.
+    other labels of the same number, every metric would be wrong.
 
     Args:
         theirs: labels of the checkpoint; None if it has none.

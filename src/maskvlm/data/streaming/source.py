@@ -68,7 +68,7 @@ class StreamedPairs:
         # a data worker without a shard would yield no batch
         check_shards(len(self.shards), part.world, max(1, workers))
         if rank() == 0:
-            # otherwise the library lets each process read all shards and keep every n-th row
+            # if it is not a multiple, the library lets each process read all shards and keep every n-th row
             if len(self.shards) % part.world:
                 print(f"every process reads all {len(self.shards)} shards: no multiple of {part.world} processes")
             if start and self.replay:
