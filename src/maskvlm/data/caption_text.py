@@ -15,7 +15,7 @@ def clean_caption(text: str) -> tuple[str, str | None]:
     """Plain, printable, composed (NFC) text on one line, at most MAX_CAPTION_BYTES bytes of UTF-8.
 
     Returns:
-        The text, "" if nothing is left, and the worst thing that had to be repaired, in this order: "empty", "cut",
+        The text ("" if nothing is left) and the most serious repair, from worst to mildest: "empty", "cut",
         "surrogate" (half of a UTF-16 pair, replaced by U+FFFD), "control" (control and format characters dropped,
         including zero-width joiners and terminal escapes); None if only white space changed.
     """

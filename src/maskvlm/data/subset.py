@@ -60,9 +60,9 @@ class Chosen:
 def photo_of_id(image_id: str) -> str:
     """ "flickr 1000268201" for an id that ends in Flickr's own file name of a photo, else the id itself.
 
-    Published sets have such ids anyway (`RawRow.image_id`). In users' own sets, ids are file names: "mine
-    images/1000268201_693b08cb0e.jpg" is the photo that Flickr30k calls 1000268201.jpg. A number alone proves nothing,
-    as most sets number their images.
+    Published sets have such ids anyway (`RawRow.image_id`). In users' own sets, ids are file names:
+    "mine images/1000268201_693b08cb0e.jpg" is the photo that Flickr30k calls 1000268201.jpg. A number alone proves
+    nothing, as most sets number their images.
     """
     match = _FLICKR.fullmatch(image_id) if "_" in image_id else None
     return f"flickr {match[1]}" if match else image_id
