@@ -1,1 +1,1 @@
-"""From the user's words to values: YAML, options, their errors."""
+"""From command-line words to values: YAML, options and their errors."""

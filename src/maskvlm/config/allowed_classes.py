@@ -1,7 +1,7 @@
-"""Which classes a configuration may name: a list of classes, not packages. The parser asks before it imports anything.
+"""Which classes a configuration may name: a list of classes, not packages, checked before the parser imports anything.
 
-What is allowed: this project's own classes of the kinds below; those of Lightning listed here; what the user typed on
-the command line, that very path; what lies under a name given with --allow-import. Functions are never on the list.
+Allowed are: this project's own classes of the kinds below; the Lightning classes listed here; exact paths that the user
+typed on the command line; anything under a name given with --allow-import. Functions are never allowed.
 """
 
 import importlib
@@ -40,7 +40,7 @@ KINDS = {
     "lightning.fabric.plugins.precision.precision.Precision",
     "lightning.fabric.plugins.environments.cluster_environment.ClusterEnvironment",
 }
-"""A class of ours is of one of these kinds, and so is one that is typed by its bare name."""
+"""Base classes of the project's own allowed classes, and of classes typed by bare name."""
 LIGHTNING = {
     "lightning.pytorch.callbacks": (
         "BatchSizeFinder DeviceStatsMonitor EarlyStopping EMAWeightAveraging GradientAccumulationScheduler "
@@ -56,19 +56,20 @@ LIGHTNING = {
         "TorchElasticEnvironment"
     ),
 }
-"""Allowed classes by module. Left out: classes made of callables (LambdaCallback, ThroughputMonitor,
-BackboneFinetuning), that send to an address (WandbLogger and others), or that read checkpoints in their own way."""
+"""Allowed classes by module. Excluded: classes built from callables (LambdaCallback, ThroughputMonitor,
+BackboneFinetuning), that send data to an address (WandbLogger and others), or that read checkpoints in their own way.
+"""
 LISTED = {f"{module}.{name}" for module, names in LIGHTNING.items() for name in names.split()}
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 NO_CLASSES = ("run", "from", "task_from", "settings_from", "ckpt_path", "out", "allow-import")
-"""Options whose values are names of files."""
+"""Options whose values are file names."""
 
 
 class Verdicts(dict[str, bool]):
-    """Answers the parser for each path that a value names, by that very path and not by its package.
+    """Tells the parser whether a value may name a path, based on the full path and not on its package.
 
-    The parser looks up the longest prefix of a path that is in here, and the path itself always is. As a plain dict
-    it denies everything.
+    The parser looks up the longest prefix of a path that is in this dict, and the path itself always is. As a plain
+    dict it denies everything.
 
     Args:
         arguments: the command line.
@@ -76,12 +77,12 @@ class Verdicts(dict[str, bool]):
     """
 
     def __init__(self, arguments: list[str], allowed: Iterable[str] = ()) -> None:
-        # what a copy as a plain dict would hold: everything is denied
+        # the content of a copy as a plain dict: everything is denied
         super().__init__({"*": False})
         self.typed, self.allowed = typed_names(arguments), set(allowed)
 
     def __contains__(self, path: object) -> bool:
-        # so the parser asks about the whole path first, and about no package of it
+        # so that the parser asks about the whole path, never about one of its packages
         return True
 
     def __getitem__(self, path: str) -> bool:
@@ -89,7 +90,7 @@ class Verdicts(dict[str, bool]):
 
 
 def may_name(path: str, typed: set[str], allowed: set[str]) -> bool:
-    """Whether a value may name the class of this path.
+    """Whether a value may name the class at this path.
 
     Args:
         path: dotted, such as `tasks.vqa.task.Vqa`.
@@ -99,37 +100,37 @@ def may_name(path: str, typed: set[str], allowed: set[str]) -> bool:
     root = path.partition(".")[0]
     if root == "jsonargparse" or not PATH.fullmatch(path):
         return False
-    # --allow-import: the name and what lies under it
+    # --allow-import: the name and everything under it
     if any(path == name or path.startswith(f"{name}.") for name in allowed):
-        _find(path, True)  # a mistake in its file is told with its place; the parser would say "does not fit"
+        _find(path, True)  # reports a mistake in its file with the line; the parser would say "does not fit"
         return True
-    # typed: the whole path; nothing of the standard library, which holds `os.system`
+    # typed: the whole path; nothing from the standard library, which contains `os.system`
     if path in typed and root not in sys.stdlib_module_names:
         return True
-    # only our own packages are imported to look: importing a stranger's runs its code
+    # only our own packages are imported for the check: importing any other runs its code
     target = _find(path, root in OWN)
     if target is _Missing:
-        return root in OWN  # the parser says what is missing; nothing of it can be imported
-    # functions are called with the file's arguments: none is allowed
+        return root in OWN  # the parser reports what is missing; there is nothing to import
+    # functions would be called with the file's arguments: none is allowed
     if not inspect.isclass(target):
         return False
-    # base classes by their names, so that torch and Lightning need not be imported here
+    # base classes by name, so that torch and Lightning need not be imported here
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in target.__mro__}
     if f"{target.__module__}.{target.__qualname__}" in KINDS:
         return True
-    # by where the class was made, not by the path it was found under: modules of ours also hold imported ones
+    # by the module that defines the class, not the path used to find it: our modules also contain imported classes
     if target.__module__.partition(".")[0] in OWN or target.__qualname__ in typed:
         return bool(kinds & KINDS)
-    # the same class may be named by another path: it is compared itself
+    # the same class may be named by another path, so the classes themselves are compared
     return any(target is _find(name, False) for name in LISTED | typed | allowed)
 
 
 class _Missing:
-    """Stands for what is not there."""
+    """Sentinel for a missing object."""
 
 
 def _find(path: str, load: bool) -> Any:
-    """What a path names: of modules that are imported already, or, with `load`, of one that may be imported now."""
+    """The object at a path: from modules already imported or, with `load`, from one imported now."""
     module, _, name = path.rpartition(".")
     if load and module:
         try:
@@ -139,16 +140,16 @@ def _find(path: str, load: bool) -> Any:
             if absent is None or not f"{module}.".startswith(f"{absent}."):
                 what = f"cannot be imported ({type(error).__name__}: {cut(str(error), 200)})"
                 raise UserError(path, what, f"Mend {_place_of(error)}") from error
-            # `module.Class.method` is found, too, and is no class
+            # `module.Class.method` is found too, and is not a class
             outer = _find(module, True) if "." in module else _Missing
             return _Missing if outer is _Missing else getattr(outer, name, _Missing)
-    # no import: what is not loaded is not there
+    # no import: what is not loaded counts as missing
     return getattr(sys.modules.get(module, _Missing), name, _Missing)
 
 
 def _place_of(error: Exception) -> str:
-    """`file:line` of the last line that ran, or of the one that is no Python; not one of Python or of an installed
-    package, if the way there led through a file that is neither."""
+    """`file:line` of the last line that ran, or of a syntax error. Lines of Python itself and of installed packages are
+    skipped if the traceback passes through any other file."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
     frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith("<")]
@@ -158,8 +159,8 @@ def _place_of(error: Exception) -> str:
 
 
 def typed_names(arguments: list[str]) -> set[str]:
-    """Dotted paths and bare names in the values of options, also inside of YAML and JSON. None in a run of a study:
-    nobody has typed what stands in a study's file."""
+    """Dotted paths and bare names in the values of options, also inside YAML and JSON. Empty in a run of a study, whose
+    options come from the study's file and were not typed."""
     names: set[str] = set()
     if STUDY in os.environ:
         return names
@@ -168,12 +169,12 @@ def typed_names(arguments: list[str]) -> set[str]:
             continue
         if PATH.fullmatch(option.value):
             names.add(option.value)
-        # a mapping or list typed as YAML or JSON: class paths may stand in it
+        # a mapping or list typed as YAML or JSON, which may contain class paths
         elif option.value[0] in "{[":
             try:
                 names |= set(_texts(read_yaml(option.value, option.where)))
             except UserError:
-                continue  # told when it is parsed
+                continue  # reported when it is parsed
     return names
 
 

@@ -1,4 +1,4 @@
-"""Options of a command of its own: what argparse says is wrong, as one line."""
+"""Options of a stand-alone command: argparse's errors as one line."""
 
 import argparse
 from typing import NoReturn
@@ -8,10 +8,10 @@ from maskvlm.utils.errors import UserError
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Raises UserError where the original prints its usage and ends the process."""
+    """Raises UserError instead of printing the usage and ending the process."""
 
     def error(self, message: str) -> NoReturn:
-        # of options that are not known argparse names the words alone
+        # argparse only lists unknown options
         if message.startswith("unrecognized arguments: "):
             options = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
             known = [name for name in self._option_string_actions if name.startswith("--") and name != "--help"]

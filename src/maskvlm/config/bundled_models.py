@@ -1,6 +1,6 @@
-"""Models that come along with the package, each a folder of the hub's format, by name.
+"""Models bundled with the package, by name; each is a folder in the hub's format.
 
-`maskvlm convert CHECKPOINT FOLDER --dtype float16` makes such a folder of any run.
+`maskvlm convert CHECKPOINT FOLDER --dtype float16` creates such a folder from any run.
 """
 
 import os
@@ -9,27 +9,27 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "models"
 DEFAULT = "scenes-tiny"
-"""What is asked where no checkpoint is named."""
+"""The model used if no checkpoint is named."""
 
 
 def bundled_models() -> list[str]:
-    """Their names."""
+    """Names of the bundled models."""
     return sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
 
 
 def bundled_folder(name: str) -> Path | None:
-    """Where the model of that name lies; None where none is called so. A folder of the same name is `./name`."""
+    """Folder of the bundled model with this name; None if there is none. Write `./name` for a folder of that name."""
     return FOLDER / name if name in bundled_models() else None
 
 
 def default_model(purpose: str) -> str:
-    """The name of the model that is taken where no checkpoint is named; a line on stderr says so.
+    """Name of the model used if no checkpoint is named; prints a line on stderr that says so.
 
     Args:
-        purpose: what it does here: "asked", "fine-tuned".
+        purpose: what is done with it, as a participle: "asked", "fine-tuned".
     """
     ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    if set(ranks) == {"0"}:  # one of several processes tells
+    if set(ranks) == {"0"}:  # only one of several processes prints
         line = f"no from=: {DEFAULT} is {purpose}, the model that comes along; it knows drawn scenes alone"
         print(line, file=sys.stderr, flush=True)
     return DEFAULT

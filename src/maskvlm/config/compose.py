@@ -1,11 +1,11 @@
-"""The words of a command, `model=base data=coco run=first`, as the stack of YAML files and options they stand for.
+"""Turns the words of a command, `model=base data=coco run=first`, into a stack of YAML files and options.
 
-Later files win over earlier ones, and the options that follow the words win over all files:
+Later files override earlier ones, and the options after the words override all files:
 
     base < model/MODEL < pretrain | finetune < pretrain-MODEL | recipe/RECIPE < data/DATA | tasks/TASK/DATA
          < where/WHERE < options
 
-Nothing here imports torch: a wrong word is refused before seconds of imports.
+Nothing here imports torch: a wrong word is rejected before seconds of imports.
 """
 
 import importlib.util
@@ -21,25 +21,25 @@ from maskvlm.config.given_options import nearest
 from maskvlm.utils.errors import ExitCode, UserError
 
 PACKAGED = "_home"
-"""Folder of the installed package that holds what a clone has at its top: conf/ and tasks/."""
+"""Folder of the installed package with the conf/ and tasks/ that a clone has at its top level."""
 IMAGE_WEIGHTS, TOKENIZERS = (".safetensors", ".bin", ".pth"), ("tokenizer.json", "vocab.txt", "vocab.json")
 SPLITS = ("val", "test")
 TABLES = {"csv": (".csv", ".tsv", ".tab"), "jsonl": (".jsonl", ".ndjson", ".json")}
-"""Kinds of people's own tables by the ends of their names."""
+"""File extensions of users' own tables, by kind."""
 RUN_NAME = "MASKVLM_RUN_NAME"
-"""Environment variable by which processes that a run starts know the run's folder."""
+"""Environment variable that tells the processes started by a run the name of its folder."""
 
 
 def own_home() -> Path:
-    """The folder of this project that holds conf/ and tasks/: the clone of this package, or the package."""
+    """The project's own folder with conf/ and tasks/: the clone that contains this package, or the package."""
     package = Path(__file__).resolve().parents[1]
-    # src/maskvlm -> the clone; a wheel brings its own copy of conf/ and tasks/
+    # src/maskvlm -> the clone; a wheel has its own copy of conf/ and tasks/
     return package.parents[1] if _has_both(package.parents[1]) else package / PACKAGED
 
 
 def home() -> Path:
-    """The folder whose conf/ and tasks/ a command for training or data takes: the working directory, or `own_home`."""
-    # `base.yaml` and tasks/ together: a folder that only happens to have a conf/ does not count
+    """The folder whose conf/ and tasks/ a training or data command uses: the working directory, or `own_home`."""
+    # both `base.yaml` and tasks/: a folder that only happens to have a conf/ does not count
     return Path() if _has_both(Path()) else own_home()
 
 
@@ -48,11 +48,11 @@ def _has_both(folder: Path) -> bool:
 
 
 def find_tasks(here: bool = False) -> None:
-    """Let `import tasks` find the plug-ins of this project, for this process alone.
+    """Let `import tasks` find this project's plug-ins, in this process only.
 
     Args:
-        here: those of the working directory go before them. Not where a model or a file of somebody else's is asked:
-            the folder that it came in may be a stranger's, too, and its code would run.
+        here: prefer those of the working directory. Leave it False when using someone else's model or file: the folder
+            it came in may be untrusted too, and its code would run.
     """
     folder = str((home() if here else own_home()).resolve())
     if folder not in sys.path:
@@ -61,28 +61,27 @@ def find_tasks(here: bool = False) -> None:
 
 
 def find_packages(names: Iterable[str]) -> None:
-    """Let Python find, after everything else, packages in the working directory, if it holds one that the command
-    itself names.
+    """Append the working directory to Python's path if it holds a package that the command itself names.
 
     Args:
-        names: of packages, modules or classes.
+        names: names of packages, modules or classes.
     """
     here = Path.cwd()
     roots = {name.partition(".")[0] for name in names} - {""}
     named = any((here / root).is_dir() or (here / f"{root}.py").is_file() for root in roots)
     if named and not {"", str(here)} & {*sys.path}:
-        # last: a file in the working directory must not stand in for an installed package
+        # last: a file in the working directory must not shadow an installed package
         sys.path.append(str(here))
 
 
 class CommandWords(NamedTuple):
-    """What stands before the options of a command.
+    """The words of a command before its options, and the options.
 
     Attributes:
         places: words without a name, such as a task.
-        values: value by name.
-        options: everything from the first word that begins with a dash, without `--from X` and `--from=X`, which are
-            `from=X`.
+        values: values by name.
+        options: everything from the first word that begins with a dash, except `--from X` and `--from=X`, which are
+            stored as `from=X`.
     """
 
     places: list[str]
@@ -90,19 +89,19 @@ class CommandWords(NamedTuple):
     options: list[str]
 
     def get(self, name: str, default: str = "") -> str:
-        """The value of a word; `default` where it is left out."""
+        """The value of a word; `default` if it is not given."""
         return self.values.get(name, default)
 
 
 def read_words(command: str, arguments: Sequence[str], names: Sequence[str], places: int = 0) -> CommandWords:
-    """Take a command's words apart.
+    """Parse a command's words.
 
     Args:
-        names: that the command knows.
-        places: how many words without a name it takes at most.
+        names: names that the command knows.
+        places: maximum number of words without a name.
 
     Raises:
-        UserError: a name that it does not know, one given twice, or more words without a name (2).
+        UserError: a name is unknown or given twice, or there are too many words without a name (2).
     """
     # words end where the options begin
     first = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
@@ -111,7 +110,7 @@ def read_words(command: str, arguments: Sequence[str], names: Sequence[str], pla
     if "from" in names:
         before += [f"from={word.removeprefix('--from=')}" for word in options if word.startswith("--from=")]
         options = [word for word in options if not word.startswith("--from=")]
-        if "--from" in options[:-1]:  # at the end it has no value
+        if "--from" in options[:-1]:  # as the last word it has no value
             at = options.index("--from")
             before.append(f"from={options[at + 1]}")
             del options[at : at + 2]
@@ -139,24 +138,24 @@ def choices(kind: str) -> list[str]:
 
 
 def chosen(kind: str, value: str) -> Path:
-    """The file in conf/KIND of that name. Raises UserError, which lists those there are."""
+    """The file in conf/KIND with this name. Raises UserError, which lists the available names."""
     if value not in choices(kind):
         raise UserError(f"{kind}={value}", f"no such {kind}", f"There are: {', '.join(choices(kind))}")
     return home() / "conf" / kind / f"{value}.yaml"
 
 
 def data_root() -> Path:
-    """The folder of prepared sets; the environment's DATA_ROOT, which the YAML files read, too."""
+    """The folder of prepared sets: the environment variable DATA_ROOT, which the YAML files use too."""
     return Path(os.environ.get("DATA_ROOT") or "data")
 
 
 def prepared() -> list[str]:
-    """Names of the sets there."""
+    """Names of the prepared sets in `data_root`."""
     return sorted(path.parent.name for path in data_root().glob("*/manifest.json"))
 
 
 def tasks() -> list[str]:
-    """Names of the plug-ins of `home`."""
+    """Names of the tasks in `home`."""
     return sorted(path.parent.name for path in (home() / "tasks").glob("*/task.py"))
 
 
@@ -166,7 +165,7 @@ def files(paths: Sequence[Path]) -> list[str]:
 
 
 def there(*names: str) -> list[Path]:
-    """Those of these files in conf/ that exist."""
+    """The given files in conf/, as far as they exist."""
     return [path for name in names if (path := home() / "conf" / f"{name}.yaml").is_file()]
 
 
@@ -174,7 +173,7 @@ def there(*names: str) -> list[Path]:
 
 
 def data_files(name: str) -> tuple[list[Path], list[str]]:
-    """Files and options of a data set: one of conf/data, or a prepared one that needs no file of its own."""
+    """Files and options of a data set: one in conf/data, or a prepared one, which needs no file of its own."""
     if name in choices("data"):
         return [chosen("data", name)], []
     if name and name in prepared():
@@ -183,9 +182,9 @@ def data_files(name: str) -> tuple[list[Path], list[str]]:
 
 
 def no_data(name: str) -> UserError:
-    """Why `data=NAME` is nothing to train on, and what would make it so."""
+    """The error for a `data=NAME` that cannot be trained on, with what to do about it."""
     where, folder = f"data={name}", data_root() / name
-    # a name alone; os.path takes any text for one
+    # only a plain name; os.path accepts any text
     if name and "/" not in name and os.path.isdir(folder / ".making"):
         return UserError(where, "is not finished", "Run the same `maskvlm data` again: it goes on where it stopped")
     if name and "/" not in name and os.path.isfile(folder / "first-look.png"):
@@ -201,7 +200,7 @@ def no_data(name: str) -> UserError:
 
 
 def encoder_options(folder: str) -> list[str]:
-    """Options that name both encoders of a folder; it has one folder for each, the text encoder's with a tokenizer."""
+    """Options for both encoders in a folder, which has a subfolder for each, the text encoder's with a tokenizer."""
     if not folder:
         return []
     inside = sorted(path for path in Path(folder).glob("*") if path.is_dir())
@@ -215,7 +214,7 @@ def encoder_options(folder: str) -> list[str]:
 
 
 def refuse_encoders(words: CommandWords) -> None:
-    """Raises UserError for a word that would change nothing: the encoders are those of `from=`."""
+    """Raises UserError if `encoders=` is given, which would change nothing: the encoders are those of `from=`."""
     if words.get("encoders"):
         what = "changes nothing: the encoders are those of the checkpoint that the run starts from"
         if words.get("from") == "random":
@@ -224,12 +223,12 @@ def refuse_encoders(words: CommandWords) -> None:
 
 
 def pretraining(words: CommandWords) -> list[str]:
-    """The stack of pre-training; from a checkpoint the model is the checkpoint's, and `model` names the recipe."""
+    """The stack of pre-training. From a checkpoint, the model is the checkpoint's and `model` selects the recipe."""
     model = words.get("model", "tiny")
     data, options = data_files(words.get("data", "scenes"))
     where = chosen("where", words.get("where", "auto"))
     architecture, start = chosen("model", model), words.get("from")
-    # A model need not have a recipe of its own, and another one can be named in its place.
+    # A model need not have its own recipe, and another recipe can be named instead.
     named = words.values.get("recipe")
     recipe = there("pretrain") + ([chosen("recipe", named)] if named is not None else there(f"pretrain-{model}"))
     if start:
@@ -241,12 +240,12 @@ def pretraining(words: CommandWords) -> list[str]:
 
 
 def continued(words: CommandWords) -> list[str]:
-    """What pre-training from a checkpoint takes besides: files that win over `where`."""
+    """Additional files for pre-training from a checkpoint; they override `where`."""
     return files(there("continue", f"continue-{words.get('model', 'tiny')}"))
 
 
 def downstream(task: str, words: CommandWords) -> list[str]:
-    """The stack of a task, from a checkpoint; `from=random` is the control: the model with random weights."""
+    """The stack of a task, from a checkpoint; `from=random` is the control, the model with random weights."""
     folder = task_folder(task)
     data, start = words.get("data", "scenes"), words.get("from")
     if not sets_of(task):
@@ -263,32 +262,32 @@ def downstream(task: str, words: CommandWords) -> list[str]:
     refuse_encoders(words)
     first = ["--from", start]
     if start == "random":
-        # no checkpoint gives the model, so a file must
+        # without a checkpoint, a file must define the model
         first = ["--model.random_init", "true", *files([chosen("model", words.get("model", "tiny"))])]
     stack = files([*there("base", "finetune"), file, chosen("where", words.get("where", "auto"))])
-    # who types a package's task trusts the package
+    # a user who types a package's task trusts the package
     return [*first, *stack, *(["--allow-import", task.partition(".")[0]] if "." in task else [])]
 
 
 def sets_of(task: str) -> list[str]:
-    """Names of the data sets that a task has a file for. Raises as `task_folder`."""
-    # conf.yaml is the task on the built-in world; each other file is a data set
+    """Names of the data sets for which a task has a file. Raises like `task_folder`."""
+    # conf.yaml is the task on the built-in scenes; every other file is a data set
     return sorted("scenes" if path.stem == "conf" else path.stem for path in task_folder(task).glob("*.yaml"))
 
 
 def with_model(words: CommandWords, purpose: str) -> CommandWords:
-    """The words with the bundled model as from=, where they name no checkpoint; `purpose` as of `default_model`."""
+    """The words, with the bundled model as from= if they name no checkpoint; `purpose` as in `default_model`."""
     return words if words.get("from") else words._replace(values=words.values | {"from": default_model(purpose)})
 
 
 def task_folder(task: str) -> Path:
-    """Where a task's YAML files lie: tasks/TASK, or an installed package (`acme.ocr`), of which nothing is imported but
-    its parent packages.
+    """Folder of a task's YAML files: tasks/TASK, or an installed package (`acme.ocr`), of which only the parent
+    packages are imported.
 
     Raises:
         UserError: there is no such task.
     """
-    # a plug-in of this project: nothing of it need be imported to find its files
+    # one of this project's tasks: its files are found without importing anything
     if task in tasks():
         return home() / "tasks" / task
     if "." in task:
@@ -312,9 +311,9 @@ def task_folder(task: str) -> Path:
 
 
 def run_options(words: CommandWords, kind: str) -> list[str]:
-    """The run's folder under checkpoints/: by its name, or by what is done, on what, and when."""
+    """The run's folder under checkpoints/: named by run=, or after the command, its data and the time."""
     name = words.values.get("run")
-    # names alone, of `--run=x` as well
+    # names only, also of `--run=x`
     options = {word.partition("=")[0] for word in words.options}
     if name is not None and options & {"--run", "--folder"}:
         raise UserError(f"run={name}", "the folder is also given as an option", "Keep one of them")
@@ -323,10 +322,10 @@ def run_options(words: CommandWords, kind: str) -> list[str]:
         what = "torchrun starts several processes, which need one folder"
         raise UserError("run=", what, "Name it: run=first; it is made under checkpoints/")
     if name is None:
-        # processes that this one starts inherit it: all write into one folder
+        # processes started by this one inherit it, so that all write to one folder
         when = moment_of_evaluation() if kind.startswith("evaluate-") else moment()
         name = os.environ.setdefault(RUN_NAME, f"{kind}-{when}")
-    # the name is one folder below checkpoints/, and nothing else
+    # the name must be a single folder below checkpoints/
     elif not name or name in (".", "..") or "/" in name or len(name.split()) != 1:
         todo = "Give one word such as run=first; it is made under checkpoints/"
         raise UserError(f"run={name}", "is no folder name", todo)
@@ -334,19 +333,19 @@ def run_options(words: CommandWords, kind: str) -> list[str]:
 
 
 def same_command(folder: Path) -> str:
-    """How a person goes on with the run in this folder: a name that was made of the time has to be given."""
+    """How to resume the run in this folder: a name generated from the time has to be given explicitly."""
     name = folder.name
     return f"the same command with run={name}" if os.environ.get(RUN_NAME) == name else "the same command"
 
 
 def moment() -> str:
-    """One for all processes of a job: the time of day would differ between them."""
-    # SLURM starts each process anew, so none inherits what another one sets
+    """A timestamp shared by all processes of a job; under SLURM the job id, as clock times would differ."""
+    # SLURM starts each process separately, so none inherits what another one sets
     return os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
 
 
 def moment_of_evaluation() -> str:
-    """As `moment`, of what goes on with nothing: several evaluations of one job each have a folder of their own."""
+    """Like `moment`, for commands that resume nothing: several evaluations in one job each get their own folder."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or os.environ.get("SLURM_NTASKS", "1") == "1":
         return time.strftime("%Y%m%d-%H%M%S")
@@ -354,10 +353,10 @@ def moment_of_evaluation() -> str:
 
 
 TRAINING = ("model", "data", "where", "run", "from", "encoders")
-"""Names of the words that both kinds of training take."""
+"""Names of the words that pre-training and fine-tuning share."""
 PRETRAINING = ("model", "recipe", *TRAINING[1:])
 Composed = list[str]
-"""A command that takes files and options, and those."""
+"""A command with its files and options."""
 
 
 def pretrain_command(words: CommandWords) -> Composed:
@@ -377,7 +376,7 @@ def finetune_command(words: CommandWords) -> Composed:
 
 
 def evaluate_command(words: CommandWords) -> Composed:
-    """`evaluate vqa from=... split=test`; without a task what pre-training is measured by."""
+    """`evaluate vqa from=... split=test`; without a task, the evaluation of pre-training."""
     task = "".join(words.places)
     # Lightning's names of the two
     command = {"val": "validate", "test": "test"}[split(words)]
@@ -385,17 +384,17 @@ def evaluate_command(words: CommandWords) -> Composed:
         raise UserError("from=random", "has learned nothing to be measured", "Name a checkpoint, or a task beside it")
     words = with_model(words, "measured")
     run = run_options(words, f"evaluate-{task or 'pretraining'}{data_of(task, words)}")
-    # Losses, masking and what it was fine-tuned with are the checkpoint's own: by others it would be measured for what
+    # Losses, masking and fine-tuning settings are the checkpoint's own: with others it would be evaluated on something
     # it never learned.
     start = words.get("from")
     stack = downstream(task, words) if task else pretraining(words)
     own = [] if start == "random" else ["--settings_from" if task else "--task_from", start]
-    # after the files, which may validate on a part; before the options, which win
+    # after the files, which may validate on a part of the split; before the options, which override it
     return [command, *run, *stack, *own, "--trainer.limit_val_batches", "1.0", *words.options]
 
 
 def data_of(task: str, words: CommandWords) -> str:
-    """What a run's folder says of its data. A task of a package has data of its own, whose name nobody has typed."""
+    """The data's part of a run's folder name. A package's task has its own data, whose name is not typed."""
     data = words.get("data", "" if "." in task else "scenes")
     return f"-{data}" if data else ""
 
@@ -406,13 +405,13 @@ def config_command(words: CommandWords) -> Composed:
 
 
 def submit_command(words: CommandWords) -> Composed:
-    """`submit [TASK] ... where=slurm4x8`: the SLURM batch script of the same."""
+    """`submit [TASK] ... where=slurm4x8`: the SLURM batch script for `pretrain` or `finetune`."""
     # without "fit"
     return ["submit", *pretrain_or_finetune(words)[1:]]
 
 
 def pretrain_or_finetune(words: CommandWords) -> Composed:
-    """Compose `finetune` where a task is given, else `pretrain`."""
+    """Compose `finetune` if a task is given, else `pretrain`."""
     recipe = words.values.get("recipe")
     if words.places and recipe is not None:
         raise UserError(f"recipe={recipe}", "is one of pre-training; a task has its own", "Leave it out")
@@ -432,16 +431,16 @@ def bench_command(words: CommandWords) -> Composed:
 
 def doctor_command(words: CommandWords) -> Composed:
     """`doctor model=base data=coco where=gpu8`: the words of `pretrain`."""
-    # Without a name there is no folder to look at but checkpoints/.
+    # Without a name the only folder to check is checkpoints/.
     run = run_options(words, "doctor") if "run" in words.values else []
     return ["doctor", *run, *pretraining(words), *words.options]
 
 
 def index_command(words: CommandWords) -> Composed:
-    """`index data=coco from=checkpoints/first/best.ckpt`: the images of a split made searchable."""
+    """`index data=coco from=checkpoints/first/best.ckpt`: a search index of the images of a split."""
     words = with_model(words, "asked")
     if any(option.partition("=")[0] == "--split" for option in words.options):
-        # The folder is named after the split: an option after it would write one split under another one's name.
+        # The folder is named after the split: a later option would write one split under the name of another.
         raise UserError("index: --split", "is a word of this command", "Write split=train, val, test or all")
     part, data = split(words, ("train", *SPLITS, "all")), words.get("data", "scenes")
     out = f"checkpoints/index-{data}-{part}"
@@ -466,7 +465,7 @@ def publish_command(words: CommandWords) -> Composed:
 
 
 def data_alone(words: CommandWords) -> list[str]:
-    """The stack of pre-training for a command that takes its data: the checkpoint is an option of the command's own."""
+    """The stack of pre-training for a command that only uses its data; the checkpoint is an option of that command."""
     return pretraining(words._replace(values={name: each for name, each in words.values.items() if name != "from"}))
 
 
@@ -495,13 +494,13 @@ def data_command(words: CommandWords) -> Composed:
             "Give a set (`maskvlm data --help` lists them) and where it lies as distributed: data flickr8k raw=FOLDER"
         )
         raise UserError("data", what, todo)
-    name = set_name(words, places[0].rpartition(".")[2].lower())  # a reader of somebody else's is named by its class
+    name = set_name(words, places[0].rpartition(".")[2].lower())  # a third-party reader is named by its class
     out = [] if "--out" in words.options else ["--out", str(data_root() / name)]
     return ["data", *places, *out, *words.options]
 
 
 def data_check_command(words: CommandWords) -> Composed:
-    """`data-check flickr8k`: a set in DATA_ROOT by its name, or a folder."""
+    """`data-check flickr8k`: a set in DATA_ROOT by name, or a folder."""
     # at most one place
     named = words.get("name") or "".join(words.places)
     if not named:
@@ -512,7 +511,7 @@ def data_check_command(words: CommandWords) -> Composed:
 
 
 def set_name(words: CommandWords, otherwise: str) -> str:
-    """The name of a prepared set, which is one word: a folder of DATA_ROOT."""
+    """The name of a prepared set: one word, which is a folder in DATA_ROOT."""
     name = words.get("name", otherwise)
     if not name or "/" in name or name in (".", "..") or len(name.split()) != 1:
         own = ", ".join(prepared()) or "none"
@@ -522,7 +521,7 @@ def set_name(words: CommandWords, otherwise: str) -> str:
 
 
 def split(words: CommandWords, among: Sequence[str] = SPLITS) -> str:
-    """The split that a command measures, or makes searchable."""
+    """The split that a command evaluates or indexes."""
     part = words.get("split", "val")
     if part not in among:
         raise UserError(f"split={part}", "no such split", f"There are: {', '.join(among)}")

@@ -1,6 +1,6 @@
-"""What the user gave: configuration files and options, and where each key of them stands.
+"""The user's configuration files and options, and where each key was given.
 
-Nothing here imports torch: what can be refused is refused before seconds of imports.
+Nothing here imports torch: errors are found before seconds of imports.
 """
 
 import difflib
@@ -19,12 +19,12 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 MOST_NESTED = 4  # of `${oc.env:A,${oc.env:B,c}}`
 ADDRESS = re.compile(r'://|"[^"]*\\')
-"""What begins an address, or may: of YAML within a text, double quotes alone hide a character by a backslash."""
-OTHER_NAMES = {"folder": "run"}  # options by another name: torchrun (before Python 3.12) claims --run for itself
+"""What starts an address, or may: in YAML within a string, only double quotes can hide a character by a backslash."""
+OTHER_NAMES = {"folder": "run"}  # aliases of options: torchrun (before Python 3.12) claims --run for itself
 
 
 class KeyPlace(NamedTuple):
-    """Where a key was given (`file:line` or option), the dotted key without init_args, the value's text."""
+    """Where a key was given (`file:line` or option), the dotted key without init_args, and the value's text."""
 
     where: str
     key: str
@@ -32,12 +32,12 @@ class KeyPlace(NamedTuple):
 
 
 def read_config_file(name: str) -> yaml.MappingNode:
-    """The checked tree of one `-c` file.
+    """The checked node tree of one `-c` file.
 
     Raises:
-        UserError: with file and line, whatever is wrong with the file or its YAML; a key such as `__path__` (77).
+        UserError: anything is wrong with the file or its YAML (names file and line); a key such as `__path__` (77).
     """
-    # nodes rather than values: they know their lines
+    # nodes rather than values, as nodes know their lines
     root = check_yaml(config_text(name), name)
     if root is None:
         raise UserError(name, "is empty", "Write keys into it, such as `model: {lr: 1e-3}`, or leave it out")
@@ -51,13 +51,13 @@ def config_text(name: str) -> str:
     """The text of a configuration file.
 
     Raises:
-        UserError: it is not there, or no file (66), too large (77), not UTF-8 (2).
+        UserError: it is missing or not a file (66), too large (77), or not UTF-8 (2).
     """
     path = Path(name)
     try:
         kind = path.stat()
     except (OSError, ValueError) as error:
-        # a file that is called nearly so
+        # a file with a similar name
         near = nearest(str(path), [str(other) for other in _beside(path)], 0.5)
         what = "no such configuration file" + (f" (did you mean {near}?)" if near else "")
         # ValueError has no errno: a null byte in the name
@@ -69,7 +69,7 @@ def config_text(name: str) -> str:
     check_plain_file(name, kind)
     try:
         with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)  # its size may be more by now
+            content = file.read(MOST_BYTES + 1)  # it may have grown since
     except OSError as error:
         raise UserError(name, f"cannot be read ({error.strerror})", "Mend it", ExitCode.MISSING_INPUT) from None
     if len(content) > MOST_BYTES:
@@ -83,7 +83,7 @@ def config_text(name: str) -> str:
 
 
 def check_plain_file(name: str, kind: os.stat_result) -> None:
-    """A pipe blocks whoever opens it, a device may never end."""
+    """Raise UserError for anything but a regular file: a pipe blocks its reader, a device may never end."""
     if not stat.S_ISREG(kind.st_mode):
         raise UserError(name or "-c", "is no file but a folder, pipe or device", "Give a file", ExitCode.MISSING_INPUT)
 
@@ -96,10 +96,10 @@ def _beside(path: Path) -> list[Path]:
 
 
 def check_names(node: yaml.Node, where: str) -> None:
-    """No keys that the parser would take for its own notes on a value; the path of a class is a text."""
+    """Reject keys that the parser would take for its own metadata, and class paths that are not strings."""
     if isinstance(node, yaml.MappingNode):
         for key, part in node.value:
-            # jsonargparse keeps its notes beside the values, such as `__path__`: a file could forge them
+            # jsonargparse keeps metadata such as `__path__` next to the values: a file could forge it
             if any(name.startswith("__") for name in key.value.split(".")):
                 what = f"the key {cut(key.value)} is not for files"
                 raise UserError(at_line(where, key.start_mark), what, "Remove it", ExitCode.REFUSED)
@@ -113,10 +113,11 @@ def check_names(node: yaml.Node, where: str) -> None:
 
 
 def check_words(arguments: list[str]) -> None:
-    """Refuse words of a command line that no file could hold: they would break whatever writes them down.
+    """Reject command-line words that no file could hold: they would break anything that records them.
 
     Raises:
-        UserError: bytes that are no UTF-8 text, control characters but line ends (2); 100,000 characters or more (77).
+        UserError: bytes that are not UTF-8, control characters other than line ends (2); more than 100,000 characters
+            (77).
     """
     for word in arguments:
         if len(word) > MOST_BYTES:
@@ -130,7 +131,7 @@ def config_files(arguments: list[str]) -> list[str]:
     files = []
     for index, word in enumerate(arguments):
         if word in ("-c", "--config"):
-            # "" for a -c at the end: there is no such file
+            # "" for a -c at the end, which is no existing file
             files.append(arguments[index + 1] if index + 1 < len(arguments) else "")
         elif word.startswith(("-c=", "--config=")):
             files.append(word.partition("=")[2])
@@ -138,7 +139,7 @@ def config_files(arguments: list[str]) -> list[str]:
 
 
 def given_places(arguments: list[str]) -> list[KeyPlace]:
-    """Every key that files and options give, the one that wins last."""
+    """Every key given by files and options; the one that takes effect comes last."""
     places: list[KeyPlace] = []
     for name in config_files(arguments):
         root = read_config_file(name)
@@ -171,7 +172,7 @@ def _keys(node: yaml.Node, name: str, parent: str) -> Iterator[KeyPlace]:
             yield from _keys(value, name, dotted)
     elif isinstance(node, yaml.SequenceNode):
         for part in node.value:
-            # items of a list stand under the list's own key
+            # items of a list are under the list's own key
             yield from _keys(part, name, parent)
 
 
@@ -180,34 +181,34 @@ def _flat(key: str) -> str:
 
 
 def find_place(key: str, places: list[KeyPlace], value: str | None = None) -> KeyPlace | None:
-    """The last place that gives `key` (or a longer key that ends with it), preferably with that value."""
+    """The last place that gives `key` (or a longer key that ends with it), preferably with this value."""
     key = _flat(key)
     fits = [place for place in places if place.key == key or place.key.endswith("." + key)]
-    # of several places that give the key, the one whose value the message names
+    # among several places that give the key, the one whose value the message names
     exact = [place for place in fits if value is not None and place.value == value]
     candidates = exact or fits
     return candidates[-1] if candidates else None
 
 
 def nearest(word: str, names: Iterable[str], least: float) -> str | None:
-    """The name most like `word`; None where none is alike by `least` (0 to 1), or the word is too long to be one."""
-    # difflib takes the square of the length
+    """The name most similar to `word`; None if no similarity reaches `least` (0 to 1), or the word is too long."""
+    # difflib is quadratic in the length
     near = [] if len(word) > 2 * MOST_SHOWN else difflib.get_close_matches(word, names, 1, least)
     return near[0] if near else None
 
 
 def fill_environment(value: Any, where: str, typed: bool = False, nested: int = 0, before: str = "") -> Any:
-    """`value` with every `${oc.env:NAME}` and `${oc.env:NAME,default}` in its texts replaced by that variable.
+    """`value` with every `${oc.env:NAME}` and `${oc.env:NAME,default}` in its strings replaced by that variable.
 
-    What a variable holds is a text: nothing in it is replaced again. A default may itself hold such a reference.
+    The content of a variable is plain text: nothing in it is replaced again. A default may contain such a reference.
 
     Args:
         where: the file, for messages.
-        typed: by the user, who may send a variable anywhere; a file may not.
-        nested, before: how deep in defaults this text is, and what the file has before it.
+        typed: typed by the user, who may send a variable anywhere; a file may not.
+        nested, before: nesting depth of this text in defaults, and the file's text before it.
 
     Raises:
-        UserError: a variable that is not set, or holds control characters (2); another kind of `${...}`, a variable
+        UserError: a variable is not set, or contains control characters (2); another kind of `${...}`, or a variable
             within an address (77).
     """
     if isinstance(value, dict):
@@ -216,7 +217,7 @@ def fill_environment(value: Any, where: str, typed: bool = False, nested: int = 
         return [fill_environment(part, where, typed) for part in value]
     if not isinstance(value, str) or "${" not in value:
         return value
-    # `done` is never searched again: what a variable holds stays a text
+    # `done` is never searched again: the content of a variable stays plain text
     done, start = "", value.find("${")
     while start >= 0:
         end = _closing(value, start)
@@ -226,7 +227,7 @@ def fill_environment(value: Any, where: str, typed: bool = False, nested: int = 
             what = f"{cut(value)} asks for more than an environment variable"
             raise UserError(where, what, "Write ${oc.env:NAME} or ${oc.env:NAME,default}", ExitCode.REFUSED)
         content = os.environ.get(name[1])
-        # what the file itself says: a variable may well hold an address
+        # the file's own text: a variable itself may well contain an address
         before += value[:start]
         if content is not None and not typed and ADDRESS.search(before):
             what = f"sends the environment variable {name[1]} to an address"
@@ -246,12 +247,12 @@ def fill_environment(value: Any, where: str, typed: bool = False, nested: int = 
 
 
 def environment_names(text: str) -> list[str]:
-    """The variables that a text takes from the environment, each once."""
+    """The environment variables that a text refers to, without duplicates."""
     return [*dict.fromkeys(re.findall(r"\$\{oc\.env:([A-Za-z_]\w*)", text))]
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the brace that opens first after `start` closes; -1 where it does not."""
+    """Position of the brace that closes the first one opened after `start`; -1 if there is none."""
     depth = 0
     # braces nest: ${oc.env:A,${oc.env:B,c}}
     for brace in re.finditer(r"[{}]", text[start:]):

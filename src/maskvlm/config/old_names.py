@@ -1,5 +1,5 @@
-"""Names of earlier versions, of classes and of options: checkpoints, hub folders, indices, YAML files and commands that
-say them keep working."""
+"""Names of classes and options in earlier versions, so that checkpoints, hub folders, indices, YAML files and commands
+that use them keep working."""
 
 from typing import Any
 
@@ -41,32 +41,32 @@ OPTIONS = {
     "model.backbone.image": {"kept_features": "feature_cache"},
     "data": {"leaks": "contamination"},
 }
-"""Where an option is -> its name in an earlier version -> its name now."""
+"""Parent key of an option -> its name in an earlier version -> its current name."""
 CLASSES = {"maskvlm.model.encoders.ImageEncoder": "model.backbone.image", "maskvlm.data.module.PairData": "data"}
-"""Classes beside tasks that stand alone in files, and where their options are."""
+"""Classes other than tasks that appear on their own in files, and the parent key of their options."""
 
 
 def current(path: str) -> str:
-    """The class path by which a class is known now; any other text as it is."""
+    """The current path of a class; any other text is returned as is."""
     module, _, name = path.rpartition(".")
-    # the module must fit whole: `maskvlm.model` is an old one, `maskvlm.model.heads` is not
+    # the whole module must match: `maskvlm.model` is an old name, `maskvlm.model.heads` is not
     return f"{MOVED[module]}.{name}" if module in MOVED else path
 
 
 def current_key(key: str) -> str:
-    """A dotted key as it is now: `model.task.init_args.text_draws` -> `model.task.init_args.masks_per_text`."""
+    """The current form of a dotted key: `model.task.init_args.text_draws` -> `model.task.init_args.masks_per_text`."""
     parent, _, last = key.rpartition(".")
-    # `init_args` stands between the keys where a class is named, and tells nothing
+    # `init_args` only separates the keys of a named class
     place = ".".join(part for part in parent.split(".") if part != "init_args")
     new = OPTIONS.get(place, {}).get(last, last)
     return f"{parent}.{new}" if parent else new
 
 
 def renamed(value: Any, place: str = "") -> Any:
-    """Plain values with every class path and every option in them as it is now.
+    """Plain values, with every class path and option in them under its current name.
 
     Args:
-        place: the dotted key under which they stand; "" for a whole file, or for a class that stands alone.
+        place: the dotted key of these values; "" for a whole file, or for a class on its own.
     """
     if isinstance(value, list):
         return [renamed(part, place) for part in value]
@@ -74,20 +74,20 @@ def renamed(value: Any, place: str = "") -> Any:
         return value
     path = value.get("class_path")
     if isinstance(path, str):
-        # a copy: the caller's value stays as it is
+        # a copy, so that the caller's value is not changed
         value = {**value, "class_path": current(path)}
         # a class below a key has its options under that key
         place = place or _place_of(value["class_path"])
-    # keys of a file may be numbers, too
+    # keys of a file may also be numbers
     inside = f"{place}." if place else ""
     keys = {key: current_key(inside + key).removeprefix(inside) if isinstance(key, str) else key for key in value}
     return {
-        # what `init_args` holds are options of the same place
+        # the content of `init_args` are options of the same place
         keys[key]: renamed(part, place if key == "init_args" else f"{place}.{key}".strip("."))
         for key, part in value.items()
     }
 
 
 def _place_of(path: str) -> str:
-    """Where the options of a class are that stands alone. Checkpoints have tasks so, of any package."""
+    """Parent key of the options of a class on its own. Checkpoints store tasks this way, from any package."""
     return CLASSES.get(path, "model.task")

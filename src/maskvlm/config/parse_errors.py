@@ -1,4 +1,4 @@
-"""The argument parser's messages, many lines long, as one line: the place, what is wrong, the nearest key."""
+"""Shortens the argument parser's long messages to one line: the place, what is wrong, the nearest key."""
 
 import re
 import sys
@@ -9,22 +9,22 @@ from maskvlm.config.given_options import KeyPlace, find_place, given_places, nea
 from maskvlm.config.safe_yaml import cut
 from maskvlm.utils.errors import ExitCode, UserError
 
-MOST_LINES, MOST_WIDE = 200, 400  # of the parser's message: what is longer is a value that it repeats
+MOST_LINES, MOST_WIDE = 200, 400  # of the parser's message: anything longer is a value that it repeats
 
 
 def explain_message(message: str, known: Iterable[str], siblings: Iterable[str], arguments: list[str]) -> UserError:
-    """One line for a message of the argument parser.
+    """Turn a message of the argument parser into a one-line error.
 
     Args:
         message: the parser's text.
         known: the full keys that the command accepts.
-        siblings: where the complaint is about a class's argument, the names of those it has.
+        siblings: if the message is about an argument of a class, the names of that class's arguments.
         arguments: the command line, without the subcommand.
     """
     places = given_places(arguments)
     context = MessageContext(set(known), set(siblings), places)
     message = short_message(message)
-    # the first pattern that fits, see the order there
+    # the first pattern that matches, in the order of _ANSWERS
     for pattern, answer in _ANSWERS:
         match = re.search(pattern, message, re.DOTALL)
         if match:
@@ -33,12 +33,13 @@ def explain_message(message: str, known: Iterable[str], siblings: Iterable[str],
 
 
 def short_message(message: str) -> str:
-    """The message without the middle of long lines, and of many: a value of a megabyte stands in it several times."""
+    """The message with long lines cut, and without the middle if there are too many lines: it may repeat a value of a
+    megabyte several times."""
     lines = message.splitlines()
     if len(lines) > MOST_LINES:
-        # what is wrong stands at the beginning or at the end
+        # what is wrong comes at the beginning or at the end
         lines = [*lines[: MOST_LINES // 2], "...", *lines[-MOST_LINES // 2 :]]
-    # One member of a union takes the class and says what is wrong in it; that the others do not take it tells nothing.
+    # One member of a union accepts the class and says what is wrong in it; that the others reject it is irrelevant.
     class_paths = set(re.findall(r"Problem with given class_path '([\w.]+)'", message))
     other = re.compile(r"\s*- Import path ([\w.]+) does not correspond")
     lines = [line for line in lines if not ((match := other.match(line)) and match[1] in class_paths)]
@@ -46,7 +47,7 @@ def short_message(message: str) -> str:
 
 
 class MessageContext(NamedTuple):
-    """What is known when a message is explained."""
+    """Context for explaining a message."""
 
     known: set[str]
     siblings: set[str]
@@ -62,8 +63,8 @@ ELSEWHERE = {
     "optimizer": "AdamW is the model's own: set model.lr, model.lr_encoders, model.weight_decay, model.betas",
     "lr_scheduler": "Warm-up and cosine are the model's own: set model.warmup, model.stable and model.min_lr",
 }
-"""Keys that LightningCLI has elsewhere, and what is in their place here: rates differ by part of the model, and a run
-that goes on must find the schedule that it began with."""
+"""Keys of a standard LightningCLI, and what replaces them here: learning rates differ by part of the model, and a
+resumed run must find the schedule with which it started."""
 
 
 def _unknown(match: re.Match[str], context: MessageContext) -> UserError:
@@ -83,13 +84,13 @@ def _unknown(match: re.Match[str], context: MessageContext) -> UserError:
 
 
 def _nearest(key: str, here: set[str], anywhere: set[str]) -> str | None:
-    """The known key most like `key`: a neighbour, the same name elsewhere, or one that looks alike."""
+    """The known key most similar to `key`: a neighbour, the same name elsewhere, or one with similar spelling."""
     parent, _, last = key.rpartition(".")
     neighbours = {name.rpartition(".")[2]: name for name in here if name.rpartition(".")[0] == parent}
-    # a slip of the fingers
+    # a typo
     if near := nearest(last, neighbours, 0.6):
         return neighbours[near]
-    # the right name under the wrong parent; the shortest key is the likeliest
+    # the right name under the wrong parent; the shortest key is the most likely
     if same := sorted((name for name in anywhere if name.rpartition(".")[2] == last), key=len):
         return same[0]
     # whole keys are long and alike, hence the higher bound
@@ -120,14 +121,14 @@ def _wrong_value(match: re.Match[str], context: MessageContext) -> UserError:
     text = match["text"]
     value_match = re.search(r"(?:Got value|Given value): (.*)", text)
     value = value_match[1].strip() if value_match else None
-    # the value tells which of several places is meant
+    # the value tells which of several places it is about
     place = find_place(match["key"], context.places, value) or KeyPlace("configuration", match["key"], value or "")
     if value and len(value) > MOST_WIDE // 2:
         value = place.value or value  # the whole of it
     if lacking := _undefined(value or place.value):
         todo = f"Define in it: {lacking}"
         return UserError(_where(place), f"{cut(value or place.value)} is an abstract class", todo)
-    # two forms of the parser: a union lists its members, a plain type stands in a sentence
+    # the parser has two forms: a union lists its members, a plain type is part of a sentence
     types = re.search(r"Subtypes: \[(.*?)\]\n", text) or re.search(r"Expected a (.*?)(?:\. Got|\n|$)", text)
     if types is None and "Subclass types expect" in text:
         return UserError(_where(place), f"{cut(value or place.value)} does not fit", "Give the path of a class")
@@ -137,16 +138,16 @@ def _wrong_value(match: re.Match[str], context: MessageContext) -> UserError:
 
 
 def _undefined(path: str) -> str:
-    """What a class, if this is the path of one that the parser has imported, leaves to be defined; "" for nothing."""
+    """Abstract methods of the class at this path, if the parser has imported it; "" if there are none."""
     module, _, name = path.rpartition(".")
-    # Not getattr: a package may import what it is asked for.
+    # Not getattr: a package may import a missing attribute.
     kind = vars(sys.modules[module]).get(name) if module in sys.modules else None
     return ", ".join(sorted(getattr(kind, "__abstractmethods__", ()))) if isinstance(kind, type) else ""
 
 
 def _plain_type(text: str) -> str:
     """`typing.Literal['l1', 'l2']` -> `one of l1, l2`; `<class 'float'>` -> `a number`."""
-    # every second part is what a Literal holds: values, which one types as they stand
+    # every second part is the content of a Literal: values to be typed as they are
     parts = re.split(r"(?:typing\.)?Literal\[(.*?)\]", text)
     return "".join(
         f"one of {part}".replace("'", "") if number % 2 else _plain_names(part) for number, part in enumerate(parts)
@@ -163,7 +164,7 @@ def _plain_names(text: str) -> str:
 
 
 def _missing(match: re.Match[str], _: MessageContext) -> UserError:
-    # without the command's name, which files do not have
+    # without the command's name, which does not appear in files
     keys = re.sub(r"\b(fit|validate|test|predict)\.", "", match["keys"])
     todo = "Give the files with -c" if "model." in keys else "Give it a value under init_args, where its class is named"
     return UserError("configuration", f"nothing sets {keys}", todo)
@@ -177,7 +178,7 @@ def _where(place: KeyPlace) -> str:
     return cut(place.where) if place.where.startswith("--") else f"{place.where}: {cut(place.key)}"
 
 
-# The innermost complaint tells most, so what wraps others comes last.
+# The innermost error says most, so messages that wrap others come last.
 _ANSWERS: list[tuple[str, Callable[[re.Match[str], MessageContext], UserError]]] = [
     (r"Importing '(?P<path>[\w.]+)' is not allowed", _denied),
     (r"unrecognized arguments: (?P<key>--\S+)", _unknown),

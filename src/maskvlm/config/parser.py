@@ -1,5 +1,4 @@
-"""What holds for every command before its arguments are understood: how they are parsed, whose classes may be
-named in files, and a calm console."""
+"""Setup shared by all commands: how arguments are parsed, which classes files may name, and a quiet console."""
 
 import logging
 import os
@@ -26,14 +25,14 @@ from maskvlm.config.safe_yaml import LARGEST, NotPlain, cut, read_yaml
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.launch import STUDY
 
-MODE = "maskvlm"  # of parsing: YAML through `load_text`
+MODE = "maskvlm"  # parser mode: YAML through `load_text`
 GROUPS = ("trainer", "model")
-"""Keys that hold keys. A text there would be the name of a file, which the parser would read."""
+"""Keys that contain keys. The parser would take a string there for a file name, and read that file."""
 OUTPUTS = ("save_dir", "dirpath", "default_root_dir", "root_dir", "run", "name", "version", "sub_dir", "filename")
-"""Keys of folders that are written into, of the trainer and of the run, and what is joined to them."""
+"""Keys of output folders of the trainer and the run, and of names that are appended to them."""
 OUTSIDE = re.compile(r"://|::|:/*$")
-"""What an address has, or a text that becomes one: fsspec takes a::b for one, too."""
-# Said on every run by versions that fit each other; none of them is about what the user did.
+"""Part of an address, or of a string that becomes one: fsspec also treats a::b as an address."""
+# Issued on every run by compatible versions; none of them is about what the user did.
 KNOWN_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*`?set_vital`? is deprecated.*",
@@ -43,13 +42,13 @@ KNOWN_WARNINGS = (
     r".*It is recommended to use .self\.log.*sync_dist=True.*",  # each process has the metrics of all
     r".*torch\.distributed\.nn\.functional\.all_gather is deprecated.*",  # its successor is private
     r".*The number of training batches .* is smaller than the logging interval.*",
-    r".*`broadcast_buffers` is deprecated.*",  # torch 2.10 does not know its successor
-    r".*FSDP2-wrapped module .* returned a view tensor.*",  # keys and values: nothing writes into them
+    r".*`broadcast_buffers` is deprecated.*",  # torch 2.10 does not have its successor
+    r".*FSDP2-wrapped module .* returned a view tensor.*",  # keys and values, which are never written to
 )
 
 
 class Complaint(Exception):
-    """The parser's message, with the names it would have accepted; `explain_message` makes one line of it."""
+    """The parser's message, with the names it would have accepted; `explain_message` turns it into one line."""
 
     def __init__(self, message: str, known: Iterable[str], siblings: Iterable[str]) -> None:
         self.message, self.known, self.siblings = message, set(known), set(siblings)
@@ -57,7 +56,7 @@ class Complaint(Exception):
 
 
 class CommandParser(LightningArgumentParser):
-    """Raises Complaint where the original prints fifty lines of usage.
+    """Raises Complaint instead of printing fifty lines of usage.
 
     Attributes:
         nulls: see `keep_nulls`.
@@ -66,12 +65,12 @@ class CommandParser(LightningArgumentParser):
     nulls: ClassVar[list[str]] = []
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # --trainer.max_step is a mistake; texts inside of values are read by our reader, too
+        # --trainer.max_step is an error; strings inside values are read by our reader too
         super().__init__(*args, allow_abbrev=False, **{"parser_mode": MODE} | kwargs)
 
     @property
     def _default_env(self) -> bool:
-        """Only `${oc.env:NAME}` brings in the environment, whatever JSONARGPARSE_DEFAULT_ENV says."""
+        """Only `${oc.env:NAME}` reads the environment, whatever JSONARGPARSE_DEFAULT_ENV says."""
         return False
 
     @_default_env.setter
@@ -79,33 +78,33 @@ class CommandParser(LightningArgumentParser):
         """Set by the base class."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """No value is the name of a file to read: files are read by -c alone."""
+        """Add an argument whose value is never taken for the name of a file: files are only read with -c."""
         return super().add_argument(*args, **without_files(kwargs))
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
-        """Add arguments as `add_argument` does: no value is the name of a file to read."""
+        """Add arguments as `add_argument` does: no value is taken for the name of a file."""
         return super().add_class_arguments(*args, **without_files(kwargs))
 
     def add_subclass_arguments(self, *args: Any, **kwargs: Any) -> Any:
-        """Add arguments as `add_argument` does: no value is the name of a file to read."""
-        # it has no such setting: the files are forgotten afterwards
+        """Add arguments as `add_argument` does: no value is taken for the name of a file."""
+        # the base method has no such setting, so it is applied afterwards
         super().add_subclass_arguments(*args, **kwargs)
         forget_files(self)
 
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
         """The configuration as YAML, also for --print_config."""
-        # the configuration itself stays as parsed
+        # a clone, so that the configuration itself stays as parsed
         clone = cfg.clone()
         keep_nulls(clone)
         return super().dump(clone, *args, **kwargs)
 
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
-        """Instantiate as the base class does, and keep the errors that classes raise about their own arguments. For an
-        argument of several possible kinds, such as a data set's reader, the base class keeps only the complaint of
-        the first kind. What a class of Lightning's says is the user's to read, too.
+        """Instantiate as the base class does, but keep the errors that classes raise about their own arguments. For an
+        argument with several possible types, such as a data set's reader, the base class keeps only the error of the
+        first type. Errors of Lightning's classes are shown to the user too.
 
         Raises:
-            UserError: what a class said.
+            UserError: the error of a class.
         """
         refused: list[UserError] = []
 
@@ -116,7 +115,7 @@ class CommandParser(LightningArgumentParser):
                 refused.append(error)
                 raise
             except Exception as error:
-                # A logger whose package is missing, a value that the types allow. Of other classes it is a bug.
+                # A logger whose package is missing, or a wrong value of the right type. In other classes it is a bug.
                 if kind.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning"):
                     raise
                 refused.append(UserError(kind.__name__, cut(str(error), 300).rstrip("."), "Correct it in trainer"))
@@ -126,13 +125,13 @@ class CommandParser(LightningArgumentParser):
             return super().instantiate(namespace, *args, instantiators=[(build, object, True)], **kwargs)
         except ValueError as error:
             failed = error
-        # Out here: raised in the handler, the two could be each other's cause.
+        # Outside the handler, where the two could become each other's cause.
         raise refused[0] if refused else failed
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().validate(*args, **kwargs)
-        except KeyError as error:  # the innermost parser knows the names that were possible here
+        except KeyError as error:  # the innermost parser knows the valid names here
             if getattr(self, "_inner_parser", False) and not hasattr(error, "siblings"):
                 # carried by the exception itself: `error` of the outer parser finds it there
                 error.siblings = option_names(self)  # type: ignore[attr-defined]
@@ -141,37 +140,37 @@ class CommandParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if (
             getattr(self, "_inner_parser", False) and not self.exit_on_error
-        ):  # caught and tried otherwise by the outer one
+        ):  # the outer parser catches it and tries another way
             super().error(message, ex)
-        # a UserError on the way has a better message than the parser's
+        # a UserError among the causes has a better message than the parser's
         causes = list(chain(ex))
         for cause in causes:
             if isinstance(cause, UserError):
                 raise cause
-        # the subcommand's parser knows its options, the outermost only the commands
+        # the subcommand's parser knows its options, the outermost one only the commands
         command = next((c.subcommand_parser for c in causes if hasattr(c, "subcommand_parser")), self)
         siblings = next((c.siblings for c in causes if hasattr(c, "siblings")), ())
         raise Complaint(message, option_names(command), siblings) from ex
 
 
 def without_files(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an argument whose value is never the name of a file to read."""
+    """Settings of an argument whose value is never taken for the name of a file."""
     return settings | {"sub_configs": False}
 
 
 def forget_files(parser: CommandParser) -> None:
-    """Apply `without_files` to arguments that are there already; those of a class have no setting for it."""
+    """Apply `without_files` to existing arguments; those of a class have no setting for it."""
     for action in parser._actions:
-        # private to jsonargparse, as the setting is missing
+        # a private attribute of jsonargparse, as there is no setting
         if hasattr(action, "_enable_path"):
             action._enable_path = False
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what led to it, the first cause last."""
+    """An exception and its causes, the first cause last."""
     while error is not None:
         yield error
-        # `raise ... from`, else what was being handled
+        # `raise ... from`, else the exception being handled
         error = error.__cause__ or error.__context__
 
 
@@ -182,28 +181,28 @@ def option_names(parser: LightningArgumentParser) -> set[str]:
 
 
 def load_text(text: str, path: str | None = None) -> Any:
-    """The values of a file's YAML, or of an option's or a text's.
+    """The values of the YAML in a file, an option or a string.
 
     Args:
         text: YAML.
-        path: the file's name. Environment variables are filled in there.
+        path: the file's name; in files, environment variables are filled in.
     """
     if path is not None:
         return fill_environment(read_yaml(text, path), path)
-    # of an option, or a text inside of a value: variables have been filled in by now
+    # of an option, or a string inside a value, where variables have already been filled in
     value = read_yaml(text, "configuration")
     if isinstance(value, dict) and value and all(part is None for part in value.values()):
         words = set(text.strip(" {}").replace(" ", "").split(","))
         if words == set(value) or text.strip() == f"{next(iter(value))}:":
-            return text  # such as {run}, which means the run's folder, and no mapping
+            return text  # such as {run}, which stands for the run's folder and is not a mapping
     return value
 
 
 def set_up_parsing(arguments: list[str], allowed: Iterable[str] = ()) -> None:
-    """What holds for every command: which classes may be named, and a calm console."""
-    # NotPlain alone tells the parser to take the text as it is; other errors pass through it
+    """Set up parsing for every command: which classes may be named, and a quiet console."""
+    # only NotPlain tells the parser to take the text as is; other errors pass through it
     set_loader("maskvlm", load_text, (NotPlain,))
-    # switches the check on; whom it asks is replaced below, where jsonargparse has no setting
+    # enables the check; its verdicts are replaced below, where jsonargparse has no setting
     set_parsing_settings(import_path_denylist=["*"])
     build_typed_values_alone()
     _common.parsing_settings["import_path_verdicts"] = Verdicts(arguments, allowed)
@@ -214,7 +213,7 @@ def set_up_parsing(arguments: list[str], allowed: Iterable[str] = ()) -> None:
 
 
 def build_typed_values_alone() -> None:
-    """Where any value fits, such as in a dict, a mapping with a class_path stays a mapping."""
+    """Where any value is allowed, such as in a dict, keep a mapping with a class_path a mapping."""
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
 
@@ -222,18 +221,18 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     """The composed configuration.
 
     Args:
-        parser: of all commands.
+        parser: parser of all commands.
         arguments: the command and its options.
 
     Raises:
-        Complaint: what does not fit.
-        UserError: files that are not there or no plain YAML, texts where keys belong, numbers out of range.
+        Complaint: the parser rejects the arguments.
+        UserError: files are missing or not plain YAML, strings are given in place of keys, numbers are out of range.
     """
     check_words(arguments)
     for place in given_places(arguments[1:]):
         check_group(place)
     words = [
-        # names of files stay as they are; the texts inside of files are filled in by `load_text`
+        # file names stay as they are; the strings inside files are filled in by `load_text`
         word if word in config_files(arguments) else _current_word(fill_environment(word, "command line", typed=True))
         for word in arguments
     ]
@@ -241,26 +240,26 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     try:
         config = parser.parse_args(words)
         keep_nulls(config[config.subcommand])
-        # after parsing: texts have become numbers only now
+        # after parsing, as strings have only now become numbers
         check_written_numbers(config[config.subcommand])
         check_seed(config[config.subcommand].seed_everything)
         check_outputs(config[config.subcommand], arguments, words)
-    # an integer that no float holds
+    # an integer too large for a float
     except OverflowError:
         raise UserError("configuration", "a number is out of range", "Give one that fits 64 bits") from None
     return config
 
 
 def nulls_of(words: list[str]) -> list[str]:
-    """Keys that the command line ends up setting to null."""
-    # of options given twice the last one wins
+    """Keys that the command line sets to null in the end."""
+    # the last of repeated options takes effect
     last = {option.key: option.value for option in options(words)}
     return [key for key, value in last.items() if value in ("null", "~")]
 
 
 def keep_nulls(settings: Namespace) -> None:
-    """`--key null` as null. jsonargparse hands on an option of a class within a class as text, so where a text fits
-    it becomes "None": a folder of that name, for one."""
+    """Keep `--key null` as null. jsonargparse passes an option of a nested class on as a string, so where a string is
+    allowed it becomes "None": a folder of that name, for example."""
     for key in CommandParser.nulls:
         place: Any = settings
         *parents, name = key.split(".")
@@ -273,7 +272,7 @@ def keep_nulls(settings: Namespace) -> None:
 
 
 def _current_word(word: str) -> str:
-    """A word of the command line; a class path or an option of an earlier version as it is now."""
+    """A word of the command line, with class paths and options of earlier versions under their current names."""
     option, equals, value = word.partition("=")
     if not option.startswith("--"):
         return current(word)
@@ -281,15 +280,15 @@ def _current_word(word: str) -> str:
 
 
 def old_name_lines(arguments: list[str]) -> Iterator[str]:
-    """A line for each option that is given by the name of an earlier version."""
+    """A line for each option given under its name in an earlier version."""
     for place in given_places(arguments[1:]):
         if (new := current_key(place.key)) != place.key:
             yield f"{place.where}: {place.key} is called {new} now"
 
 
 def check_group(place: KeyPlace) -> None:
-    """No text where keys belong, and no file that names another: the parser would read either."""
-    # options are named by themselves, files by file:line
+    """Reject a string in place of keys, and a file that names another: the parser would read either."""
+    # an option's place is its name, a file's is file:line
     if place.key == "config" and not place.where.startswith("-"):
         raise UserError(place.where, "a file may not name another", "Give that file with -c", ExitCode.REFUSED)
     # a mapping typed as one value is fine
@@ -310,26 +309,26 @@ def _keys(text: str) -> Any:
 
 
 def check_seed(seed: bool | int) -> None:
-    """What numpy takes."""
+    """Check that the seed is one that numpy accepts."""
     if not 0 <= int(seed) < 2**32:
         raise UserError("seed_everything", f"{seed} is out of range", "Give 0 to 4294967295")
 
 
 def check_outputs(settings: Namespace, arguments: list[str], words: list[str]) -> None:
-    """Lightning would connect to an address in the place of a folder: what the user types is his own word, files and
-    what a study's file says are not. Held against what was parsed, whichever way it was written.
+    """Reject addresses as output folders, to which Lightning would connect, unless the user typed them; values from
+    files, including a study's file, do not count as typed. Checks the parsed values, however they were written.
 
     Args:
-        settings: of the subcommand, parsed.
-        arguments: as given, for the place of what is refused.
-        words: with the environment filled in.
+        settings: parsed settings of the subcommand.
+        arguments: as given, to name the place of a rejected value.
+        words: the arguments with the environment filled in.
 
     Raises:
         UserError: an address that was not typed for this key (77).
     """
     typed = [] if STUDY in os.environ else options(words)
     for key, text in [("run", settings.run), *_texts(settings.trainer, "trainer")]:
-        # a run's folder that is an address was typed, or is refused first
+        # a run's folder that is an address was typed, or has already been rejected
         filled = text.replace("{run}", "" if OUTSIDE.search(settings.run) else settings.run)
         own = any(f"{key}.".startswith(f"{option.key}.") and text in option.value for option in typed)
         if key.rpartition(".")[2] in OUTPUTS and OUTSIDE.search(filled) and not own:
@@ -340,7 +339,7 @@ def check_outputs(settings: Namespace, arguments: list[str], words: list[str]) -
 
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Every text under `key`, by its dotted key without init_args."""
+    """Every string under `key`, with its dotted key without init_args."""
     if isinstance(value, Namespace | dict):
         for name, part in (vars(value) if isinstance(value, Namespace) else value).items():
             yield from _texts(part, key if name == "init_args" else f"{key}.{name}")
@@ -352,7 +351,7 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def check_written_numbers(value: Any, key: str = "") -> None:
-    """Texts are read as numbers where one is wanted, of any length."""
+    """Raise UserError for integers beyond 64 bits: where a number is expected, strings of any length are parsed."""
     if isinstance(value, Namespace | dict):
         for name, part in (vars(value) if isinstance(value, Namespace) else value).items():
             check_written_numbers(part, f"{key}.{name}".lstrip("."))

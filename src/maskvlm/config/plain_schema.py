@@ -1,7 +1,7 @@
-"""What plain data out of somebody else's file may look like: a closed schema, and one line for whatever does not fit.
+"""Closed schemas for plain data from someone else's file, with a one-line error for anything that does not fit.
 
-A `Kind` describes a value: its type and its range. `Record` names the keys of a mapping, and no other key is read.
-Nothing here builds anything: what comes out is bool, int, float, str, None, and lists and dicts of these.
+A `Kind` describes the type and range of a value. `Record` names the keys of a mapping, and no other key is read.
+Nothing here builds objects: the result is bool, int, float, str, None, and lists and dicts of these.
 """
 
 import math
@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from maskvlm.utils.errors import ExitCode, UserError
 
-MOST_VALUE = 60  # characters of a wrong value
-MOST_TEXT = 1000  # characters of a text, unless told otherwise
+MOST_VALUE = 60  # characters shown of a wrong value
+MOST_TEXT = 1000  # characters of a text, by default
 
 
 class Kind(Protocol):
@@ -70,7 +70,7 @@ class Real:
 
 @dataclass(frozen=True)
 class Text:
-    """Printable text of at most `most` characters that matches `pattern` whole."""
+    """Printable text of at most `most` characters that fully matches `pattern`."""
 
     most: int = MOST_TEXT
     pattern: str | None = None
@@ -82,7 +82,7 @@ class Text:
     def fits(self, value: Any) -> bool:
         if type(value) is not str or len(value) > self.most:
             return False
-        # no control characters: texts of strangers reach terminals
+        # no control characters: untrusted texts reach terminals
         return value.isprintable() and (self.pattern is None or re.fullmatch(self.pattern, value) is not None)
 
 
@@ -97,7 +97,7 @@ class OneOf:
         return f"one of {listing}, ..." if len(self.values) > 8 else f"one of {listing}" if self.values[1:] else listing
 
     def fits(self, value: Any) -> bool:
-        # the type, too: 1 == True == 1.0
+        # the type too: 1 == True == 1.0
         return any(type(value) is type(one) and value == one for one in self.values)
 
 
@@ -127,13 +127,13 @@ class Listed:
 
     def fits(self, value: Any) -> bool:
         right = type(value) in (list, tuple) and self.least <= len(value) <= self.most
-        # the length first: a list of millions is not looked through
+        # the length first, so that a list of millions is not searched
         return right and all(self.kind.fits(part) for part in value)
 
 
 @dataclass(frozen=True)
 class Entries:
-    """A mapping of texts to values of one kind."""
+    """A mapping from texts to values of one kind."""
 
     kind: Kind
     most: int = 1000
@@ -149,7 +149,7 @@ class Entries:
 
 @dataclass(frozen=True)
 class Tree:
-    """Plain values, lists and mappings of them, at most `most` in all and `depth` deep. For what is only shown."""
+    """Plain values, and lists and mappings of them, at most `most` in all and `depth` deep. For display only."""
 
     most: int = 10_000
     depth: int = 12
@@ -158,7 +158,7 @@ class Tree:
         return f"at most {self.most:,} plain values, nested at most {self.depth} deep"
 
     def fits(self, value: Any) -> bool:
-        # a walk without recursion, in bounded steps
+        # a traversal without recursion, in a bounded number of steps
         remaining, todo = self.most, [(value, self.depth)]
         while todo:
             one, depth = todo.pop()
@@ -178,7 +178,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Nothing:
-    """null: where a user may name something and a file of his may not."""
+    """null: for what users may set themselves but a file may not."""
 
     def says(self) -> str:
         return "nothing"
@@ -200,9 +200,9 @@ class Record:
     """The keys of a mapping.
 
     Args:
-        needed: keys that must be there.
-        also: keys that may be there.
-        code: the exit status where something does not fit: 65 for data, 77 for what says how to build something.
+        needed: required keys.
+        also: optional keys.
+        code: exit status if something does not fit: 65 for data, 77 for instructions to build something.
     """
 
     needed: Mapping[str, Kind] = field(default_factory=dict)
@@ -210,10 +210,10 @@ class Record:
     code: ExitCode = ExitCode.BAD_DATA
 
     def read(self, value: Any, where: str, todo: str = "Get the file again from somebody you trust") -> dict[str, Any]:
-        """The mapping itself, checked.
+        """Check a mapping and return it.
 
         Raises:
-            UserError: it is no mapping, a key is missing or unknown, a value is of another kind; names the key.
+            UserError: it is not a mapping, a key is missing or unknown, or a value is of another kind; names the key.
         """
         if type(value) is not dict:
             raise UserError(where, f"expected a mapping, found {describe_value(value)}", todo, self.code)
@@ -233,9 +233,9 @@ class Record:
 
 
 def describe_value(value: Any) -> str:
-    """A value of anybody's for a message: short, one line, nothing a terminal obeys, however large it is."""
+    """An untrusted value for a message: short, on one line and without control characters, however large it is."""
     if isinstance(value, str):
-        # cut first: `repr` of a large value would be built whole
+        # cut first, as `repr` would process a large value whole
         text = repr(value[:MOST_VALUE])
     elif value is None or isinstance(value, bool | float):
         text = repr(value)

@@ -1,6 +1,6 @@
-"""YAML from anybody, read by one reader into plain values; whatever is wrong with it is one line.
+"""Reads untrusted YAML into plain values with a single reader; every error is one line.
 
-Nothing here imports torch: what can be refused is refused before seconds of imports.
+Nothing here imports torch: errors are found before seconds of imports.
 """
 
 import re
@@ -19,24 +19,24 @@ PLAIN_TAGS = {TAG + kind for kind in ("str", "int", "float", "bool", "null", "ma
 
 
 class PlainLoader(yaml.SafeLoader):
-    """The one reader of YAML here: numbers such as 1e-3 are numbers, and dates are texts."""
+    """The only YAML reader used here: numbers such as 1e-3 are numbers, and dates are strings."""
 
     levels = nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        # counted while the text is parsed: no tree of more than that is ever built
+        # counted during parsing, so that a larger tree is never built
         self.levels, self.nodes = self.levels + 1, self.nodes + 1
         if self.levels > MOST_LEVELS or self.nodes > MOST_NODES:
             what = "nested too deeply" if self.levels > MOST_LEVELS else f"more than {MOST_NODES} values"
             raise TooMuch(None, None, what, self.peek_event().start_mark)
         node: yaml.Node | None = super().compose_node(parent, index)
-        # not put back where it raises: the loader is used once
+        # not restored after an error, as the loader is used once
         self.levels -= 1
         return node
 
 
 class NotPlain(UserError):
-    """Text that is no plain YAML, and harmless. As the value of an option it may be a plain text."""
+    """Text that is not plain YAML, but harmless. As the value of an option it may be a plain string."""
 
 
 class TooMuch(yaml.MarkedYAMLError):
@@ -44,12 +44,12 @@ class TooMuch(yaml.MarkedYAMLError):
 
 
 PlainLoader.yaml_implicit_resolvers = {
-    # by the first character of a text: the kinds that it may be
+    # by the first character of a text: the types that it may have
     first: [(tag, shape) for tag, shape in every if tag not in (TAG + "timestamp", TAG + "float")]
     for first, every in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 PlainLoader.add_implicit_resolver(
-    # YAML 1.1 wants a dot and a sign of the exponent: 1e-3 and 1.0e3 would be texts
+    # YAML 1.1 requires a dot and a signed exponent: 1e-3 and 1.0e3 would be strings
     TAG + "float",
     re.compile(
         r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -62,13 +62,13 @@ PlainLoader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
-SHAPES = PlainLoader("")  # tells the kind of a text
+SHAPES = PlainLoader("")  # resolves the type of a text
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """The values of plain, small YAML: dicts, lists, texts, numbers, true and false, None; none shared by an alias.
+    """The values of plain, small YAML: dicts, lists, strings, numbers, booleans, None; none shared by an alias.
 
-    Class paths of earlier versions come out as they are now.
+    Class paths of earlier versions are replaced by the current ones.
 
     Args:
         text: YAML of at most 100,000 characters.
@@ -82,14 +82,14 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 def check_yaml(text: str, where: str) -> yaml.Node | None:
-    """Refuse what is not plain, small YAML, before any of it is built.
+    """Reject anything but plain, small YAML, before any of it is built.
 
     Returns:
-        The tree of nodes, which know their lines; None for an empty text. `_value` makes values of this same tree.
+        The tree of nodes, which know their lines; None for an empty text. `_value` turns this same tree into values.
 
     Raises:
-        UserError: too large, nested too deeply, aliases that multiply, a tag that asks for an object (77);
-            not YAML, a key given twice, a value that its tag does not fit, a number out of range (2).
+        UserError: it is too large or nested too deeply, has aliases that multiply, or a tag that asks for an object
+            (77); it is not YAML, a key is given twice, a value does not fit its tag, or a number is out of range (2).
     """
     if len(text) > MOST_BYTES:
         raise UserError(where, f"{len(text)} characters of YAML", "Make it smaller", ExitCode.REFUSED)
@@ -101,53 +101,54 @@ def check_yaml(text: str, where: str) -> yaml.Node | None:
         ) from None
     except yaml.MarkedYAMLError as error:
         what = f"not YAML ({cut(error.problem or '')})"
-        # What is never closed is noticed at the end of the file; the line to mend is where it began.
+        # An unclosed part is only noticed at the end of the file; the line to fix is where it begins.
         unclosed = ("while parsing a flow", "while scanning a quoted", "while scanning a simple")
         begun = str(error.context).startswith(unclosed)
         mark = error.context_mark if begun and error.context_mark else error.problem_mark
         raise NotPlain(at_line(where, mark), what, "Mend the line, or put the value in quotes") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        # a character that no YAML may hold: its position is in characters, not lines
+        # a character not allowed in YAML: its position is in characters, not lines
         raise NotPlain(f"{where}:{line}", f"not YAML ({error.reason})", "Save it as UTF-8 text") from None
-    except (ValueError, OverflowError):  # of an escape such as \UFFFFFFFF, or of a version with thousands of digits
+    except (ValueError, OverflowError):  # from an escape such as \UFFFFFFFF, or a version with thousands of digits
         raise NotPlain(where, "not YAML (a number in it is out of range)", "Write plain values") from None
-    # nothing has been built yet: only nodes with tags and texts
+    # no values have been built yet, only nodes with tags and texts
     if root is not None:
         _unfold(root, where, {})
     return root
 
 
 def at_line(where: str, mark: yaml.Mark | None) -> str:
-    """`FILE:LINE`, lines counted from 1."""
+    """`FILE:LINE`, with lines counted from 1."""
     return f"{where}:{mark.line + 1}" if mark else where
 
 
 def cut(text: str, most: int = MOST_SHOWN) -> str:
-    """A value for a message: one line, its beginning if it is long, no character that moves a terminal's cursor."""
-    # twice the length first: a value may be a megabyte
+    """A value for a message: on one line, cut if it is long, without control characters."""
+    # cut to twice the length first, as a value may be a megabyte
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 2 * most]).split())
     return line if len(line) <= most and len(text) <= 2 * most else f"{line[:most]}... ({len(text)} characters)"
 
 
 class Unfolded(NamedTuple):
-    """What a node becomes with its aliases written out."""
+    """Size of a node with its aliases expanded."""
 
     nodes: int
     levels: int
 
 
 def _unfold(node: yaml.Node, where: str, known: dict[int, Unfolded | None]) -> Unfolded:
-    """Each node is visited once: an alias bomb costs no more than its text. None marks the nodes being visited."""
+    """Check a node and compute its expanded size. Each node is visited once, so an alias bomb costs no more than its
+    text. None marks the nodes being visited."""
     place = at_line(where, node.start_mark)
     _check_tag(node, where)
-    # an alias is the very node that it names
+    # an alias is the same node object that it refers to
     if id(node) in known:
         known_size = known[id(node)]
         if known_size is None:
             raise UserError(place, "an alias to the value it is in", "Write the value out", ExitCode.REFUSED)
         return known_size
-    # until its parts are visited: meeting it again means that it holds itself
+    # until its parts are visited: meeting it again means that it contains itself
     known[id(node)] = None
     parts: list[yaml.Node] = []
     # scalars have no parts
@@ -160,9 +161,9 @@ def _unfold(node: yaml.Node, where: str, known: dict[int, Unfolded | None]) -> U
         parts = [part for pair in node.value for part in pair]
     else:
         parts = node.value
-    # recursion is bounded: the loader refuses deep nesting
+    # recursion is bounded, as the loader rejects deep nesting
     inner = [_unfold(part, where, known) for part in parts]
-    # an alias counts as much as what it stands for
+    # an alias counts as much as the value it stands for
     size = Unfolded(1 + sum(part.nodes for part in inner), 1 + max((part.levels for part in inner), default=0))
     if size.nodes > MOST_NODES or size.levels > MOST_LEVELS:
         raise UserError(place, "aliases that multiply into a huge value", "Write it out", ExitCode.REFUSED)
@@ -193,23 +194,23 @@ def _check_tag(node: yaml.Node, where: str) -> None:
 
 
 def _scalar(node: yaml.ScalarNode, where: str) -> Any:
-    """The value of a scalar; raises UserError where its tag does not fit its text, or a number is out of range."""
+    """The value of a scalar; raises UserError if its tag does not fit its text, or a number is out of range."""
     text, place = node.value, at_line(where, node.start_mark)
     if node.tag == TAG + "str":
         if yaml.reader.Reader.NON_PRINTABLE.search(text):
             raise NotPlain(place, f"the text {cut(text)} holds a control character", "Write plain text")
         return text
-    # what the text would be without a tag; !!float 1 is fine
+    # the tag that the text would have on its own; !!float 1 is fine
     implied_tag = SHAPES.resolve(yaml.ScalarNode, text, (True, False))
     if implied_tag != node.tag and (implied_tag, node.tag) != (TAG + "int", TAG + "float"):
         what = f"{cut(text)} is not what its tag {node.tag.removeprefix(TAG)} says"
         raise NotPlain(place, what, "Leave the tag out")
     try:
-        # long numbers are refused unread: turning them into an int takes the square of their length
+        # long numbers are rejected unparsed, as parsing them into an int is quadratic in their length
         value = None if len(text) > MOST_SHOWN else yaml.constructor.SafeConstructor().construct_object(node)
     except (ValueError, OverflowError):  # such as 0b_
         raise NotPlain(place, f"{cut(text)} is no number", "Put it in quotes if it is a text") from None
-    # 1e999 is read as infinity, which only .inf may say
+    # 1e999 is parsed as infinity, for which only .inf is allowed
     infinite = isinstance(value, float) and abs(value) == float("inf") and "inf" not in text.lower()
     if len(text) > MOST_SHOWN or infinite or (isinstance(value, int) and abs(value) > LARGEST):
         raise NotPlain(place, f"the number {cut(text)} is out of range", "Give one that fits 64 bits")

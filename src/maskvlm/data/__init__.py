@@ -1,1 +1,1 @@
-"""Pairs of image and text: how they are read, prepared, sampled and put into batches."""
+"""Image-text pairs: reading, preparing, sampling and batching them."""

@@ -1,7 +1,7 @@
-"""What the data side and the model side agree on: `InputSpec` going in, `Batch` coming out.
+"""The interface between data and model: `InputSpec` goes in, `Batch` comes out.
 
-Shapes: B images, C captions (training: as many of each image as `PairData(captions)` says; evaluation: all captions of
-each image, C >= B), T tokens, H and W pixels.
+Shapes: B images, C captions (training: `PairData(captions)` per image; evaluation: all captions of each image, C >= B),
+T tokens, H and W pixels.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 from PIL import Image
 
-# Preparing a data set needs rows, and no torch, whose import takes seconds.
+# Preparing a data set needs rows but not torch, whose import takes seconds.
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 # A NamedTuple: jsonargparse cannot link a dataclass to a required argument.
 class InputSpec(NamedTuple):
-    """Facts about inputs that the encoders know and the data module needs; no YAML repeats them.
+    """Properties of the inputs that the encoders know and the data module needs, so that no YAML repeats them.
 
-    `tokenizer` is None where the text encoder starts without one: the data module then trains one of at
-    most `vocab_size` entries on its training captions, and the model takes it over.
+    `tokenizer` is None if the text encoder starts without one: the data module then trains one with at most
+    `vocab_size` entries on its training captions, which the model adopts.
     """
 
     image_size: int
@@ -36,19 +36,19 @@ class Batch(NamedTuple):
     """Images and captions, ready for the encoders; masking happens later, on the device.
 
     Attributes:
-        image_BCHW: RGB: bytes as loaded, normalised floats once `PairData` has them on the device.
+        image_BCHW: RGB images: uint8 as loaded, normalised floats once `PairData` has them on the device.
         token_CT: token ids, padded to the longest caption of the batch.
-        attention_CT: True on tokens, False on padding.
-        special_CT: True on start, end and padding: never masked.
+        attention_CT: True for tokens, False for padding.
+        special_CT: True for start, end and padding, which are never masked.
         word_CT: index of the word a token belongs to, -1 on specials; for whole-word masking.
         owner_C: row of the caption's image in image_BCHW.
         image_id_B: 63-bit hash of the image's id; rows with the same id show the same image.
-        text_id_C: 63-bit hash of the cleaned caption; rows with the same id say the same.
-        valid_B: False where the sample could not be read: a hole that keeps its place, blank, with weight 0.
+        text_id_C: 63-bit hash of the cleaned caption; rows with the same id have the same text.
+        valid_B: False if the sample could not be read: a blank placeholder with weight 0 that keeps its place.
         index_B: the sample's position in the data set.
-        foreground_BHW: True on pixels of objects, where the source knows them; for evaluation.
-        problems: (reason, message) of each sample that could not be read or had to be mended.
-        texts: the cleaned captions, C of them, for predictions.
+        foreground_BHW: True for pixels of objects, if the source knows them; for evaluation.
+        problems: (reason, message) of each sample that could not be read or had to be repaired.
+        texts: the C cleaned captions, for predictions.
     """
 
     image_BCHW: Tensor
@@ -68,7 +68,7 @@ class Batch(NamedTuple):
 
 
 class Row(TypedDict):
-    """One image with its captions, as a source hands it out.
+    """One image with its captions, as returned by a source.
 
     `image` is encoded bytes, a path, or a Pillow image; `origin` names the row in error messages
     (`dataset_flickr8k.json image 12 (123.jpg)`).
@@ -84,13 +84,13 @@ class Pairs(Protocol):
     """One split of a data set: rows by index. `fingerprint` changes when the content does.
 
     A split that knows where its objects are may also offer `object_mask(index, size)`, a boolean array
-    [size, size]; masked-pixel errors are then measured over object pixels alone, too. One that knows its images'
-    ids without opening them offers `image_ids()`: the ids that a checkpoint has seen are kept with it.
+    [size, size]; masked-pixel errors are then also measured over object pixels only. A split that knows its images'
+    ids without opening them offers `image_ids()`: the ids that a checkpoint has seen are stored with it.
     """
 
     @property
     def fingerprint(self) -> str:
-        """Another text for another content; no path or date is in it."""
+        """A hash of the content, which does not depend on paths or dates."""
         ...
 
     def __len__(self) -> int: ...
@@ -99,7 +99,7 @@ class Pairs(Protocol):
 
 
 class Source(ABC):
-    """A data set: what a reader must offer. A new data set is one subclass and one YAML that names it."""
+    """A data set: the interface of a reader. A new data set is one subclass and one YAML file that names it."""
 
     @abstractmethod
     def split(self, name: str) -> Pairs:

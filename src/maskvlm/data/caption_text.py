@@ -5,7 +5,7 @@ import re
 import unicodedata
 
 MAX_CAPTION_BYTES = 4096
-"""Longer captions are cut here before tokenizing: over a hundred times the 30 tokens a model reads."""
+"""Longer captions are truncated to this length before tokenizing: over a hundred times the 30 tokens a model reads."""
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _TERMINAL_ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
@@ -15,16 +15,16 @@ def clean_caption(text: str) -> tuple[str, str | None]:
     """Plain, printable, composed (NFC) text on one line, at most MAX_CAPTION_BYTES bytes of UTF-8.
 
     Returns:
-        The text, "" where nothing is left, and what had to be mended, the worst first: "empty", "cut",
-        "surrogate" (half of a UTF-16 pair, replaced by U+FFFD), "control" (control and format characters
-        dropped, zero-width joiners and terminal escapes too); None where nothing but white space changed.
+        The text ("" if nothing is left) and the most serious repair, from worst to mildest: "empty", "cut",
+        "surrogate" (half of a UTF-16 pair, replaced by U+FFFD), "control" (control and format characters dropped,
+        including zero-width joiners and terminal escapes); None if only white space changed.
     """
-    # the fast way, which most captions take: in printable ASCII nothing is to be composed or dropped
+    # the fast path, taken by most captions: printable ASCII needs no composing or dropping
     if text.isascii() and text.isprintable() and len(text) <= MAX_CAPTION_BYTES:
         text = " ".join(text.split())
         return text, None if text else "empty"
     notes = set()
-    if len(text) > MAX_CAPTION_BYTES:  # a character is at least a byte; composing a huge text can be slow
+    if len(text) > MAX_CAPTION_BYTES:  # a character is at least one byte; composing a huge text can be slow
         text = text[:MAX_CAPTION_BYTES]
         notes.add("cut")
     # a whole pair becomes its character, a lone half U+FFFD
@@ -32,14 +32,14 @@ def clean_caption(text: str) -> tuple[str, str | None]:
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         notes.add("surrogate")
     folded = " ".join(text.split())
-    # white space is folded first: line ends and tabs are control characters, too
+    # white space is folded first, as line ends and tabs are control characters too
     printable = _drop_controls(folded)
     if printable != folded:
         notes.add("control")
-    # folded once more: where a character was dropped two spaces may meet
+    # folded again, as two spaces may meet where a character was dropped
     text = " ".join(unicodedata.normalize("NFC", printable).split())
     if len(text.encode()) > MAX_CAPTION_BYTES:
-        # "ignore" drops the character that the cut goes through
+        # "ignore" drops a character that the cut splits
         text = text.encode()[:MAX_CAPTION_BYTES].decode(errors="ignore").rstrip()
         notes.add("cut")
     if not text:
@@ -48,7 +48,7 @@ def clean_caption(text: str) -> tuple[str, str | None]:
 
 
 def _drop_controls(text: str) -> str:
-    # whole sequences first: without its first character the rest of one is printable
+    # whole sequences first, as without its first character the rest of one is printable
     text = _TERMINAL_ESCAPE.sub("", text)
     return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf"))
 
@@ -61,5 +61,5 @@ def stable_id(text: str) -> int:
 
 
 def caption_id(text: str) -> int:
-    """`stable_id` of the cleaned caption in lower case: equal for captions that say the same word by word."""
+    """`stable_id` of the cleaned caption in lower case: equal for captions with the same words."""
     return stable_id(clean_caption(text)[0].lower())

@@ -1,14 +1,14 @@
-"""Training images that are also in an evaluation split: found by their id and by how they look.
+"""Finds training images that are also in an evaluation split, by id and by look.
 
-A photo of COCO, Flickr or Visual Genome has the same id in every set (`subset.photo_of_id`).
+A photo from COCO, Flickr or Visual Genome has the same id in every set (`subset.photo_of_id`).
 
-How near two perceptual hashes must be was measured on the 7,000 photos of Flickr8k (hash of `phash.py`): of 24.5
-million pairs of different photos one lies within 8 bits, 20 within 10; of copies, 100 % within 8 bits after JPEG of
-quality 20, half the size or other proportions, 99.5 % after a crop of 2 % a side taken off, 93 % of 5 %, 38 % of 10 %;
-a mirrored copy is not found. Of three million training images against five thousand held out, some 600 (0.02 %)
-would be taken for copies that are none.
+The distance at which two perceptual hashes match was measured on the 7,000 photos of Flickr8k (hash of `phash.py`). Of
+24.5 million pairs of different photos, one is within 8 bits, 20 within 10. Of copies, 100 % are within 8 bits after
+JPEG of quality 20, half the size or other proportions; 99.5 % after cropping 2 % per side, 93 % after 5 %, 38 % after
+10 %; a mirrored copy is not found. Of three million training images against five thousand held out, some 600 (0.02 %)
+would be false positives.
 
-Shapes: N training rows, P images a row, M held-out images.
+Shapes: N training rows, P images per row, M held-out images.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ WAYS = ("same id", "same look")
 
 
 class HeldOut(NamedTuple):
-    """An evaluation split. `name` is for people: coco/test."""
+    """An evaluation split. `name` is for display: coco/test."""
 
     name: str
     id_M: Ids
@@ -34,7 +34,7 @@ class HeldOut(NamedTuple):
 
 
 def split_names(places: list[str]) -> dict[str, str]:
-    """Place -> its name: `.../data/coco/test` is coco/test, unless another place ends so, too; each place once."""
+    """Place -> display name: `.../data/coco/test` is coco/test, unless another place has the same ending; unique."""
     places = list(dict.fromkeys(place.rstrip("/") for place in places))
     short = {place: "/".join(place.split("/")[-2:]) for place in places}
     count = Counter(short.values())
@@ -42,7 +42,7 @@ def split_names(places: list[str]) -> dict[str, str]:
 
 
 def leaks_left_out(pairs: Any, places: list[str]) -> dict[str, int]:
-    """Rows that `without_leaks` left out, of each held-out split."""
+    """Number of rows that `without_leaks` left out, by held-out split."""
     counts = {way: len(rows) for way, rows in getattr(pairs, "skipped", {}).items()}
     names = split_names(places).values()
     return {name: sum(counts.get(f"in {name}, {way}", 0) for way in WAYS) for name in names}
@@ -52,8 +52,8 @@ def held_out(place: str, name: str) -> HeldOut:
     """The images of a split of a prepared set.
 
     Args:
-        place: folder of the set, a slash, the split: `data/coco/test`.
-        name: what it is called; no other split has it.
+        place: folder of the set, a slash and the split: `data/coco/test`.
+        name: unique display name.
 
     Raises:
         UserError: the place names no split, or there is no such set.
@@ -67,17 +67,17 @@ def held_out(place: str, name: str) -> HeldOut:
     id_NP, hash_N = row_ids(pairs), row_hashes(pairs)
     assert id_NP is not None
     assert hash_N is not None
-    # of several images a row all count: (M, P) -> (M',)
+    # all images of a row count: (M, P) -> (M',)
     return HeldOut(name, np.unique(id_NP), np.unique(hash_N))
 
 
 def find_leaks(id_NP: Ids, hash_N: Ids | None, held: list[HeldOut]) -> dict[str, NDArray[np.int64]]:
-    """Rows that show a held-out image, by split and way ("coco/test, same id"); each row once, ids before looks.
+    """Rows that show a held-out image, by split and kind of match ("coco/test, same id"); each row once, ids first.
 
     Args:
-        id_NP, hash_N: of the training rows (`row_ids`, `row_hashes`); without hashes ids alone are compared.
+        id_NP, hash_N: of the training rows (`row_ids`, `row_hashes`); without hashes only ids are compared.
     """
-    # rows that no split and no way has found yet
+    # rows not matched so far
     free_N = np.ones(len(id_NP), bool)
     leaks = {}
     for way in WAYS:
@@ -88,22 +88,22 @@ def find_leaks(id_NP: Ids, hash_N: Ids | None, held: list[HeldOut]) -> dict[str,
             else:
                 hit_N = np.zeros(len(free_N), bool) if hash_N is None else near(hash_N, split.hash_M)
             leaks[f"{split.name}, {way}"] = np.flatnonzero(free_N & hit_N)
-            # a row is told once, by the first split and way that find it
+            # a row is reported once, for its first match
             free_N &= ~hit_N
     return {name: row_N for name, row_N in leaks.items() if len(row_N)}
 
 
 def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
-    """The training split without images that are held out.
+    """The training split without held-out images.
 
     Args:
-        places: evaluation splits, as for `held_out`; none: nothing is looked for.
-        leaks: `refuse` stops where there is one, `drop` leaves its rows out, tells how many, and lists them in
-            `skipped`.
+        places: evaluation splits, as for `held_out`; if empty, no search is made.
+        leaks: `refuse` raises an error if there is a leak; `drop` leaves its rows out, reports how many, and lists
+            them in `skipped`.
 
     Raises:
-        UserError: a leak where it is to be refused (65), nothing is left, or the training split does not know its
-            images' ids.
+        UserError: there is a leak and `leaks` is `refuse` (65), nothing is left, or the training split does not know
+            its images' ids.
     """
     if leaks not in ("refuse", "drop"):
         raise UserError("data.contamination", f"'{leaks}' is no way to deal with them", "Give refuse or drop")
@@ -116,13 +116,13 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
     leaked_rows = find_leaks(id_NP, hash_N, [held_out(*named) for named in split_names(places).items()])
     count, names = sum(map(len, leaked_rows.values())), ", ".join(places)
     by = "by id and look" if hash_N is not None else "by id alone, as this data set has no hashes"
-    # told also then: that the search took place is worth knowing
+    # reported even so, to show that the search took place
     if not leaked_rows:
         _tell(f"no training image is held out ({by}: {names})")
         return pairs
     counts = "; ".join(f"{name}: {len(row_N)}" for name, row_N in leaked_rows.items())
     message = f"{count} of {len(pairs)} training rows show held-out images ({by}): {counts}"
-    # three rows by name, so that somebody can look at them
+    # name three rows, so that users can look at them
     if leaks == "refuse":
         first = ", ".join(_id(pairs[int(row)]) for row in np.concatenate([*leaked_rows.values()])[:3])
         todo = "Set data.contamination to drop, which leaves them out, or take another data set"
@@ -134,7 +134,7 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
     # row numbers of all splits and ways, (leaked rows,)
     kept_N[np.concatenate([*leaked_rows.values()])] = False
     listed = {f"in {name}": [pairs[int(row)]["origin"] for row in row_N] for name, row_N in leaked_rows.items()}
-    # the held-out splits go into the fingerprint: other ones leave out other rows
+    # the held-out splits are part of the fingerprint, as they decide which rows are left out
     return Chosen(pairs, np.flatnonzero(kept_N), f"without {sorted(places)}", listed)
 
 

@@ -1,6 +1,6 @@
-"""From a task's examples to batches: reading, augmentation, targets, tokens; holes for what cannot be read.
+"""From a task's examples to batches: reading, augmentation, targets, tokens; placeholders for unreadable examples.
 
-The counterpart of `pairs.py` for `ExampleSource`. Shapes: B examples, P images an example, K labels, A answers.
+The counterpart of `pairs.py` for `ExampleSource`. Shapes: B examples, P images per example, K labels, A answers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,9 +33,9 @@ class ExampleSample(TypedDict):
 
 
 def opened_images(example: Example) -> Iterator[Image.Image]:
-    """The example's images, decoded. Raises BadImage, which names the file (or, where it is none, the image's id)
-    besides the row: a row of several images tells neither which of them it is nor in which folder."""
-    # a generator: the transform takes each image before the next one is decoded
+    """The example's images, decoded. Raises BadImage, which names the file (or the image's id, if it is not a file)
+    besides the row, as a row with several images does not say which one is bad, nor in which folder."""
+    # a generator, so that the transform takes each image before the next one is decoded
     for image, id in zip(example["images"], example["image_ids"], strict=True):
         try:
             yield safe_open(image, example["origin"])
@@ -60,19 +60,19 @@ class TrainExamples(Dataset[ExampleSample]):
         at(example["origin"])
         text, note = clean_caption(example["text"])
         problem, valid = (f"caption {note}", example["origin"]) if note else None, True
-        # seeded by the sample, so that its place in the run or its worker does not matter
-        # `devices=[]`: the states of GPUs are not saved, as nothing here draws from them
+        # seeded by the sample, so that its place in the run and its worker do not matter
+        # `devices=[]`: GPU states are not saved, as nothing here draws from them
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix(self.seed, pick.epoch, pick.row))
             try:
                 if not text:
                     raise BadImage(example["origin"], "empty text", "there is no word in it")
-                # An answer, too, may be untrue of a mirrored image: "left" to "Which way does he look?".
+                # An answer too may be wrong for a mirrored image: "left" to "Which way does he look?".
                 words = " ".join([text, *example["answers"]])
                 images = [self.transform(image, words) for image in opened_images(example)]
             except BadImage as bad:
                 blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
-                # one bad image makes a hole of the whole example: a text about the rest may be untrue
+                # one bad image makes the whole example a placeholder, as its text may be wrong for the rest
                 images, problem, valid = [blank] * len(example["images"]), (bad.reason, str(bad)), False
         # P images of (3, H, W) -> (P, 3, H, W)
         image_PCHW = torch.stack(images)
@@ -80,7 +80,7 @@ class TrainExamples(Dataset[ExampleSample]):
 
 
 class EvalExamples(Dataset[ExampleSample]):
-    """Every example as it is; one that cannot be read is an error, never skipped."""
+    """Every example, unaugmented; one that cannot be read is an error, never skipped."""
 
     def __init__(self, examples: Examples, transform: Any) -> None:
         self.examples, self.transform = examples, transform
@@ -101,8 +101,8 @@ class CollateExamples:
     """Samples -> ExampleBatch.
 
     Args:
-        captioner: texts and answers to tokens.
-        source: its labels and targets.
+        captioner: turns texts and answers into tokens.
+        source: provides labels and targets.
     """
 
     def __init__(self, captioner: Captioner, source: ExampleSource) -> None:
@@ -124,7 +124,7 @@ class CollateExamples:
             # (B, P)
             torch.tensor(ids),
             self.answers([self.source.shares(example["answers"]) for example in examples]),
-            # without images: each would be handed from worker to main process a second time
+            # without images, which would be sent from worker to main process a second time
             tuple(Example(**{**example, "images": []}) for example in examples),
             tuple(sample["problem"] for sample in samples if sample["problem"]),
         )
@@ -132,7 +132,7 @@ class CollateExamples:
     def dense(self, targets: list[dict[str, float]], examples: list[Example]) -> Tensor:
         """Weights of all labels, [B, K]."""
         target_BK = torch.zeros(len(targets), len(self.column))
-        # without classes, as of a regression, a task reads the answers themselves
+        # without classes, as in a regression, a task reads the answers themselves
         if not self.column:
             return target_BK
         # labels that are not listed stay 0; an example without any label is a row of zeros
@@ -146,8 +146,8 @@ class CollateExamples:
         return target_BK
 
     def answers(self, targets: list[dict[str, float]]) -> AnswerTokens:
-        """The target answers of all examples, one after the other."""
-        # A answers of all examples; an example has none, one or several
+        """The target answers of all examples, concatenated."""
+        # A answers in total; an example has none, one or several
         flat = [(row, label, weight) for row, target in enumerate(targets) for label, weight in target.items()]
         # (A, T)
         tokens = self.captioner([label for _, label, _ in flat])

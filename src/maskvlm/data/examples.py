@@ -1,8 +1,8 @@
-"""Examples of downstream tasks: a text about one or several images, and what is to be said of it.
+"""Examples of downstream tasks: a text about one or several images, and the expected answer.
 
-A question about a photo, a sentence about two, a hypothesis: one contract for all. Sources live with the tasks.
+A question about a photo, a sentence about two, a hypothesis: one interface for all. Sources live with the tasks.
 
-Shapes: B examples, P images an example, T tokens, K labels, A answers of all examples, H and W pixels.
+Shapes: B examples, P images per example, T tokens, K labels, A answers of all examples, H and W pixels.
 """
 
 from abc import ABC, abstractmethod
@@ -17,16 +17,16 @@ from maskvlm.data.text import CaptionTokens
 
 
 class Example(TypedDict):
-    """One text about images, as a source hands it out.
+    """One text about images, as returned by a source.
 
     Attributes:
-        images: encoded bytes, a path, or a Pillow image each; as many in every example of a source.
-        image_ids: of the images; the same photo has the same id in every data set (`coco 458752`).
+        images: encoded bytes, a path, or a Pillow image each; the same number in every example of a source.
+        image_ids: ids of the images; the same photo has the same id in every data set (`coco 458752`).
         text: question, sentence or hypothesis.
-        answers: what people answered, one label in most tasks, ten in VQA v2; empty where it is not published.
-        id: the data set's own (question_id, identifier, pairID), unique in its split; predictions carry it.
+        answers: human answers: one label in most tasks, ten in VQA v2; empty if not published.
+        id: the data set's own id (question_id, identifier, pairID), unique in its split; stored with predictions.
         kind: question type or "": metrics are also given by kind.
-        group: examples with the same sentence share it (NLVR's consistency), else "".
+        group: shared by examples with the same sentence (NLVR's consistency), else "".
         origin: names the row in error messages: file, and line or position.
     """
 
@@ -41,16 +41,16 @@ class Example(TypedDict):
 
 
 class Examples(Protocol):
-    """One split: examples by index. `skipped`: reason -> places of the rows that were left out or mended."""
+    """One split: examples by index. `skipped`: reason -> places of the rows that were left out or repaired."""
 
     @property
     def fingerprint(self) -> str:
-        """Another text for another content; no path or date is in it."""
+        """A hash of the content, which does not depend on paths or dates."""
         ...
 
     @property
     def skipped(self) -> dict[str, list[str]]:
-        """Reason -> places of the rows that were left out or mended."""
+        """Reason -> places of the rows that were left out or repaired."""
         ...
 
     def __len__(self) -> int: ...
@@ -63,30 +63,30 @@ class Examples(Protocol):
 
 
 class ExampleSource(ABC):
-    """A data set of a downstream task; a new one is a subclass and a YAML that names it."""
+    """A data set of a downstream task; a new one is a subclass and a YAML file that names it."""
 
     @property
     @abstractmethod
     def labels(self) -> tuple[str, ...]:
-        """What the head decides among, in the order of its outputs; known before any image is read."""
+        """The classes of the head, in the order of its outputs; known before any image is read."""
 
     @abstractmethod
     def split(self, name: str) -> Examples:
         """The examples of `train`, `val` or `test`."""
 
     def targets(self, answers: list[str]) -> dict[str, float]:
-        """Label -> weight in the loss, 0 to 1. One label is the rule; VQA's ten answers make several."""
+        """Label -> weight in the loss, 0 to 1. Usually one label; VQA's ten answers give several."""
         # an example without an answer has no target: {}
         return dict.fromkeys(answers[:1], 1.0)
 
     def shares(self, answers: list[str]) -> dict[str, float]:
-        """The same for a head that writes answers, which makes their weights add up to 1: the share of people who gave
-        each, where that is another thing than what it is worth."""
+        """The same for a head that generates answers, which normalises the weights to sum to 1: the share of people who
+        gave each answer, if that differs from its score."""
         return self.targets(answers)
 
 
 class AnswerTokens(NamedTuple):
-    """All target answers of a batch as text. owner_A: row of the example; weight_A: its target's weight."""
+    """All target answers of a batch as tokens. owner_A: row of the example; weight_A: weight of the target."""
 
     token_AT: Tensor
     attention_AT: Tensor
@@ -98,15 +98,15 @@ class ExampleBatch(NamedTuple):
     """Examples ready for the encoders.
 
     Attributes:
-        image_BPCHW: RGB: bytes as loaded, normalised floats once `PairData` has them on the device.
+        image_BPCHW: RGB images: uint8 as loaded, normalised floats once `PairData` has them on the device.
         token_BT, attention_BT, special_BT, word_BT: of the texts, as in `Batch`.
         target_BK: weight of each label.
-        valid_B: False where an image could not be read: a blank row that keeps its place, with weight 0.
+        valid_B: False if an image could not be read: a blank row with weight 0 that keeps its place.
         index_B: position in the split.
-        image_id_BP: 63-bit hashes.
-        answers: the target answers as text.
-        examples: the examples as the source gave them, without their images.
-        problems: (reason, message) of what could not be read or had to be mended.
+        image_id_BP: 63-bit hashes of the image ids.
+        answers: the target answers as tokens.
+        examples: the examples as the source returned them, without their images.
+        problems: (reason, message) of samples that could not be read or had to be repaired.
     """
 
     image_BPCHW: Tensor
@@ -125,10 +125,10 @@ class ExampleBatch(NamedTuple):
 
 
 def question_batch(image_BPCHW: Tensor, text: CaptionTokens) -> ExampleBatch:
-    """Questions of somebody who wants answers: no targets, ids of nothing."""
+    """A batch of questions for inference, without targets or real ids."""
     rows, images = image_BPCHW.shape[:2]
     number_B = torch.arange(rows, device=image_BPCHW.device)
-    # empty tensors on the same device as the images: no answer, A = 0
+    # empty tensors on the device of the images: no answers, A = 0
     none = number_B[:0]
     # (0, 0) tokens, (0,) owners and weights
     nothing = AnswerTokens(none.new_zeros(0, 0), none.new_zeros(0, 0).bool(), none, image_BPCHW.new_zeros(0))

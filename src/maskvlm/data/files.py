@@ -1,4 +1,4 @@
-"""Files of data sets: json and lines of json whose errors name the place, and images found by their names.
+"""Files of data sets: JSON and JSON lines whose errors name the place, and images found by name.
 
 Shapes: N keys looked up.
 """
@@ -21,15 +21,15 @@ from maskvlm.data.strict_json import BadJson, json_kind, parse_json
 from maskvlm.utils.errors import Absent, ExitCode, UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
-"""NLVR2 calls everything .png and VQA v2 everything .jpg; what is inside is found out on opening."""
+"""NLVR2 names everything .png and VQA v2 everything .jpg; the actual format is detected on opening."""
 
-DIGITS = 12  # how wide the number in the name of a COCO image is
+DIGITS = 12  # digits of the number in the name of a COCO image
 
 T = TypeVar("T")
 
 
 class JsonLine(NamedTuple):
-    """A json object of a file of lines. `where` is file:line."""
+    """A JSON object in a file of JSON lines. `where` is file:line."""
 
     where: str
     number: int
@@ -40,15 +40,15 @@ class JsonLine(NamedTuple):
 
 
 def digest_of(*files: Path, todo: str = TODO) -> str:
-    """SHA-256 of the files' contents, as hexadecimal digits; files as large as they like. Raises UserError where one
-    cannot be read; of those that are missing, all are named."""
+    """SHA-256 of the files' contents, as hexadecimal digits; files may be of any size. Raises UserError if one cannot
+    be read; all missing files are named."""
     digests, absent = [], Absent()
     for file in files:
-        # the digest is of the content in pieces: a file may be larger than memory
+        # the content is hashed in pieces, as a file may be larger than memory
         with absent.noted(), opened(file, todo) as stream:
             digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
     absent.check()
-    # of the digests: the same bytes cut into other files are another set
+    # hash of the digests: the same bytes split differently into files are a different set
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
@@ -56,7 +56,7 @@ def digest_of(*files: Path, todo: str = TODO) -> str:
 
 
 def load_json(content: bytes, file: Path, line: int | None = None) -> Any:
-    """The document in `content`, or in the file's line of that number; errors name file and line."""
+    """The JSON document in `content`, which is a file or its given line; errors name file and line."""
     todo, place = "Fetch it again", file if line is None else f"{file}:{line}"
     try:
         # "-sig" drops a byte order mark
@@ -71,18 +71,18 @@ def load_json(content: bytes, file: Path, line: int | None = None) -> Any:
         raise UserError(place, f"not UTF-8 text (byte {error.start})", todo, ExitCode.BAD_DATA) from error
     except RecursionError as error:
         raise UserError(place, "nested too deeply for JSON data", todo, ExitCode.BAD_DATA) from error
-    except ValueError as error:  # Python refuses numbers of thousands of digits
+    except ValueError as error:  # Python rejects numbers with thousands of digits
         raise UserError(place, "not JSON (a number is too long)", todo, ExitCode.BAD_DATA) from error
 
 
 def json_lines(file: Path, todo: str = TODO) -> Iterator[JsonLine]:
-    """One object a line, read as they come; blank lines are passed over."""
+    """One object per line, read lazily; blank lines are skipped."""
     with opened(file, todo) as stream:
         for number, content, problem in byte_lines(stream):
             where = f"{file}:{number}"
             if problem:
                 raise UserError(where, f"{problem[0]} ({problem[1]})", "Mend this line", ExitCode.BAD_DATA)
-            # a line of white space is none
+            # skip lines of white space
             if content.strip():
                 record = load_json(content, file, number)
                 if not isinstance(record, dict):
@@ -92,15 +92,15 @@ def json_lines(file: Path, todo: str = TODO) -> Iterator[JsonLine]:
 
 
 def not_an_object(record: Any) -> str:
-    """What is wrong with it, for messages."""
+    """What is wrong with a record that is not an object, for messages."""
     return f"{json_kind(record)} where a JSON object belongs"
 
 
 def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
-    """A value of a json object; its absence or another type is the user's error, named by its place.
+    """A value of a JSON object; a missing key or a wrong type raises a UserError that names the place.
 
     Args:
-        layout: whose files look as they should, for the message ("Karpathy", "VQA v2").
+        layout: name of the expected layout, for the message ("Karpathy", "VQA v2").
     """
     if not isinstance(record, dict):
         what = f"{json_kind(record)} where an object with '{key}' belongs"
@@ -117,7 +117,7 @@ def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
 
 
 def get_name(record: Any, key: str, where: str, layout: str) -> str:
-    """A whole number, or a text that can name things: plain, not empty, and no way out of a folder."""
+    """An integer, or a text that can serve as a name: plain, not empty, and not leading out of a folder."""
     value = get(record, key, object, where, layout)
     if isinstance(value, bool) or not isinstance(value, int | str):
         what = f"'{key}' is {type(value).__name__} instead of a number or a name"
@@ -132,9 +132,9 @@ def get_name(record: Any, key: str, where: str, layout: str) -> str:
 
 
 def get_label(record: Any, key: str, classes: tuple[str, ...], where: str, layout: str) -> str:
-    """One of the classes, in any case; also true and false where they are classes."""
+    """One of the classes, ignoring case; also JSON's true and false if they are classes."""
     value = get(record, key, object, where, layout)
-    # true and false of JSON are "true" and "false" by this
+    # JSON's true and false become "true" and "false"
     label = str(value).strip().lower() if isinstance(value, str | bool | int | float) else type(value).__name__
     for name in classes:
         if label == name.lower() and isinstance(value, str | bool):
@@ -148,7 +148,7 @@ def get_label(record: Any, key: str, classes: tuple[str, ...], where: str, layou
 
 
 def check_name(name: str, where: str) -> None:
-    """Refuse the name of an image that would be looked for outside of the folder of images."""
+    """Reject an image name that leads out of the image folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\x00" in name or clean_caption(name)[1] == "surrogate":
         what = f"file name {name!r} leads out of the folder of images or is not text"
@@ -159,10 +159,10 @@ def check_name(name: str, where: str) -> None:
 
 
 class ImagesByKey:
-    """Files of a folder by a key; kept as Arrow, which costs data workers no copy.
+    """Files of a folder by key; stored as Arrow arrays, which data workers share without copying.
 
     Args:
-        folder: where the names start.
+        folder: the folder that the names are relative to.
         name_of: key -> name of the file.
     """
 
@@ -172,8 +172,8 @@ class ImagesByKey:
         self._name_N = pa.array(list(name_of.values()), pa.string())
 
     def find(self, key_N: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Numbers for `path` and `image`, -1 where there is no such image."""
-        # (N,) keys -> (N,) numbers; null where the key is not there
+        """Image numbers for `path` and `image`, -1 for missing images."""
+        # (N,) keys -> (N,) numbers; null for missing keys
         return pc.index_in(key_N, value_set=self._key_N).fill_null(-1).to_numpy().astype(np.int32)
 
     def path(self, number: int) -> str:
@@ -181,12 +181,11 @@ class ImagesByKey:
         return str(self.folder / self._name_N[int(number)].as_py())
 
     def image(self, number: int) -> str | bytes:
-        """An image as examples carry it: its path, or encoded where images are not files."""
+        """An image as stored in examples: its path, or encoded bytes if images are not files."""
         return self.path(number)
 
     def identity(self, numbers: Iterable[int]) -> str:
-        """Another text where one of these images is another file, told by name and size: what was computed from them
-        and kept does not hold for it."""
+        """A hash of the names and sizes of these image files: if it changes, cached results for them are invalid."""
         digest = hashlib.sha256()
         for number in numbers:
             path = self.path(number)
@@ -195,14 +194,14 @@ class ImagesByKey:
 
 
 def image_folder(images: str | Path | None, root: Path, key: str = "data.source.images") -> Path:
-    """The folder that was named, else `images/` in the root, else the root.
+    """The given folder of images, else `images/` in the root, else the root.
 
     Raises:
         UserError: there is no such folder.
     """
     beside = root / "images"
     folder = Path(images).expanduser() if images is not None else beside if beside.is_dir() else root
-    # only this one was not named by the user
+    # the only one of these that the user did not name
     if folder is beside:
         check_below(folder, root)
     if not folder.is_dir():
@@ -212,10 +211,10 @@ def image_folder(images: str | Path | None, root: Path, key: str = "data.source.
 
 
 def image_names(folder: Path, left_out: dict[str, list[str]] | None = None) -> list[str]:
-    """Every image in the folder and those in it, relative to it, sorted; not hidden ones.
+    """Names of all images in the folder and its subfolders, relative to it, sorted; without hidden ones.
 
     Args:
-        left_out: takes reason -> the names of images, and of folders, that are not looked at (see `Walk`).
+        left_out: is filled with reason -> names of skipped images and folders (see `Walk`).
 
     Raises:
         UserError: there are none.
@@ -225,10 +224,10 @@ def image_names(folder: Path, left_out: dict[str, list[str]] | None = None) -> l
     for place, files in walk:
         inside = Path(place).relative_to(folder)
         fitting = (name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
-        # with / on every system: names are compared with those in files
+        # with / on every system, as names are compared with those in annotation files
         names += [(inside / name).as_posix() for name in fitting]
     for reason, paths in walk.left_out.items():
-        # "": a folder, whose images nobody sees
+        # "": a folder, whose images are skipped
         fitting = (path for path in paths if os.path.splitext(path)[1].lower() in {*IMAGE_SUFFIXES, ""})
         if left_out is not None:
             left_out[reason] = [*fitting]
@@ -240,16 +239,16 @@ def image_names(folder: Path, left_out: dict[str, list[str]] | None = None) -> l
 def check_missing(
     where: object, split: str, folder: Path, absent: list[str], total: int, max_missing: float, rows: str = "images"
 ) -> None:
-    """Refuse a split that lacks too many images.
+    """Raise UserError if a split lacks too many images.
 
     Args:
         where: names the file, or its first row without an image.
-        absent: the images missed, one a row.
-        total: rows of the split.
-        max_missing: the share of training rows that may lack an image; in evaluation none may.
-        rows: what is counted, `images` or `examples`; an example lacks at least one of its images.
+        absent: the missing images, one per row.
+        total: number of rows of the split.
+        max_missing: share of training rows that may lack an image; in evaluation none may.
+        rows: what is counted, `images` or `examples`; an example counts if it lacks at least one of its images.
     """
-    # Fewer rows in evaluation would be another measurement.
+    # With fewer rows, an evaluation would measure something else.
     most = max_missing * total if split == "train" else 0
     if len(absent) <= most and len(absent) < total:
         return
@@ -266,23 +265,23 @@ def check_missing(
 
 
 def family_of(part: str) -> str:
-    """The data set that the images of a part of VQA's questions are of: COCO's own ids are shared with other tasks,
-    `daquar 3` with none."""
+    """The data set from which a part of VQA's questions has its images: COCO's ids are shared with other tasks,
+    `daquar 3` is not."""
     name = part.split("_")[0]
     return "coco" if name == "mscoco" else name
 
 
 def images_by_number(names: list[str], part: str) -> dict[str, str]:
-    """Image id -> file, by the number that ends its name.
+    """Image id -> file, by the number at the end of its name.
 
-    Where any file has COCO's twelve digits, only those count: Visual Genome's `9.jpg` in the same tree is another
-    image. Of several files with one number the one with most of the part's words in its path is taken.
+    If any file has COCO's twelve digits, only those count: Visual Genome's `9.jpg` in the same tree is a different
+    image. Among files with the same number, the one with most of the part's words in its path is used.
     """
-    # (digits at the end of the name, name) of all files that have some.
+    # (digits at the end of the name, name) of all files that have any.
     numbered_names = [(end[0], name) for name in names if (end := re.search(r"\d+$", PurePosixPath(name).stem))]
     padded = [each for each in numbered_names if len(each[0]) == DIGITS]
     words = set(part.split("_"))
-    # The best fit first: setdefault then keeps it.
+    # The best match first, so that setdefault keeps it.
     best = sorted(padded or numbered_names, key=lambda each: (-len(words & set(re.split(r"[\W_]+", each[1]))), each[1]))
     chosen: dict[str, str] = {}
     for number, name in best:

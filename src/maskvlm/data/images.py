@@ -1,6 +1,6 @@
-"""The one way every image enters: checked by its header, then decoded, then made plain RGB.
+"""The single entry point for images: the header is checked, then the image is decoded and converted to plain RGB.
 
-Whatever goes wrong is a `BadImage` with a short reason to count by; nothing else comes out of `safe_open`.
+Every failure is a `BadImage` with a short reason to count by; `safe_open` raises nothing else.
 """
 
 import stat
@@ -20,19 +20,19 @@ from maskvlm.data.caption_text import clean_caption
 from maskvlm.utils.errors import ExitCode, UserError
 
 Image.core.set_blocks_max(4)
-"""Blocks of at most 16 MB that Pillow keeps for its next image instead of giving them back to the system, which would
-have to clear them: with that, loading and augmenting takes a tenth less."""
+"""Number of blocks of at most 16 MB that Pillow keeps for its next image instead of returning them to the system, which
+would have to clear them: loading and augmenting then takes a tenth less time."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What the web and the public data sets hand out. TIFF stays out: no set uses it, and its library reads a
-dozen compressions with a long record of memory faults; EPS would start Ghostscript."""
+"""Formats used on the web and in public data sets. TIFF is excluded: no set uses it, and its library reads a dozen
+compressions with a long record of memory faults; EPS would start Ghostscript."""
 
 ALLOWED = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 
 MAX_PIXELS = 50_000_000
 MAX_FILE_BYTES = 200_000_000
 MAX_ASPECT = 200
-MIN_SIDE = 8  # pixels: the smallest patch of any of our models
+MIN_SIDE = 8  # pixels: the smallest patch size of our models
 MAX_SCANS = 500  # a progressive JPEG has about ten; thousands keep a decoder busy for minutes
 
 _NOT_ALLOWED = "format not allowed"
@@ -65,10 +65,10 @@ class BadImage(UserError):
         reason: short key to count by: "missing", "a folder", "unreadable", "empty", "not an image (text/html)",
             "format not allowed (image/tiff)", "too large", "too small", "too narrow", "truncated", "crc",
             "corrupt", "not finite".
-        detail: more about this one, may be empty.
+        detail: more about this image; may be empty.
 
     Args:
-        todo: what to do about it, where the image is no row of a data set.
+        todo: what to do about it, if the image is not a row of a data set.
     """
 
     def __init__(self, where: object, reason: str, detail: str = "", todo: str = "") -> None:
@@ -81,11 +81,11 @@ class BadImage(UserError):
         super().__init__(clean_caption(str(where))[0], what, todo, codes.get(reason, ExitCode.BAD_DATA))
 
     def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str, str, str]]:  # type: ignore[override]
-        """Pickled with its own arguments."""
+        """Pickle with its own arguments."""
         return type(self), (self.where, self.reason, self.detail, self.todo)
 
     def without_row(self) -> "BadImage":
-        """The same of an image that somebody asks about by itself: it has no row."""
+        """The same error for a single image that is not a row of a data set."""
         if self.reason.startswith((_NOT_ALLOWED, "not an image", "a folder")):
             return BadImage(self.where, self.reason, self.detail, f"Give an image ({ALLOWED})")
         todo = {"missing": "Check the path", "too large": "Shrink it"}.get(self.reason) or _TODO.get(self.reason)
@@ -95,21 +95,21 @@ class BadImage(UserError):
 def safe_open(source: bytes | str | Path | Image.Image, name: str, least: int | None = None) -> Image.Image:
     """Decode an image to 8-bit RGB, upright (EXIF applied and dropped), transparency on white.
 
-    Of an animation the first frame. 16-bit greyscale is scaled to 8 bits, not clipped; floats are taken to
-    range from 0 to 1, 255 or 65,535, the first that holds them all, else from their least to their greatest.
-    Colour profiles are ignored, as everywhere in this field. JPEG and GIF carry no checksum: damage within
-    the pixels that leaves their end marker in place goes unnoticed.
+    Of an animation, the first frame is used. 16-bit greyscale is scaled to 8 bits, not clipped; floats are assumed to
+    range from 0 to 1, 255 or 65,535, the first range that contains them all, else from their minimum to their maximum.
+    Colour profiles are ignored, as is usual in this field. JPEG and GIF have no checksum: damage within the pixels that
+    leaves their end marker in place goes unnoticed.
 
     Args:
         source: encoded bytes, the path of a file, or a Pillow image in any mode.
-        name: how error messages call it.
-        least: pixels of the shorter side that suffice. A JPEG that has them at an eighth, a quarter or half of its
-            size is decoded at that, which is a multiple faster; None: as it is.
+        name: name of the image in error messages.
+        least: sufficient length of the shorter side, in pixels. A JPEG that has it at an eighth, a quarter or half of
+            its size is decoded at that size, which is several times as fast; None: full size.
 
     Raises:
-        BadImage: it is absent, not an image, of a format not in FORMATS, damaged, under MIN_SIDE pixels, of
-            more than MAX_PIXELS pixels (seen in the header, before decoding), or longer than MAX_ASPECT times
-            its width.
+        BadImage: the image is missing, not an image, of a format not in FORMATS, damaged, under MIN_SIDE pixels, of
+            more than MAX_PIXELS pixels (checked in the header, before decoding), or longer than MAX_ASPECT times its
+            width.
     """
     with _strict_pillow():
         try:
@@ -126,7 +126,7 @@ def safe_open(source: bytes | str | Path | Image.Image, name: str, least: int | 
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """No warnings (our cap is below Pillow's), and no half-decoded image even where Pillow was told to."""
+    """No warnings (our limit is below Pillow's), and no half-decoded images, even if Pillow is set to allow them."""
     lenient = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -138,8 +138,8 @@ def _strict_pillow() -> Iterator[None]:
 
 
 def _open(source: bytes | str | Path, name: str) -> Image.Image:
-    """Read the header; pixels stay encoded."""
-    # the whole file: the checks below look at all bytes, and Pillow reads no file by itself
+    """Read the header only; pixels stay encoded."""
+    # the whole file, as the checks below need all bytes, and Pillow must not read files itself
     data = source if isinstance(source, bytes) else _read(Path(source), name)
     _check_bytes(data, name)
     try:
@@ -153,7 +153,7 @@ def _open(source: bytes | str | Path, name: str) -> Image.Image:
 
 def _read(path: Path, name: str) -> bytes:
     try:
-        # before it is opened: reading a pipe would wait for ever
+        # before it is opened, as reading a pipe would block forever
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             raise BadImage(name, "a folder", str(path) if str(path) != name else "")
@@ -162,7 +162,7 @@ def _read(path: Path, name: str) -> bytes:
         if status.st_size > MAX_FILE_BYTES:
             raise BadImage(name, "too large", f"a file of {status.st_size:,} bytes, of at most {MAX_FILE_BYTES:,}")
         return path.read_bytes()
-    # ValueError: a null byte in the name; BadImage is one, too
+    # ValueError: a null byte in the name; BadImage is a ValueError too
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         if isinstance(error, BadImage):
             raise
@@ -172,14 +172,14 @@ def _read(path: Path, name: str) -> bytes:
 
 
 def _check_bytes(data: bytes, name: str) -> None:
-    """What Pillow overlooks, or would find out only after much work."""
+    """Check for damage that Pillow overlooks, or would detect only after much work."""
     # nothing, or a file of zeros, as a full disk leaves it
     if not data.strip(b"\x00"):
         raise BadImage(name, "empty", f"{len(data)} bytes")
     # JPEG: each scan begins with FF DA, and each is decoded over the whole image
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
         raise BadImage(name, "too large", f"more than {MAX_SCANS} scans of a progressive JPEG")
-    # WebP: its header tells how many bytes follow
+    # WebP: its header says how many bytes follow
     if data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") > len(data) - 8:
         raise BadImage(name, "truncated", f"{len(data)} bytes")
     if data.startswith(b"\x89PNG"):
@@ -187,7 +187,7 @@ def _check_bytes(data: bytes, name: str) -> None:
 
 
 def _check_png(data: bytes, name: str) -> None:
-    """Pillow neither checks the checksums of pixel data nor asks for the end marker."""
+    """Check what Pillow does not: the checksums of pixel data and the end marker."""
     # after the signature: chunks of length, kind, content and checksum (4 + 4 + length + 4 bytes)
     position = 8
     while position + 12 <= len(data):
@@ -205,8 +205,8 @@ def _check_png(data: bytes, name: str) -> None:
 
 
 def _kind(data: bytes) -> str:
-    """The reason for a file that none of the allowed formats knows, by what it starts with."""
-    # the tables of starts are in lower case for this
+    """The reason for a file that is in none of the allowed formats, by its first bytes."""
+    # in lower case, like the tables of first bytes
     head = data[:512].lstrip().lower()
     if b"<html" in head or head.startswith(b"<!doctype html"):
         return "not an image (text/html)"
@@ -235,11 +235,11 @@ def _reason(error: Exception) -> str:
 
 
 def _decode(image: Image.Image, name: str, least: int | None, from_caller: bool) -> Image.Image:
-    """Check the size in the header, decode, turn upright, make RGB; an image that was given stays as it is."""
-    # the header alone has been read; no pixel is decoded yet
+    """Check the size in the header, decode, turn upright, convert to RGB; the caller's image is not changed."""
+    # only the header has been read; no pixel is decoded yet
     _check_size(*image.size, name)
     if least is not None:
-        image.draft(None, (least, least))  # does nothing but to JPEG
+        image.draft(None, (least, least))  # only affects JPEG
     # after `draft`, which makes it smaller
     size = image.size
     image.load()
@@ -251,11 +251,11 @@ def _decode(image: Image.Image, name: str, least: int | None, from_caller: bool)
     rgb.info = dict(image.info)
     _turn_upright(rgb)
     rgb.info = {}
-    return rgb.copy() if rgb.getexif() else rgb  # parsed EXIF hides in the object, a copy has none
+    return rgb.copy() if rgb.getexif() else rgb  # parsed EXIF stays in the object, but not in a copy
 
 
 def _check_size(width: int, height: int, name: str) -> None:
-    # the first reason that holds is the one told
+    # the first reason that applies is reported
     shorter, longer = sorted((width, height))
     broken = {
         "too large": (width * height > MAX_PIXELS, f"at most {MAX_PIXELS:,} in all"),
@@ -268,8 +268,8 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 
 def _turn_upright(image: Image.Image) -> None:
-    """Apply EXIF orientation in place; an image is not refused for damaged EXIF."""
-    with suppress(Exception):  # EXIF parsing raises whatever its damaged bytes lead to
+    """Apply EXIF orientation in place; an image is not rejected for damaged EXIF."""
+    with suppress(Exception):  # parsing damaged EXIF may raise anything
         ImageOps.exif_transpose(image, in_place=True)
 
 
@@ -278,19 +278,19 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image, name)
     if image.has_transparency_data:
-        # converted plainly, a transparent pixel would show the colour that lies hidden in it
+        # converted directly, a transparent pixel would show its hidden colour
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """Scale integers of 16 and 32 bits and floats to 0..255, rounded; a transparent grey becomes white."""
+    """Scale 16-bit and 32-bit integers and floats to 0..255, rounded; a transparent grey becomes white."""
     values_HW = np.asarray(image).astype(np.float32)
     if not np.isfinite(values_HW).all():
         raise BadImage(name, "not finite", "a pixel is infinite or not a number")
     least, greatest = float(values_HW.min()), float(values_HW.max())
-    # the first usual range that holds all values, else the image's own
+    # the first usual range that contains all values, else the image's own
     usual = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
     low, high = next(((0.0, top) for top in usual if least >= 0 and greatest <= top), (least, greatest))
     # `or 1`: an image of one value, where the range is empty

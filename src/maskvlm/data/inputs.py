@@ -1,4 +1,4 @@
-"""What people have, images in any form and texts, to what the encoders read: the inference side of `data/`.
+"""Converts user inputs, images in any form and texts, to encoder inputs: the inference side of `data/`.
 
 Shapes: B images, C texts, T tokens, H and W pixels.
 """
@@ -23,39 +23,39 @@ from maskvlm.utils.write_errors import write_output
 
 ImageInput = str | Path | bytes | bytearray | memoryview | IOBase | Image.Image | np.ndarray[Any, Any] | Tensor
 """A path, encoded bytes, an open file, a Pillow image, an array [H, W, 3] or [H, W], or a tensor [3, H, W]: 8-bit
-numbers, or floats from 0 to 1."""
+integers, or floats from 0 to 1."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-"""Endings of the file names that people give for images."""
+"""File extensions by which a string is taken for an image."""
 
 MASK = "[MASK]"
-"""How people write a masked word, whatever the tokenizer calls it."""
+"""How users write a masked word, whatever the tokenizer calls it."""
 
 
 def as_list(value: Any) -> tuple[list[Any], bool]:
-    """A list of what was given, and whether it was a single one; arrays and tensors of four dimensions are lists."""
+    """The inputs as a list, and whether it was a single one; arrays and tensors with four dimensions are lists."""
     if isinstance(value, list | tuple) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 4):
         return [read_once(each) for each in value], False
     return [read_once(value)], True
 
 
 def read_once(value: Any) -> Any:
-    """The content of an open file, which is empty when it is read again; anything else as it is."""
+    """The content of an open file, which can only be read once; anything else is returned as is."""
     return value.read() if isinstance(value, IOBase) and not isinstance(value, TextIOBase) else value
 
 
 def is_image(value: object) -> bool:
-    """Whether this is an image rather than a text: of strings those that name a file."""
-    # Not Path.is_file, which raises where a text is longer than a name may be.
+    """Whether this is an image rather than a text; a string is an image if it names a file."""
+    # Not Path.is_file, which raises if a text is longer than a name may be.
     return not isinstance(value, str) or os.path.isfile(value)
 
 
 def open_image(image: ImageInput, name: str = "image") -> Image.Image:
-    """Upright 8-bit RGB.
+    """Open an image as upright 8-bit RGB.
 
     Raises:
-        BadImage: it cannot be read, is no image, or too large.
-        UserError: an array or tensor of another shape or range.
+        BadImage: it cannot be read, is not an image, or is too large.
+        UserError: an array or tensor has another shape or range.
     """
     if isinstance(image, Tensor | np.ndarray):
         return Image.fromarray(_eight_bits(image, name))
@@ -78,14 +78,14 @@ def open_image(image: ImageInput, name: str = "image") -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path) -> str:
-    """Write an image in the format that the file's ending says; returns where.
+    """Write an image in the format given by the file extension, and return the path.
 
     Raises:
-        UserError: the format does not take it (2), it cannot be written (73), the disk is full (74).
+        UserError: the format does not support it (2), it cannot be written (73), or the disk is full (74).
     """
     content = BytesIO()
     try:
-        # In memory first: an encoder that writes into a file does not say that the disk is full.
+        # In memory first, as an encoder that writes to a file does not report a full disk.
         image.save(content, Image.registered_extensions()[path.suffix.lower()])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(path, f"cannot be written ({error})", "Name another file, such as out.png") from error
@@ -115,7 +115,7 @@ def _eight_bits(image: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[A
     # (H, W, 1) -> (H, W, 3)
     array = np.repeat(array, 3, 2) if array.shape[2] == 1 else array
     top = 255 if integers else 1
-    # refuses normalised floats, which have negative values: they would come out as noise
+    # rejects normalised floats, which have negative values and would look like noise
     if not np.isfinite(array).all() or array.size == 0 or array.min() < 0 or array.max() > top:
         what = f"numbers from {array.min(initial=0):.3g} to {array.max(initial=0):.3g}"
         raise UserError(name, what, "Give 8-bit integers from 0 to 255, or floats from 0 to 1; not normalised")
@@ -123,20 +123,20 @@ def _eight_bits(image: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[A
 
 
 def check_absent(values: Iterable[object]) -> None:
-    """Raises UserError where a string looks like the file of an image that is not there (66)."""
+    """Raise UserError if a string looks like the name of an image file that does not exist (66)."""
     for each in values:
         if isinstance(each, str) and Path(each).suffix.lower() in SUFFIXES and not is_image(each):
             raise UserError(each, "no such file", "Check the path", ExitCode.MISSING_INPUT)
 
 
 def check_whole(method: str, name: str, value: object, least: int) -> None:
-    """Raises UserError unless it is a whole number, at least so much."""
+    """Raise UserError unless a value is an integer of at least `least`."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise UserError(method, f"{name} is {value!r}"[:80], f"Give a whole number, {least} or more")
 
 
 def check_text(value: object) -> str:
-    """A text with a word in it. Raises UserError."""
+    """Clean a text. Raises UserError if it is not a string or has no word in it."""
     if not isinstance(value, str):
         raise UserError("text", f"{type(value).__name__} is no text", "Give a string, or a list of strings")
     text = clean_caption(value)[0]
@@ -146,7 +146,7 @@ def check_text(value: object) -> str:
 
 
 class MarkedTexts:
-    """Texts to tokens, with masked words where somebody wrote [MASK].
+    """Turns texts into tokens, with [MASK] standing for a masked word.
 
     Args:
         tokenizer, text_length: of the model.
@@ -157,16 +157,16 @@ class MarkedTexts:
         self.captioner = Captioner(tokenizer, text_length)
 
     def __call__(self, texts: list[str]) -> CaptionTokens:
-        """C texts, as training tokenizes them."""
+        """Tokenize C texts as in training."""
         return self.captioner([check_text(text) for text in texts])
 
     def masked(self, text: str) -> Tensor:
-        """Ids of one text with the mask token's where [MASK] (or the tokenizer's own word for it) stands: [T].
+        """Ids of one text, [T], with the mask token's id for each [MASK] (or the tokenizer's own mask token).
 
         Raises:
-            UserError: no word is masked, or the masked ones are beyond the model's text length.
+            UserError: no word is masked, or a masked word is beyond the model's text length.
         """
-        # the text between the masked words: one piece more than there are masks
+        # the text between the masked words: one more piece than there are masks
         pieces = check_text(text).replace(str(self.tokenizer.mask_token), MASK).split(MASK)
         if len(pieces) == 1:
             raise UserError("text", "no word in it is masked", f"Write {MASK} in the place of one")
@@ -178,30 +178,30 @@ class MarkedTexts:
         start, end = self.ends
         if len(ids) + 2 > self.text_length:
             ids = ids[: self.text_length - 2]
-            # a mask that is cut off would be left unanswered without a word
+            # a mask that is cut off would silently go unanswered
             if ids.count(int(self.tokenizer.mask_token_id)) < len(pieces) - 1:
                 what = f"a masked word is beyond the {self.text_length - 2} tokens that the model reads"
                 raise UserError("text", what, "Shorten it")
         return torch.tensor([start, *ids, end])
 
     def unknown_words(self, text: str) -> list[str]:
-        """Words of a text that the tokenizer does not know, of those that are read; masked ones are none."""
+        """Words of a text unknown to the tokenizer, within the text length; masked words do not count."""
         words, room = list[str](), self.text_length - len(self.ends)
         # as `masked`
         for piece in clean_caption(text)[0].replace(str(self.tokenizer.mask_token), MASK).split(MASK):
             words += self.captioner.unknown_words(piece, max(0, room))
-            # a masked word is a token, too
+            # a masked word is a token too
             room -= len(self.captioner.inner(piece)) + 1
         return words
 
     @property
     def ends(self) -> tuple[int, int]:
-        """Ids of the start and the end token."""
-        # read off a tokenized text: some tokenizers call them cls and sep, others bos and eos
+        """Ids of the start and end tokens."""
+        # taken from a tokenized text, as some tokenizers call them cls and sep, others bos and eos
         token = self.captioner(["a"]).token_CT[0].tolist()
         return token[0], token[-1]
 
     def decode(self, ids: list[int]) -> str:
-        """Tokens as a text, without start, end and padding."""
+        """Tokens as text, without start, end and padding."""
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
         return re.sub(r" +(?=[,.:;!?])", "", text)  # WordPiece puts a space before each

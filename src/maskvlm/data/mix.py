@@ -1,4 +1,4 @@
-"""Several prepared data sets as one to train on, each with its weight."""
+"""Several prepared data sets combined for training, each with a weight."""
 
 import hashlib
 from bisect import bisect_right
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 
 class MixedPairs:
-    """The training splits of several sets, one after the other (a `Pairs`).
+    """The concatenated training splits of several sets (a `Pairs`).
 
     Args:
         parts: name -> its training split.
-        weights: name -> how often each of its images is shown in an epoch.
-        seed: which images a weight below 1 keeps; those of a smaller weight are among those of a larger.
+        weights: name -> how often each of its images is shown per epoch.
+        seed: selects the images that a weight below 1 keeps; those of a smaller weight are a subset of a larger one's.
 
     Attributes:
-        ends: where each part's rows end.
-        rows: of each part, the rows shown, in order; repeated ones follow.
+        ends: end of each part's rows.
+        rows: for each part, the rows shown, in order, followed by repeated ones.
         skipped, unprepared: reason -> places, of all parts (see `PreparedPairs`).
     """
 
@@ -46,7 +46,7 @@ class MixedPairs:
         for name, pairs in parts.items():
             for reason, places in pairs.unprepared.items():
                 self.unprepared.setdefault(reason, []).extend(f"{name}: {place}" for place in places)
-        # the order of the parts counts: it numbers the rows
+        # the order of the parts matters, as it numbers the rows
         identity = [(name, weights[name], pairs.fingerprint) for name, pairs in parts.items()]
         self.fingerprint = hashlib.sha256(repr((seed, identity)).encode()).hexdigest()[:16]
 
@@ -56,12 +56,12 @@ class MixedPairs:
     def __getitem__(self, index: int, /) -> Row:
         part, row = self.place(index)
         record = self.parts[part][row]
-        # the row is a fresh dictionary of its part, so it may be changed
+        # the row is a new dictionary, so it may be changed
         record["origin"] = f"{self.names[part]}: {record['origin']}"
         return record
 
     def place(self, index: int) -> tuple[int, int]:
-        """Number of the part, and the row in it. Raises IndexError outside 0 to the length - 1."""
+        """Number of the part, and the row in it. Raises IndexError outside 0 to length - 1."""
         if not 0 <= index < len(self):
             raise IndexError(f"no row {index} in a mix of {len(self)}")
         # the first part that ends beyond the index
@@ -78,15 +78,15 @@ class MixedPairs:
         return self.names[self.place(index)[0]]
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """A column of all rows, such as image_id or phash, in their order."""
-        # as often as a row is shown, so the column has the mix's length
+        """A column of all rows, such as image_id or phash, in order."""
+        # repeated as often as a row is shown, so the column has the mix's length
         columns = [pairs.column(name).take(rows) for pairs, rows in zip(self.parts, self.rows, strict=True)]
         return pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
 
     def row_ids(self) -> Ids:
-        """63-bit hash of each row's image's id, (N, 1)."""
+        """63-bit hash of the image id of each row, (N, 1)."""
         parts = zip(self.ids, self.rows, strict=True)
-        # (N,) -> (N, 1): one image a row
+        # (N,) -> (N, 1): one image per row
         return np.concatenate([ids[rows] for ids, rows in parts])[:, None]
 
     def image_ids(self) -> Iterator[str]:
@@ -95,8 +95,8 @@ class MixedPairs:
             yield image.as_py()
 
     def shared(self) -> dict[tuple[str, str], int]:
-        """How many images two sets of the mix share, by their ids; without the pairs of sets that share none."""
-        # a weight may show an image several times: it counts once
+        """Number of images shared by two sets of the mix, by id; without pairs of sets that share none."""
+        # an image counts once, even if its weight shows it several times
         different = [np.unique(ids[rows]) for ids, rows in zip(self.ids, self.rows, strict=True)]
         both = {
             (self.names[one], self.names[other]): len(np.intersect1d(different[one], different[other], True))
@@ -112,7 +112,7 @@ def _ids(pairs: "PreparedPairs") -> Ids:
 
 
 def _weighted(ids_N: Ids, weight: float, seed: int) -> NDArray[np.int64]:
-    """All rows as often as the weight's whole part says; for the rest of it, those of the first images."""
+    """All rows, as often as the integer part of the weight; for its fraction, the rows of the first images."""
     # 1.5 -> once all rows, and half of the images again
     often, rest = divmod(weight, 1)
     more = [first_images(ids_N, rest, seed, WEIGHT)] if rest else []
@@ -120,16 +120,16 @@ def _weighted(ids_N: Ids, weight: float, seed: int) -> NDArray[np.int64]:
 
 
 class Mix(Source):
-    """Prepared data sets mixed for training (a `Source`); one of them, or another, evaluates.
+    """Prepared data sets mixed for training (a `Source`); one of them, or another set, is used for evaluation.
 
-    A photo that is in two of them stays in both, as its captions differ: how many there are is told.
+    A photo that is in two of them stays in both, as its captions differ; the number of such photos is reported.
 
     Args:
-        sets: name of a folder under the root -> how often each of its images is shown in an epoch. 0.5 shows a
-            seeded half of them, always the same; 1.5 all, and that half twice.
-        evaluate: the set whose `val` and `test` measure; it need not be in the mix.
-        root: the folder that holds one folder a set.
-        seed: which images a weight below 1 keeps.
+        sets: name of a folder under the root -> how often each of its images is shown per epoch. 0.5 shows a
+            seeded half of them, always the same; 1.5 shows all, and that half twice.
+        evaluate: the set whose `val` and `test` are used for evaluation; it need not be in the mix.
+        root: the folder that contains one folder per set.
+        seed: selects the images that a weight below 1 keeps.
     """
 
     def __init__(self, sets: dict[str, float], evaluate: str, root: str = "data", seed: int = 0) -> None:
@@ -142,21 +142,21 @@ class Mix(Source):
         self.sets, self.evaluate, self.root, self.seed = sets, evaluate, Path(root).expanduser(), seed
 
     def split(self, name: str) -> "MixedPairs | PreparedPairs":
-        """The mix for `train`; of every other split that of the set that evaluates.
+        """The mix for `train`; for any other split, that of the set for evaluation.
 
         Raises:
-            UserError: a set is not prepared, or a weight leaves none of its images.
+            UserError: a set is not prepared, or a weight keeps none of its images.
         """
         from maskvlm.data.prepared.source import Prepared
 
         wanted = [*self.sets] if name == "train" else [self.evaluate]
-        # all that are missing, so that one error names them
+        # collect all missing sets, so that one error names them
         absent = [each for each in wanted if not (self.root / each / "manifest.json").is_file()]
         if absent:
             commands = "; ".join(f"maskvlm data {each} <its folder>" for each in absent)
             what = f"there is no prepared data set {', '.join(absent)}"
             raise UserError(self.root, what, f"Prepare it ({commands}), or set DATA_ROOT", ExitCode.MISSING_INPUT)
-        # numbers of evaluation are of one set, never of a mix
+        # evaluation metrics are of one set, never of a mix
         if name != "train":
             return Prepared(str(self.root / self.evaluate)).split(name)
         pairs = MixedPairs({each: Prepared(str(self.root / each)).split(name) for each in wanted}, self.sets, self.seed)

@@ -1,4 +1,4 @@
-"""The data module: one source, its splits as loaders, and the tokenizer where the model has none yet."""
+"""The data module: one source, loaders for its splits, and the tokenizer if the model has none yet."""
 
 import hashlib
 import json
@@ -42,27 +42,33 @@ class PairData(L.LightningDataModule):
         source: the data set's reader.
         spec: linked from the backbone; not set by hand.
         batch_size: pairs (or examples) in a global batch, over all processes and accumulated passes.
-        steps: length of the run in batches; or
-        epochs: in passes over the training images (each with `captions` of its captions). Exactly one of the two.
-        seed: of order, captions and augmentation.
-        workers: processes that read ahead; 0 reads in the main process. None: with a GPU as many as this process's
-            share of the cores (under SLURM its task's cores but two), at most 12; without one 0, as the cores have
-            enough to do.
+        steps: length of the run in batches. Exactly one of `steps` and `epochs` must be given.
+        epochs: length of the run in passes over the training images (each with `captions` of its captions).
+        seed: seed of order, captions and augmentation.
+        workers: data loading processes; 0 loads in the main process. None: with a GPU, this process's share of the
+            cores (under SLURM its task's cores minus two), at most 12; without a GPU 0, as the cores are busy anyway.
         eval_batch_size: images (with all their captions) in an evaluation batch.
-        accumulate: passes that share a global batch; the same number as trainer.accumulate_grad_batches.
-        augment, crop_scale, randaugment, colour, flip, caption_aware: see `train_transform`.
-        captions: captions shown with each image of a training batch, which follow each other in the image's list. The
-            first of them is another one in each pass, until each caption of the image was it once: in pre-training
-            contrast reads all that are shown, masked words and matching the first alone.
-        max_bad_fraction: the run stops when more than this share of the samples could not be read. In a stream a shard
-            that cannot be read, or its rest, counts as one sample: how many it holds is not known.
-        fraction: train on this part of the training images, chosen by `seed`; a smaller part is inside a larger one.
+        accumulate: passes that share a global batch; must equal trainer.accumulate_grad_batches.
+        augment: augment training images; otherwise only resize them.
+        crop_scale: minimum and maximum share of the image's area that a random crop keeps.
+        randaugment: number of RandAugment operations and their magnitude (0 to 30), or None for none.
+        colour: whether RandAugment may change colours.
+        flip: mirror half of the images.
+        caption_aware: do not change colours if the caption names a colour, nor mirror if it names a side (English
+            words).
+        captions: captions shown with each image of a training batch, consecutive in the image's list. The first of them
+            changes in each pass until every caption of the image has been first once. In pre-training, contrast uses
+            all that are shown; masked words and matching use only the first.
+        max_bad_fraction: the run stops if more than this share of the samples could not be read. In a stream, an
+            unreadable shard (or the rest of one) counts as one sample, as its size is not known.
+        fraction: train on this part of the training images, chosen by `seed`; a smaller part is a subset of a larger.
         held_out: splits of prepared sets (`data/coco/test`) whose images must not be trained on (`contamination.py`).
-        contamination: what happens where some are: `refuse`, or `drop` them.
-        max_unknown: the share of a source's words that the tokenizer may not know; a run with more does not start.
+        contamination: what to do if some are in the training data: `refuse` to start, or `drop` them.
+        max_unknown: largest share of a source's words that may be unknown to the tokenizer; a run with more does not
+            start.
 
     Raises:
-        UserError: neither or both of steps and epochs, a batch that the processes cannot share.
+        UserError: neither or both of steps and epochs are given, or the processes cannot share a batch.
     """
 
     def __init__(
@@ -105,7 +111,7 @@ class PairData(L.LightningDataModule):
         )
         check_least(0, {"data.workers": workers, "data.max_bad_fraction": max_bad_fraction})
         check_least(0, {"data.max_unknown": max_unknown})
-        # Each is a process with all libraries in memory: thousands freeze the machine before the first step.
+        # Each is a process with all libraries in memory: thousands would freeze the machine before the first step.
         if workers is not None and workers > (most := max(64, 8 * cores())):
             raise UserError("data.workers", f"{workers} are too many for {cores()} cores", f"Give at most {most}")
         check_augmentation(crop_scale, randaugment)
@@ -120,13 +126,13 @@ class PairData(L.LightningDataModule):
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
         self._begin()
         self.splits: dict[str, Any] = {}
-        self.share_looked_at = 1.0  # of the images of the split that was measured last
+        self.share_looked_at = 1.0  # share of the images of the split evaluated last
 
     # ------------------------------------------------------------------ set-up
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        """What a downstream task's head decides among; None where the source is of pairs."""
+        """The classes of a downstream task's head; None for a source of pairs."""
         return self.source.labels if isinstance(self.source, ExampleSource) else None
 
     @property
@@ -135,45 +141,45 @@ class PairData(L.LightningDataModule):
         return self.augment[-1]
 
     def _begin(self) -> None:
-        """Nothing is read yet; a checkpoint tells later how far a run that goes on has come."""
-        # samples that could not be read or had to be mended: how many, and which, by reason
+        """Reset the counts; when a run is resumed, the checkpoint later restores its position."""
+        # samples that could not be read or had to be repaired: how many, and which, by reason
         self.problems: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.samples = 0
-        self.start = 0  # batches (passes, where several share a step) that a run which goes on has consumed
+        self.start = 0  # batches (passes, if several share a step) already consumed by a resumed run
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self._begin()  # also where these data were trained on before
+            self._begin()  # also if these data were used for training before
         needed = ["test" if stage == "test" else "val"]
-        # without a tokenizer, evaluation needs the training captions, too: one is trained on them
+        # without a tokenizer, evaluation also needs the training captions, to train one
         needed += ["train"] if stage == "fit" or self.tokenizer is None else []
         absent, splits = Absent(), {}
         for name in needed:
-            # the files that are missing of all splits are told in one error
+            # one error names the missing files of all splits
             with absent.noted():
                 splits[name] = self.source.split(name)
         absent.check()
         if "train" in splits:
-            # leaks go first: the fraction is of the images that may be trained on
+            # leaks are dropped first, so that the fraction is of the images that may be trained on
             pairs = without_leaks(splits["train"], self.held_out, self.contamination)
             splits["train"] = fraction_of(pairs, self.fraction, self.seed)
         # the splits of another stage stay
         self.splits |= splits
         if self.tokenizer is None:
-            # Deterministic, so every process arrives at the same tokenizer without a word between them.
+            # Deterministic, so all processes get the same tokenizer without communication.
             texts = some_texts if isinstance(self.source, ExampleSource) else some_captions
             self.tokenizer = train_tokenizer(texts(self.splits["train"]), self.spec.vocab_size)
         captioner = Captioner(self.tokenizer, self.spec.text_length)
         if stage == "fit":
             check_unknown(self.splits["train"], captioner, self.max_unknown)
         else:
-            # Told and measured all the same: the figure is what it is.
+            # Only reported: the evaluation runs in any case.
             check_unknown(self.splits[needed[0]], captioner, 1.0, "measured")
 
     def token_counts(self, most: int = 2000) -> Tensor:
-        """How often each token stands in the texts of at most `most` training rows, [entries of the tokenizer]; start,
-        end and padding do not count."""
+        """How often each token occurs in the texts of at most `most` training rows, [tokenizer entries]; start, end and
+        padding do not count."""
         assert self.tokenizer is not None
         captioner = Captioner(self.tokenizer, self.spec.text_length)
         texts = some_texts if isinstance(self.source, ExampleSource) else some_captions
@@ -181,25 +187,25 @@ class PairData(L.LightningDataModule):
         return torch.bincount(tokens.token_CT[~tokens.special_CT], minlength=len(self.tokenizer))
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the data of this run: each split's content hash and size, the tokenizer's hash."""
+        """Identifies the data of this run: each split's content hash and size, and the tokenizer's hash."""
         card: dict[str, Any] = {
             name: {"sha": pairs.fingerprint, "pictures": len(pairs) or None} for name, pairs in self.splits.items()
         }
         if self.tokenizer is not None:
             card["tokenizer"] = tokenizer_hash(self.tokenizer)
-        # keys are sorted: the order in which the splits were set up must not change the hash
+        # sorted keys, so that the order in which the splits were set up does not change the hash
         card["sha"] = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
         return card
 
     def hashed_image_ids(self, split: str) -> Tensor | None:
-        """63-bit hashes of a split's image ids, sorted, each once; None where its source cannot tell them without
+        """63-bit hashes of a split's image ids, sorted and unique; None if its source does not know them without
         opening the images."""
         ids = hashed_image_ids(self.splits[split])
-        # the hashes have 63 bits, so they fit the signed integers of torch
+        # 63 bits fit torch's signed integers
         return None if ids is None else torch.from_numpy(ids.astype("int64"))
 
     def left_out(self) -> dict[str, int] | None:
-        """Held-out split -> training rows left out as they show its images; None where none is held out."""
+        """Held-out split -> number of training rows left out for showing its images; None if nothing is held out."""
         return leaks_left_out(self.splits["train"], self.held_out) if self.held_out else None
 
     @property
@@ -207,18 +213,18 @@ class PairData(L.LightningDataModule):
         """Optimiser steps of the whole run.
 
         Raises:
-            UserError: it is told in passes over a streamed set, whose length is not known.
+            UserError: it is given in epochs of a streamed set, whose length is not known.
         """
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        # a streamed split tells 0 as its length
+        # a streamed split has length 0
         if not len(self.splits["train"]):
             what = "the length of a streamed set is not known, so its passes cannot be counted"
             raise UserError("data.epochs", what, "Set data.steps instead, and data.epochs to null")
         return math.ceil(self.epochs * len(self.splits["train"]) / self.batch_size)
 
-    # ------------------------------------------------------------------ where a run stands
+    # ------------------------------------------------------------------ position of a run
 
     @property
     def share(self) -> int:
@@ -226,11 +232,11 @@ class PairData(L.LightningDataModule):
         return self.batch_size // self.accumulate
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data, and what could not be read so far; all processes call it."""
+        """The position in the data, and the samples that could not be read so far; all processes call it."""
         # The run is one Lightning epoch, so the epoch's count of batches is the position in the data.
         # `processed` rather than `completed`, which counts a batch only after the callbacks that may save.
         progress = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
-        rows = self.bad_rows() | {"left_out": None}  # the reader finds it again
+        rows = self.bad_rows() | {"left_out": None}  # the reader determines it again
         batches: int = progress.current.processed if progress else 0  # type: ignore[attr-defined]
         data = self.splits["train"].fingerprint if "train" in self.splits else None
         dealt = self._dealt()
@@ -238,28 +244,28 @@ class PairData(L.LightningDataModule):
         return state if dealt is None else {**state, "dealt": dealt}
 
     def _dealt(self) -> list[int] | None:
-        """How many processes, and data workers of each, a stream is dealt out to that is to be read over when a run
-        goes on; None of other data, whose order is one for any number of them."""
+        """The number of processes, and of data workers per process, for a stream that is replayed on resuming; None for
+        other data, whose order does not depend on them."""
         pairs: Any = self.splits.get("train")
         if not hasattr(pairs, "stream") or not pairs.replay:
             return None
         return [world_size(), self._readers()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint stands. Raises UserError where batches have another size now, or hold other data."""
-        # evaluation starts from the beginning of its own split, whatever was trained on
+        """Resume at a checkpoint's position. Raises UserError if the batch size or the data have changed."""
+        # evaluation starts from the beginning of its own split
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
         if state_dict["data"] != (data := self.splits["train"].fingerprint):
             what = f"the training data ({data}) are not those that the checkpoint was trained on ({state_dict['data']})"
             todo = "Restore them, or start a new run --from this checkpoint"
             raise UserError("data", what, todo, ExitCode.BAD_DATA)
-        # the position is counted in passes, so it means nothing in passes of another size
+        # the position is counted in passes, so it is meaningless for passes of another size
         if state_dict["share"] != self.share:
             what = f"a pass has {self.share} pairs, in the checkpoint {state_dict['share']}"
             todo = "Go on with the same batch_size and accumulate, or start a new run --from this checkpoint"
             raise UserError("data.batch_size", what, todo)
-        # a checkpoint of an older version does not tell
+        # not in checkpoints of older versions
         before, now = state_dict.get("dealt"), self._dealt()
         if before and now and before != now:
             what = f"the stream is dealt out to {_parts(now)}, in the checkpoint to {_parts(before)}: other samples"
@@ -277,14 +283,14 @@ class PairData(L.LightningDataModule):
         # a batch of the loader is a pass; `accumulate` passes make one optimiser step
         pairs, batches = self.splits["train"], self.total_steps * self.accumulate
         transform = train_transform(self.spec, *self.augment, normalise=False)
-        # streamed: the shards give the order
+        # streamed: the shards determine the order
         if hasattr(pairs, "stream"):
             reader = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions)
             part = ProcessShare(rank(), world_size(), share // world_size())
             samples = pairs.stream(reader, part, batches, self.start, self._readers())
-            waits = {} if not self.start else {"timeout": 0}  # reading over what was consumed takes its time
+            waits = {} if not self.start else {"timeout": 0}  # skipping consumed samples takes time
             return self._loader(samples, part.size, samples.loader, batch_size=part.size, **waits)
-        # by row number: one global order, dealt out among the processes
+        # by row number: one global order, distributed over the processes
         order = FlatOrder(len(pairs), self.seed)
         sampler = FlatBatchSampler(order, share, batches, rank(), world_size(), self.start)
         data: Dataset[Any]
@@ -301,26 +307,26 @@ class PairData(L.LightningDataModule):
         return self._evaluation(self.splits["test"], getattr(self.trainer, "limit_test_batches", 1.0))
 
     def _evaluation(self, pairs: Any, limit: int | float) -> DataLoader[Any]:
-        """Each process takes its own batches: no image is padded in or counted twice, and a batch (whose masks
-        and wrong partners depend on what is in it) is the same for any number of processes that the batches of
-        `eval_batch_size` suffice for. limit: batches of `eval_batch_size` that are measured, of all processes together
-        (Lightning counts those of each: more images would be measured by more processes, and recall would fall)."""
+        """Loader of an evaluation split. Each process takes its own batches: no image is added as padding or counted
+        twice, and a batch (whose content determines masks and negatives) is the same for any number of processes for
+        which there are enough batches of `eval_batch_size`. limit: number of such batches over all processes (Lightning
+        counts per process: more processes would then evaluate more images, and recall would fall)."""
         count = len(pairs)
         if isinstance(limit, int) and limit:
             count = min(count, max(limit * self.eval_batch_size, world_size()))
         self.share_looked_at = count / max(1, len(pairs))
         size, whole = size_for_all(count, self.eval_batch_size, world_size()), range(count)
         batches = [list(whole[first : first + size]) for first in whole[::size]]
-        # dealt out in turn, whole batches
+        # whole batches, in turn
         return self._measured(pairs, batches[rank() :: world_size()], size)
 
     def validation_rows(self, rows: list[int]) -> DataLoader[Any]:
-        """These rows of the validation split, all of them in this process."""
+        """Loader of the given rows of the validation split, all in this process."""
         size = self.eval_batch_size
         return self._measured(self.splits["val"], [[*rows[at : at + size]] for at in range(0, len(rows), size)], size)
 
     def _measured(self, pairs: Any, batches: list[list[int]], size: int) -> DataLoader[Any]:
-        """These batches of a split as an evaluation reads them, each of `size` rows at most."""
+        """Loader of the given batches of a split for evaluation, each of at most `size` rows."""
         transform = eval_transform(self.spec, normalise=False)
         data: Dataset[Any]
         if isinstance(self.source, ExampleSource):
@@ -338,9 +344,9 @@ class PairData(L.LightningDataModule):
         collate: Callable[..., Any] = Collate(captioner)
         if isinstance(self.source, ExampleSource):
             collate = CollateExamples(captioner, self.source)
-        # a byte for each of 3 colours
+        # one byte for each of 3 colours
         if workers := self._readers():
-            # Examples of a source have as many images each.
+            # All examples of a source have the same number of images.
             images = len(data.examples[0]["images"]) if isinstance(data, TrainExamples | EvalExamples) else 1
             batch_bytes = 3 * self.spec.image_size**2 * size * images
             check_shared(batch_bytes, workers, getattr(self.trainer, "num_devices", 1))
@@ -354,7 +360,7 @@ class PairData(L.LightningDataModule):
         if self.workers is not None or not self._on_gpu():
             return self.workers or 0
         strategy: Any = self.trainer.strategy  # type: ignore[union-attr]
-        # A task of SLURM has cores of its own, of which two are for the training itself (`cli/slurm.py`).
+        # A SLURM task has its own cores, two of which are for the training itself (`cli/slurm.py`).
         if isinstance(getattr(strategy, "cluster_environment", None), SLURMEnvironment):
             return max(1, min(12, int(os.environ.get("SLURM_CPUS_PER_TASK") or cores()) - 2))
         return min(12, cores() // max(1, self.trainer.num_devices))  # type: ignore[union-attr]
@@ -362,22 +368,22 @@ class PairData(L.LightningDataModule):
     # ------------------------------------------------------------------ batches on the device
 
     def normalised(self, batch: Any) -> Any:
-        """A batch as the model reads it. Loaders give bytes, a quarter of the floats to hand over and to copy to the
-        device; images that are floats are taken as normalised."""
+        """A batch with normalised images. Loaders return uint8, a quarter of the size of floats to pass between
+        processes and to copy to the device; float images are assumed to be normalised."""
         name = "image_BPCHW" if isinstance(batch, ExampleBatch) else "image_BCHW"
         pixels = getattr(batch, name)
         if pixels.is_floating_point():
             return batch
         image, valid_B = self._normalise(pixels), batch.valid_B
-        # a hole has the mean colour: zero, for which there is no byte
+        # a placeholder has the mean colour: zero after normalising, for which there is no byte value
         image.masked_fill_(~valid_B.view(-1, *[1] * (image.ndim - 1)), 0)
         if self.trainer is not None:
-            # Lightning converts floats before the copy, when there were none
+            # Lightning converts floats before the copy, when there were none yet
             image = self.trainer.precision_plugin.convert_input(image)
         return batch._replace(**{name: image})
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The batch as the model reads it; in training its bad samples are counted.
+        """Normalise the batch; in training, also count its bad samples.
 
         Raises:
             UserError: more than `max_bad_fraction` of the samples could not be read (65).
@@ -385,17 +391,17 @@ class PairData(L.LightningDataModule):
         batch = self.normalised(batch)
         if not getattr(self.trainer, "training", True):
             return batch
-        # only training counts: evaluation raises for a sample that it cannot read
+        # only in training: evaluation raises for a sample that it cannot read
         self.samples += len(batch.valid_B)
         for reason, message in batch.problems:
             self.problems[reason] += 1
             listed = self.examples.setdefault(reason, [])
             if len(listed) < MOST_LISTED and message not in listed:  # a bad row comes back every epoch
                 listed.append(message)
-        # a reason "caption ..." is a caption that was mended: its sample is used
+        # a reason "caption ..." is a repaired caption, whose sample is used
         unread = sum(n for reason, n in self.problems.items() if not reason.startswith("caption "))
-        # of fewer samples a share says little: one bad row at the start would end the run. But where none of the first
-        # ones could be read, a short run would end as finished and have learned nothing
+        # with fewer samples the share says little, and one bad row at the start would end the run; but if none of the
+        # first ones can be read, a short run would finish without having learned anything
         many = self.samples >= 1000 and unread > self.max_bad_fraction * self.samples
         none = self.samples >= 16 and unread >= self.samples and self.max_bad_fraction < 1
         if batch.problems and (many or none):
@@ -405,11 +411,11 @@ class PairData(L.LightningDataModule):
         return batch
 
     def bad_rows(self) -> dict[str, Any]:
-        """Samples skipped or mended so far by reason, and which they are (the first 1,000 of a reason); also
-        what the reader left out."""
+        """Samples skipped or repaired so far by reason, and which they are (the first 1,000 per reason); also what the
+        reader left out."""
         left_out = {name: dict(getattr(pairs, "skipped", {})) for name, pairs in self.splits.items()}
         counts: Counter[str] = Counter()
-        # collective: every process must come here, and gather in the same order
+        # collective: every process must get here, and gather in the same order
         for part in gather_objects(self.problems):
             counts.update(part)  # type: ignore[call-overload]
         samples = sum(gather_objects(self.samples))  # type: ignore[arg-type]
@@ -421,7 +427,7 @@ class PairData(L.LightningDataModule):
 
 
 def _kind(value: Any) -> str:
-    """What was given, for people: an object by its class."""
+    """A value for a message: an object by its class."""
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 

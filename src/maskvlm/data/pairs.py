@@ -1,4 +1,4 @@
-"""From a source's rows to samples: reading, augmentation, one caption or all, holes for what cannot be read."""
+"""From a source's rows to samples: reading, augmentation, one caption or all, placeholders for unreadable rows."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ Transform = Callable[..., Tensor]
 
 
 class ProcessShare(NamedTuple):
-    """A process's part of every batch. size: its pairs in one."""
+    """A process's part of every batch. size: its number of pairs per batch."""
 
     rank: int
     world: int
@@ -31,7 +31,7 @@ class ProcessShare(NamedTuple):
 
 
 class Sample(TypedDict):
-    """One image and the captions shown with it; `problem` is (reason, message) or None. image_CHW: bytes, or normalised
+    """One image and the captions shown with it; `problem` is (reason, message) or None. image_CHW: uint8, or normalised
     floats."""
 
     image_CHW: Tensor
@@ -44,16 +44,17 @@ class Sample(TypedDict):
 
 
 class TrainPairs(Dataset[Sample]):
-    """`captions` captions an image, in each epoch another one first; augmentation seeded by (seed, epoch, index).
+    """`captions` captions per image, with a different one first in each epoch; augmentation is seeded by (seed, epoch,
+    index).
 
-    A row that cannot be read becomes a hole that keeps its place in the batch (blank, without words, weight 0),
-    so that processes stay in step and no other sample moves.
+    A row that cannot be read becomes a placeholder in the batch (blank, without words, weight 0), so that processes
+    stay in step and no other sample moves.
     """
 
     def __init__(self, pairs: Pairs, transform: Transform, seed: int, image_size: int, captions: int = 1) -> None:
         self.pairs, self.transform, self.seed, self.image_size = pairs, transform, seed, image_size
         self.captions = captions
-        # plain resizing has none: it wants the whole image
+        # plain resizing has no such limit, as it needs the whole image
         self.least: int | None = getattr(transform, "least", None)
 
     def __len__(self) -> int:
@@ -63,11 +64,11 @@ class TrainPairs(Dataset[Sample]):
         return self.sample(self.pairs[pick.row], pick)
 
     def sample(self, row: Row, pick: Pick) -> Sample:
-        """What is shown of a row; a source without rows by number picks by numbers of its own."""
+        """The sample of a row; a source without row numbers picks by numbers of its own."""
         at(row["origin"], row["image_id"])
-        # The generator of a data worker serves nothing else, so there is no state to bring back.
+        # A data worker's generator is used for nothing else, so there is no state to restore.
         with torch.random.fork_rng(devices=[], enabled=get_worker_info() is None):
-            # torch.manual_seed would also note the stack for every GPU backend: 0.5 ms, as long as all the rest
+            # torch.manual_seed would also record the stack for every GPU backend: 0.5 ms, as long as all the rest
             torch.default_generator.manual_seed(mix(self.seed, pick.epoch, pick.row))
             return self._read(row, pick)
 
@@ -79,7 +80,7 @@ class TrainPairs(Dataset[Sample]):
         if not all(captions):
             return self.hole(pick.row, ("empty caption", f"{row['origin']}: the caption is empty"))
         try:
-            # the augmentation looks for colours and sides in all captions that are shown
+            # the augmentation looks for colours and directions in all captions shown
             image, text = safe_open(row["image"], row["origin"], self.least), " ".join(captions)
             image_CHW = self.transform(image, text)
         except BadImage as problem:
@@ -95,13 +96,13 @@ class TrainPairs(Dataset[Sample]):
         )
 
     def hole(self, index: int, problem: tuple[str, str]) -> Sample:
-        """Keeps the place of a row that cannot be used."""
+        """A placeholder for a row that cannot be used."""
         return Sample(
-            # in bytes black; `PairData.normalised` makes it zero, the mean colour
+            # black; `PairData.normalised` sets it to zero, the mean colour
             image_CHW=torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8),
             # as many captions as any sample, so that C is the same in all processes
             captions=[""] * self.captions,
-            # an id of its own: a hole shows the same image as no other row
+            # a unique id, as a placeholder shows the same image as no other row
             image_id=f"hole {index}",
             index=index,
             valid=False,
@@ -111,20 +112,20 @@ class TrainPairs(Dataset[Sample]):
 
 
 def first_caption(pick: Pick, count: int, shown: int) -> int:
-    """The caption that stands first in a sample; the others follow it in the image's list. Masked words and matching
-    read the first one alone: in `count` epochs each caption is it once.
+    """Index of the first caption of a sample; the others follow it in the image's list. Masked words and matching use
+    only the first one: in `count` epochs each caption is first once.
 
     Args:
-        count: captions of the image.
-        shown: captions in a sample.
+        count: number of captions of the image.
+        shown: number of captions in a sample.
     """
     if not count:
         return 0
-    # Each epoch goes on where the last one ended. Where that comes back to its beginning too early, as with 2 of 4
-    # captions, it goes on one further.
+    # Each epoch continues where the last one ended. If that returns to the start too early, as with 2 of 4 captions, it
+    # is shifted by one.
     turn = count // math.gcd(count, shown)
     further = pick.epoch // turn if turn < count else 0
-    # The row is added so that images begin at different places.
+    # The row is added so that images start at different captions.
     return (pick.epoch * shown + further + pick.row) % count
 
 
@@ -140,11 +141,11 @@ class EvalPairs(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         row = self.pairs[index]
         at(row["origin"], row["image_id"])
-        # here an empty caption is left out, not shown: it could be retrieved by nobody
+        # empty captions are left out here, as nothing could retrieve them
         captions = [text for text, _ in map(clean_caption, row["captions"]) if text]
         if not captions:
             raise UserError(row["origin"], "no caption with words", "Mend or remove the row", ExitCode.BAD_DATA)
-        # only the built-in world knows where its objects are
+        # only the built-in scenes know where their objects are
         object_mask = getattr(self.pairs, "object_mask", None)
         return Sample(
             image_CHW=self.transform(safe_open(row["image"], row["origin"])),
@@ -158,17 +159,17 @@ class EvalPairs(Dataset[Sample]):
 
 
 class Collate:
-    """Samples -> Batch; captions are turned into tokens here, padded to the longest of the batch.
+    """Samples -> Batch; captions are tokenized here and padded to the longest of the batch.
 
     Args:
-        captioner: captions to tokens.
+        captioner: turns captions into tokens.
     """
 
     def __init__(self, captioner: Captioner) -> None:
         self.captioner = captioner
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        # C captions, those of an image one after the other
+        # C captions, those of an image next to each other
         captions = [caption for sample in samples for caption in sample["captions"]]
         counts = torch.tensor([len(sample["captions"]) for sample in samples])
         # B masks of (H, W), or none
@@ -183,7 +184,7 @@ class Collate:
             torch.tensor([caption_id(caption) for caption in captions]),
             torch.tensor([sample["valid"] for sample in samples]),
             torch.tensor([sample["index"] for sample in samples]),
-            # (B, H, W), only where every image has one
+            # (B, H, W), only if every image has one
             torch.from_numpy(np.stack(grounds)) if len(grounds) == len(samples) else None,
             tuple(sample["problem"] for sample in samples if sample["problem"]),
             tuple(captions),
@@ -191,9 +192,9 @@ class Collate:
 
 
 def stack_images(images: list[Tensor]) -> Tensor:
-    """The images of a batch: bytes, or floats where the transform gives them. In a data worker torch writes them where
-    the main process reads them."""
-    # a hole is bytes among floats, too
+    """Stack the images of a batch: uint8, or floats if the transform returns them. In a data worker torch writes them
+    directly to shared memory."""
+    # a placeholder is uint8 even among floats
     dtype = functools.reduce(torch.promote_types, (image.dtype for image in images))
     stacked: Tensor = default_collate([image.to(dtype) for image in images])
     return stacked

@@ -1,4 +1,4 @@
-"""A contact sheet: what a data set looks like, images with their captions, before any training."""
+"""A contact sheet of a data set: images with their captions, to look at before training."""
 
 import textwrap
 from io import BytesIO
@@ -14,7 +14,7 @@ from maskvlm.utils.errors import UserError
 from maskvlm.utils.write_errors import write_output
 
 COLUMNS = 4
-WRAP = 62  # characters a line of caption, what fits under an image at the sizes below
+WRAP = 62  # characters per caption line, as many as fit under an image at the sizes below
 MOST_CAPTIONS, MOST_CHARACTERS = 5, 180  # more of either would run into the next row
 IMAGE_INCHES, CAPTION_INCHES, LINE_INCHES = 2.4, 4.0, 0.125
 
@@ -22,11 +22,11 @@ IMAGE_INCHES, CAPTION_INCHES, LINE_INCHES = 2.4, 4.0, 0.125
 def contact_sheet(pairs: Pairs, path: Path, count: int = 24) -> Path:
     """Write a PNG of `count` images, spread evenly over the data set, each above its captions.
 
-    A row that cannot be read leaves its reason in the image's place. Small images are shown pixel by
-    pixel, large ones smoothed.
+    For a row that cannot be read, the reason is shown instead of the image. Small images are shown pixel by pixel,
+    large ones smoothed.
 
     Returns:
-        `path`; its folder is made when missing.
+        `path`; its folder is created if missing.
 
     Raises:
         UserError: no images to show, or the file cannot be written.
@@ -40,13 +40,13 @@ def contact_sheet(pairs: Pairs, path: Path, count: int = 24) -> Path:
 
 
 def save_sheet(rows: list[Row | UserError], path: Path) -> Path:
-    """Write a PNG of these rows, their images opened, or the reason why there is none.
+    """Write a PNG of these rows, with images opened, or with the reason why there is none.
 
     Returns:
-        `path`; its folder is made when missing.
+        `path`; its folder is created if missing.
 
     Raises:
-        UserError: the file cannot be written (73), the disk is full (74).
+        UserError: the file cannot be written (73), or the disk is full (74).
     """
     content = BytesIO()
     draw_sheet(rows).savefig(content, format="png", dpi=100)
@@ -64,7 +64,7 @@ def read_row(pairs: Pairs, index: int) -> Row | UserError:
 
 
 def open_row(image: Any, captions: list[str], title: str, origin: str) -> Row | UserError:
-    """A row of a sheet, its image opened here: what cannot be read becomes a cell that says so."""
+    """A row of a sheet with its image opened here; an unreadable one becomes a cell that says so."""
     try:
         return Row(image=safe_open(image, origin), captions=captions, image_id=title, origin=origin)
     except UserError as error:
@@ -72,7 +72,7 @@ def open_row(image: Any, captions: list[str], title: str, origin: str) -> Row | 
 
 
 def wrapped(captions: list[str]) -> list[str]:
-    """The lines that stand below an image: each caption starts with a dash and goes on indented."""
+    """The lines below an image: each caption starts with a dash and continues indented."""
     lines = []
     for caption in captions[:MOST_CAPTIONS]:
         text = textwrap.shorten(caption, MOST_CHARACTERS, placeholder=" ...")
@@ -83,16 +83,16 @@ def wrapped(captions: list[str]) -> list[str]:
 
 
 def draw_sheet(rows: list[Row | UserError]) -> Figure:
-    """The sheet, as high as its longest captions need."""
+    """The sheet, as high as needed for its longest captions."""
     layout = lay_out(rows)
-    # not pyplot, which would keep the figure and may ask for a display
+    # not pyplot, which would keep the figure and may need a display
     figure = Figure(figsize=layout.inches, layout="constrained")
     fill_sheet(figure, rows, layout)
     return figure
 
 
 class Layout(NamedTuple):
-    """Layout of a sheet: columns; heights of image rows and caption rows in turn; width and height. In inches."""
+    """Layout of a sheet in inches: columns; heights of alternating image and caption rows; width and height."""
 
     columns: int
     heights: list[float]
@@ -100,7 +100,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(rows: list[Row | UserError]) -> Layout:
-    """Each line as high as its longest captions need."""
+    """Compute the layout, each row as high as needed for its longest captions."""
     counts = [0 if isinstance(row, UserError) else len(wrapped(row["captions"])) for row in rows]
     columns = min(COLUMNS, len(rows))
     heights = []
@@ -129,11 +129,11 @@ def draw_image(axes: Axes, row: Row | UserError) -> None:
         return
     image = row["image"]
     assert not isinstance(image, bytes | str)
-    # an id may hold dollar signs, which would start a formula
+    # an id may contain dollar signs, which would start a formula
     axes.set_title(row["image_id"], fontsize=8, parse_math=False)
     axes.imshow(image, interpolation="nearest" if max(image.size) <= 128 else "antialiased")
 
 
 def print_text(axes: Axes, text: str, size: float = 7.5) -> None:
-    """Print in points of that size from the top left corner, as it is: a dollar sign starts no formula."""
+    """Print text verbatim from the top left corner, in this size in points: a dollar sign does not start a formula."""
     axes.text(0, 1, text, va="top", fontsize=size, family="monospace", parse_math=False, transform=axes.transAxes)

@@ -1,6 +1,6 @@
-"""Files of strangers are opened here alone: plain files, inside the folder that was named, and nothing else.
+"""The only place where untrusted files are opened: only regular files, inside the folder that was named.
 
-A pipe would keep the program waiting, a device has no end, and a link may lead to any file of this machine.
+A pipe would block the program, a device has no end, and a link may lead to any file of this machine.
 """
 
 import os
@@ -25,25 +25,25 @@ _KINDS = {
 }
 _SURROGATES = re.compile("[\ud800-\udfff]")
 LEADS_OUT = "link leads out"
-"""The reason under which rows are counted whose file is a link to somewhere else."""
+"""The reason for rows whose file is a link to somewhere else."""
 
 
 def special(mode: int) -> str | None:
-    """What a file is that is no plain file ("a pipe"); None where it is one. mode: as `os.stat` tells it."""
+    """The kind of a file that is not a regular file ("a pipe"), else None. mode: from `os.stat`."""
     return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no plain file")
 
 
 @contextmanager
 def opened(file: Path, todo: str = TODO) -> Iterator[BufferedReader]:
-    """A plain file to read from; what goes wrong with it, also while it is read, is the user's error.
+    """Open a regular file for reading; any error, also while it is read, is raised as a UserError.
 
     Raises:
-        UserError: it is not there, or is a folder, a pipe, a socket or a device (66); it cannot be read (74).
+        UserError: it is missing, or is a folder, a pipe, a socket or a device (66); it cannot be read (74).
     """
     if "\x00" in str(file):
         raise UserError(repr(str(file)), "no file has a null byte in its name", todo, ExitCode.MISSING_INPUT)
     try:
-        # asked of the open file, not of its name: between two looks at a name the file may be exchanged
+        # checked on the open file, not by name, as the file may be swapped between two look-ups of its name
         with open(file, "rb", opener=_at_once) as stream:
             check_plain(file, os.fstat(stream.fileno()).st_mode)
             yield stream
@@ -56,21 +56,21 @@ def opened(file: Path, todo: str = TODO) -> Iterator[BufferedReader]:
 
 
 def content_of(file: Path, most: int, todo: str = TODO) -> bytes:
-    """A small file. Raises UserError as `opened`, and where it has more than `most` bytes (65)."""
+    """The content of a small file. Raises UserError like `opened`, or if it has more than `most` bytes (65)."""
     with opened(file, todo) as stream:
-        # Not `read(most)`, which would take that much memory for each small file.
+        # Not `read(most)`, which would allocate that much memory for each small file.
         if os.fstat(stream.fileno()).st_size <= most and len(content := stream.read()) <= most:
             return content
     raise UserError(file, f"more than {most:,} bytes", todo, ExitCode.BAD_DATA)
 
 
 def _at_once(path: str, flags: int) -> int:
-    """Opened without waiting: a pipe would keep us until somebody writes to it."""
+    """Open without blocking, as a pipe would otherwise wait for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def check_plain(file: Path, mode: int) -> None:
-    """Refuse what is no plain file. mode: as `os.stat` tells it."""
+    """Raise UserError for anything but a regular file. mode: from `os.stat`."""
     if kind := special(mode):
         raise UserError(file, f"is {kind}, no file", "Name a file, or write it to one first", ExitCode.MISSING_INPUT)
 
@@ -79,13 +79,13 @@ def check_plain(file: Path, mode: int) -> None:
 
 
 MAX_LINE_BYTES = 16_000_000
-"""Longer lines are no rows: a caption is cut at 4096 bytes, the largest rows of public sets have some 100 kB."""
+"""Longer lines are not rows: a caption is cut at 4096 bytes, the largest rows of public sets have some 100 kB."""
 
 _HEAD = 1_000_000
 
 
 class ByteLine(NamedTuple):
-    """A line without its end, or a part of one that has a problem: (reason, message). number: counted from 1."""
+    """A line without its line end, or with a problem: (reason, message). number: counted from 1."""
 
     number: int
     content: bytes
@@ -93,19 +93,19 @@ class ByteLine(NamedTuple):
 
 
 def byte_lines(stream: BufferedReader) -> Iterator[ByteLine]:
-    """The lines of a file, which end with LF or CRLF, or with CR where its first million bytes hold no LF.
+    """The lines of a file, which end with LF or CRLF, or with CR if its first million bytes contain no LF.
 
-    A CR within a line is a problem of that line: it is either the end of a line of another kind, which would join two
-    rows, or no part of a text; line numbers stay those of the file.
+    A CR within a line is a problem of that line: it is either a different line end, which would join two rows, or does
+    not belong in a text. Line numbers are those of the file.
     """
-    # what the file's lines end with
+    # the file's line ends
     head = stream.read(_HEAD)
     stream.seek(0)
     ends: tuple[bytes, ...] = (b"\n",)
     read = stream.readline
     if b"\r" in head and b"\n" not in head:
-        # only the text layer of Python ends lines at a lone CR
-        ends, text = (b"\n", b"\r"), TextIOWrapper(stream, "latin-1", newline="")  # of latin-1, bytes stay bytes
+        # only Python's text layer ends lines at a lone CR
+        ends, text = (b"\n", b"\r"), TextIOWrapper(stream, "latin-1", newline="")  # latin-1 preserves bytes
 
         def read(most: int | None = -1, /) -> bytes:
             return text.readline(most or -1).encode("latin-1")
@@ -113,7 +113,7 @@ def byte_lines(stream: BufferedReader) -> Iterator[ByteLine]:
     number = 0
     while line := read(MAX_LINE_BYTES):
         number += 1
-        # the rest of the line is passed over piece by piece
+        # the rest of the line is skipped piece by piece
         if len(line) == MAX_LINE_BYTES and not line.endswith(ends):
             while (rest := read(MAX_LINE_BYTES)) and not rest.endswith(ends):
                 pass
@@ -129,36 +129,36 @@ def byte_lines(stream: BufferedReader) -> Iterator[ByteLine]:
 
 
 class Inside:
-    """Whether files lie within a folder, links followed: none of a stranger's links may lead to a file of this machine.
+    """Checks that files are within a folder after following links: untrusted links must not lead to other files.
 
-    The folder itself may be a link; its user named it.
+    The folder itself may be a link, as the user named it.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = os.path.realpath(root)
-        # by folder: a set has a million files in a few folders
+        # cached by folder, as a set has a million files in a few folders
         self._within = cache(self._inside)
 
     def holds(self, path: str | Path) -> bool:
-        """Whether the path, links followed, lies within the folder."""
+        """Whether the path, after following links, is within the folder."""
         folder, name = os.path.split(path)
-        # a file that is no link lies where its folder does
+        # a file that is not a link is where its folder is
         if name in ("", ".", "..") or os.path.islink(path):
             return self._inside(str(path))
         return self._within(folder)
 
     def _inside(self, path: str) -> bool:
         real = os.path.realpath(path)
-        # with a slash at the end: /data does not hold /database
+        # with a trailing slash, as /data does not contain /database
         return real == self.root or real.startswith(os.path.join(self.root, ""))
 
 
 class Walk:
-    """The files of a folder and those in it, hidden ones left out, in an order that depends on their names alone.
+    """The files of a folder and its subfolders, without hidden ones, in an order that depends only on their names.
 
     Attributes:
-        left_out: reason -> what is not looked at, relative to the folder: links that lead out of it, and names that
-            are no text; complete when the walk is.
+        left_out: reason -> skipped paths, relative to the folder: links that lead out of it, and names that are not
+            text; complete when the walk is.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -166,9 +166,9 @@ class Walk:
         self._inside = Inside(self.root)
 
     def __iter__(self) -> Iterator[tuple[str, list[str]]]:
-        """Each folder with the names of its files. Raises UserError (74) where one cannot be listed."""
+        """Each folder with the names of its files. Raises UserError (74) if one cannot be listed."""
         self.left_out.clear()
-        # folders by device and inode: the same under whatever name
+        # folders by device and inode, which are the same under any name
         seen_folders: set[tuple[int, int]] = set()
         for place, folders, files in os.walk(self.root, onerror=_cannot_list, followlinks=True):
             status = os.stat(place)
@@ -176,7 +176,7 @@ class Walk:
                 folders.clear()
                 continue
             seen_folders.add((status.st_dev, status.st_ino))
-            # in place: `os.walk` goes on into what is left in this list
+            # in place, as `os.walk` descends into the folders left in this list
             folders[:] = self._select(place, folders)
             yield place, self._select(place, files)
 
@@ -184,7 +184,7 @@ class Walk:
         selection = []
         for name in sorted(name for name in names if not name.startswith(".")):
             path = os.path.join(place, name)
-            # Python gives bytes of a name that are no UTF-8 as lone surrogates
+            # Python represents non-UTF-8 bytes of a name as lone surrogates
             reason = "name is not text" if _SURROGATES.search(name) else "" if self._inside.holds(path) else LEADS_OUT
             if reason:
                 self.left_out.setdefault(reason, []).append(os.path.relpath(path, self.root))
@@ -199,7 +199,7 @@ def _cannot_list(error: OSError) -> None:
 
 
 def check_below(file: Path, root: Path) -> None:
-    """Refuse a file of a folder that is a link to somewhere else; one that was named with another folder passes.
+    """Reject a file in a folder that is a link to somewhere else; a file named with another folder is accepted.
 
     Raises:
         UserError: it leads out of the folder (77).

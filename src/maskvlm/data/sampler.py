@@ -1,7 +1,7 @@
-"""Which samples make which batch: a pure function of (seed, position), the same for any number of processes.
+"""Assigns samples to batches: a pure function of (seed, position), the same for any number of processes.
 
-One flat order runs through all epochs; a batch may straddle two of them, so no sample is dropped or repeated
-at an epoch's end and the position in the data is one number, the samples consumed.
+One flat order runs through all epochs. A batch may straddle two of them, so no sample is dropped or repeated at the end
+of an epoch, and the position in the data is a single number, the samples consumed.
 """
 
 import math
@@ -17,7 +17,7 @@ from maskvlm.utils.errors import UserError
 
 
 class Pick(NamedTuple):
-    """One sample: its row in the data set and how often the set was seen before."""
+    """One sample: its row in the data set, and how often the set has been seen before."""
 
     row: int
     epoch: int
@@ -27,8 +27,8 @@ class FlatOrder:
     """Position -> sample: each epoch is a seeded permutation of all samples.
 
     Args:
-        size: samples in the data set.
-        seed: of the permutations.
+        size: number of samples in the data set.
+        seed: seed of the permutations.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -38,9 +38,9 @@ class FlatOrder:
     def __getitem__(self, position: int) -> Pick:
         # one endless sequence of positions: epoch 0, then epoch 1, ...
         epoch, place = divmod(position, self.size)
-        # One permutation is kept: positions are asked for in rising order, so each is drawn once.
+        # Only one permutation is kept: positions are accessed in rising order, so each is drawn once.
         if epoch != self._epoch:
-            # its own generator: the global one must not depend on how far the order was read
+            # its own generator, as the global one must not depend on how far the order was read
             generator = torch.Generator().manual_seed(mix(self.seed, epoch))
             self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator).numpy()
         return Pick(int(self._permutation[place]), epoch)
@@ -49,14 +49,14 @@ class FlatOrder:
 class FlatBatchSampler(Sampler[list[Pick]]):
     """This process's share of every global batch, from `start` to `steps`.
 
-    Process r takes the r-th contiguous part, so the parts joined in rank order are the one-process batch.
+    Process r takes the r-th contiguous part, so the parts concatenated in rank order are the one-process batch.
 
     Args:
         order: the flat order.
-        batch_size: global batch; must divide by `world`.
-        steps: batches in the whole run.
-        rank, world: this process and how many there are.
-        start: batches already consumed.
+        batch_size: size of the global batch; must be divisible by `world`.
+        steps: number of batches in the whole run.
+        rank, world: rank of this process and number of processes.
+        start: number of batches already consumed.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class FlatBatchSampler(Sampler[list[Pick]]):
         self.rank, self.world, self.start = rank, world, start
 
     def __len__(self) -> int:
-        """Number of batches in the whole run: a resumed run counts from its beginning, and so does Lightning."""
+        """Number of batches in the whole run: a resumed run counts from its start, and so does Lightning."""
         return self.steps
 
     def __iter__(self) -> Iterator[list[Pick]]:
@@ -78,10 +78,11 @@ class FlatBatchSampler(Sampler[list[Pick]]):
 
 
 def check_share(batch_size: int, passes: int, world: int) -> None:
-    """Every process must get the same number of samples in every pass: processes with other shapes wait for ever.
+    """Check that every process gets the same number of samples in every pass: with different shapes, processes would
+    wait for each other forever.
 
     Raises:
-        UserError: a global batch cannot be dealt out so.
+        UserError: a global batch cannot be shared evenly.
     """
     if batch_size % (passes * world):
         whom = f"{world} processes x {passes} accumulated passes"
@@ -90,9 +91,10 @@ def check_share(batch_size: int, passes: int, world: int) -> None:
 
 
 def size_for_all(count: int, most: int, world: int) -> int:
-    """Rows in an evaluation batch, such that no process is left without a batch: Lightning would end it there, and the
-    others would wait for it for ever. `most` where that gives as many batches as processes, or more: they are then
-    those of one process. Else fewer: the rows shared out, rounded up if that leaves none without.
+    """Rows in an evaluation batch, such that every process has a batch: without one, Lightning would end it, and the
+    others would wait for it forever. It is `most` if that gives at least as many batches as processes, in which case
+    the batches are the same as for one process. Else the rows are shared evenly, rounded up if that leaves no process
+    without a batch.
 
     Raises:
         UserError: there are fewer rows than processes.
@@ -102,6 +104,6 @@ def size_for_all(count: int, most: int, world: int) -> int:
         raise UserError("data", what, "Start fewer processes, or set trainer.limit_val_batches to 0")
     if math.ceil(count / most) >= world:
         return most
-    # `world` batches, and no more where that is possible: a limit of batches would leave out the last one.
+    # `world` batches, and no more if possible, as a limit on batches would leave out the last one.
     size = math.ceil(count / world)
     return size if math.ceil(count / size) >= world else count // world

@@ -1,6 +1,6 @@
-"""JSON of strangers: what two readers could understand in two ways is no value, but a `BadJson` in its place.
+"""Untrusted JSON: anything that readers may interpret differently is replaced by a `BadJson`.
 
-So a row of a long list can be left out and counted, and the others stay.
+This way one row of a long list can be left out and counted, and the others are kept.
 """
 
 import json
@@ -8,33 +8,33 @@ from collections import Counter
 from typing import Any
 
 DEPTH = 64
-"""Lists and objects within each other. Deeper ones are data of no set that is read here, and would overflow the stack
-of whatever walks them."""
+"""Maximum nesting of lists and objects. No set read here has deeper ones, which would overflow the stack of any code
+that traverses them."""
 
 
 class BadJson(ValueError):
-    """What stands where an object has a key twice, or a number is NaN or infinite; its text says so."""
+    """Replaces an object with a repeated key, or a NaN or infinite number; its text says which."""
 
 
 def parse_json(text: str) -> Any:
-    """The document in a text.
+    """The JSON document in a text.
 
     Raises:
-        ValueError: it is no JSON (`json.JSONDecodeError`), or a number has thousands of digits.
+        ValueError: it is not JSON (`json.JSONDecodeError`), or a number has thousands of digits.
         RecursionError: nested deeper than DEPTH.
     """
-    # by itself the decoder raises RecursionError only much deeper
+    # on its own the decoder raises RecursionError only at a much greater depth
     return checked(_DECODER.decode(text))
 
 
 def parse_first(text: str, position: int) -> tuple[Any, int]:
-    """The value that begins at a position, and where it ends. Raises as `parse_json`."""
+    """The value that starts at a position, and its end. Raises like `parse_json`."""
     value, end = _DECODER.raw_decode(text, position)
     return checked(value), end
 
 
 def checked(value: Any) -> Any:
-    """The value. Raises RecursionError where it is nested deeper than DEPTH."""
+    """Return the value. Raises RecursionError if it is nested deeper than DEPTH."""
     # level by level, without recursion
     level = [value]
     for _ in range(DEPTH):
@@ -51,20 +51,20 @@ def checked(value: Any) -> Any:
 
 
 def flaw(record: Any) -> str | None:
-    """What is wrong with a row, or with one of its values, as far as `BadJson` tells."""
+    """What is wrong with a row or one of its values according to `BadJson`, or None."""
     values = record.values() if isinstance(record, dict) else [record]
     return next((str(value) for value in values if isinstance(value, BadJson)), None)
 
 
 def json_kind(value: Any) -> str:
-    """What a value is, for messages about another that belongs there."""
+    """Description of a value, for messages about what was expected instead."""
     return str(value) if isinstance(value, BadJson) else type(value).__name__
 
 
 def each_key_once(pairs: list[tuple[str, Any]]) -> Any:
-    """The object of these keys and values."""
+    """The object of these keys and values, or a BadJson if a key is repeated."""
     record = dict(pairs)
-    # the same length: no key came twice
+    # the same length: no key is repeated
     if len(record) == len(pairs):
         return record
     twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -72,7 +72,7 @@ def each_key_once(pairs: list[tuple[str, Any]]) -> Any:
 
 
 def no_number(name: str) -> Any:
-    """What stands in the place of NaN and Infinity."""
+    """The BadJson that replaces NaN and Infinity."""
     return BadJson(f"{name} is no number of JSON")
 
 

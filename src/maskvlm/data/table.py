@@ -1,9 +1,9 @@
-"""Data sets as memory-mapped Arrow tables, made once and kept, and the examples that such a table hands out.
+"""Data sets as memory-mapped Arrow tables, built once and cached, and the examples read from such a table.
 
-A table is named by the content of its files, so that it is made again when they change and several runs share
-it; neither a large annotation file nor many processes cost memory. Images stay files until they are needed.
+A table is named by the content of its files, so that it is rebuilt when they change and shared by several runs. Neither
+a large annotation file nor many processes cost memory. Images stay files until they are needed.
 
-Shapes: N rows, P images a row.
+Shapes: N rows, P images per row.
 """
 
 import hashlib
@@ -24,24 +24,24 @@ from maskvlm.data.files import ImagesByKey, check_missing
 from maskvlm.utils.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset  # takes a second to import: only where it is used
+    from datasets import Dataset  # takes a second to import, so only where it is used
 
 Columns = dict[str, str | list[str]]
-"""Name -> Arrow type ("string", "int64"), in a list where each row has a list of them."""
+"""Name -> Arrow type ("string", "int64"), in a list if each row has a list of them."""
 
 EXAMPLE_VERSION = 1
-"""Raise it when `TableRows` makes another table of the same file; it is part of the tables' names."""
+"""Raise it when `TableRows` makes a different table from the same file; it is part of the tables' names."""
 
 
 class ParsedColumns(NamedTuple):
-    """What a parser hands over. columns: name -> values, N each; notes: anything that json can hold."""
+    """The result of a parser. columns: name -> N values; notes: anything that JSON can represent."""
 
     columns: dict[str, list[Any]]
     notes: dict[str, Any]
 
 
 class Table(NamedTuple):
-    """A cached table. `name` tells it from all others, its content included."""
+    """A cached table. `name` identifies it, including its content."""
 
     name: str
     rows: "Dataset"
@@ -52,22 +52,22 @@ class Table(NamedTuple):
 
 
 def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[[], ParsedColumns]) -> Table:
-    """The table of that name, from the cache or made now.
+    """The table of this name, from the cache or built now.
 
     Args:
-        name: of its folder; holds a digest of all that the table depends on, and a version.
-        cache: folder of the tables; by default with those of Hugging Face datasets.
-        columns: what each row consists of.
-        make: reads the files; called where the cache has no such table.
+        name: name of its folder; contains a digest of everything the table depends on, and a version.
+        cache: folder of the tables; by default in the cache of Hugging Face datasets.
+        columns: the columns of the table.
+        make: reads the files; called if the cache has no such table.
 
     Raises:
-        UserError: the cache cannot be written, or what is there cannot be read.
+        UserError: the cache cannot be written, or the cached table cannot be read.
     """
     import datasets
 
     parent = Path(cache).expanduser() if cache else Path(datasets.config.HF_DATASETS_CACHE) / "maskvlm"
     folder = parent / name
-    # the name holds a digest of all inputs: what is there under it is never stale
+    # the name contains a digest of all inputs, so a cached table is never stale
     if not folder.is_dir():
         # the files are parsed once for all runs
         content = make()
@@ -77,7 +77,7 @@ def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[
             what = f"the cache cannot be written ({error.strerror or error})"
             raise UserError(parent, what, "Set `cache` to another folder", ExitCode.CANNOT_CREATE) from error
     try:
-        # maps the file: all processes share its pages
+        # memory-mapped: all processes share its pages
         rows = datasets.Dataset.load_from_disk(folder / "table")
         return Table(name, rows, json.loads((folder / "notes.json").read_text()))
     except Exception as error:
@@ -86,7 +86,7 @@ def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[
 
 
 def _write(content: ParsedColumns, columns: Columns, folder: Path) -> None:
-    """Complete or not at all: other processes may read or write the same table at this moment."""
+    """Write the table atomically, as other processes may read or write the same table at the same time."""
     import datasets
 
     kinds = {
@@ -95,9 +95,9 @@ def _write(content: ParsedColumns, columns: Columns, folder: Path) -> None:
     }
     features = datasets.Features(kinds)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # beside its place: a rename is one step only within a file system
+    # in the same parent folder, as a rename is atomic only within a file system
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as work, _no_bars():
-        # `features` gives the order of the columns
+        # `features` determines the order of the columns
         new, values = Path(work) / folder.name, {name: content.columns[name] for name in features}
         datasets.Dataset.from_dict(values, features).save_to_disk(new / "table")
         (new / "notes.json").write_text(json.dumps(content.notes))
@@ -125,23 +125,23 @@ def _no_bars() -> Iterator[None]:
 
 
 class RowOrigin(NamedTuple):
-    """How a row is named: `pattern` says where in the file row number `place` stands ("{file}:{place}")."""
+    """How rows are named: `pattern` gives the position of row number `place` in the file ("{file}:{place}")."""
 
     file: Path
     pattern: str
 
     def short(self, place: int) -> str:
-        """Origin with the file's name alone, as examples carry it."""
+        """Origin with only the file's name, as stored in examples."""
         return self.pattern.format(file=self.file.name, place=place)
 
     def full(self, place: int) -> str:
-        """Origin with the file's path, as errors name it."""
+        """Origin with the file's path, as used in errors."""
         return self.pattern.format(file=self.file, place=place)
 
 
 EXAMPLE_COLUMNS: Columns = {
     "images": ["string"],  # the ids of a row's images
-    "text": "string",  # cleaned; "" where nothing was left
+    "text": "string",  # cleaned; "" if nothing was left
     "answers": ["string"],
     "id": "string",
     "kind": "string",
@@ -151,11 +151,11 @@ EXAMPLE_COLUMNS: Columns = {
 
 
 class TableRows:
-    """The columns of an examples table while a file is read.
+    """Collects the columns of an examples table while a file is read.
 
     Args:
         origin: names the rows in errors.
-        id_key: what the file calls the id, for errors.
+        id_key: the file's key for the id, for errors.
         more: string columns besides EXAMPLE_COLUMNS.
     """
 
@@ -176,8 +176,8 @@ class TableRows:
         group: str = "",
         **more: str,
     ) -> None:
-        """Append a row. Raises UserError where the id was there before."""
-        # a place stands for a row, so the same id at another place is a second row
+        """Append a row. Raises UserError if the id already exists."""
+        # a place identifies a row, so the same id at another place is a second row
         if (first := self._place_of.setdefault(id, place)) != place:
             what = f"{self.id_key} '{id}' stands there twice, first at {self.origin.short(first)}"
             raise UserError(self.origin.full(place), what, "Keep one of the two rows", ExitCode.BAD_DATA)
@@ -192,11 +192,11 @@ class TableRows:
         return id in self._place_of
 
     def note(self, reason: str, place: int) -> None:
-        """Count a row that was left out or mended."""
+        """Record a row that was left out or repaired."""
         self.notes.setdefault(reason, []).append(place)
 
     def finish(self) -> ParsedColumns:
-        """The finished table. Raises UserError where no row was added."""
+        """The finished table. Raises UserError if no row was added."""
         if not self.values["id"]:
             raise UserError(self.origin.file, "no example in this file", "Take the complete file", ExitCode.BAD_DATA)
         return ParsedColumns(self.values, self.notes)
@@ -209,9 +209,9 @@ class TableExamples:
     """Rows of an examples table with their images (an `Examples`).
 
     Attributes:
-        row_N: which rows of the table.
-        fingerprint: changes with the table and with the rows chosen.
-        skipped: reason -> the rows that were left out or mended.
+        row_N: the selected rows of the table.
+        fingerprint: changes with the table and with the selected rows.
+        skipped: reason -> the rows that were left out or repaired.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class TableExamples:
     ) -> None:
         self.row_N, self.skipped = row_N, dict[str, list[str]]()
         self._rows, self._number_NP, self._images, self._origin = table.rows, number_NP, images, origin
-        # the table's name holds the digest of its content
+        # the table's name contains the digest of its content
         identity = f"{EXAMPLE_VERSION} {table.name}".encode() + row_N.astype(np.int64).tobytes()
         self.fingerprint = hashlib.sha256(identity).hexdigest()[:16]
 
@@ -229,7 +229,7 @@ class TableExamples:
     def __getitem__(self, index: int, /) -> Example:
         row = self._rows[int(self.row_N[index])]
         return Example(
-            # `_number_NP` goes by rows chosen, `row_N` leads into the table
+            # `_number_NP` is indexed by selected row, `row_N` points into the table
             images=[self._images.image(number) for number in self._number_NP[index]],
             image_ids=row["images"],
             text=row["text"],
@@ -242,7 +242,7 @@ class TableExamples:
 
     @property
     def image_identity(self) -> str:
-        """Another text where its images are other files; looks at each of them."""
+        """A hash of its image files; checks each of them."""
         return self._images.identity(np.unique(self._number_NP))
 
     def image_ids(self) -> Iterator[str]:
@@ -251,7 +251,7 @@ class TableExamples:
             yield image.as_py()
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One of EXAMPLE_COLUMNS, of the rows chosen."""
+        """One of EXAMPLE_COLUMNS, for the selected rows."""
         return self._rows.data.column(name).take(self.row_N)
 
 
@@ -264,16 +264,16 @@ def choose_rows(
     drop: dict[str, np.ndarray] | None = None,
     if_dropped: str | None = "Take the complete file",
 ) -> TableExamples:
-    """The rows of a split that can be used.
+    """The usable rows of a split.
 
     Args:
-        split: `train` leaves rows out and lists them; in all others an unusable row is an error.
+        split: for `train`, unusable rows are left out and listed; in other splits they are an error.
         max_missing: the share of training rows that may lack an image.
-        drop: reason -> True (N) on rows that training leaves out for it.
-        if_dropped: what to do where `drop` leaves no row; None where the split may be empty.
+        drop: reason -> boolean array (N), True for rows that training leaves out for it.
+        if_dropped: what to do if `drop` leaves no row, for the error; None if the split may be empty.
 
     Raises:
-        UserError: nothing is left, too many images are absent, or evaluation would have to leave a row out.
+        UserError: nothing is left, too many images are missing, or evaluation would have to leave a row out.
     """
     # all (N,) of the whole table
     empty_N = np.asarray(table.rows.data.column("text").to_numpy()) == ""
@@ -283,14 +283,14 @@ def choose_rows(
         raise UserError(where, "the text is empty", todo, ExitCode.BAD_DATA)
     skipped = {reason: places for reason, places in table.notes.items() if places}
     kept_N = np.ones(len(empty_N), bool)
-    # a row counts under the first reason that it is left out for
+    # a row counts under the first reason for which it is left out
     for reason, out_N in {"empty text": empty_N, **(drop or {})}.items():
         skipped[reason] = place_N[kept_N & out_N].tolist()
         kept_N &= ~out_N
     images_N = table.rows.data.column("images")
     # N lists of P ids -> (N * P,) numbers -> (N, P)
-    number_NP = images.find(pc.list_flatten(images_N)).reshape(len(images_N), -1)  # -1: absent
-    # one absent image makes an example useless
+    number_NP = images.find(pc.list_flatten(images_N)).reshape(len(images_N), -1)  # -1: missing
+    # one missing image makes an example unusable
     absent_N = kept_N & (number_NP < 0).any(1)
     if absent_N.any():
         skipped["missing image"] = place_N[absent_N].tolist()
@@ -302,14 +302,14 @@ def choose_rows(
         todo = if_dropped if any(skipped[reason] for reason in drop or {}) else "Take the complete file"
         raise UserError(origin.file, f"no example is left ({reasons})", todo, ExitCode.BAD_DATA)
     examples = TableExamples(table, row_N, number_NP[row_N], images, origin)
-    # row numbers become places that people can look up
+    # row numbers become places that users can look up
     examples.skipped = {reason: [*map(origin.short, places)] for reason, places in skipped.items() if places}
     return examples
 
 
 def _absent(table: Table, absent_N: np.ndarray, number_NP: np.ndarray) -> list[str]:
-    """The first absent image of each of these rows."""
-    # (N,): which image of a row is the first absent one; 0 where none is
+    """The first missing image of each of these rows."""
+    # (N,): index of the first missing image of a row; 0 if none is missing
     first_N = (number_NP < 0).argmax(1)
     images = table.rows.data.column("images").filter(pa.array(absent_N)).to_pylist()
     return [each[first] for each, first in zip(images, first_N[absent_N], strict=True)]

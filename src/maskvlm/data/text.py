@@ -1,7 +1,7 @@
-"""Captions: token ids, and a WordPiece tokenizer trained on the spot.
+"""Captions to token ids, and training of a WordPiece tokenizer.
 
-Whatever becomes tokens passes `clean_caption` first, and no text can smuggle in a special token: `[MASK]`
-or `</s>` written in a caption is split like any other text.
+Every text passes through `clean_caption` before it is tokenized, and no text can inject a special token: `[MASK]` or
+`</s>` in a caption is split like any other text.
 """
 
 import base64
@@ -24,7 +24,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MOST_TOKENS = 2_000_000
-MOST_RULES, MOST_GROWTH = 40, 256  # rules of a tokenizer; how many times as long they may make a text together
+MOST_RULES, MOST_GROWTH = 40, 256  # rules of a tokenizer; factor by which they may lengthen a text in total
 
 
 class CaptionTokens(NamedTuple):
@@ -32,11 +32,11 @@ class CaptionTokens(NamedTuple):
 
     Attributes:
         token_CT: ids, long.
-        attention_CT: True on tokens, False on padding.
-        special_CT: True on start, end and padding.
-        word_CT: index of the word within its caption, long; -1 where special_CT is True. A word is what the
-            tokenizer's own first split calls one: BERT and RoBERTa both split at white space and set
-            punctuation apart, RoBERTa also sets `'s` and the like apart.
+        attention_CT: True for tokens, False for padding.
+        special_CT: True for start, end and padding.
+        word_CT: index of the word within its caption, long; -1 where special_CT is True. Words are those of the
+            tokenizer's own pre-tokenizer: BERT and RoBERTa both split at white space and separate punctuation, RoBERTa
+            also separates `'s` and the like.
     """
 
     token_CT: Tensor
@@ -46,12 +46,12 @@ class CaptionTokens(NamedTuple):
 
 
 class Captioner:
-    """Captions to tensors with any fast Hugging Face tokenizer.
+    """Turns captions into tensors with any fast Hugging Face tokenizer.
 
     Args:
-        tokenizer: a fast tokenizer with a padding token; copied, so its settings stay as they are.
-        text_length: longest token sequence, start and end token included; longer captions lose words and
-            keep the end token.
+        tokenizer: a fast tokenizer with a padding token; copied, so its settings are not changed.
+        text_length: maximum number of tokens, including start and end token; longer captions are truncated but keep
+            the end token.
 
     Raises:
         UserError: the tokenizer cannot be used, or text_length leaves no room for a word.
@@ -64,53 +64,53 @@ class Captioner:
             raise UserError("tokenizer", f"{kind} is not a fast tokenizer", "Take one with a tokenizer.json")
         if tokenizer.pad_token_id is None:
             raise UserError("tokenizer", "it has no padding token", "Take a tokenizer of a BERT-like model")
-        # False: of a single text, not of a pair
+        # False: for a single text, not a pair
         if text_length <= backend.num_special_tokens_to_add(False):
             raise UserError("text_length", f"{text_length} leaves no room for a word", "Set it to 3 or more")
         self.tokenizer, self.text_length = tokenizer, text_length
-        # a copy: padding and cutting are set on the object itself
+        # a copy, as padding and truncation are set on the object itself
         self._backend = Tokenizer.from_str(backend.to_str())
         self._backend.no_padding()
         self._backend.enable_truncation(text_length)
         self._backend.encode_special_tokens = True  # the name misleads: special tokens as plain text
         self._pad = int(tokenizer.pad_token_id)
-        # the unknown token may stand for words, all other special ones are never a text's
+        # the unknown token may stand for words; all other special tokens must never come from a text
         self._forbidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         self._unknown = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else self._pad
-        # -1 equals no id: a tokenizer without an unknown token knows every word
+        # -1 matches no id: a tokenizer without an unknown token knows every word
         self.unknown: int = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
 
     def __reduce__(self) -> tuple[type["Captioner"], tuple[PreTrainedTokenizerFast, int]]:
-        """A pickled backend forgets `encode_special_tokens`; build it anew in the data worker."""
+        """Rebuild the backend in the data worker, as a pickled one loses `encode_special_tokens`."""
         return type(self), (self.tokenizer, self.text_length)
 
     def __call__(self, captions: list[str]) -> CaptionTokens:
-        """Clean and tokenize C captions; an empty one becomes start and end token alone.
+        """Clean and tokenize C captions; an empty one becomes only the start and end token.
 
-        Captions are encoded one by one: a batch is too small for the library's threads, which moreover do
-        not survive the fork of a data worker.
+        Captions are encoded one by one: a batch is too small for the library's threads, which also do not survive the
+        fork of a data worker.
         """
         encodings = [self._backend.encode(clean_caption(caption)[0]) for caption in captions]
         longest = max((len(encoding) for encoding in encodings), default=0)
         for encoding in encodings:
             encoding.pad(longest, pad_id=self._pad)
-        # (C, T), also where there is no caption: a tensor of an empty list has one axis
+        # (C, T), even without captions, as a tensor of an empty list has one axis
         shape = (len(encodings), longest)
         token_CT = torch.tensor([e.ids for e in encodings]).long().view(shape)
         special_CT = torch.tensor([e.special_tokens_mask for e in encodings]).bool().view(shape)
         attention_CT = torch.tensor([e.attention_mask for e in encodings]).bool().view(shape)
-        # None on start, end and padding
+        # None for start, end and padding
         words = [[-1 if word is None else word for word in e.word_ids] for e in encodings]
         word_CT = torch.tensor(words).long().view(shape).masked_fill(special_CT, -1)
         return CaptionTokens(self._plain(token_CT, special_CT), attention_CT, special_CT, word_CT)
 
     def unknown_words(self, text: str, most: int | None = None) -> list[str]:
-        """Words of a text that the tokenizer does not know, as they are written there: a part of one is its unknown
-        token, or it is spelt, most of its pieces being single characters. What the model does not read counts for
-        nothing, be it a word or the end of one.
+        """Words of a text that the tokenizer does not know, as written in the text: a part of the word is the unknown
+        token, or the word is spelled, with mostly single-character pieces. Words, or ends of words, beyond the tokens
+        that the model reads do not count.
 
         Args:
-            most: tokens of the text that are read; None: as many as of a text by itself.
+            most: number of tokens of the text that are read; None: as many as for a single text.
         """
         text = clean_caption(text)[0]
         encoding = self._backend.encode(text)
@@ -119,41 +119,41 @@ class Captioner:
         for word in sorted({word for place in read if (word := word_ids[place]) is not None}):
             start, end = encoding.word_to_tokens(word)  # type: ignore[misc]
             end = min(end, read[-1] + 1)
-            # "##" of WordPiece, and the signs of a space before a word of the two other kinds
+            # WordPiece's "##", and the two other kinds' markers of a space before a word
             pieces = [piece.removeprefix("##").lstrip("\u0120\u2581") for piece in encoding.tokens[start:end]]
             spelt = len(pieces) > 1 and 2 * sum(len(piece) == 1 for piece in pieces) > len(pieces)
             written = text[slice(*encoding.word_to_chars(word))].strip()  # type: ignore[misc]
-            # a sign that is not known is no word
+            # an unknown symbol is not a word
             if (spelt or self.unknown in encoding.ids[start:end]) and any(map(str.isalnum, written)):
                 words.append(written)
         return words
 
     def inner(self, text: str) -> list[int]:
-        """Ids of a piece of a text, without start and end token; a space before its first word counts."""
+        """Ids of a piece of a text, without start and end token; a space before its first word matters."""
         encoding = self._backend.encode(text)
         ids = [i for i, special in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not special]
-        # as `_plain`
+        # as in `_plain`
         return [self._unknown if i in self._forbidden else i for i in ids]
 
     def _plain(self, token_CT: Tensor, special_CT: Tensor) -> Tensor:
-        """A tokenizer that does not split `[MASK]` finds it whole in its vocabulary: unknown, then."""
+        """Replace special tokens that come from a text by the unknown token: a tokenizer that does not split `[MASK]`
+        finds it in its vocabulary."""
         forbidden = torch.tensor(sorted(self._forbidden))
         return token_CT.masked_fill(torch.isin(token_CT, forbidden) & ~special_CT, self._unknown)
 
 
 def no_words(tokenizer: Any, entries: int) -> list[int]:
-    """Ids among `entries` that are never a word: special tokens, and those beyond the tokenizer, of which a head may
-    have some."""
+    """Ids among `entries` that are never a word: special tokens, and ids beyond the tokenizer that a head may have."""
     return [*(token for token in tokenizer.all_special_ids if token < entries), *range(len(tokenizer), entries)]
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """BERT-style lower-case WordPiece tokenizer of at most vocab_size entries (our choice for small worlds).
+    """Train a BERT-style lower-case WordPiece tokenizer with at most vocab_size entries (our choice for small data).
 
-    The same captions give the same tokenizer, whatever their order and the number of threads: the library
-    numbers the pieces of its alphabet in the order of a hash table, so they are numbered here beforehand.
+    The same captions give the same tokenizer, whatever their order and the number of threads: the library numbers the
+    pieces of its alphabet in the order of a hash table, so they are numbered here in advance.
     """
-    # a list: the texts are read twice, for the alphabet and by the trainer
+    # a list, as the texts are read twice, for the alphabet and by the trainer
     texts = [clean_caption(caption)[0] for caption in captions]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -161,9 +161,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     first, inner = _alphabet(tokenizer, texts, max(1, (vocab_size - len(SPECIAL_TOKENS)) // 4))
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        # special tokens are numbered in the order in which they are given
+        # special tokens are numbered in the given order
         special_tokens=[*SPECIAL_TOKENS, *first, *inner],
-        # no other characters than those counted in `_alphabet`
+        # only the characters counted in `_alphabet`
         initial_alphabet=first,
         limit_alphabet=len(first),
         show_progress=False,
@@ -173,13 +173,13 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 
 
 def _alphabet(tokenizer: Tokenizer, texts: list[str], limit: int) -> tuple[list[str], list[str]]:
-    """The `limit` most frequent characters, and those of them inside words with WordPiece's `##`."""
+    """The `limit` most frequent characters, and those of them that occur inside words, with WordPiece's `##`."""
     words: Counter[str] = Counter()
     for text in texts:
         text = tokenizer.normalizer.normalize_str(text)
         words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
     counts: Counter[str] = Counter()
-    # each different word is taken apart once, however often it stands there
+    # each distinct word is split once, however often it occurs
     for word, count in words.items():
         counts.update({character: times * count for character, times in Counter(word).items()})
     # the character itself breaks ties, so the order of the captions has no influence
@@ -189,7 +189,7 @@ def _alphabet(tokenizer: Tokenizer, texts: list[str], limit: int) -> tuple[list[
 
 
 def _finish(trained: Tokenizer, vocab: dict[str, int]) -> PreTrainedTokenizerFast:
-    """The alphabet was handed over as special tokens: build a tokenizer where only the five are."""
+    """Build a tokenizer with only the five special tokens, as the alphabet was passed as special tokens too."""
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
     # ids as in SPECIAL_TOKENS
@@ -200,7 +200,7 @@ def _finish(trained: Tokenizer, vocab: dict[str, int]) -> PreTrainedTokenizerFas
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A fast tokenizer as plain text, to be stored in a checkpoint; padding and cutting are left out."""
+    """A fast tokenizer as text, for storing in a checkpoint; without padding and truncation."""
     # a copy, as in `Captioner`
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
@@ -220,45 +220,45 @@ def tokenizer_from_json(text: str) -> PreTrainedTokenizerFast:
     """The inverse of `tokenizer_json`.
 
     Raises:
-        UserError: the text is not what tokenizer_json writes.
+        UserError: the text was not written by tokenizer_json.
     """
     try:
         content: dict[str, Any] = json.loads(text)
         backend = plain_backend(content["tokenizer"])
         if not content["special"].keys() <= set(ROLES):
             raise ValueError(f"of roles it knows {', '.join(ROLES)}")
-        if max(backend.get_vocab().values(), default=0) >= MOST_TOKENS:  # it is written number by number, token or not
+        if max(backend.get_vocab().values(), default=0) >= MOST_TOKENS:  # it is written id by id, even without tokens
             raise ValueError("numbers of tokens without end")
         added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-        # the token object with its own settings (how it takes spaces), not the text alone
+        # the token object with its own settings (such as how it strips spaces), not only the text
         special = {name: added[token] for name, token in content["special"].items()}
         extra = [added[token] for token in content["extra"]]
-        backend.encode("a b")  # rules that name what is not there panic only now
+        backend.encode("a b")  # rules that refer to something missing only panic now
         return PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=extra, **special)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises the bare Exception, and panics, which are none
+    except BaseException as error:  # the library raises plain Exceptions, and panics, which are not Exceptions
         what = f"the stored tokenizer cannot be read ({' '.join(str(error).split())[:100]})"
         raise UserError("tokenizer", what, "Store it again with this version", ExitCode.BAD_DATA) from None
 
 
 def plain_backend(content: Any) -> Tokenizer:
-    """The library's tokenizer out of the mapping in its `tokenizer.json`, without padding and cutting.
+    """The library's tokenizer from the mapping in its `tokenizer.json`, without padding and truncation.
 
-    The rules before and after the vocabulary are bounded: what each puts in the place of a character, together.
+    The rules before and after the vocabulary are bounded by how much they can lengthen a text in total.
 
     Raises:
-        ValueError: no mapping, or rules that make long texts of short ones.
+        ValueError: it is not a mapping, or has rules that turn short texts into long ones.
     """
     if not isinstance(content, dict):
         raise ValueError("expected a mapping")
     for parts in (("normalizer", "pre_tokenizer", "post_processor"), ("decoder",)):
-        # a walk without recursion: the mapping may be nested as deep as its writer likes
+        # a traversal without recursion, as the mapping may be nested to any depth
         rules, growth, todo = 0, 1, [content.get(key) for key in parts]
         while todo:
             one = todo.pop()
             if isinstance(one, dict):
-                # each rule is an object with a type; rules run one after the other, so their growths multiply
+                # each rule is an object with a type; rules run in sequence, so their growths multiply
                 rules += "type" in one
                 growth *= _growth(one)
                 if rules > MOST_RULES or growth > MOST_GROWTH:
@@ -270,17 +270,17 @@ def plain_backend(content: Any) -> Tokenizer:
 
 
 def _growth(rule: dict[str, Any]) -> int:
-    """How many times as long a rule may make a text.
+    """Maximum factor by which a rule lengthens a text.
 
     Raises:
-        ValueError: a table of characters (`Precompiled`, sentencepiece's) that is damaged.
+        ValueError: a table of characters (sentencepiece's `Precompiled`) is damaged.
     """
     growth = 1
     for key in ("content", "prepend", "replacement"):
-        # at each character, which a pattern of no width leaves in its place
+        # added at each character, which a zero-width pattern keeps
         growth *= 1 + len(rule[key]) if isinstance(rule.get(key), str) else 1
     if isinstance(table := rule.get("precompiled_charsmap"), str):
-        # the size of a tree, the tree, and the texts that it leads to, each with a zero behind it
+        # the size of a trie, the trie, and the texts to which it points, each followed by a zero
         content = base64.b64decode(table, validate=True)
         texts = content[4 + int.from_bytes(content[:4], "little") :]
         growth *= max(1, *map(len, texts.split(b"\0")))
@@ -288,5 +288,5 @@ def _growth(rule: dict[str, Any]) -> int:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Identity of a tokenizer, 16 hexadecimal digits: equal exactly when the stored texts are."""
+    """Hash of a tokenizer, 16 hexadecimal digits: equal exactly when the stored texts are."""
     return hashlib.blake2b(tokenizer_json(tokenizer).encode(), digest_size=8).hexdigest()

@@ -33,23 +33,23 @@ _SIDE_WORDS = re.compile(r"\b(?:left|right)(?:s|most|wards?|y|[- ]?hand(?:ed)?)?
 
 
 def names_colour(caption: str) -> bool:
-    """Whether an English caption speaks of colour or brightness; changing them would make it untrue."""
+    """Whether an English caption mentions colour or brightness; changing them would make it untrue."""
     return _COLOUR_WORDS.search(caption) is not None
 
 
 def names_side(caption: str) -> bool:
-    """Whether an English caption says left or right; mirroring the image would make it untrue."""
+    """Whether an English caption mentions left or right; mirroring the image would make it untrue."""
     return _SIDE_WORDS.search(caption) is not None
 
 
 class RandAugment(v2.RandAugment):
-    """torchvision's, with the same pixels in less time: it moves by whole pixels, where interpolating between them
-    changes nothing and takes 1.7 ms instead of 0.1 (224 pixels)."""
+    """torchvision's RandAugment, with the same result in less time: it translates by whole pixels, for which
+    interpolation changes nothing and takes 1.7 ms instead of 0.1 (224 pixels)."""
 
     def _apply_image_or_video_transform(
         self, image: Any, transform_id: str, magnitude: float, interpolation: Any, fill: Any
     ) -> Any:
-        # torchvision itself cuts the distance to a whole number
+        # torchvision itself truncates the distance to an integer
         if transform_id in ("TranslateX", "TranslateY"):
             interpolation = v2.InterpolationMode.NEAREST
         return super()._apply_image_or_video_transform(image, transform_id, magnitude, interpolation, fill)
@@ -66,8 +66,8 @@ class GeometricRandAugment(RandAugment):
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):
-    """torchvision's, with its own bicubic resizing of bytes instead of Pillow's: 0.3 ms instead of 0.75 (to 224
-    pixels). The same crops; of their values 2 % differ, by one or two levels of 255."""
+    """torchvision's RandomResizedCrop, with its own bicubic resizing of uint8 instead of Pillow's: 0.3 ms instead of
+    0.75 (to 224 pixels). The crops are the same; 2 % of the values differ, by one or two levels of 255."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         left, top, width, height = (params[name] for name in ("left", "top", "width", "height"))
@@ -83,7 +83,7 @@ class RandomResizedCrop(v2.RandomResizedCrop):
 
 
 def check_augmentation(crop_scale: tuple[float, float], randaugment: tuple[int, int] | None) -> None:
-    """Raises UserError for settings of `TrainTransform` that no image can be augmented by."""
+    """Raise UserError for invalid settings of `TrainTransform`."""
     low, high = crop_scale
     if not 0 < low <= high <= 1:
         raise UserError("data.crop_scale", f"[{low}, {high}] are no shares of an image", "Give 0 < low <= high <= 1")
@@ -93,24 +93,24 @@ def check_augmentation(crop_scale: tuple[float, float], randaugment: tuple[int, 
 
 
 class TrainTransform:
-    """Augment one image as far as its caption stays true.
+    """Augments an image without making its caption untrue.
 
     Random resized crop, mirror, RandAugment, normalise: the order and the defaults of ALBEF's pre-training,
     the field's baseline; the paper names crop and RandAugment.
 
     Args:
         spec: size, mean and standard deviation from the encoder.
-        crop_scale: least and greatest share of the image's area that a crop keeps.
+        crop_scale: minimum and maximum share of the image's area that a crop keeps.
         randaugment: number of operations and magnitude (0 to 30), or None for none.
-        colour: RandAugment may change colours.
+        colour: whether RandAugment may change colours.
         flip: mirror half of the images.
-        caption_aware: no colour change where the caption names a colour, no mirroring where it names a side
-            (English words).
-        normalise: give normalised floats; otherwise bytes.
+        caption_aware: do not change colours if the caption names a colour, nor mirror if it names a side (English
+            words).
+        normalise: return normalised floats; otherwise uint8.
 
     Attributes:
-        least: pixels of an image's shorter side that suffice: every crop then has as many as the tensor or more. A
-            JPEG that has them at half its size or less may be decoded at that (`safe_open`).
+        least: sufficient length of an image's shorter side in pixels: every crop then has at least as many pixels as
+            the tensor. A JPEG that has it at half its size or less may be decoded at that size (`safe_open`).
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class TrainTransform:
         self._mirror = v2.RandomHorizontalFlip()
         self._any, self._geometric = _randaugment(spec, randaugment)
         self._tensor = ToTensor(spec, normalise)
-        # of a square image of that side, the smallest crop at 3:4 is image_size wide
+        # for a square image with this side, the smallest crop at 3:4 is image_size wide
         self.least = math.ceil(spec.image_size / math.sqrt(crop_scale[0] * SQUAREST))
 
     def __call__(self, image: Image.Image, caption: str = "") -> Tensor:
@@ -137,17 +137,17 @@ class TrainTransform:
         # mirrored, "on the left" would be untrue
         if self.flip and not (self.caption_aware and names_side(caption)):
             image = self._mirror(image)
-        # no operation that changes colours where one is named
+        # no operation that changes colours if one is named
         keep_colour = not self.colour or (self.caption_aware and names_colour(caption))
         return self._tensor(self._geometric(image) if keep_colour else self._any(image))
 
 
 def _randaugment(spec: InputSpec, setting: tuple[int, int] | None) -> tuple[v2.Transform, v2.Transform]:
-    """RandAugment with and without colour operations; pixels that move in from outside have the mean colour."""
+    """RandAugment with and without colour operations; pixels from outside the image get the mean colour."""
     if setting is None:
         return v2.Identity(), v2.Identity()
     number, magnitude = setting
-    # zero once it is normalised
+    # zero after normalising
     fill = [round(255 * mean) for mean in spec.mean]
     settings: dict[str, Any] = {"num_ops": number, "magnitude": magnitude, "fill": fill}
     settings["interpolation"] = v2.InterpolationMode.BILINEAR
@@ -155,35 +155,36 @@ def _randaugment(spec: InputSpec, setting: tuple[int, int] | None) -> tuple[v2.T
 
 
 class Normalise:
-    """8-bit pixels as normalised floats, on the device where they are: bit by bit what ToDtype(scale=True) and
-    Normalize give. torchvision's Normalize copies mean and deviation to the device, and waits for it, at each call."""
+    """Turns 8-bit pixels into normalised floats on their device, bit for bit like ToDtype(scale=True) and Normalize.
+    torchvision's Normalize copies mean and deviation to the device at each call, and waits for it."""
 
     def __init__(self, spec: InputSpec) -> None:
         self._mean_C11, self._std_C11 = (torch.tensor(value)[:, None, None] for value in (spec.mean, spec.std))
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """pixels: (..., 3, H, W)."""
-        # copied once: nothing happens where they are on the device
+        """Normalise pixels, (..., 3, H, W)."""
+        # copied once: does nothing if they are already on the device
         self._mean_C11, self._std_C11 = self._mean_C11.to(pixels.device), self._std_C11.to(pixels.device)
         return pixels.float().mul_(1 / 255).sub_(self._mean_C11).div_(self._std_C11)
 
 
 class ToTensor:
-    """An RGB image as a tensor (3, H, W): normalised floats, or bytes."""
+    """Turns an RGB image into a tensor (3, H, W): normalised floats, or uint8."""
 
     def __init__(self, spec: InputSpec, normalise: bool = True) -> None:
         self._normalise = Normalise(spec) if normalise else None
 
     def __call__(self, image: Image.Image) -> Tensor:
-        # torchvision gives a view of (H, W, 3)
+        # torchvision returns a view of (H, W, 3)
         pixels_CHW: Tensor = v2.functional.pil_to_tensor(image).contiguous()
         return pixels_CHW if self._normalise is None else self._normalise(pixels_CHW)
 
 
 class EvalTransform:
-    """Resize to image_size x image_size (bicubic, the whole image, proportions not kept) and normalise, or give bytes.
+    """Resizes to image_size x image_size (bicubic, the whole image, aspect ratio not kept), as normalised floats or
+    uint8.
 
-    No crop: a caption may speak of the border (ALBEF's convention).
+    No crop, as a caption may mention the border (ALBEF's convention).
     """
 
     def __init__(self, spec: InputSpec, normalise: bool = True) -> None:
@@ -205,7 +206,7 @@ def train_transform(
     augment: bool = True,
     normalise: bool = True,
 ) -> Callable[..., Tensor]:
-    """What training applies: `TrainTransform`, or only the resizing where `augment` is false."""
+    """The transform for training: `TrainTransform`, or only resizing if `augment` is false."""
     # the same image every time
     if not augment:
         return EvalTransform(spec, normalise)
@@ -213,5 +214,5 @@ def train_transform(
 
 
 def eval_transform(spec: InputSpec, normalise: bool = True) -> EvalTransform:
-    """What evaluation applies."""
+    """The transform for evaluation."""
     return EvalTransform(spec, normalise)

@@ -1,6 +1,6 @@
-"""Texts of a split in samples: what a vocabulary is learnt from, and how many of their words a tokenizer does not know.
+"""Samples texts of a split: to train a vocabulary, and to measure how many words a tokenizer does not know.
 
-A tokenizer of one language reads another as nothing but unknown words: the run would learn from empty texts.
+To a tokenizer of another language, all words are unknown: the run would in effect learn from empty texts.
 """
 
 import math
@@ -14,15 +14,15 @@ from maskvlm.data.text import Captioner
 from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError
 
-MOST_WORDS, LONGEST = 5, 40  # of the unknown words the most frequent are told, so many letters of each
+MOST_WORDS, LONGEST = 5, 40  # number of the most frequent unknown words to report, and of letters of each
 SPELT = 0.2
-"""The share of words known by their letters alone from which on a user is told."""
+"""Share of words that are only spelled letter by letter above which the user is told."""
 MOST_ROWS = 300
-"""Rows that are looked at, evenly spread: a share of one half is then known to within 3 %."""
+"""Number of rows to check, evenly spread: a share of one half is then known to within 3 %."""
 
 
 def some_captions(pairs: Any, most: int = 6_000) -> Iterator[str]:
-    """The captions of at most `most` images evenly spread over a split: enough to learn a vocabulary from."""
+    """The captions of at most `most` images evenly spread over a split: enough to train a vocabulary."""
     if hasattr(pairs, "first_captions"):  # a streamed split has no order to spread over
         yield from pairs.first_captions(most)
         return
@@ -32,7 +32,7 @@ def some_captions(pairs: Any, most: int = 6_000) -> Iterator[str]:
 
 
 def some_texts(examples: Any, most: int = 6_000) -> Iterator[str]:
-    """Texts and answers of some examples, chosen as `some_captions` does."""
+    """Texts and answers of some examples, chosen as in `some_captions`."""
     for index in range(0, len(examples), math.ceil(len(examples) / most)):
         example = examples[index]
         yield example["text"]
@@ -40,12 +40,12 @@ def some_texts(examples: Any, most: int = 6_000) -> Iterator[str]:
 
 
 def by_source(split: Any) -> Iterator[tuple[str, list[str]]]:
-    """Some texts of a split's rows, each with the set that it is of; "" where there is but one."""
+    """Some texts of a split's rows, each with the name of its set; "" if there is only one."""
     if hasattr(split, "first_captions"):
         yield "", [*islice(split.first_captions(MOST_ROWS), 10 * MOST_ROWS)]
         return
     for index in range(0, len(split), max(1, math.ceil(len(split) / MOST_ROWS))):
-        # down to the stored split, which knows its sets and has captions without images
+        # down to the stored split, which knows its sets and has captions without opening images
         pairs, row = split, index
         while isinstance(pairs, Chosen):
             pairs, row = pairs.pairs, int(pairs.row_N[row])
@@ -58,11 +58,11 @@ def by_source(split: Any) -> Iterator[tuple[str, list[str]]]:
 
 
 def spelt_shares(split: Any, captioner: Captioner, unknown: Mapping[str, tuple[float, int]]) -> dict[str, float]:
-    """Source -> the share of its words that the tokenizer knows by their letters alone, 0 to 1: it learns little of
+    """Source -> share of its words that the tokenizer only spells letter by letter, 0 to 1: little can be learned about
     them from a few texts.
 
     Args:
-        unknown: what `unknown_shares` gives for the same split; such words are none of these.
+        unknown: result of `unknown_shares` for the same split; unknown words do not count here.
     """
     strange: Counter[str] = Counter()  # both kinds
     for name, texts in by_source(split):
@@ -71,8 +71,8 @@ def spelt_shares(split: Any, captioner: Captioner, unknown: Mapping[str, tuple[f
 
 
 def unknown_shares(split: Any, captioner: Captioner) -> dict[str, tuple[float, int]]:
-    """Source -> the share of its words of which the tokenizer does not know a part, 0 to 1, and how many were looked
-    at; words beyond the text's length are not."""
+    """Source -> share of its words with a part unknown to the tokenizer, 0 to 1, and number of words checked; words
+    beyond the text length are not checked."""
     words: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     for name, texts in by_source(split):
@@ -80,18 +80,18 @@ def unknown_shares(split: Any, captioner: Captioner) -> dict[str, tuple[float, i
         # (C, T)
         unknown_CT = (tokens.token_CT == captioner.unknown) & ~tokens.special_CT
         for word_T, missing_T in zip(tokens.word_CT, unknown_CT, strict=True):
-            # words, not tokens: a word that is not known may be one token or several
+            # words, not tokens, as an unknown word may be one token or several
             words[name] += len(word_T[word_T >= 0].unique())
             unknown[name] += len(word_T[missing_T].unique())
     return {name: (unknown[name] / count, count) for name, count in words.items() if count}
 
 
 def check_unknown(split: Any, captioner: Captioner, most: float, texts_of: str = "training") -> None:
-    """Tell how many words of a split the tokenizer does not know; the first process tells.
+    """Report, in the first process, how many words of a split the tokenizer does not know.
 
     Args:
-        most: the largest share that is trained on or measured, 0 to 1.
-        texts_of: what the split is called.
+        most: the largest share allowed, 0 to 1.
+        texts_of: name of the split in messages.
 
     Raises:
         UserError: a source has more.
@@ -103,7 +103,7 @@ def check_unknown(split: Any, captioner: Captioner, most: float, texts_of: str =
         often = Counter(
             word for _, texts in by_source(split) for text in texts for word in captioner.unknown_words(text)
         )
-        # without those that are spelt, which are told below
+        # without spelled words, which are reported below
         lost = (word for word, _ in often.most_common() if captioner.unknown in captioner([word]).token_CT)
         words = ", ".join(f"{word[:LONGEST]}..." if len(word) > LONGEST else word for word in islice(lost, MOST_WORDS))
         stay = "; they stay unknown, as the tokenizer is the model's"

@@ -1,7 +1,7 @@
-"""Data workers: which sample each is at, so that what happens to one is told with its cause and its sample.
+"""Data workers: tracks the sample that each is reading, so that failures are reported with their cause and sample.
 
-A worker notes the sample before it reads it, in a few bytes that the main process sees, too. One that is killed, hangs
-or finds no memory then ends the command with one line and exit status 74.
+A worker records each sample before it reads it, in a few bytes of shared memory. A worker that is killed, hangs or runs
+out of memory then ends the command with one line and exit status 74.
 """
 
 import atexit
@@ -27,7 +27,7 @@ from maskvlm.utils.signals import end_with_parent
 
 PATIENCE = 120.0  # seconds that the main process waits for a batch
 AHEAD = 2  # batches that each worker prepares (torch's prefetch_factor)
-SHARED = "/dev/shm"  # where torch keeps what workers hand over
+SHARED = "/dev/shm"  # where torch keeps the batches passed by workers
 FULL = f"{SHARED} is full"
 NO_SPACE = "unable to allocate shared memory"  # torch's words
 FEWER = "Lower data.workers or data.batch_size"
@@ -35,12 +35,12 @@ LARGER = f"{FEWER}, or make {SHARED} larger (docker run --shm-size 8g or --ipc h
 ALONE = "Look at this sample; data.workers 0 reads it in the main process"
 # pid, state, sample and time of an `At`, 32 bytes
 HEAD = struct.Struct("=qqqd")
-BYTES = 512  # of one worker
+BYTES = 512  # per worker
 IDLE, READS, ENDS = 0, 1, 2
 
 
 class At(NamedTuple):
-    """What a worker says of itself. since: of the system's monotonic clock; text: the row's origin, or why it ends."""
+    """A worker's status. since: on the system's monotonic clock; text: the row's origin, or why the worker ends."""
 
     pid: int
     state: int
@@ -54,27 +54,27 @@ class At(NamedTuple):
 
 
 class Board:
-    """What each of a loader's workers says of itself, in memory that they share with the main process."""
+    """The status of each of a loader's workers, in memory shared with the main process."""
 
     def __init__(self, workers: int) -> None:
-        # (workers, BYTES); no lock: each worker writes its own row, and a torn note is only told
+        # (workers, BYTES); no lock: each worker writes its own row, and a torn status only affects messages
         self.shared_WN = torch.zeros(workers, BYTES, dtype=torch.uint8).share_memory_()
 
     def write(self, worker: int, at: At) -> None:
-        """A worker says where it is; a longer text is cut."""
-        # the null byte ends the text: an older, longer one may lie behind it
+        """Write a worker's status; a long text is cut."""
+        # the null byte ends the text, as an older, longer one may follow it
         row = HEAD.pack(*at[:4]) + at.text.encode(errors="replace")[: BYTES - HEAD.size - 1] + b"\0"
         self.shared_WN[worker].numpy()[: len(row)] = np.frombuffer(row, np.uint8)
 
     def read(self) -> list[At]:
-        """The notes of all workers, in their order."""
+        """The status of all workers, in order."""
         rows = [row.numpy().tobytes() for row in self.shared_WN]
         texts = [row[HEAD.size :].partition(b"\0")[0].decode(errors="replace") for row in rows]
         return [At._make((*HEAD.unpack_from(row), text)) for row, text in zip(rows, texts, strict=True)]
 
 
 class Notes:
-    """What this process is at; on a board where it is a worker."""
+    """The status of this process; also written to a board if it is a worker."""
 
     def __init__(self) -> None:
         self.board: Board | None = None
@@ -92,40 +92,40 @@ BOARDS: list[Board] = []  # of the loaders of this process, the newest last
 
 
 def at(origin: str, image_id: str = "") -> None:
-    """What is read is this row: its data set tells as soon as it knows, before the image is decoded."""
+    """Record the row being read; called by its data set as soon as it is known, before the image is decoded."""
     NOTE(READS, NOTE.now.sample, f"{origin}, {image_id}" if image_id not in origin else origin)
 
 
 class Begin:
-    """What a worker does first. Args: the board that it writes on."""
+    """Initialises a worker. Args: number of workers on its board."""
 
     def __init__(self, workers: int) -> None:
         self.board = Board(workers)
-        # bounded: a process may make loaders without end
+        # bounded, as a process may create any number of loaders
         BOARDS[:] = [*BOARDS[-7:], self.board]
 
     def __call__(self, worker: int) -> None:
-        # also makes the worker ignore SIGTERM and Ctrl-C: the main process decides
+        # also makes the worker ignore SIGTERM and Ctrl-C, which the main process handles
         end_with_parent(worker)
-        # the board's memory is shared, so what is written here the main process reads
+        # the board's memory is shared with the main process
         NOTE.board, NOTE.worker = self.board, worker
         NOTE(IDLE, -1)
-        # Python drops a batch that cannot be handed over, and the main process would wait for it.
+        # Python drops a batch that cannot be sent, and the main process would wait for it.
         multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(cannot_hand_over)  # type: ignore[attr-defined]
         sys.excepthook = uncaught
 
 
 def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an exception of a thread in a worker, except a broken connection: then the main process has said why."""
+    """Print an exception that ends a worker, except a broken connection, which the main process has explained."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 
 
 def cannot_hand_over(error: Exception, thing: object) -> None:
-    """End a worker whose finished batch does not reach the main process, and say why."""
+    """End a worker whose finished batch cannot be sent to the main process, and say why."""
     full = NO_SPACE in str(error)
     NOTE(ENDS, NOTE.now.sample, FULL if full else f"it could not hand over a batch: {error}")
-    # at once: this runs in the queue's own thread, where an exception would end nothing else
+    # exit at once, as this runs in the queue's own thread, where an exception would end nothing else
     os._exit(int(ExitCode.IO_ERROR))
 
 
@@ -133,7 +133,7 @@ def cannot_hand_over(error: Exception, thing: object) -> None:
 
 
 class Noted(Dataset[Any]):
-    """A data set that notes which sample is read."""
+    """A data set that records which sample is being read."""
 
     def __init__(self, data: Dataset[Any]) -> None:
         self.data = data
@@ -149,11 +149,11 @@ class Noted(Dataset[Any]):
 
 
 class NotedStream(IterableDataset[Any]):
-    """The same of a stream, whose samples have no number."""
+    """The same for a stream, whose samples have no number."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
-        # `StreamLoader` reads them of its data set
+        # `StreamLoader` reads them from its data set
         self.batches, self.start = data.batches, data.start
 
     def __iter__(self) -> Iterator[Any]:
@@ -161,7 +161,7 @@ class NotedStream(IterableDataset[Any]):
         while True:
             NOTE(READS, -1)
             with naming():
-                # not `for`: reading the next sample must be inside of `naming`
+                # not `for`, as reading the next sample must be inside `naming`
                 sample = next(samples, None)
             if sample is None:
                 return
@@ -169,7 +169,7 @@ class NotedStream(IterableDataset[Any]):
 
 
 class Collated:
-    """Makes a batch of samples, as `collate` does; then the worker waits for its next task."""
+    """Makes a batch of samples with `collate`, after which the worker is idle."""
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
@@ -177,26 +177,26 @@ class Collated:
     def __call__(self, samples: Any) -> Any:
         with naming():
             batch = self.collate(samples)
-        # the sample stays in the note: what happens next happened after it
+        # the sample stays in the status, to say after which one something happened
         NOTE(IDLE, NOTE.now.sample, NOTE.now.text)
         return batch
 
 
 @contextmanager
 def naming() -> Iterator[None]:
-    """What goes wrong inside is told with the sample that was read."""
+    """Add the sample being read to errors raised inside."""
     try:
         yield
     except Exception as error:
         if lack := no_memory(error):
             raise lack from None
-        # a note, not another exception: its type decides about the exit status
+        # a note, not another exception, as the type determines the exit status
         error.add_note(f"while reading {NOTE.now}")
         raise
 
 
 def no_memory(error: Exception) -> UserError | None:
-    """One line (74) where memory is what is missing."""
+    """A one-line error (74) if the cause is lack of memory, else None."""
     if isinstance(error, MemoryError):
         what = f"no memory left at {NOTE.now} ({str(error) or 'MemoryError'})"
         return UserError("data worker", what, f"{FEWER}, or give the job more memory", ExitCode.IO_ERROR)
@@ -208,10 +208,10 @@ def no_memory(error: Exception) -> UserError | None:
 def noted_loader(
     kind: type[DataLoader[Any]], data: Any, collate: Callable[[Any], Any], workers: int, **settings: Any
 ) -> DataLoader[Any]:
-    """A loader whose workers say what they are at, and that waits for a batch no longer than `PATIENCE`."""
+    """A loader whose workers record their status, and that waits at most `PATIENCE` for a batch."""
     noted = NotedStream(data) if isinstance(data, IterableDataset) else Noted(data)
     if workers:
-        # without workers torch refuses a timeout; `settings` of the caller win
+        # without workers torch rejects a timeout; the caller's `settings` take precedence
         settings = {"timeout": PATIENCE, "worker_init_fn": Begin(workers)} | settings
     return kind(noted, collate_fn=Collated(collate), num_workers=workers, **settings)
 
@@ -222,24 +222,24 @@ def noted_loader(
 @atexit.register
 def end_workers() -> None:
     """Kill the remaining workers at the end of this process, which would wait for them (SIGTERM: `signals.py`)."""
-    # pids that workers wrote themselves: no child of another kind is killed
+    # pids that workers wrote themselves, so that no other child is killed
     if pids := {at.pid for board in BOARDS for at in board.read()}:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in whatever else ends now
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in other exit code
     for child in multiprocessing.active_children():
         if child.pid in pids:
             child.kill()
 
 
 def check_shared(batch: int, workers: int, processes: int = 1) -> None:
-    """Before workers start: whether what they prepare finds a place.
+    """Check, before workers start, that shared memory has room for their batches.
 
     Args:
         batch: bytes of one batch's images.
-        workers: of one process.
-        processes: that share this machine.
+        workers: number of workers of one process.
+        processes: number of processes on this machine.
 
     Raises:
-        UserError: it does not (74).
+        UserError: there is not enough room (74).
     """
     if not os.path.isdir(SHARED):
         return  # macOS and Windows have no such folder
@@ -252,21 +252,21 @@ def check_shared(batch: int, workers: int, processes: int = 1) -> None:
 
 
 def lost_worker(text: str) -> UserError | None:
-    """What torch says of a worker that died or is late, with the cause and the samples; None of anything else.
+    """Turn torch's message about a worker that died or is late into an error with cause and samples; else None.
 
     Args:
-        text: of torch's RuntimeError, which may reach the main process at any moment (it comes by a signal).
+        text: text of torch's RuntimeError, which may be raised in the main process at any moment (by a signal).
     """
     died = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited)", text)
     if died:
         pids = {int(pid) for pid in died[1].split(",")}
-        # the board outlives its worker: its last note is still there
+        # the board outlives its worker, so its last status is still there
         fallen = [at for board in BOARDS for at in board.read() if at.pid in pids]
         return UserError(f"data worker (process {died[1]})", *cause_of(died[2], fallen), ExitCode.IO_ERROR)
     late = re.search(r"DataLoader timed out after (\d+)", text)
     if late:
         now = time.monotonic()
-        # the one that has been at its sample longest first
+        # the one that has spent the longest on its sample first
         slow = sorted((at for board in BOARDS for at in board.read() if at.state == READS), key=lambda at: at.since)
         each = [f"process {at.pid} has been at {at} for {now - at.since:.0f} s" for at in slow[:3]]
         what = f"no batch came within {late[1]} s; {'; '.join(each) or 'none of them reads'}"
@@ -278,13 +278,13 @@ def lost_worker(text: str) -> UserError | None:
 def cause_of(killed_by: str | None, fallen: list[At]) -> tuple[str, str]:
     """What happened to workers, and what to do."""
     where = ", ".join(map(str, fallen)) or "an unknown sample"
-    # the worker said itself why it ends (`cannot_hand_over`)
+    # the worker itself recorded why it ends (`cannot_hand_over`)
     if ended := next((at for at in fallen if at.state == ENDS), None):
         return f"{ended.text} (after sample {ended.sample})", LARGER if ended.text == FULL else ALONE
     if killed_by == "Killed":
         what = f"was killed at {where}: by somebody, or by the system as memory ran out"
         return what, f"{FEWER}, or give the job more memory"
-    # SIGBUS: a page of mapped memory that no file or space stands behind
+    # SIGBUS: a page of mapped memory without a file or memory behind it
     if killed_by == "Bus error":
         what = f"met a bus error at {where}: {FULL}, or a file became shorter while it was read"
         return what, f"Check the data (maskvlm data-check). {LARGER}"

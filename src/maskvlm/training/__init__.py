@@ -1,1 +1,1 @@
-"""A run: the LightningModule, its optimiser, its state on disk."""
+"""Training: the LightningModule, its optimiser and its state on disk."""

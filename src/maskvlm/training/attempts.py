@@ -1,8 +1,8 @@
-"""Notes in a side file in which step a run died, and how often, so that one command does not die the same way forever.
+"""Records in a side file the step in which a run died and how often, so that restarts do not fail the same way forever.
 
-`attempts.json` holds the step that is under way. It is there while a training runs, and after one that died, however it
-died. A training that ends well, or is asked to end, or meets a full disk or the like, removes it. Reading it changes
-nothing, so that all processes of a job come to the same conclusion.
+`attempts.json` holds the current step. It exists while a training runs and after one that died, whatever the cause. A
+training that ends well, is asked to stop, or meets a full disk or the like removes it. Reading it changes nothing, so
+all processes of a job come to the same conclusion.
 """
 
 import json
@@ -19,9 +19,9 @@ from maskvlm.utils.write_errors import cannot_write
 
 NAME = "attempts.json"
 BEFORE, MOST = 2, 4
-"""After BEFORE failures in one step a run goes on from the checkpoint before the latest; after MOST not at all."""
+"""After BEFORE failures in the same step a run resumes from the previous checkpoint; after MOST it does not resume."""
 SIZE = 100  # bytes
-# Device, folder and disk: the same step may pass elsewhere.
+# Device, folder and disk: the same step may succeed elsewhere.
 NOT_THE_RUNS = (ExitCode.UNAVAILABLE, ExitCode.CANNOT_CREATE, ExitCode.IO_ERROR)
 
 
@@ -33,7 +33,7 @@ class Failures(NamedTuple):
 
 
 def failures(folder: Path) -> Failures:
-    """The failures that the side file of a run tells; none where it is missing or damaged."""
+    """The failures recorded in a run's side file; none if it is missing or damaged."""
     try:
         with (folder / NAME).open("rb") as file:
             record = json.loads(file.read(SIZE))
@@ -42,9 +42,9 @@ def failures(folder: Path) -> Failures:
             return Failures()
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Failures()
-    if step is None:  # died before its first step: that says nothing new
+    if step is None:  # died before its first step: nothing new to count
         return Failures(before, times or 0)
-    # Counted by the next start, as a process that is killed writes nothing.
+    # Counted at the next start, since a killed process writes nothing.
     return Failures(step, (times or 0) + 1 if step == before else 1)
 
 
@@ -55,10 +55,10 @@ def forget(folder: Path) -> None:
 
 
 def check_attempts(folder: Path) -> Failures:
-    """The failures so far, where the run may be tried again.
+    """The failures so far, if the run may be tried again.
 
     Raises:
-        UserError: it died too often in the same step (77).
+        UserError: the run died too often in the same step (77).
     """
     past = failures(folder)
     if past.times >= MOST:
@@ -69,10 +69,10 @@ def check_attempts(folder: Path) -> Failures:
 
 
 class Attempt:
-    """Notes the step that is under way; a few microseconds a step. A full disk costs the note, not the run.
+    """Records the current step, at a cost of a few microseconds per step. A full disk costs the record, not the run.
 
     Raises:
-        UserError: a link stands in the file's place (77).
+        UserError: the file's path is a link (77).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,21 +80,21 @@ class Attempt:
         self.handle = -1
         with suppress(OSError):
             self.handle = open_no_link(folder / NAME, os.O_RDWR | os.O_CREAT)
-        # At once: a run that dies before its first step leaves the earlier failures as they are.
+        # Immediately, so that a run that dies before its first step keeps the earlier failures.
         self.note(None)
-        with suppress(OSError):  # after the note: of a damaged file nothing stays
+        with suppress(OSError):  # after the note, so that nothing of a damaged file remains
             os.ftruncate(self.handle, SIZE)
 
     def note(self, step: int | None) -> None:
-        """step: counted from 1; None before the first."""
+        """Record the current step, counted from 1; None before the first."""
         if self.handle >= 0:
             facts = {"failed_in": self.before.step, "times": self.before.times, "step": step}
             with suppress(OSError):
-                # As many bytes each time: a full disk has room. No fsync: the note outlives its process, as it must.
+                # Always the same size, so it fits on a full disk. No fsync: the note only has to outlive its process.
                 os.pwrite(self.handle, json.dumps(facts).ljust(SIZE - 1).encode() + b"\n", 0)
 
     def close(self) -> None:
-        """Stop noting. The last note stays until the run has come to its end."""
+        """Stop recording. The last note stays until the run has finished."""
         if self.handle >= 0:
             os.close(self.handle)
             self.handle = -1
@@ -102,7 +102,7 @@ class Attempt:
 
 @contextmanager
 def attempted(folder: Path) -> Iterator[None]:
-    """Context of a training. A request to stop and a fault of a disk, device or folder count as no failure."""
+    """Context of a training. A request to stop, or a disk, device or folder fault, does not count as a failure."""
     try:
         yield
     except BaseException as error:
@@ -112,10 +112,10 @@ def attempted(folder: Path) -> Iterator[None]:
 
 
 def counts(error: BaseException) -> bool:
-    """Whether an error may come again at the same step for a reason that lies in the run."""
+    """Whether an error may recur at the same step for a reason that lies in the run itself."""
     if isinstance(error, OSError):
         return cannot_write(error) is None
     if isinstance(error, UserError):
         return error.code not in NOT_THE_RUNS
-    # Ctrl-C and a plain exit are no Exceptions.
+    # Ctrl-C and a plain exit are not Exceptions.
     return isinstance(error, Exception) and not isinstance(error, Stopped)

@@ -1,4 +1,4 @@
-"""Lightning's checkpoints go through `checkpoint.io`, in the background where a run asks for it."""
+"""Routes Lightning's checkpoints through `checkpoint.io`, optionally in the background."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -16,11 +16,11 @@ from maskvlm.checkpoint.io import load, save
 
 
 def check_version(content: Mapping[str, Any], path: str | Path) -> None:
-    """Hold the release that wrote a run's state against the one that would go on from it. Lightning itself warns of a
-    later one and goes on.
+    """Check that the installed Lightning is not older than the release that wrote a run's state. Lightning itself only
+    warns.
 
     Raises:
-        UserError: it was written by a later release than the one that is installed, or by none (65).
+        UserError: the state was written by a later release than the installed one, or names no release (65).
     """
     written = content.get("pytorch-lightning_version", "")
     try:
@@ -35,47 +35,47 @@ def check_version(content: Mapping[str, Any], path: str | Path) -> None:
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Lightning's hook: `trainer.plugins: [maskvlm.training.checkpoint_io.SafeCheckpointIO]` makes
-    it use `checkpoint.io`.
+    """Lightning plugin that uses `checkpoint.io`; enabled by
+    `trainer.plugins: [maskvlm.training.checkpoint_io.SafeCheckpointIO]`.
 
-    A save returns when the file is there, but between `begin` and `end`, where it is written in the background.
+    A save returns once the file is written, except between `begin` and `end`, when it is written in the background.
     """
 
     def __init__(self) -> None:
         self.writer: BackgroundWriter | None = None
 
     def begin(self) -> None:
-        """Save in the background: from now on a save returns once it has a snapshot."""
+        """Save in the background from now on: a save returns once it has taken a snapshot."""
         self.end()
         self.writer = BackgroundWriter()
 
     def reserve(self, values: Iterable[Tensor]) -> None:
-        """Have the memory made that the first save in the background takes for these: it takes several times as long
-        as the copy itself."""
+        """Allocate the memory that the first background save needs for these tensors, as allocating takes several times
+        as long as the copy itself."""
         if self.writer is not None:
             self.writer.reserve(values)
 
     def check(self) -> None:
-        """Raises UserError: a write in the background has failed; the file that was there before is untouched."""
+        """Raise UserError if a background write has failed; the previous file is untouched."""
         if self.writer is not None:
             self.writer.check()
 
     def finish(self) -> None:
-        """Wait until all that was saved is on the disk; raises as `check`."""
+        """Wait until everything saved is on disk; raises like `check`."""
         if self.writer is not None:
             self.writer.finish()
 
     def end(self) -> None:
-        """Finish as `finish` does; from now on a save returns when the file is there."""
+        """Call `finish`, then stop saving in the background: a save returns once the file is written."""
         writer, self.writer = self.writer, None
         if writer is not None:
             writer.close()
             writer.finish()
 
-    teardown = end  # Lightning calls it when it is done, or has failed
+    teardown = end  # Lightning calls it when it has finished or failed
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """storage_options: the path that the file which was there is kept under, if any."""
+        """Save a checkpoint. storage_options: path under which to keep the file being replaced, if any."""
         if self.writer is None:
             save(checkpoint, path, storage_options)
         else:
@@ -90,8 +90,9 @@ class SafeCheckpointIO(CheckpointIO):
         return content
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Lightning asks for what a callback's state in a checkpoint names: a way out of the run's folder is none."""
-        # ModelCheckpoint removes its earlier best, whose path it has from the checkpoint that a run went on from.
+        """Remove a checkpoint. The path may come from a callback's state in a checkpoint, so one that leads out of the
+        run's folder is ignored."""
+        # ModelCheckpoint removes its earlier best, whose path it takes from the checkpoint that a run resumed from.
         if ".." in Path(path).parts or Path(path).suffix != ".ckpt":
             return
         if self.writer is None:

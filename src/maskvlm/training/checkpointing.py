@@ -1,8 +1,8 @@
-"""Writes a run's checkpoints, now and then and when the system asks it to end; `resume.py` finds them again.
+"""Writes a run's checkpoints, periodically and when the system asks it to stop; `resume.py` finds them again.
 
-The same command goes on from the newest whole checkpoint and arrives at the same losses and weights, bit for bit on a
-CPU, as a run that never died: the position in the data is the number of batches consumed (`data/sampler.py`), random
-numbers follow from (seed, batch) alone (`lit.py`), and an evaluation that was due or under way is made again.
+The same command resumes from the newest intact checkpoint and arrives at the same losses and weights, bit for bit on a
+CPU, as an uninterrupted run: the position in the data is the number of batches consumed (`data/sampler.py`), random
+numbers depend on (seed, batch) alone (`lit.py`), and an evaluation that was due or in progress is run again.
 """
 
 import signal
@@ -46,22 +46,23 @@ from maskvlm.utils.lock import HELD
 from maskvlm.utils.signals import CAUGHT, Agreement
 from maskvlm.utils.write_errors import is_output_error
 
-GO_ON, SAVE, STOP = 0, 1, 2  # wishes of a process; the largest is followed by all
+GO_ON, SAVE, STOP = 0, 1, 2  # requests of a process; all processes follow the largest
 
 
 class KeepState(Checkpoint):
-    """Keeps `last.ckpt` and the one before it, `previous.ckpt`: a process or a file that is lost costs minutes.
+    """Keeps `last.ckpt` and the one before it, `previous.ckpt`, so that a lost process or file costs only minutes.
 
-    Written every so many steps or minutes, before and after each evaluation along the way, and when the process gets
-    SIGTERM, SIGUSR1 or Ctrl-C: then it ends as `Stopped`. Between two steps all processes agree on what to do.
+    A checkpoint is written at a fixed interval of steps or minutes, before and after each evaluation during training,
+    and on SIGTERM, SIGUSR1 or Ctrl-C, after which the run ends with `Stopped`. Between two steps all processes agree on
+    what to do.
 
     Args:
         folder: the run's folder.
-        steps: of the optimiser, between two checkpoints; None for no such rule.
-        minutes: the same by the clock of the first process.
-        background: the training goes on while a checkpoint is written, from a snapshot in host memory, of which there
-            are two at most, each as large as the checkpoint; of a GPU's state up to twice as large, as torch rounds
-            pinned memory up to powers of two. False where that memory is not there.
+        steps: optimiser steps between two checkpoints; None disables this rule.
+        minutes: minutes between two checkpoints, by the clock of the first process; None disables this rule.
+        background: keep training while a checkpoint is written, from a snapshot in host memory. There are at most two
+            snapshots, each as large as the checkpoint, or up to twice as large for a GPU's state, as torch rounds
+            pinned memory up to powers of two. Set to False if that memory is not available.
     """
 
     def __init__(
@@ -71,18 +72,18 @@ class KeepState(Checkpoint):
         check_least(0, {"trainer.callbacks.minutes": minutes})
         self.folder, self.steps, self.minutes, self.background = Path(folder), steps, minutes, background
         self.io = SafeCheckpointIO()  # the trainer's own, once that is known
-        self.unmeasured = False  # an evaluation is due at this step and not yet made
+        self.unmeasured = False  # an evaluation is due at this step and not yet done
         self.saved_at = time.monotonic()
         self.agree = lambda wish: wish
         self.shared_batches = 0
-        self.ended = False  # training had ended where this run goes on
-        self.passed_over = False  # the run goes on from another than last.ckpt, which must not be lost
-        self.reserved = False  # memory for the first snapshot was asked for
-        self.stops = False  # something wants the run to end
+        self.ended = False  # training had ended at the step from which this run resumes
+        self.passed_over = False  # the run resumes from a checkpoint other than last.ckpt, which must be kept
+        self.reserved = False  # memory for the first snapshot was requested
+        self.stops = False  # the run has been asked to stop
         self.attempt: Attempt | None = None
-        self.restores_signals = True  # as soon as the training has ended: the script goes on
+        self.restores_signals = True  # as soon as training ends, since the script continues
 
-    # ------------------------------------------------------------------ what a checkpoint tells
+    # ------------------------------------------------------------------ state in a checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         return {"unmeasured": self.unmeasured}
@@ -91,14 +92,14 @@ class KeepState(Checkpoint):
         self.unmeasured = bool(state_dict["unmeasured"])
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Of a training alone: an evaluation reads the weights, and goes on with nothing."""
+        """Only for training: an evaluation reads the weights and resumes nothing."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        # Given more steps than before, or ended by its time. Without this project's data no length is known.
+        # Given more steps than before, or ended by a time limit. The length is only known with this project's data.
         if checkpoint["global_step"] < getattr(trainer.datamodule, "total_steps", 0):  # type: ignore[attr-defined]
             self.ended = reopen_pass(checkpoint)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            # With more patience than before a run trains on; Lightning would restore the old one.
+            # A run with more patience than before keeps training; Lightning would restore the old value.
             if isinstance(callback, EarlyStopping) and callback.state_key in checkpoint["callbacks"]:
                 checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience
         for keeper in trainer.checkpoint_callbacks:
@@ -115,12 +116,12 @@ class KeepState(Checkpoint):
             todo = "Give Trainer(plugins=[SafeCheckpointIO()]), of maskvlm.training.checkpoint_io"
             raise UserError("KeepState", "the trainer's checkpoints are not those that it keeps", todo)
         replace_signal_handlers(trainer, CAUGHT.install)
-        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # it goes on exactly
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # it resumes exactly
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # By now the process group exists; before, and in an evaluation alone, a process agrees with itself.
+        # The process group exists by now; before that, and in a standalone evaluation, a process agrees with itself.
         self.agree, self.saved_at, self.stops = Agreement(), time.monotonic(), False
-        # A strategy that brings its own is left alone.
+        # A strategy with its own checkpoint IO is left alone.
         if isinstance(trainer.strategy.checkpoint_io, SafeCheckpointIO):
             self.io = trainer.strategy.checkpoint_io
             if self.background:
@@ -130,19 +131,19 @@ class KeepState(Checkpoint):
         self.passed_over = bool(trainer.ckpt_path) and Path(str(trainer.ckpt_path)) != self.folder / LAST
         for logger in trainer.loggers:
             if isinstance(logger, RunLog) and trainer.is_global_zero and trainer.ckpt_path:
-                # Rows after the checkpoint will be logged again.
+                # Rows logged after the checkpoint will be logged again.
                 logger.forget(batches_that_stepped(trainer), self.unmeasured, self.ended)
         evaluate_after_whole_steps(trainer)
-        # In no checkpoint stands that the run was ending, only for how long the score has not risen.
+        # A checkpoint does not record that the run was ending, only for how long the score has not improved.
         if any(ended_by_score(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.should_stop = True
         if trainer.ckpt_path and trainer.is_global_zero:
             print(f"going on after step {trainer.global_step} ({trainer.ckpt_path})", flush=True)
-        if self.unmeasured:  # it was due when the checkpoint was written; Lightning passes over it
-            if self.attempt is not None:  # one that kills the process is on record, too
+        if self.unmeasured:  # it was due when the checkpoint was written; Lightning would skip it
+            if self.attempt is not None:  # so that an evaluation that kills the process is recorded too
                 self.attempt.note(trainer.global_step)
             evaluate_now(trainer)
-        # No step is left: the end of the run is logged under the last one.
+        # No steps are left: the end of the run is logged under the last one.
         if trainer.ckpt_path and trainer.fit_loop.done:
             count_last_step(trainer)
 
@@ -152,14 +153,14 @@ class KeepState(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.attempt is not None:
-            # Before the step: one that kills the process is on record.
+            # Before the step, so that one that kills the process is recorded.
             self.attempt.note(trainer.global_step + 1)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         try:
             self.on_train_end(trainer, pl_module)
-        except Exception as error:  # told beside what ends the run, not in its place
-            # Where that is a file that could not be written either, one line tells it all.
+        except Exception as error:  # reported in addition to what ends the run, not instead of it
+            # If that is also a file that could not be written, one line says it all.
             written = isinstance(exception, UserError) and exception.code in (ExitCode.CANNOT_CREATE, ExitCode.IO_ERROR)
             if not written and not is_output_error(exception):
                 print(f"warning: {error}", file=sys.stderr, flush=True)
@@ -181,19 +182,19 @@ class KeepState(Checkpoint):
     ) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # Between two passes of one step no checkpoint is whole: gradients are not in it. Whoever wants the run to end
-        # there, as `trainer.max_time`, waits for the step.
+        # Between two accumulated passes no checkpoint is complete, as gradients are not saved. Anything that wants to
+        # stop the run there, such as `trainer.max_time`, waits for the end of the step.
         self.stops |= trainer.should_stop
         trainer.should_stop = self.stops and not is_accumulating(trainer)
         if is_accumulating(trainer):
             return
         if not self.reserved and trainer.is_global_zero:
-            # Now, as the optimiser's state comes with the first step.
+            # Now, because the first step creates the optimiser's state.
             self.reserved = True
             self.io.reserve(state_of(trainer))
-        # Known before the checkpoint is written, which holds it.
+        # Before the checkpoint is written, as it is part of its content.
         self.unmeasured = evaluation_is_due(trainer)
-        # In every step of every process: where one leaves it out, the others wait for it.
+        # In every step of every process: if one left it out, the others would wait for it.
         agreed = self.agree(self._wish(trainer))
         if agreed or self.unmeasured or (self.steps and trainer.global_step % self.steps == 0):
             self.save(trainer)
@@ -205,18 +206,18 @@ class KeepState(Checkpoint):
         self.io.check()
         if CAUGHT.count:
             return STOP
-        # The first process's clock counts for all.
+        # The first process's clock decides for all.
         late = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
         return SAVE if late and trainer.is_global_zero else GO_ON
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt`; the one that was there becomes `previous.ckpt`, unless the run went on from another one.
-        In the background that is still to come.
+        """Write `last.ckpt`; the existing one becomes `previous.ckpt`, unless the run resumed from another checkpoint.
+        When saving in the background, this happens after the call returns.
 
-        The row of this step is logged first: a run that goes on from here does not make the step again.
+        The row of this step is logged first, because a run that resumes from here does not repeat the step.
 
         Raises:
-            UserError: a weight is not a number any more, or a write has failed; the files stay what they were.
+            UserError: a weight is not finite, or a write has failed; the existing files are unchanged.
         """
         check_finite(trainer, self.folder)
         if trainer.state.fn == TrainerFn.FITTING and trainer.training:
@@ -227,7 +228,7 @@ class KeepState(Checkpoint):
         self.saved_at = time.monotonic()
 
     def _stopped(self, trainer: L.Trainer) -> Stopped:
-        # Nobody leaves before the file is there: torchrun ends the others when one does.
+        # No process exits before the file is written: torchrun ends the others when one does.
         self.io.finish()
         trainer.strategy.barrier("KeepState")
         signum = CAUGHT.last or int(signal.SIGTERM)  # another process got it
@@ -239,8 +240,8 @@ class KeepState(Checkpoint):
     # ------------------------------------------------------------------ evaluation
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Processes measure different numbers of batches: they can agree only while all have one.
-        # The least over all, by the largest of the negatives.
+        # Processes evaluate different numbers of batches and can agree only while all of them have one.
+        # The minimum over all processes, taken as the maximum of the negatives.
         self.shared_batches = -self.agree(-int(sum(trainer.num_val_batches)))
 
     def on_validation_batch_end(
@@ -259,23 +260,23 @@ class KeepState(Checkpoint):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self.unmeasured = False
-            if trainer.ckpt_path:  # what is told of this evaluation names that file by its hash
+            if trainer.ckpt_path:  # the report of this evaluation names that file by its hash
                 self.io.finish()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Checkpoint callbacks come last, in the configuration's order: the best checkpoint is written by now.
+        # Checkpoint callbacks run last, in the configuration's order: the best checkpoint is written by now.
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save(trainer)
 
 
 def follow_folder(state: dict[str, Any], folder: Path, own: bool) -> None:
-    """Let what `ModelCheckpoint` remembers follow a run's folder that was moved: it keeps whole paths, and would begin
-    anew in another folder, where the first score, however low, replaces the best weights.
+    """Update the paths in the state of `ModelCheckpoint` after a run's folder was moved. It stores full paths, and
+    would start over in another folder, where the first score, however low, replaces the best weights.
 
     Args:
         state: of the callback, changed in place.
-        folder: where the run's checkpoints lie now.
-        own: the state comes from there. A run that begins from another one's checkpoint has no best weights yet.
+        folder: where the run's checkpoints are now.
+        own: the state comes from this folder. A run that starts from another run's checkpoint has no best weights yet.
     """
     before = state.get("dirpath")
     if not before or Path(before) == folder:
@@ -292,7 +293,7 @@ def follow_folder(state: dict[str, Any], folder: Path, own: bool) -> None:
 
 
 def ended_by_score(callback: Any) -> str | None:
-    """Why an `EarlyStopping` has ended the run; None where it has not, or is another callback."""
+    """Why an `EarlyStopping` has ended the run; None if it has not, or for any other callback."""
     if not isinstance(callback, EarlyStopping):
         return None
     if callback.wait_count >= max(1, callback.patience):
@@ -303,8 +304,8 @@ def ended_by_score(callback: Any) -> str | None:
 
 
 def state_of(trainer: L.Trainer) -> list[Tensor]:
-    """The large tensors of a checkpoint: weights and optimiser state; none where they are sharded, as what is saved
-    then is gathered first."""
+    """The large tensors of a checkpoint: weights and optimiser state. Empty if they are sharded, as they are then
+    gathered before they are saved."""
     weights = list(trainer.lightning_module.state_dict().values())
     if any(is_sharded(value) for value in weights):
         return []
@@ -314,21 +315,21 @@ def state_of(trainer: L.Trainer) -> list[Tensor]:
 
 
 def check_finite(trainer: L.Trainer, folder: Path) -> None:
-    """Before weights are written: stop a training that has lost them.
+    """Check the weights before they are written.
 
     Raises:
-        UserError: some are infinite or not numbers.
+        UserError: some weights are infinite or NaN.
     """
     named = list(trainer.lightning_module.named_parameters())
     own = [own_part(value.detach()) for _, value in named]
-    # Where weights are sharded each process sees its own part: 1 where all of all processes is finite. Whole weights
-    # are the same in all, and after a run Lightning has moved them to the processor, where NCCL exchanges nothing.
+    # With sharded weights each process sees only its own part: the mean is 1 if every process's part is finite. Whole
+    # weights are the same everywhere, and after a run Lightning has moved them to the CPU, where NCCL cannot be used.
     of_all = shared_count if any(is_sharded(value) for _, value in named) else lambda flag_N: flag_N
-    # A sum is finite only where every value is; it costs a seventh of looking at each (`isfinite`) on a CPU.
+    # A sum is finite only if every value is; on a CPU it costs a seventh of checking each one with `isfinite`.
     sums_N = torch.stack([value.sum(dtype=torch.float32) for value in own])
-    if bool((of_all(sums_N.isfinite().float()) == 1).all()):  # one look at the device, however many tensors
+    if bool((of_all(sums_N.isfinite().float()) == 1).all()):  # one synchronisation, however many tensors
         return
-    # The sum of finite values may be too large for a number.
+    # The sum of finite values may overflow.
     finite_N = of_all(torch.stack([value.isfinite().all() for value in own]).float()) == 1
     if lost := [name for (name, _), finite in zip(named, finite_N.tolist(), strict=True) if not finite]:
         what = f"{len(lost)} of {len(named)} tensors are not finite at step {trainer.global_step} ({lost[0]}, ...)"

@@ -1,8 +1,8 @@
-"""Compiled blocks (`model.compile`): torch.compile sees one block of a transformer at a time, and what it makes of one
-is used for all of that kind. The time that takes does not grow with depth, and what lies between blocks, where texts
-are sorted by length and rows are gathered, stays as it is.
+"""Compiled blocks (`model.compile`): torch.compile sees one transformer block at a time, and its result is reused for
+all blocks of that kind. Compile time does not grow with depth, and the code between blocks, which sorts texts by length
+and gathers rows, is not compiled.
 
-Parameters keep their names, so that a checkpoint does not tell whether it was written with or without.
+Parameters keep their names, so checkpoints are the same with and without compilation.
 """
 
 import torch
@@ -12,27 +12,27 @@ from maskvlm.model.cross_attention import CrossBlock
 from maskvlm.training.sharding import blocks_of
 
 VARIANTS = 32
-"""How many graphs of one function torch may make. At its own limit of 8 it goes on uncompiled, and a cross block alone
-is asked in 8 ways: as inner or last one, about all positions, one or some, with a mask on either side."""
+"""Maximum number of graphs per function. Beyond torch's own limit of 8 a function runs uncompiled, and a cross block
+alone is called in 8 ways: as an inner or the last block, for all positions, one or some, with a mask on either side."""
 
 
 class CompiledCrossBlock(CrossBlock):
-    """A cross block whose parts are compiled, too: `Module.compile` does so with whole passes alone."""
+    """A cross block whose parts are compiled too: `Module.compile` covers only the forward pass."""
 
-    # Of the class: a function of the object would compute with its weights also in a copy.
+    # On the class: a function bound to the object would use that object's weights even in a copy.
     attend_self = torch.compile(CrossBlock.attend_self, dynamic=True)
     attend_other = torch.compile(CrossBlock.attend_other, dynamic=True)
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each block of both encoders, of the cross encoders and of decoders, in place and when it is first called,
-    for tensors of any size.
+    """Compile each block of both encoders, the cross encoders and decoders, in place. Compilation happens at the first
+    call, for tensors of any size.
 
     Args:
-        model: with a `backbone`, and maybe a `task`.
+        model: has a `backbone` and optionally a `task`.
     """
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
-    # DDP exchanges gradients as they come, block by block: nothing is won by cutting a block into several graphs.
+    # DDP exchanges gradients block by block as they arrive, so cutting a block into several graphs gains nothing.
     torch._dynamo.config.optimize_ddp = False
     for block in blocks_of(model):
         block.compile(dynamic=True)

@@ -1,4 +1,4 @@
-"""`metrics.csv`: one table of a run, whole at every instant, that a run which goes on continues."""
+"""`metrics.csv`: one table per run, always intact on disk, which a resumed run continues."""
 
 import csv
 import io
@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from maskvlm.utils.whole_files import write_text
 
 Row = dict[str, Any]
-LONGEST = 100_000  # characters of a line; csv itself stops at 131,072 a field
+LONGEST = 100_000  # characters per line; csv itself stops at 131,072 per field
 
 
 class RunLog(CSVLogger):
-    """Lightning's CSV logger, which begins by deleting the table it finds and rewrites it in place for a new column:
-    this one keeps it, and replaces it whole."""
+    """A CSV logger that keeps an existing table and replaces the file atomically. Lightning's own deletes the table it
+    finds, and rewrites it in place when a column is added."""
 
     @property
     @rank_zero_experiment
@@ -30,18 +30,18 @@ class RunLog(CSVLogger):
 
     @rank_zero_only
     def forget(self, step: int, unmeasured: bool, ended: bool) -> None:
-        """Drop what a run that goes on will log again.
+        """Drop the rows that a resumed run will log again.
 
         Args:
-            step: the last one whose training row stays.
-            unmeasured: its evaluation is still to be made: rows that hold its numbers go, too.
-            ended: training had ended there. The evaluation of its end stands under the step that comes next, and stays.
+            step: the last step whose training row is kept.
+            unmeasured: the evaluation at that step is still to be done, so rows with its metrics are dropped too.
+            ended: training had ended there. Its final evaluation is logged under the next step, and is kept.
         """
         self.experiment.forget(step, unmeasured, ended)
 
 
 class Writer(ExperimentWriter):
-    """Rows of a table; `metrics` are those not yet written, as in the base class."""
+    """Rows of a table; `metrics` holds those not yet written, as in the base class."""
 
     def __init__(self, log_dir: str) -> None:
         Path(log_dir).mkdir(parents=True, exist_ok=True)
@@ -56,20 +56,20 @@ class Writer(ExperimentWriter):
         """Do nothing: Lightning's method deletes the files that it finds."""
 
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
-        """Log as the base class does; the same row of the same step is dropped the second time."""
+        """Log as the base class does, but drop a row that repeats the previous one."""
         super().log_metrics(metrics_dict, step)
-        # KeepState has a step's row logged before it saves; Lightning logs it again after.
+        # KeepState has a step's row logged before it saves; Lightning logs it again afterwards.
         known = self.metrics[-2:-1] or self.rows[-1:]
         if known and _plain(known[0]) == _plain(self.metrics[-1]):
             self.metrics.pop()
 
     def save(self) -> None:
-        """Append what is new; a new column replaces the file by a whole new one."""
+        """Append new rows; if there is a new column, replace the whole file."""
         if not self.metrics:
             return
         new, self.metrics = self.metrics, []
         self.rows += new
-        # A new column changes the header, so all rows are written anew.
+        # A new column changes the header, so all rows are rewritten.
         keys = sorted({*self.metrics_keys, *set().union(*new)})
         if keys != self.metrics_keys or not self.path.is_file():
             self.metrics_keys = keys
@@ -99,7 +99,7 @@ def rows_in(content: bytes) -> list[Row]:
         lines.pop()
     rows = csv.DictReader(line.replace("\0", "") for line in lines if len(line) < LONGEST)
     try:
-        # DictReader fills a short row with None, and keeps what a long row has more under the key None.
+        # DictReader fills a short row with None, and stores the extra fields of a long row under the key None.
         return [{key: value for key, value in row.items() if key and value} for row in rows if None not in row.values()]
     except csv.Error:  # a damaged table costs its rows, not the run
         return []
@@ -111,7 +111,7 @@ def _keeps(row: Row, step: int, unmeasured: bool, ended: bool) -> bool:
     except (ValueError, OverflowError):  # a damaged row
         return False
     measured = any(_measured(key) for key in row)
-    # The step's training row was logged before the checkpoint was written; its evaluation may be still to come.
+    # The step's training row was logged before the checkpoint was written; its evaluation may be pending.
     return at < step or (at == step and not (unmeasured and measured)) or (ended and at == step + 1 and measured)
 
 

@@ -1,6 +1,6 @@
-"""How a command ends when it cannot go on: one line on stderr and an exit status by class of cause.
+"""How a command ends when it cannot continue: one line on stderr and an exit status for the kind of cause.
 
-Of several processes the first to fail tells the cause, the others only who that was.
+With several processes, the first to fail reports the cause; the others only name that process.
 """
 
 import errno
@@ -19,25 +19,25 @@ from maskvlm.utils.write_errors import cannot_write
 
 REQUIRED = {"torch", "torchvision", "lightning", "jsonargparse", "torchmetrics", "transformers", "tokenizers", "timm"}
 REQUIRED |= {"datasets", "safetensors", "tensorboard", "rich", "scipy", "matplotlib", "PIL", "numpy", "yaml"}
-"""Packages that setup.cfg asks for, by the names that they are imported by."""
+"""Packages required by setup.cfg, by import name."""
 
 FIRST = "failed-first.txt"  # names the process of a job that failed first; removed when a job starts
-EARLIER: list[tuple[str, int]] = []  # what stood there when this process started: of an earlier job
+EARLIER: list[tuple[str, int]] = []  # its content when this process started: from an earlier job
 
 
 class ErrorLine(NamedTuple):
-    """What is said, and the exit status."""
+    """The text of an error line, and the exit status."""
 
     text: str
     code: ExitCode
 
 
 def report(error: BaseException, folder: Path | None = None, debug: bool = False) -> int:
-    """Say why the command ends.
+    """Report why the command ends.
 
     Args:
         error: what ended it.
-        folder: the run's folder, where the traceback of a bug is kept.
+        folder: the run's folder, where the traceback of a bug is saved.
         debug: show the traceback instead.
 
     Returns:
@@ -57,15 +57,15 @@ def report(error: BaseException, folder: Path | None = None, debug: bool = False
 
 
 def user_line(error: BaseException) -> ErrorLine | None:
-    """The line for what a user can mend; None for a bug."""
-    # torch raises a worker's error anew, with its traceback as the text: no cause, no attributes.
+    """The line for an error that the user can fix; None for a bug."""
+    # torch re-raises a worker's error with its traceback as the text, without cause or attributes.
     if worker := _from_worker(str(error)):
         return worker
     if lost := _worker_lost(error):
         return ErrorLine(_one_line(str(lost)), lost.code)
     cause: BaseException | None = error
     seen_ids = set[int]()
-    # An error can be raised from itself, by any library.
+    # A library may raise an error from itself.
     while cause is not None and id(cause) not in seen_ids:
         if isinstance(cause, UserError):
             return ErrorLine(_one_line(str(cause)), cause.code)
@@ -80,7 +80,7 @@ def user_line(error: BaseException) -> ErrorLine | None:
         return ErrorLine(_one_line(str(write_error)), write_error.code)
     if missing := _missing_package(error):
         return missing
-    # By name: neither Lightning nor torch is imported for a command that needs none.
+    # By name, so that Lightning and torch are not imported for a command that needs neither.
     if name == "MisconfigurationException":
         return ErrorLine(f"trainer: {text}", ExitCode.USAGE)
     if isinstance(error, MemoryError):
@@ -98,11 +98,11 @@ def user_line(error: BaseException) -> ErrorLine | None:
 
 
 def _from_worker(text: str) -> ErrorLine | None:
-    """A mistake found in a data worker arrives as the text of its traceback: its end names it."""
-    # Subclasses too: a traceback names the class itself.
+    """The line for an error in a data worker, which arrives as the text of its traceback and ends with the error."""
+    # Subclasses too: a traceback names the actual class.
     for kind in (UserError, *_all_subclasses(UserError)):
         name = rf"{re.escape(kind.__module__)}\.{kind.__qualname__}"
-        # A name of a stranger's in it may have several lines, and what moves the cursor.
+        # A foreign name in it may span several lines and contain control characters.
         parts = re.split(rf"^{name}: ", text, flags=re.MULTILINE)
         if len(parts) > 1:
             message, *status = re.split(r"^exit status (\d+)$", parts[-1], flags=re.MULTILINE)
@@ -113,12 +113,12 @@ def _from_worker(text: str) -> ErrorLine | None:
 
 
 def _worker_lost(error: BaseException) -> UserError | None:
-    """A data worker that died or is late; where no worker was ever started, torch is not imported for it."""
+    """A data worker that died or is late. If no worker was ever started, torch is not imported."""
     if "maskvlm.data.workers" not in sys.modules:
         return None
     from maskvlm.data.workers import lost_worker
 
-    # The cause first: torch's handler tells the signal, and where it interrupts torch's own wait for a batch, that wait
+    # The cause first: torch's handler names the signal, and if it interrupts torch's own wait for a batch, that wait
     # raises "exited unexpectedly" from it.
     causes = (error.__cause__, error)
     return next((lost for each in causes if each is not None and (lost := lost_worker(str(each)))), None)
@@ -130,7 +130,7 @@ def _all_subclasses(kind: type) -> list[type]:
 
 
 def _missing_package(error: BaseException) -> ErrorLine | None:
-    """Error line for an interpreter without a required package, such as one given to `make` by PYTHON=; else None."""
+    """Error line for an interpreter without a required package, such as one passed to `make` as PYTHON=; else None."""
     name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if name not in REQUIRED:
         return None
@@ -140,8 +140,8 @@ def _missing_package(error: BaseException) -> ErrorLine | None:
 
 def _bug(error: BaseException, folder: Path | None) -> ErrorLine:
     text = f"{type(error).__name__}: {error}"
-    if "\nOriginal Traceback" in text:  # of a data worker; what matters comes last
-        # Lines of a traceback are indented: what follows the last of them is the error.
+    if "\nOriginal Traceback" in text:  # of a data worker; the error itself comes last
+        # Lines of a traceback are indented: the error follows the last of them.
         text = re.split(r"^ .*$", text.rstrip(), flags=re.MULTILINE)[-1]
     text = _one_line(text)[:300].rstrip(".")
     name = f"crash-rank{process_rank()}.txt" if process_rank() else "crash.txt"
@@ -149,7 +149,7 @@ def _bug(error: BaseException, folder: Path | None) -> ErrorLine:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
-            # Names of files need not be text.
+            # File names need not be valid text.
             temporary.write_text("".join(traceback.format_exception(error)), "utf-8", "backslashreplace")
     except OSError:
         traceback.print_exception(error)
@@ -161,10 +161,10 @@ def _bug(error: BaseException, folder: Path | None) -> ErrorLine:
 
 def _of_others(error: BaseException) -> str:
     """File and line of the deepest frame outside this project and installed libraries, such as in a user's own loss;
-    "" where there is none."""
+    "" if there is none."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
-    # This project, its tasks, Python and what is installed. The deepest frame outside of them counts.
+    # This project, its tasks, Python and installed packages. The deepest frame outside them counts.
     ours = Path(__file__).resolve().parents[1]
     mine = [ours, ours.parents[1] / "tasks", Path(sys.prefix), Path(sys.base_prefix)]
     place = ""
@@ -176,26 +176,27 @@ def _of_others(error: BaseException) -> str:
 
 
 def process_rank() -> int:
-    """This process's number before any process group exists: torchrun's, the launcher's, or SLURM's. In this order,
-    Lightning's own: processes that it starts within a step of SLURM, as of an interactive shell, all inherit that
-    step's number."""
+    """This process's rank before any process group exists: torchrun's, the launcher's, or SLURM's. The order is
+    Lightning's: processes that it starts within a SLURM step, as in an interactive shell, all inherit that step's rank.
+    """
     names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 def _first_to_fail(folder: Path | None, rank: int, code: int) -> int:
-    """Each process tries to create the same file; who succeeds was first. No communication, so no hang."""
-    # Lightning's launcher forgets WORLD_SIZE on its way out, but not LOCAL_RANK.
+    """Rank of the first process to fail. Each process tries to create the same file, and whoever succeeds was first.
+    No communication, so no hang."""
+    # Lightning's launcher removes WORLD_SIZE on its way out, but not LOCAL_RANK.
     several = "LOCAL_RANK" in os.environ or "RANK" in os.environ or "SLURM_PROCID" in os.environ
     if not several or folder is None or not folder.is_dir():
         return rank
     try:
-        # "x" fails where the file is there, for all processes but one.
+        # "x" fails if the file exists, that is, for all processes but one.
         with (folder / FIRST).open("x") as file:
             file.write(f"{rank} {int(code)}\n")
         return rank
     except FileExistsError:
-        if failed_first(folder) in EARLIER:  # of an earlier job, whose processes have nothing to do with this one
+        if failed_first(folder) in EARLIER:  # of an earlier job, unrelated to this one
             return rank
         words = _written(folder / FIRST).split()
         return int(words[0]) if words else 0
@@ -204,8 +205,8 @@ def _first_to_fail(folder: Path | None, rank: int, code: int) -> int:
 
 
 def _written(path: Path, most: float = 2.0) -> str:
-    """The file's text. Between its creation and its text there is a moment in which it is empty: wait for it, at most
-    `most` seconds (its writer may have been killed just then)."""
+    """The file's text. The file is empty for a moment after it is created, so wait for the text for at most `most`
+    seconds (its writer may have been killed just then)."""
     end = time.monotonic() + most
     while not (text := path.read_text()) and time.monotonic() < end:
         time.sleep(0.01)
@@ -213,7 +214,7 @@ def _written(path: Path, most: float = 2.0) -> str:
 
 
 def failed_first(folder: Path | None) -> tuple[str, int]:
-    """What the first process to fail has left (its rank and exit status), and when it was written; `("", 0)`: none."""
+    """What the first process to fail has written (its rank and exit status), and when; `("", 0)` if there is none."""
     try:
         path = (folder or Path()) / FIRST
         return path.read_text(), path.stat().st_mtime_ns
@@ -222,5 +223,5 @@ def failed_first(folder: Path | None) -> tuple[str, int]:
 
 
 def _one_line(text: str) -> str:
-    """Without line ends, and without what moves a terminal's cursor: names of files may hold anything."""
+    """The text without line ends and control characters: file names may contain anything."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

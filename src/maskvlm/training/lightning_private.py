@@ -1,6 +1,6 @@
-"""Private parts of Lightning that a run which goes on needs: a later version may have others.
+"""Private parts of Lightning that resuming a run relies on; a later version may change them.
 
-`tests/training/test_lightning_private.py` holds that the installed version has them.
+`tests/training/test_lightning_private.py` checks that the installed version has them.
 """
 
 from collections.abc import Callable
@@ -10,35 +10,35 @@ import lightning as L
 
 
 def replace_signal_handlers(trainer: L.Trainer, install: Callable[[], None]) -> None:
-    """Handlers in the place of Lightning's own, which speak to other processes and save within the handler."""
+    """Replace Lightning's own signal handlers, which communicate with other processes and save within the handler."""
     trainer._signal_connector.register_signal_handlers = install  # type: ignore[method-assign]
-    # Of several processes Lightning asks before every batch: a broadcast, and a wait for the device.
+    # With several processes Lightning asks before every batch, which costs a broadcast and a device synchronisation.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def batches_that_stepped(trainer: L.Trainer) -> int:
-    """The step under which the row of this batch is logged. In `on_train_start` of a run that goes on it is still the
-    step of the last row that was logged, as Lightning counts on later."""
+    """The step under which the row of this batch is logged. In `on_train_start` of a resumed run it is still the step
+    of the last logged row, as Lightning only increments it later."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def count_last_step(trainer: L.Trainer) -> None:
-    """Count the last step of a run that is complete: Lightning counts a step only when the next one begins."""
+    """Count the last step of a complete run: Lightning counts a step only when the next one begins."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 def is_accumulating(trainer: L.Trainer) -> bool:
-    """Whether the optimiser makes no step after this batch."""
+    """Whether gradients are still being accumulated, so that no optimiser step follows this batch."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def evaluate_after_whole_steps(trainer: L.Trainer) -> None:
-    """Evaluations along the way follow the last pass of a step: Lightning counts passes, and would evaluate, and keep
-    checkpoints, between two passes whose gradients are added up."""
+    """Make evaluations during training follow the last pass of a step. Lightning counts passes, and would evaluate and
+    save checkpoints between two passes whose gradients are accumulated."""
     every, passes = trainer.val_check_batch, trainer.accumulate_grad_batches
-    # Infinite where the length is not known, or nothing is evaluated on the way.
+    # Infinite if the length is not known, or nothing is evaluated during training.
     if isinstance(every, int):
-        # The last pass of a run ends a step, however many passes that has.
+        # The last pass of a run ends a step, however many passes that step has.
         trainer.val_check_batch = int(min(-(-every // passes) * passes, trainer.num_training_batches))
 
 
@@ -49,8 +49,8 @@ def evaluation_is_due(trainer: L.Trainer) -> bool:
 
 
 def evaluate_now(trainer: L.Trainer) -> None:
-    """Make an evaluation before the first step, as if it followed the last one."""
-    # As the loop's own `on_advance_end` does it; begun anew, as what a task has counted is in no checkpoint.
+    """Run an evaluation before the first step, as if it followed the last one."""
+    # As the loop's own `on_advance_end` does; from the start, as a task's counts are not part of a checkpoint.
     loop, results = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
     first = results._first_loop_iter
     trainer.validating, loop.restarting = True, False
@@ -59,21 +59,21 @@ def evaluate_now(trainer: L.Trainer) -> None:
 
 
 def reopen_pass(checkpoint: dict[str, Any]) -> bool:
-    """Let a run of which steps are left train on: to Lightning it is one pass over the data, which had ended when this
-    checkpoint was written, and nothing would follow it.
+    """Let a run with steps left keep training. To Lightning the run is one epoch, which had ended when this checkpoint
+    was written, so nothing would follow.
 
     Returns:
-        whether training had ended there: an evaluation that follows is logged under the step that comes next.
+        Whether training had ended there: an evaluation that follows is logged under the next step.
     """
     loops = checkpoint["loops"]["fit_loop"]
     passes = loops["epoch_progress"]
-    # As in a checkpoint along the way: begun, and neither processed nor completed.
+    # As in a checkpoint during training: started, and neither processed nor completed.
     for count in ("processed", "completed"):
         passes["total"][count] -= passes["current"][count]
         passes["current"][count] = 0
-    # Also of one that was written at the last batch, before the pass had ended.
+    # Also for a checkpoint that was written at the last batch, before the epoch had ended.
     loops["epoch_loop.batch_progress"]["is_last_batch"] = False
-    # Along the way the last step is not counted yet, as its row is logged under it; Lightning does so when it goes on.
+    # During training the last step is not counted yet, as its row is logged under it; Lightning counts it on resuming.
     counts, steps = loops["epoch_loop.state_dict"], checkpoint["global_step"]
     ended = bool(counts["_batches_that_stepped"] == steps)
     counts["_batches_that_stepped"] = steps - 1
@@ -81,14 +81,14 @@ def reopen_pass(checkpoint: dict[str, Any]) -> bool:
 
 
 def judge_after_evaluations(callback: L.Callback) -> None:
-    """Let `ModelCheckpoint` and `EarlyStopping` judge an evaluation when it ends, also the one at the end of the pass,
-    for which Lightning waits until the pass is over: a run that is stopped in between would go on without its best
-    weights, as an evaluation that is made again belongs to no pass. One that was told when to judge keeps to that."""
+    """Let `ModelCheckpoint` and `EarlyStopping` act as soon as an evaluation ends, including the last one, for which
+    Lightning waits until the epoch is over. A run stopped in between would resume without its best weights, as an
+    evaluation that is run again belongs to no epoch. A callback with an explicit setting keeps it."""
     for name in ("_save_on_train_epoch_end", "_check_on_train_epoch_end"):
         if getattr(callback, name, True) is None:
             setattr(callback, name, False)
 
 
 def log_this_step(trainer: L.Trainer) -> None:
-    """Hand what this step logged to the loggers, if it is its turn."""
+    """Pass what this step logged to the loggers, if it is due."""
     trainer._logger_connector.update_train_step_metrics()

@@ -1,4 +1,4 @@
-"""The only LightningModule: it sums and logs the task's losses, and knows none of them."""
+"""The only LightningModule: it sums and logs the task's losses without knowing what they are."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 
 def check_length(trainer: L.Trainer, data: PairData) -> None:
-    """Hold a trainer's length against the data's, which says how long a run is: the order of the samples, the learning
-    rate and the progress follow that. The command line sees to it.
+    """Check that a trainer's length matches the data's, which sets the length of a run and with it the order of the
+    samples, the learning rate and the progress. The command line takes care of this.
 
     Raises:
         UserError: they differ.
@@ -57,10 +57,10 @@ def check_length(trainer: L.Trainer, data: PairData) -> None:
 
 
 def check_source(task: Task, data: PairData) -> None:
-    """Hold what a task reads against what the data give.
+    """Check that the data are of the kind that a task takes.
 
     Raises:
-        UserError: pairs for a task of examples, or examples for one of pairs.
+        UserError: pairs were given to a task that takes examples, or examples to one that takes pairs.
     """
     kinds = {Source: "pairs of images and captions", ExampleSource: "examples of a downstream task"}
     read_kind, given_kind = task.source_kind, next((kind for kind in kinds if isinstance(data.source, kind)), None)
@@ -70,17 +70,17 @@ def check_source(task: Task, data: PairData) -> None:
 
 
 def check_labels(task: Task, theirs: Sequence[str] | None, path: str) -> None:
-    """Hold the labels of a checkpoint's head against the task's, which are the data's: in another order, or others of
-    the same number, every figure would be wrong.
+    """Check that the labels of a checkpoint's head are the task's, which come from the data. With another order, or
+    other labels of the same number, every metric would be wrong.
 
     Args:
-        theirs: of the checkpoint; None where it has none.
-        path: of the checkpoint.
+        theirs: labels of the checkpoint; None if it has none.
+        path: path of the checkpoint.
 
     Raises:
         UserError: they differ, and the task has heads that depend on them (65).
     """
-    # Checkpoints hold them as texts.
+    # Checkpoints store them as strings.
     labels = None if getattr(task, "labels", None) is None else [str(label) for label in task.labels]  # type: ignore[union-attr]
     if theirs is None or labels is None or not task.heads_of_labels() or [*theirs] == labels:
         return
@@ -97,20 +97,20 @@ def _shown(label: str | None) -> str:
 
 
 def class_path(kind: type) -> str:
-    """Path of a class, as configurations name it."""
+    """Import path of a class, as used in configurations."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Norm of all gradients, also of those that other processes hold parts of."""
+    """Norm of all gradients, including those sharded over processes."""
     return unsharded(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 class StepJudge(Protocol):
-    """What looks at a step before it is made (`step_guard.StepGuard`)."""
+    """Interface of an object that checks a step before it is made (`step_guard.StepGuard`)."""
 
     def judge(self, optimizer: Optimizer, norm: Tensor, scaled: bool) -> None:
-        """Let the coming update pass, or make it change nothing; see `step_guard.StepGuard.judge`."""
+        """Let the coming update through, or turn it into a no-op; see `step_guard.StepGuard.judge`."""
         ...
 
 
@@ -119,25 +119,24 @@ class LitModel(L.LightningModule):
 
     Args:
         backbone: the two encoders and the two cross encoders.
-        task: pre-training or a downstream task; its heads are built here, where it has none.
+        task: pre-training or a downstream task; its heads are built here if it has none.
         lr: peak learning rate of cross encoders, decoder and heads (3e-4, P).
         lr_encoders: peak learning rate of the two encoders (1e-5, P).
-        weight_decay: of weight matrices (0.05, P).
-        betas: of AdamW (C).
-        warmup: share of the steps in which a parameter learns (all of the run, but for tasks with phases, see
-            `Task.late`), or a number of steps from 1 on (paper: 5 of 50 epochs).
-        min_lr: where the cosine ends (3e-5, R); a rate whose peak is lower keeps its peak after warm-up.
-        stable: share of these steps after warm-up in which the rates keep their peak before the cosine begins, 0 to
+        weight_decay: weight decay of weight matrices (0.05, P).
+        betas: betas of AdamW (C).
+        warmup: length of the warm-up, as a share of the steps in which a parameter is trained (the whole run, except
+            for tasks with phases, see `Task.late`) or, from 1 on, as a number of steps (paper: 5 of 50 epochs).
+        min_lr: final learning rate of the cosine (3e-5, R); a rate with a lower peak keeps its peak after warm-up.
+        stable: share of the steps after warm-up in which the rates stay at their peak before the cosine begins, 0 to
             below 1 (warm-up, stable, decay, as in 2404.06395; paper: 0).
-        seed: of masks, negatives and dropout; together with the step it determines them.
-        lr_cross: peak learning rate of the two cross encoders; None takes `lr` (fine-tuning: the encoders' rate, R).
-        random_init: both encoders start from random weights; the command line hands it on to them.
-        layer_decay: rate of a block of an encoder, as a share of that of the block above it (1: all alike).
-        chunk: pairs of a process that are computed at once; None: all. The losses are those of the whole batch, the
-            memory is that of a chunk and of the batch's features, and a step costs a third more, see
-            `objectives/chunks.py`.
-        compile: training steps run through compiled blocks, see `training/compiled.py`; evaluations do not. The first
-            step takes a minute or more.
+        seed: seed of masks, negatives and dropout, which it determines together with the step.
+        lr_cross: peak learning rate of the two cross encoders; None uses `lr` (fine-tuning: the encoders' rate, R).
+        random_init: start both encoders from random weights; the command line passes it on to them.
+        layer_decay: learning rate of an encoder block, as a share of that of the block above it (1: all alike).
+        chunk: pairs that a process computes at a time; None: all. The losses are those of the whole batch, memory is
+            that of one chunk plus the batch's features, and a step costs a third more, see `objectives/chunks.py`.
+        compile: compile the blocks for training steps, see `training/compiled.py`; evaluations are not compiled. The
+            first step takes a minute or more.
     """
 
     def __init__(
@@ -184,21 +183,21 @@ class LitModel(L.LightningModule):
         self._loaded: tuple[LineageEntry, ...] | None = None
         self._before: tuple[LineageEntry, ...] | None = None  # of trainings of this backbone in this process
         self.trained = False
-        self.measured_step: int | None = None  # of the weights that are measured; None: where this run stands
+        self.measured_step: int | None = None  # step of the weights being evaluated; None: this run's current step
         self.guard: StepJudge | None = None
-        self.terms: tuple[str, ...] = ()  # of the loss of the latest step
-        self.weighted_S: Tensor | None = None  # these, each with its weight
-        self.has_gradient: dict[str, bool] = {}  # of each term, when it first came
-        # The heads must exist before those of a checkpoint are taken over.
+        self.terms: tuple[str, ...] = ()  # names of the loss terms of the latest step
+        self.weighted_S: Tensor | None = None  # their values, weighted
+        self.has_gradient: dict[str, bool] = {}  # of each term, when it first appeared
+        # The heads must exist before those of a checkpoint are loaded.
         new = task.build_once(backbone)
-        self.counts_words = new  # whether heads are still to be told how often each token comes
+        self.counts_words = new  # whether the heads still need the token frequencies
         if chunk is not None:
             task.compute_in_chunks(chunk)
         self.warm_started = self._warm_start() if new else set(task.state_dict())
-        self.train()  # Lightning keeps modes, and a loaded model is in that of evaluation
+        self.train()  # Lightning keeps the mode, and a loaded model is in evaluation mode
 
     def _warm_start(self) -> set[str]:
-        """Heads of the checkpoint that the backbone starts from, but for those that decide among other labels."""
+        """Load the heads of the checkpoint that the backbone starts from, except those for other labels."""
         origin, labels = self.backbone.origin, getattr(self.task, "labels", None)
         if origin is None:
             return set()
@@ -208,7 +207,7 @@ class LitModel(L.LightningModule):
             heads = {name: value for name, value in heads.items() if not name.startswith(others)}
         # The module keeps no second copy of the heads' tensors.
         self.backbone.origin = origin._replace(heads={})
-        # A note where a loss of the same task has been left out, not where another task leaves them behind.
+        # Log a note if a loss of the same task has been left out, but not if another task does not use the heads.
         same_task = bool(origin.history) and origin.history[-1].task == class_path(type(self.task))
         unused = {name.partition(".")[0] for name in origin.heads} - {name for name, _ in self.task.named_children()}
         if same_task and unused and rank() == 0:
@@ -227,25 +226,25 @@ class LitModel(L.LightningModule):
         return (self.backbone.provenance.under("backbone") | heads.under("task")).complete(self)
 
     def setup(self, stage: str) -> None:
-        """Take the data's tokenizer, and what the run's start needs of the data.
+        """Set the data's tokenizer, and whatever else the start of a run needs from the data.
 
         Raises:
-            UserError: no PairData; data of another kind than the task reads; lengths that contradict each other; a
-                feature cache of images that are augmented or streamed.
+            UserError: there is no PairData; the data are of another kind than the task takes; the lengths contradict
+                each other; a feature cache was requested for images that are augmented or streamed.
         """
         self.trained |= stage == "fit"
         if stage == "fit":
-            # What an earlier training of this model has left.
+            # Left over from an earlier training of this model.
             self.measured_step, self._entry = None, None
             self._before, self._loaded = self.backbone.trained_on or self._loaded, None
-        elif self.trainer.global_step == 0 and self.history:  # what another run or trainer has trained is measured
+        elif self.trainer.global_step == 0 and self.history:  # weights trained by another run or trainer are evaluated
             self.measured_step = self.history[-1].steps
         if not isinstance(self.data, PairData):
             raise UserError("trainer", "has no PairData", "Give it as the data: trainer.fit(model, PairData(...))")
         check_source(self.task, self.data)
         if stage == "fit":
             check_length(self.trainer, self.data)
-        # Before an evaluation, too: it measures with the attention that the run had.
+        # Before an evaluation too, so that it uses the same attention as the run.
         if self.trainer.strategy.root_device.type == "cpu" and str(self.trainer.precision) == "bf16-mixed":
             attend_by_products(self)
         tokenizer = getattr(self.data, "tokenizer", None)
@@ -253,17 +252,17 @@ class LitModel(L.LightningModule):
             self.backbone.text.set_tokenizer(tokenizer)
         if stage == "fit":
             if self.counts_words:
-                # Once: a second training would overwrite what the first one made of it.
+                # Once: a second training would overwrite what the first one learned.
                 self.task.use_token_counts(self.data.token_counts)
                 self.counts_words = False
             if self.backbone.image.feature_cache is not None:
                 self._open_feature_cache()
 
     def configure_model(self) -> None:
-        """Shard the weights where the trainer's strategy does (`sharding.py`); asked before each fit and evaluation.
+        """Shard the weights if the trainer's strategy does so (`sharding.py`); called before each fit and evaluation.
 
         Raises:
-            UserError: blocks are to be compiled as well.
+            UserError: `compile` is set as well.
         """
         if self.device_mesh is not None and not isinstance(self, FSDPModule):
             if self.compiled:
@@ -272,8 +271,8 @@ class LitModel(L.LightningModule):
             shard(self, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
-        """Compile the blocks if that is wanted. Say what contrast is among where a batch is cut into passes, which is
-        another objective than it seems."""
+        """Compile the blocks if requested. If a batch is split into passes, log a note that the contrastive loss only
+        compares the pairs of a pass, which changes the objective."""
         if self.compiled:
             from maskvlm.training.compiled import compile_blocks  # it loads torch's compilers, which takes a second
 
@@ -285,7 +284,7 @@ class LitModel(L.LightningModule):
             log.warning("%s", f"note: {what}")
 
     def _open_feature_cache(self) -> None:
-        """Open the cache of the frozen blocks' features. Raises UserError where images are augmented or streamed."""
+        """Open the cache of the frozen blocks' features. Raises UserError if images are augmented or streamed."""
         if self.data.augments:
             what = "an image that is augmented looks different each time, so that its features cannot be kept"
             todo = "Set data.augment false, or model.backbone.image.feature_cache null"
@@ -296,18 +295,19 @@ class LitModel(L.LightningModule):
             raise UserError("model.backbone.image.feature_cache", what, todo)
         rows = len(train) * getattr(self.task, "images_per_example", 1)  # an example of NLVR has two
         image = self.backbone.image
-        # What features depend on beside the frozen weights, which the cache adds itself.
-        # The fingerprint of examples is of their texts, and names images: their files may be others by now.
+        # What features depend on besides the frozen weights, which the cache adds itself.
+        # The fingerprint of examples covers their texts and image names, but the image files may have changed since.
         photos = getattr(train, "image_identity", "")
         follows = (train.fingerprint, photos, image.name, image.config, image.image_size, image.mean, image.std)
         image.frozen_blocks.open_cache(repr((*follows, str(self.trainer.precision))), rows)
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
-        """What this training has read is told by whatever is done with the backbone next, also where it dies."""
+        """Record on the backbone the data it was trained on, so that later uses report it even if this run dies."""
         self.backbone.trained_on = self.history
 
     def on_validation_start(self) -> None:
-        """Measuring needs every head; a training may begin without, and a checkpoint that was loaded brings all."""
+        """Check that all heads are there, as an evaluation needs them. A training may start without them, and a loaded
+        checkpoint brings them all."""
         if not self.trained and self._loaded is None and self.backbone.origin is not None:
             self._check_heads(self.backbone.origin.path)
         self.task.begin_evaluation()
@@ -330,7 +330,7 @@ class LitModel(L.LightningModule):
 
     @property
     def data(self) -> PairData:
-        """The data module of the trainer."""
+        """The trainer's data module."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -338,10 +338,10 @@ class LitModel(L.LightningModule):
         rates = (self.lr, self.lr_encoders, self.weight_decay, self.lr_cross, self.layer_decay)
         share, late, stopping = self.task.late(self.backbone)
         groups = parameter_groups(self.backbone, encoders, self.task, *rates, late, stopping)
-        # The guard's flag is read by fused kernels alone. In float16 Lightning unscales gradients before they are
-        # clipped, which it does not do for a fused optimiser.
+        # Only fused kernels read the guard's flag. In float16 Lightning unscales gradients before they are clipped,
+        # which it does not do for a fused optimiser.
         optimizer = build_adamw(groups, self.betas, fused=not self.scales_gradients)
-        # Not Lightning's `estimated_stepping_batches`, which makes the loaders in order to count.
+        # Not Lightning's `estimated_stepping_batches`, which builds the loaders in order to count.
         total = self.data.total_steps
         self.late_step = first_step(share, total)
         scheduler = schedule(optimizer, total, self.warmup, self.min_lr, self.late_step, self.stable)
@@ -349,7 +349,7 @@ class LitModel(L.LightningModule):
 
     @property
     def scales_gradients(self) -> bool:
-        """Whether gradients are larger than they should be until the optimiser's step: in float16 alone."""
+        """Whether gradients are scaled up until the optimiser's step: only in float16."""
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def configure_gradient_clipping(
@@ -358,13 +358,13 @@ class LitModel(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip also for a fused optimiser in bfloat16: Lightning refuses, though nothing is scaled there. The norm that
-        clipping by norm needs is what the guard looks at: one pass over the gradients for both."""
+        """Clip gradients, also for a fused optimiser in bfloat16: Lightning refuses this, although nothing is scaled
+        there. Clipping by norm and the guard share one norm, so there is a single pass over the gradients."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         by_norm = GradClipAlgorithmType(gradient_clip_algorithm or "norm") == GradClipAlgorithmType.NORM
         limit = gradient_clip_val or 0.0
         if limit > 0 and by_norm:
-            # The norm before clipping. Where it is not finite the gradients are spoilt: a guard skips the step.
+            # The norm before clipping. If it is not finite the gradients are unusable, and a guard skips the step.
             norm = gradient_norm(parameters)
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         elif self.guard is not None:
@@ -380,36 +380,36 @@ class LitModel(L.LightningModule):
             begin_late(self.trainer.optimizers[0])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        # Random numbers follow from (seed, pass) alone: a run that goes on later draws what it would have drawn.
+        # Random numbers depend on (seed, pass) alone, so a resumed run draws what it would have drawn without stopping.
         torch.manual_seed(mix(self.seed, batch_idx, rank()))
-        # batch_idx counts through the whole run: the trainer makes one epoch of it (conf/base.yaml, data/sampler.py).
+        # batch_idx counts over the whole run, which is one epoch to the trainer (conf/base.yaml, data/sampler.py).
         self.task.set_uniform(Draw(self.seed, batch_idx, self.device))
         self.task.run_progress = self.trainer.global_step / max(1, self.data.total_steps)
         terms = checked_terms(self.task, self.task(self.backbone, batch))
         self.terms = tuple(terms)
         if self.known_images is not None:
-            self.task.measure.known_images = None  # type: ignore[union-attr]  # they are of the weights before this step
+            self.task.measure.known_images = None  # type: ignore[union-attr]  # computed with the weights before this step
         for name, term in terms.items():
             self.has_gradient.setdefault(name, term.requires_grad)
         weighted_S = torch.stack([self.task.weights.get(name, 1.0) * term for name, term in terms.items()])
         self.weighted_S = weighted_S.detach()
         loss = weighted_S.sum()
-        # Logged without their weights, so that each can be held against its chance level.
+        # Logged unweighted, so that each can be compared with its chance level.
         logged = {f"train/{name}": term.detach() for name, term in terms.items()}
         self.log_dict(logged | {"train/loss": loss.detach()}, batch_size=len(batch.valid_B))
         return loss
 
-    # Evaluations have other sizes, modes and masks: they would be compiled anew.
+    # Evaluations have other sizes, modes and masks, and would be compiled again.
     @torch.compiler.set_stance("force_eager")
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.task.update(self.backbone, batch)
 
     @torch.compiler.set_stance("force_eager")
     def on_validation_epoch_end(self) -> None:
-        with self.trainer.precision_plugin.val_step_context():  # Lightning opens it for steps alone
+        with self.trainer.precision_plugin.val_step_context():  # Lightning opens it only for steps
             metrics = self.task.compute(self.backbone)
         self.metrics = checked_metrics(self.task, metrics, self.trainer.state.fn == TrainerFn.FITTING)
-        # Every process has the numbers of all: nothing is left to average.
+        # Every process already has the global metrics, so there is nothing to average.
         self.log_dict(self.metrics, sync_dist=False)
 
     test_step = validation_step
@@ -417,21 +417,21 @@ class LitModel(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *_: Any, **__: Any) -> "LitModel":
-        """Refused: Lightning would build what the file names, and the files of this project name no classes.
+        """Not supported: Lightning would build the classes named in the file, and this project's files name none.
 
         Raises:
-            UserError: always; says what builds a model from it (2).
+            UserError: always; the message says how to build a model from the file (2).
         """
         what = "is data alone: LitModel.load_from_checkpoint has no arguments to build a model with"
         todo = "MaskVLM.from_pretrained(path) builds it: its .backbone and .task are those of LitModel(backbone, task)"
         raise UserError(str(checkpoint_path), what, todo)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # What a reader of this one file needs beside the tensors: tokenizer, model spec, labels, training history.
+        # What a reader of this one file needs besides the tensors: tokenizer, model spec, labels, training history.
         if self.backbone.text.tokenizer is not None:
             checkpoint["tokenizer"] = tokenizer_json(self.backbone.text.tokenizer)
         if self.model_yaml is None and (spec := spec_of_modules(self.backbone, self.task)) is not None:
-            # Without the command line, which has a configuration to tell it from.
+            # When used without the command line, which takes it from the configuration.
             self.model_yaml = backbone_yaml(spec)
             self.task_yaml = None if spec.task is None else task_yaml(spec.task)
         if self.model_yaml is not None:
@@ -448,16 +448,16 @@ class LitModel(L.LightningModule):
 
     @property
     def known_images(self) -> Tensor | None:
-        """Features of validation images, by which a model tells what is far from its data (`novelty.py`); None where
-        none were measured with the weights as they are now."""
+        """Features of validation images, used to tell which inputs are far from the model's data (`novelty.py`); None
+        if none were computed with the current weights."""
         return getattr(getattr(self.task, "measure", None), "known_images", None)
 
     @torch.no_grad()
     def known_images_by(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The same of images all over the validation split, by the weights of a checkpoint of this model.
+        """The same for images spread over the validation split, computed with the weights of a checkpoint.
 
         Args:
-            state: its `state_dict`.
+            state: the `state_dict` of a checkpoint of this model.
         """
         device, image = self.trainer.strategy.root_device, self.backbone.image.to(self.trainer.strategy.root_device)
         weights = {name: value.to(device) for name, value in part(state, "backbone.image.").items()}
@@ -473,7 +473,7 @@ class LitModel(L.LightningModule):
 
     @property
     def history_before(self) -> tuple[LineageEntry, ...]:
-        """The data that the weights had seen before this run; where it trains nothing, what a checkpoint tells."""
+        """The data that the weights had seen before this run; if it trains nothing, as recorded in a checkpoint."""
         for known in (self._loaded, self._before):
             if known is not None:
                 return known
@@ -481,10 +481,10 @@ class LitModel(L.LightningModule):
 
     @property
     def history(self) -> tuple[LineageEntry, ...]:
-        """The data that the weights have seen by now."""
+        """The data that the weights have seen so far."""
         if self.trained and self.trainer.global_step > 0:
             return (*self.history_before, self._own_entry())
-        # By a trainer that has made no step: an evaluation after a training by another one, or before the first step.
+        # The trainer has made no step: an evaluation after a training by another trainer, or before the first step.
         known = self.backbone.trained_on
         return self.history_before if known is None else known
 
@@ -497,11 +497,11 @@ class LitModel(L.LightningModule):
             task, data = class_path(kind), class_path(source)
             sha, held_out = self.data.splits["train"].fingerprint, self.data.left_out()
             self._entry = LineageEntry(task, data, sha, images, 0, ids, held_out)
-        # Of a run that `EarlyStopping` ended its best weights are measured.
+        # For a run that `EarlyStopping` ended, the best weights are evaluated.
         return self._entry._replace(steps=self.measured_step or self.trainer.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What Lightning restores after this is held against the run before any of it is. Raises UserError (65)."""
+        """Check the state that Lightning will restore against this run before any of it is. Raises UserError (65)."""
         # Without a trainer the property `trainer` raises.
         path = "checkpoint" if self._trainer is None else str(self.trainer.ckpt_path)
         check_labels(self.task, checkpoint.get("labels"), path)
@@ -521,8 +521,8 @@ class LitModel(L.LightningModule):
         if hasattr(measure, "known_images"):
             measure.known_images = checkpoint.get("known_images")  # until the next step or evaluation
         history = self.backbone.trained_on = training_history_of(checkpoint)
-        # Not of a trainer that evaluates what another one has trained: it adds no part.
+        # Not for a trainer that evaluates what another one has trained: it adds no entry.
         adds_own = self.trained and (self.trainer.state.fn == TrainerFn.FITTING or self.trainer.global_step > 0)
         if adds_own and history and history[-1][:3] == self._own_entry()[:3]:
-            history = history[:-1]  # a run that goes on states its own part anew
+            history = history[:-1]  # a resumed run writes its own entry again
         self._loaded = history

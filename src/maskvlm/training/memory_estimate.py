@@ -1,9 +1,9 @@
-"""What a training step takes of a card's memory and how much it computes, known before the first one.
+"""Estimates the GPU memory and compute of a training step before the first one.
 
-A step of the very model and task is made on fake tensors (torch's FakeTensorMode), which have shapes and types but no
-values: it takes seconds and no memory, and no card. They are fake tensors of a CPU, as autograd knows no others without
-a card: at base size autocast's rules there give 2 % more than CUDA's (`tests/gpu_sim`). Not in the number: the CUDA
-context, workspaces of matrix products, and fragments of the allocator, for which `SHARE` leaves room.
+A step of the actual model and task is run on fake tensors (torch's FakeTensorMode), which have shapes and types but no
+values: it takes seconds, no memory and no GPU. They are fake CPU tensors, as autograd supports no others without a GPU;
+at base size autocast's rules there give 2 % more than CUDA's (`tests/gpu_sim`). Not included: the CUDA context,
+workspaces of matrix products, and fragmentation of the allocator, for which `SHARE` leaves room.
 
 Shapes: B pairs of one process.
 """
@@ -27,11 +27,11 @@ from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
 
-SHARE = 0.9  # of a card that a step may take by this estimate
-BLOCK = 512  # bytes; CUDA's allocator hands out multiples of them
-SMALLEST = 8  # pairs; the first chunk that is tried
+SHARE = 0.9  # of a GPU's memory that a step may take by this estimate
+BLOCK = 512  # bytes; CUDA's allocator rounds up to multiples of this
+SMALLEST = 8  # pairs; the first chunk size to try
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
-"""Precisions of a trainer that can be simulated."""
+"""Trainer precisions that can be simulated."""
 GIB = 2**30
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -39,18 +39,17 @@ ATTENTION = {
     FLASH: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
     FLASH_BACKWARD: lambda out, query, key, value, *_, **__: sdpa_backward_flop_count(out, query, key, value),
 }
-"""A CPU's kernels, which torch's counter of operations does not know; it hands on shapes."""
+"""FLOP formulas of the CPU kernels, which torch's FLOP counter does not know; it passes them shapes."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that are alive.
+    """Counts the bytes of the storages that are alive.
 
-    Not torch's own `MemTracker`, which takes a snapshot at each module: forty times as slow at base size, and the same
-    peak.
+    Torch's own `MemTracker` takes a snapshot at each module: it is forty times as slow at base size, for the same peak.
 
     Attributes:
         now, peak: bytes.
-        launched: operations that a card would have a kernel for.
+        launched: operations for which a GPU would launch a kernel.
     """
 
     def __init__(self) -> None:
@@ -67,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def count(self, x: Tensor) -> None:
-        """Count the storage of `x` until nothing holds it any more."""
+        """Count the storage of `x` until it is freed."""
         storage = x.untyped_storage()
         key = storage._cdata
         if key in self.alive:  # a view
@@ -84,7 +83,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Simulated(nn.Module):
-    """Backbone and task, which make a step together."""
+    """Backbone and task as one module, which together compute a step."""
 
     def __init__(self, backbone: MaskVLM, task: Task) -> None:
         super().__init__()
@@ -99,10 +98,10 @@ class StepWork(NamedTuple):
     """Work of one process in one pass, in one phase of a run.
 
     Attributes:
-        share: of the run's steps, 0 to 1.
+        share: the phase's share of the run's steps, 0 to 1.
         pairs: B.
-        flops: floating-point operations of matrix products for each pair, forwards and backwards.
-        launched: kernels that the whole step launches.
+        flops: floating-point operations of matrix products per pair, forward and backward.
+        launched: kernels launched by the whole step.
     """
 
     share: float
@@ -112,20 +111,20 @@ class StepWork(NamedTuple):
 
 
 class StepSimulation:
-    """Training steps of a model that is left as it is; its tensors may be on the meta device.
+    """Simulates training steps of a model without changing it; its tensors may be on the meta device.
 
     Args:
-        backbone, task: as a run has them; the task takes pairs.
-        precision: of the trainer, one of AUTOCAST.
-        captions: of an image.
+        backbone, task: as in a run; the task takes pairs.
+        precision: the trainer's precision, one of AUTOCAST.
+        captions: captions per image.
     """
 
     def __init__(self, backbone: MaskVLM, task: Task, precision: str, captions: int = 1) -> None:
         self.model = Simulated(backbone, task)
         self.kind, self.captions = AUTOCAST[precision], captions
-        # Where ITC is alone at first (model.task.contrast_first), or the image encoder learns at first alone.
+        # ITC alone at first (model.task.contrast_first), or the image encoder trained only at first.
         first = task.late(backbone).share
-        # Progress of a run within a phase -> the phase's share of its steps.
+        # Run progress within a phase -> the phase's share of the steps.
         self.phases = {0.0: first, 1.0: 1 - first} if first else {1.0: 1.0}
 
     @property
@@ -135,27 +134,27 @@ class StepSimulation:
 
     @property
     def state_bytes(self) -> int:
-        """What stays from step to step: parameters, buffers, gradients and AdamW's two moments."""
+        """Memory that persists between steps, in bytes: parameters, buffers, gradients and AdamW's two moments."""
         own = sum(x.numel() * x.element_size() for x in (*self.model.parameters(), *self.model.buffers()))
         return own + 3 * self.gradient_bytes
 
     def memory(self, pairs: int, chunk: int | None = None) -> int:
-        """Bytes at the fullest moment of a step of B = `pairs`.
+        """Peak memory of a step of B = `pairs`, in bytes.
 
         Raises:
-            UserError: the task does not compute in chunks.
-            Exception: whatever a plug-in's code says where it asks for a value.
+            UserError: the task does not support chunks.
+            Exception: anything that a plug-in's code raises when it needs a tensor's value.
         """
         if chunk is not None and pairs > 3 * chunk:
-            # Memory is affine in the number of chunks: what is kept of each are its features.
+            # Memory is affine in the number of chunks: only the features of each are kept.
             two, three = self.memory(2 * chunk, chunk), self.memory(3 * chunk, chunk)
             return two + round((pairs / chunk - 2) * (three - two))
         return max(self._peak(pairs, chunk, progress) for progress in self.phases)
 
     def largest_chunk(self, pairs: int, room: float) -> int | None:
-        """The largest of 8, 16, 32, ... pairs, below B, in chunks of which a step takes at most `room` bytes."""
-        # Memory grows with the chunk, and for a given one by the same with every further pair. It is no straight line
-        # in the chunk: in small ones the gradients of all parameters are the fullest moment.
+        """The largest chunk of 8, 16, 32, ... pairs, below B, with which a step takes at most `room` bytes."""
+        # Memory grows with the chunk and, for a given chunk, linearly with the pairs. It is not linear in the chunk:
+        # with small chunks the peak comes from the gradients of all parameters.
         chunks = list(chunks_below(pairs))
         if not chunks:
             return None
@@ -167,7 +166,7 @@ class StepSimulation:
         return chunks[fitting - 1] if fitting else None
 
     def work(self, pairs: int, chunk: int | None = None) -> tuple[StepWork, ...]:
-        """What a step of B = `pairs` computes in each phase of a run. Raises as `memory`."""
+        """Work of a step of B = `pairs` in each phase of a run. Raises like `memory`."""
         return tuple(self._work(pairs, chunk, progress) for progress in self.phases)
 
     def _work(self, pairs: int, chunk: int | None, progress: float) -> StepWork:
@@ -178,7 +177,7 @@ class StepSimulation:
             batch = self._batch(few)
             with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter, LiveBytes() as live:
                 self._forward(model, batch).backward()
-        # As many kernels for any number of pairs, but in chunks for each of them.
+        # The number of kernels does not depend on the number of pairs, except that each chunk launches its own.
         launched = live.launched if chunk is None else round(live.launched * pairs / few)
         return StepWork(self.phases[progress], pairs, counter.get_total_flops() / few, launched)
 
@@ -189,7 +188,7 @@ class StepSimulation:
             batch = self._batch(pairs)
             learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
             moments = [torch.empty_like(parameter) for parameter in learned for _ in range(2)]
-            # Those of the step before are there until the forward pass has been made (Lightning's order).
+            # The previous step's gradients stay until the forward pass has been made (Lightning's order).
             for parameter in learned:
                 parameter.grad = torch.empty_like(parameter)
             gradients = [parameter.grad for parameter in learned]
@@ -211,7 +210,7 @@ class StepSimulation:
         return loss
 
     def _faked(self, mode: FakeTensorMode, chunk: int | None, progress: float) -> Simulated:
-        """A copy of the model with fake tensors, in training."""
+        """A copy of the model with fake tensors, in training mode."""
         faked: dict[int, Any] = {}
         with mode:
             for parameter in self.model.parameters():
@@ -219,14 +218,14 @@ class StepSimulation:
                 faked[id(parameter)] = nn.Parameter(fake, parameter.requires_grad)
             for buffer in self.model.buffers():
                 faked[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-        # The data may have yet to train the tokenizer; a step asks it for three numbers and for the ids of phrases.
+        # The tokenizer may not be trained yet; a step needs only three ids and the ids of phrases from it.
         text = self.model.backbone.text
         tokens = SimpleNamespace(
             mask_token_id=0, pad_token_id=text.config.pad_token_id or 0, unk_token_id=None, encode=lambda *_, **__: [1]
         )
         if text.tokenizer is not None:
             faked[id(text.tokenizer)] = tokens
-        # Outside of the mode, in which what is no parameter or buffer could not be copied.
+        # Outside the mode, in which only parameters and buffers could be copied.
         model: Simulated = copy.deepcopy(self.model, faked).train()
         model.backbone.text.tokenizer = tokens  # type: ignore[assignment]
         model.task.set_uniform(lambda rows, *shape: torch.rand(rows, *shape))
@@ -258,14 +257,14 @@ def chunks_below(pairs: int) -> Iterator[int]:
 
 
 class MemoryEstimate(NamedTuple):
-    """Memory that a training step takes on one card, in bytes.
+    """Memory that a training step takes on one GPU, in bytes.
 
     Attributes:
-        pairs: of one process in one pass.
-        needed: memory at the fullest moment of the step.
-        state: the part of `needed` that stays from step to step.
-        card: memory of the card.
-        chunk: a chunk that fits where the configured step does not; None: the step fits, or no chunk does.
+        pairs: pairs of one process in one pass.
+        needed: peak memory of the step.
+        state: the part of `needed` that persists between steps.
+        card: memory of the GPU.
+        chunk: a chunk that fits if the configured step does not; None: the step fits, or no chunk does.
     """
 
     pairs: int
@@ -276,7 +275,7 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits the card, with room for what is not in the estimate."""
+        """Whether the step fits on the GPU, with room for what the estimate leaves out."""
         return self.needed <= SHARE * self.card
 
     def __str__(self) -> str:
@@ -285,7 +284,7 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def todo(self) -> str:
-        """What to do; "" where it fits."""
+        """What to do; "" if the step fits."""
         if self.fits:
             return ""
         if self.chunk is not None:
@@ -293,7 +292,7 @@ class MemoryEstimate(NamedTuple):
         return "lower data.batch_size, take more cards, or recompute activations (checkpointing, see conf/model/large)"
 
     def check(self) -> None:
-        """Raises UserError (69) where the card cannot even hold what stays from step to step."""
+        """Raise UserError (69) if the GPU cannot even hold the state that persists between steps."""
         if self.state > self.card:
             what = f"parameters, gradients and AdamW's moments take {self.state / GIB:.1f} GiB"
             what += f", the card has {self.card / GIB:.1f}"
@@ -301,10 +300,10 @@ class MemoryEstimate(NamedTuple):
 
 
 def copies_gradients(strategy: Any) -> bool:
-    """Whether DDP keeps a copy of the gradients to send; with `gradient_as_bucket_view` they are what it sends.
+    """Whether DDP keeps a copy of the gradients to send; with `gradient_as_bucket_view` it sends them directly.
 
     Args:
-        strategy: Lightning's, its name, or how a configuration builds it.
+        strategy: Lightning's strategy, its name, or its entry in a configuration.
     """
     arguments = getattr(strategy, "_ddp_kwargs", None) or getattr(strategy, "init_args", None) or {}
     return not arguments.get("gradient_as_bucket_view", False)
@@ -313,13 +312,13 @@ def copies_gradients(strategy: Any) -> bool:
 def estimate_memory(
     simulation: StepSimulation, pairs: int, chunk: int | None, card: int, copied: bool = False
 ) -> MemoryEstimate:
-    """What a step needs, and the chunk that makes it fit where it does not.
+    """Estimate the memory that a step needs, and the chunk that makes it fit if it does not.
 
     Args:
-        pairs: of one process in one pass.
+        pairs: pairs of one process in one pass.
         chunk: as configured (`model.chunk`).
-        card: bytes.
-        copied: a second copy of the gradients is kept to send, see `copies_gradients`.
+        card: memory of the GPU, in bytes.
+        copied: whether a second copy of the gradients is kept to send, see `copies_gradients`.
 
     Raises:
         Exception: as `StepSimulation.memory`.
@@ -331,5 +330,5 @@ def estimate_memory(
         return estimate
     try:
         return estimate._replace(chunk=simulation.largest_chunk(pairs, SHARE * card - more))
-    except UserError:  # the task, or one of its losses, does not compute in chunks
+    except UserError:  # the task, or one of its losses, does not support chunks
         return estimate

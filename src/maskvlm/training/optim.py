@@ -1,4 +1,4 @@
-"""AdamW with the paper's two learning rates, and warm-up, peak, cosine by step."""
+"""AdamW with the paper's two learning rates, and a schedule by step: warm-up, peak, cosine."""
 
 import math
 import re
@@ -22,25 +22,25 @@ def parameter_groups(
     late: Iterable[nn.Parameter] = (),
     stopping: Iterable[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
-    """Groups of encoders, cross encoders (with the rest where they have no rate of their own) and the rest, each with
-    and without weight decay.
+    """Parameter groups of the encoders, the cross encoders (part of the rest unless they have their own rate) and the
+    rest, each with and without weight decay.
 
-    With `layer_decay` below 1 each block of an encoder learns at that share of the rate of the block above it; what
-    lies below the first block (patches, words, positions) at that share of the first block's, the last norm at the full
-    rate (ELECTRA's rule, which BEiT and MAE fine-tune by). An adapter behind an encoder is new: it learns as the rest.
-    timm's `param_groups_layer_decay` has one rate for one model and asks that for its blocks, which text encoders of
-    transformers do not tell.
+    With `layer_decay` below 1 the rate of each encoder block is that share of the rate of the block above it. Layers
+    below the first block (patches, words, positions) get that share of the first block's rate, the last norm the full
+    rate (ELECTRA's rule, used to fine-tune BEiT and MAE). An adapter after an encoder is new and is trained like the
+    rest. timm's `param_groups_layer_decay` has one rate for one model, which must list its blocks; text encoders of
+    transformers do not.
 
-    Parameters of `late` and of `stopping` have groups of their own, marked so for `schedule`.
+    Parameters in `late` and `stopping` get groups of their own, marked as such for `schedule`.
 
     Not decayed (C): biases, norms, class and mask tokens, positions of encoders, word embeddings and the temperature,
-    that is, what has one dimension or fewer, or is no weight matrix by name. (Positions of a text decoder are decayed:
-    in a group of their own they would stand in the way of runs that began with an older version.)
+    that is, parameters with at most one dimension, or whose name shows that they are not weight matrices. (Positions of
+    a text decoder are decayed: a group of their own would break the resuming of runs started with an older version.)
     """
     below = {id(p): number for encoder in encoders for p, number in blocks_above(encoder)}
     rates = {"cross": lr if lr_cross is None else lr_cross, "rest": lr}
     marks = {id(parameter): "late" for parameter in late} | {id(parameter): "stopping" for parameter in stopping}
-    # In the order of their first parameters: the state in a checkpoint is matched by place.
+    # In the order of their first parameters: the state in a checkpoint is matched by position.
     groups: dict[tuple[str, bool, str | None], list[nn.Parameter]] = {}
     for module in (backbone, heads):
         for name, parameter in module.named_parameters():
@@ -61,7 +61,7 @@ def parameter_groups(
             "lr": rates[kind],
             "weight_decay": decay if decayed else 0.0,
             "name": f"{kind}{f', {mark}' if mark else ''}{'' if decayed else ' (no decay)'}",
-            **({mark: True} if mark else {}),  # an older checkpoint's groups know nothing of it
+            **({mark: True} if mark else {}),  # groups of older checkpoints do not have it
         }
         for (kind, decayed, mark), parameters in groups.items()
     ]
@@ -72,17 +72,17 @@ BLOCK = re.compile(r"\.(?:blocks|layers?|h)\.(\d+)\.")
 
 
 def first_step(share: float, total: int) -> int:
-    """The first step of which `step / total >= share`, which is how tasks compare `run_progress`. The product alone may
-    be rounded up to the step after it."""
+    """The first step with `step / total >= share`, which is how tasks compare `run_progress`. Because of rounding, the
+    product alone may give the step after it."""
     step = math.ceil(share * total)
     return step - 1 if step and (step - 1) / total >= share else step
 
 
 def blocks_above(encoder: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-    """Each parameter of an encoder, without its adapter, with how many blocks lie above: 0 in the last block and in the
-    norm after it, as many as there are blocks below the first one."""
+    """Each parameter of an encoder, without its adapter, and the number of blocks above it: 0 in the last block and the
+    norm after it, the total number of blocks for what lies below the first one."""
     names = [(f".{name}", parameter) for name, parameter in encoder.named_parameters() if "adapter." not in name]
-    # Names come in the order in which the model was built: what stands before the first block lies below all of them.
+    # Names come in the order in which the model was built: those before the first block lie below all of them.
     first = next((at for at, (name, _) in enumerate(names) if BLOCK.search(name)), len(names))
     depth = 1 + max((int(match[1]) for name, _ in names if (match := BLOCK.search(name))), default=-1)
     for at, (name, parameter) in enumerate(names):
@@ -91,23 +91,23 @@ def blocks_above(encoder: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
 
 
 def build_adamw(groups: list[dict[str, Any]], betas: tuple[float, float], fused: bool) -> AdamW:
-    """AdamW over the groups; fused where the device has it."""
+    """AdamW over the groups; fused if the device supports it."""
     return AdamW(groups, betas=betas, fused=fused)
 
 
 def keep_settings(
     states: list[dict[str, Any]], schedules: list[dict[str, Any]], optimizer: Optimizer, scheduler: LambdaLR
 ) -> None:
-    """Let a run that goes on have the rates, decays and betas of its own configuration, which `--ckpt_path` may give
-    other ones than the checkpoint's; what Adam has averaged, and the count of steps, are the checkpoint's.
+    """Give a resumed run the learning rates, weight decays and betas of its own configuration, which with `--ckpt_path`
+    may differ from the checkpoint's. Adam's averages and step count are the checkpoint's.
 
     Args:
         states, schedules: `optimizer_states` and `lr_schedulers` of a checkpoint, of one optimiser; changed in place.
-        optimizer, scheduler: as the run makes them, new.
+        optimizer, scheduler: newly created by the run.
     """
     step = schedules[0]["last_epoch"]
     peaks = [group["initial_lr"] for group in optimizer.param_groups]
-    # As LambdaLR computes them: a run whose settings are the checkpoint's goes on to the bit.
+    # As LambdaLR computes them, so that a run with the checkpoint's settings resumes bit for bit.
     rates = [peak * factor(step) for peak, factor in zip(peaks, scheduler.lr_lambdas, strict=True)]
     for group, own, rate in zip(states[0]["param_groups"], optimizer.param_groups, rates, strict=True):
         group.update({key: value for key, value in own.items() if key != "params"} | {"lr": rate})
@@ -115,9 +115,9 @@ def keep_settings(
 
 
 def begin_late(optimizer: Optimizer) -> None:
-    """Let the groups marked `late` begin as if this were the optimiser's first step. While they waited their gradients
-    were 0: Adam's averages stayed 0 and its count of steps went on, so that it would take its first steps for the
-    thousandth, whose averages need no correction, and make them several times too large (betas of 0.9 and 0.999)."""
+    """Let the groups marked `late` start as if this were the optimiser's first step. While they waited their gradients
+    were 0: Adam's averages stayed 0 while its step count rose. It would take their first step for, say, the thousandth,
+    skip the bias correction, and make the step several times too large (betas of 0.9 and 0.999)."""
     for group in optimizer.param_groups:
         if group.get("late"):
             for parameter in group["params"]:
@@ -129,9 +129,9 @@ def warmup_cosine(total: int, warmup: int, floor: float, stable: int = 0) -> Cal
 
     Args:
         total: steps of the run.
-        warmup: steps of the rise; the first step already learns.
+        warmup: steps of the linear rise; the factor of the first step is already above 0.
         floor: final factor, 0 to 1.
-        stable: steps at 1 between the rise and the way down.
+        stable: steps at 1 between the rise and the cosine.
     """
 
     def factor(step: int) -> float:
@@ -147,22 +147,22 @@ def warmup_cosine(total: int, warmup: int, floor: float, stable: int = 0) -> Cal
 def schedule(
     optimizer: AdamW, total: int, warmup: float, min_lr: float, start: int = 0, stable: float = 0.0
 ) -> LambdaLR:
-    """Warm-up, peak and cosine to `min_lr`; a group whose rate is already lower stays at its own (the paper's
-    encoders: 1e-5 under a floor of 3e-5).
+    """Warm-up, peak and cosine to `min_lr`; a group with a lower peak stays at its peak (the paper's encoders: 1e-5,
+    below the final 3e-5).
 
     Args:
         total: steps of the run.
-        warmup: share of the steps in which a group learns, or a number of steps from 1 on.
-        start: step at which groups marked `late` begin; before it their rate is 0. The cosine of those marked
-            `stopping` ends there; from it on their rate is 0.
-        stable: share of the steps after warm-up in which a group keeps its peak, 0 to below 1.
+        warmup: share of the steps in which a group is trained, or, from 1 on, a number of steps.
+        start: step at which groups marked `late` start; before it their rate is 0. The cosine of groups marked
+            `stopping` ends there; from then on their rate is 0.
+        stable: share of the steps after warm-up in which a group stays at its peak, 0 to below 1.
     """
 
     def factor(group: dict[str, Any]) -> Callable[[int], float]:
         first = start if group.get("late") else 0
         end = start if group.get("stopping") else None
         steps = (total if end is None else end) - first
-        # LambdaLR multiplies a group's own peak, so that one lowest rate is another factor for each.
+        # LambdaLR multiplies each group's own peak, so the same minimum rate is a different factor for each.
         floor = min(1.0, min_lr / group["lr"]) if group["lr"] else 1.0
         rise = int(warmup if warmup >= 1 else warmup * steps)
         of_step = warmup_cosine(steps, rise, floor, int(stable * max(0, steps - rise)))

@@ -1,7 +1,7 @@
-"""The processes of one run as each of them sees the others: who lives, who was lost, who stands still, and why.
+"""The processes of one run as each of them sees the others: which are alive, lost or stuck, and why.
 
-Each keeps a record in the run's folder and renews it every second. Nobody is asked and nothing is waited for: those
-that are left can name the one that is lost or frozen, whichever it is. Nothing here imports torch.
+Each process keeps a record in the run's folder and renews it every second. No process queries or waits for another, so
+the remaining ones can name the lost or frozen one, whichever it is. Nothing here imports torch.
 """
 
 import json
@@ -21,25 +21,25 @@ from maskvlm.utils.whole_files import open_no_link
 
 FOLDER = ".processes"  # in the run's folder
 BEAT = 1.0  # seconds between two records
-WIDTH = 1024  # bytes of a record: it is written over in place, which needs no room on a full disk
-SILENT = 120.0  # seconds without a record: frozen, or its machine is gone
+WIDTH = 1024  # bytes of a record: it is overwritten in place, which needs no space on a full disk
+SILENT = 120.0  # seconds without a new record: the process is frozen, or its machine is gone
 AFTER_A_BREAK = 5.0  # the same once a connection is known to be broken
-WITHIN = 10.0  # seconds in which the one at fault must be found then
-GRACE = 5.0  # seconds in which a main thread that can still end by itself does so
-TO_END = 10.0  # seconds that a process which has said why it ends may still take
+WITHIN = 10.0  # seconds in which the process at fault must then be found
+GRACE = 5.0  # seconds given to a main thread that can still end by itself
+TO_END = 10.0  # seconds that a process may still take after reporting why it ends
 WELL = (ExitCode.DONE, ExitCode.REQUEUE, 130)
-# What torch, gloo and NCCL say, all of it as RuntimeErrors.
+# Messages of torch, gloo and NCCL, all raised as RuntimeErrors.
 BROKEN = re.compile(
     r"gloo|NCCL|ProcessGroup|TCPStore|c10d|pair closure|^Dist|[Cc]onnection (closed|reset)|[Tt]imed out"
 )
 
 
 class PeerRecord(NamedTuple):
-    """What a process says of itself.
+    """What a process reports about itself.
 
-    token: the same in all processes of one start. where: the machine (and container) whose process numbers it uses.
-    place: what it is at, growing through a run and the same for all processes at the same point; at: in words.
-    code: its exit status once it ends. because: the process for whose sake it ends. why: in words.
+    token: the same in all processes of one start. where: the machine (and container) whose process ids it uses.
+    place: its position, which grows through a run and is the same for all processes at the same point; at: in words.
+    code: its exit status once it ends. because: the process that caused it to end. why: in words.
     """
 
     token: str
@@ -56,12 +56,12 @@ class PeerRecord(NamedTuple):
 
 
 class LostProcess(UserError):
-    """Another process of this run is gone: `where` is who, `what` is how.
+    """Another process of this run is gone: `where` says which, `what` says how.
 
     Args:
-        rank: its number; None where it is not known.
+        rank: its rank; None if it is not known.
         where, what, todo, code: see `UserError`.
-        grace: seconds in which the main thread may find out, too, and end by itself.
+        grace: seconds in which the main thread may find out as well, and end by itself.
     """
 
     def __init__(self, rank: int | None, where: str, what: str, todo: str, code: int, grace: float = GRACE) -> None:
@@ -70,14 +70,14 @@ class LostProcess(UserError):
 
 
 class Peers:
-    """This process among the others.
+    """This process and its view of the others.
 
     Args:
-        folder: of the run.
-        token: agreed on by all processes when they have met.
-        rank, world: this process's number, and how many there are.
-        silent: seconds without a sign of life after which a process is taken for frozen.
-        still: seconds without progress after which a process that others wait for is taken to stand still.
+        folder: the run's folder.
+        token: agreed on by all processes at rendezvous.
+        rank, world: this process's rank, and the number of processes.
+        silent: seconds without a sign of life after which a process is considered frozen.
+        still: seconds without progress after which a process that others wait for is considered stuck.
     """
 
     def __init__(self, folder: Path, token: str, rank: int, world: int, silent: float, still: float) -> None:
@@ -86,16 +86,16 @@ class Peers:
         self.beats, self.place, self.at = 0, (0, 0), "starting"
         self.records: dict[
             int, tuple[PeerRecord, int, int]
-        ] = {}  # rank -> its record, looks since it beat, and since it moved
+        ] = {}  # rank -> its record, looks since its last beat, and since its last move
         self.writes = True
         self.lock = threading.Lock()
         self.leaving = threading.Event()  # the main thread knows why it ends
-        self.has_left = threading.Event()  # it has said
+        self.has_left = threading.Event()  # it has said so
         self.verdict: LostProcess | None = None
         folder.joinpath(FOLDER).mkdir(parents=True, exist_ok=True)
 
     def move(self, step: int, phase: int, at: str) -> None:
-        """Note the point that the main thread has come to."""
+        """Note the point that the main thread has reached."""
         self.place, self.at = (step, phase), at
 
     # ------------------------------------------------------------------ records
@@ -111,7 +111,7 @@ class Peers:
                 return  # this process has ended, or is about to: its last record stays
             self.beats += 1
             mine = (self.token, self.rank, socket.gethostname(), machine_id(), os.getpid(), self.beats)
-            # A record that is cut is no JSON: readers take it for none.
+            # A truncated record is not valid JSON, and readers ignore it.
             row = json.dumps(PeerRecord(*mine, self.place, self.at, code, because, why[:400]))
             try:
                 file = open_no_link(self.path(self.rank), os.O_WRONLY | os.O_CREAT)
@@ -124,7 +124,7 @@ class Peers:
                 self.writes = False
 
     def read(self, rank: int) -> PeerRecord | None:
-        """The record of process `rank`; None where it has none of this start (it may have ended well)."""
+        """The record of process `rank`; None if it has none from this start (it may have ended well)."""
         try:
             with self.path(rank).open("rb") as file:
                 values: list[Any] = json.loads(file.read(WIDTH))
@@ -133,13 +133,13 @@ class Peers:
         except (OSError, ValueError, TypeError, RecursionError):
             return None
         numbers = (record.rank, record.pid, record.beat, step, phase)
-        # Of an earlier start, of another process, or damaged.
+        # From an earlier start, from another process, or damaged.
         if record.token != self.token or record.rank != rank or not all(type(number) is int for number in numbers):
             return None
         return record._replace(place=(step, phase)) if record.pid > 1 else None  # 0 and -1 mean whole groups
 
     def clear(self) -> None:
-        """Remove the records of earlier starts; only the first process does this."""
+        """Remove the records of earlier starts; called only by the first process."""
         for path in self.folder.joinpath(FOLDER).glob("rank-*"):
             number = path.name.removeprefix("rank-")
             if not number.isdigit() or int(number) >= self.world or self.read(int(number)) is None:
@@ -150,17 +150,18 @@ class Peers:
         self.path(self.rank).unlink(missing_ok=True)
         try:
             self.folder.joinpath(FOLDER).rmdir()
-            self.folder.rmdir()  # of a command that leaves nothing else
+            self.folder.rmdir()  # if the command leaves nothing else
         except OSError:
-            pass  # others still have theirs
+            pass  # other processes still have theirs
 
     # ------------------------------------------------------------------ judgement
 
     def look(self, ranks: Iterable[int]) -> None:
-        """Note who has beaten and moved since the last look.
+        """Note which processes have renewed their record and moved since the last look.
 
-        Looks are counted, not seconds: a machine that sleeps, or a process that was stopped and goes on, has not
-        looked in the meantime. One that cannot write its own record (the file system is gone) does not count either.
+        Looks are counted, not seconds: a machine that sleeps, or a process that was stopped and continued, has not
+        looked in the meantime. Looks do not count while this process cannot write its own record (the file system is
+        gone).
         """
         for rank in ranks:
             record = self.read(rank)
@@ -176,7 +177,7 @@ class Peers:
                 self.records[rank] = (record, silent, 0 if record.place != was.place else still + counts)
 
     def judge(self, silent: float, still: float, every: float = BEAT) -> LostProcess | None:
-        """Who of those looked at is lost, if any. silent, still: see `Peers`; every: seconds between two looks."""
+        """Which of the observed processes is lost, if any. silent, still: see `Peers`; every: seconds between looks."""
         verdicts = [
             verdict
             for rank, (record, quiet, _) in self.records.items()
@@ -186,14 +187,14 @@ class Peers:
         return verdicts[0][1] if verdicts else self._behind(still, every)
 
     def _one(self, record: PeerRecord, quiet: float, silent: float) -> tuple[int, LostProcess] | None:
-        """Verdict on one process, the surest first."""
+        """Verdict on one process, checking the most certain signs first."""
         who = name(record)
         if record.rank == self.rank:
             return None
         if record.code is not None:
             if record.code in WELL:
                 return None
-            # Who ends for the sake of another is not to blame.
+            # A process that ends because of another is not to blame.
             first = record.rank if record.because is None else record.because
             return 0, LostProcess(first, who, record.why or f"ended with {record.code}", "See its line", record.code)
         if record.where == machine_id() and not alive(record.pid):
@@ -207,8 +208,8 @@ class Peers:
         return None
 
     def _behind(self, still: float, every: float) -> LostProcess | None:
-        """A process that lives, and does not come to where others wait for it."""
-        # Told only by who sees all: the one that is waited for may be the one without a record.
+        """A process that is alive but does not reach the point where others wait for it."""
+        # Only decided by a process that sees all: the one being waited for may be the one without a record.
         if len(self.records) < self.world:
             return None
         first = min(self.records.values(), key=lambda each: each[0].place)
@@ -219,7 +220,7 @@ class Peers:
         return self.lost(first[0], 0.0, what)
 
     def lost(self, record: PeerRecord, grace: float, what: str) -> LostProcess:
-        """The verdict on a process: what happened, and how the run goes on."""
+        """The verdict on a process: what happened, and how to continue the run."""
         last = self.folder / "last.ckpt"
         goes_on = f"The same command goes on from {last}" if last.is_file() else "Start the same command again"
         return LostProcess(record.rank, name(record), what, goes_on, ExitCode.UNAVAILABLE, grace)
@@ -229,11 +230,11 @@ class Peers:
         return range(self.world)
 
     def blame(self, timed_out: bool) -> LostProcess:
-        """A connection broke, or timed out: who was it? Looks at all others for at most `WITHIN` seconds."""
+        """Find the process that broke a connection or let it time out; watches the others for up to WITHIN seconds."""
         every, until = 0.2, time.monotonic() + WITHIN
-        # A connection breaks where a process is gone, and times out where one stands still.
+        # A connection breaks if a process is gone, and times out if one is stuck.
         still = AFTER_A_BREAK if timed_out else math.inf
-        # The watch has counted looks of another interval.
+        # The watch has counted looks at another interval.
         self.records = {}
         while True:
             self.look(self.everyone())
@@ -246,12 +247,12 @@ class Peers:
 
 
 def name(record: PeerRecord) -> str:
-    """A process as messages call it: rank, host and process number."""
+    """Name of a process in messages: rank, host and process id."""
     return f"rank {record.rank} ({record.host}, process {record.pid})"
 
 
 def machine_id() -> str:
-    """Names whose process numbers this process sees: the machine, and its container where it is in one."""
+    """Identifies the process-id namespace of this process: the machine, and its container if there is one."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -259,7 +260,7 @@ def machine_id() -> str:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine lives; one that ended and was not yet waited for does not."""
+    """Whether a process of this machine is alive; one that ended but was not yet waited for (a zombie) is not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -267,7 +268,7 @@ def alive(pid: int) -> bool:
     except PermissionError:
         return True
     try:
-        # pid (name) state ...: the name may hold spaces and brackets, so the last bracket counts.
+        # pid (name) state ...: the name may contain spaces and parentheses, so the last parenthesis counts.
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return True
@@ -275,23 +276,23 @@ def alive(pid: int) -> bool:
 
 
 def end_frozen(record: PeerRecord | None) -> None:
-    """Kill a frozen process of this machine: it does not see that the run is over."""
+    """Kill a frozen process of this machine, which would not notice that the run is over."""
     if record is not None and record.where == machine_id() and alive(record.pid) and record.pid != os.getpid():
-        # A stopped process takes no other signal before it goes on.
+        # A stopped process handles no other signal until it is continued.
         os.kill(record.pid, signal.SIGKILL)
 
 
-CURRENT: list[Peers] = []  # of the run that this process takes part in; none where it is alone
+CURRENT: list[Peers] = []  # of the run that this process takes part in; empty if it is alone
 
 
 def blamed(error: BaseException) -> LostProcess | None:
-    """Whom a broken connection to other processes is to be blamed on; None of any other error."""
+    """The process to blame for a broken connection to other processes; None for any other error."""
     if isinstance(error, UserError) or not CURRENT:
         return error if isinstance(error, LostProcess) else None
-    # The watch must not end the process while its main thread finds out why.
+    # The watch must not end the process while the main thread finds out why.
     CURRENT[0].leaving.set()
     message = f"{type(error).__name__} {error}"
-    # A data worker that is late is no other process of the run.
+    # A late data worker is not another process of the run.
     if not isinstance(error, RuntimeError) or "DataLoader" in message or not BROKEN.search(message):
         return None
     CURRENT[0].verdict = CURRENT[0].blame(bool(re.search("timed out|timeout", message.lower())))
@@ -299,18 +300,18 @@ def blamed(error: BaseException) -> LostProcess | None:
 
 
 def leave(code: int) -> None:
-    """Tell the other processes that this one ends with that exit status."""
+    """Tell the other processes that this one ends with this exit status."""
     if not CURRENT:
         return
     peers = CURRENT.pop()
     peers.leaving.set()
-    # From now on the watch writes nothing over the last record.
+    # From now on the watch does not overwrite the last record.
     peers.has_left.set()
     if code in WELL:
         peers.remove()
         return
     because = peers.verdict.rank if peers.verdict else None
     peers.write(code, because, peers.verdict.what if peers.verdict else "")
-    last_resort = threading.Timer(TO_END, os._exit, [code])  # what libraries do at the end may wait for others, too
+    last_resort = threading.Timer(TO_END, os._exit, [code])  # exit handlers of libraries may wait for others too
     last_resort.daemon = True
     last_resort.start()

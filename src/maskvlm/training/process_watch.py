@@ -1,7 +1,7 @@
-"""Watches over the processes of a run: a thread in each notices when another is lost, frozen or stands still.
+"""Watches over the processes of a run: a thread in each notices when another is lost, frozen or stuck.
 
-Its process then ends with one line, also where its main thread waits for the lost one in a collective operation that no
-signal and no exception reaches. Stacks of all threads are left in the run's folder.
+Its process then ends with one error line, even if its main thread waits for the lost one in a collective operation,
+which no signal or exception can interrupt. The stacks of all threads are written to the run's folder.
 """
 
 import faulthandler
@@ -27,14 +27,14 @@ from maskvlm.training.peers import BEAT, CURRENT, GRACE, LostProcess, Peers
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import open_no_link
 
-PART_OF_TIMEOUT = 0.9  # of the process group's own: then torch would end the run, without a name
+PART_OF_TIMEOUT = 0.9  # of the process group's timeout, at which torch would end the run without naming a process
 
 
 class Watcher(threading.Thread):
-    """Renews this process's record and looks at the others': the first process at all, the others at the first.
+    """Renews this process's record and checks the others': the first process checks all, the others only the first.
 
     Args:
-        own: this process among the others.
+        own: this process and its view of the others.
     """
 
     def __init__(self, own: Peers) -> None:
@@ -47,7 +47,7 @@ class Watcher(threading.Thread):
         while not self.own.has_left.wait(BEAT):
             self.own.write()
             if self.own.leaving.is_set():
-                continue  # the main thread is about to say why; it lives as long as that takes
+                continue  # the main thread is about to report why it ends; the process is alive until then
             self.own.look(self.ranks)
             lost = self.own.judge(self.own.silent, self.own.still)
             if lost is not None and not self.own.leaving.wait(lost.grace):
@@ -55,29 +55,29 @@ class Watcher(threading.Thread):
 
 
 def end(own: Peers, lost: LostProcess) -> None:
-    """End this process, whatever its main thread waits for."""
+    """End this process, whatever its main thread is waiting for."""
     dump_stacks(own.folder / f"stacks-rank{own.rank}.txt")
     own.verdict = lost
-    # Said before anything is ended: the first process to fail tells the cause.
+    # Reported before any process is ended: the first process to fail reports the cause.
     code = report(lost, own.folder)
     if lost.rank is not None:
         peers.end_frozen(own.read(lost.rank))
     peers.leave(code)
-    # `sys.exit` would end this thread alone.
+    # `sys.exit` would only end this thread.
     os._exit(code)
 
 
 def dump_stacks(path: Path) -> None:
-    """Where each thread of this process is."""
+    """Write the stack of each thread of this process."""
     try:
         with open(path, "w", opener=open_no_link) as file:
             faulthandler.dump_traceback(file, all_threads=True)
     except (OSError, UserError):
-        pass  # the reason is told all the same
+        pass  # the reason is reported anyway
 
 
 class Marks(L.Callback):
-    """Tells the watch what the main thread is at. The same for all processes at the same point, and growing."""
+    """Tells the watch where the main thread is: a position that grows and is the same for all processes there."""
 
     def _at(self, trainer: L.Trainer, phase: int, doing: str) -> None:
         if CURRENT:
@@ -107,12 +107,12 @@ class Marks(L.Callback):
 
 
 def watch(trainer: L.Trainer, folder: Path, silent: float | None) -> None:
-    """Watch over the processes of this trainer from when they have met; nothing where there is one alone.
+    """Watch over the processes of a trainer from their rendezvous on; does nothing for a single process.
 
     Args:
-        trainer: whose processes.
-        folder: of the run, which all processes see.
-        silent: seconds without a sign of life before a process is taken for frozen; None: 120.
+        trainer: the trainer whose processes to watch.
+        folder: the run's folder, visible to all processes.
+        silent: seconds without a sign of life before a process is considered frozen; None: 120.
     """
     strategy: Strategy = trainer.strategy
     meet = strategy.setup_environment
@@ -129,21 +129,21 @@ def watch(trainer: L.Trainer, folder: Path, silent: float | None) -> None:
             raise port_error(error) or error from None
         finally:
             meeting.set()
-        # Once: a trainer that has trained may measure afterwards, and meets again.
+        # Once: a trainer may evaluate after training, with another rendezvous.
         if trainer.world_size > 1 and not CURRENT:
             begin(trainer, folder, silent or peers.SILENT)
 
-    # In this call the processes meet; Lightning has no hook around it.
+    # The rendezvous happens in this call; Lightning has no hook around it.
     strategy.setup_environment = meet_and_watch  # type: ignore[method-assign]
     subprocess_script._ChildProcessObserver._terminate_all = child_ended  # type: ignore[assignment, method-assign]
 
 
 @contextmanager
 def new_store() -> Iterator[None]:
-    """Where torchrun has started all processes again, meet at a place of its own in the store.
+    """After torchrun has restarted all processes, use a separate prefix in its store for the rendezvous.
 
-    torchrun keeps its store, and with it the addresses at which the processes before could be reached: who is early
-    would wait for one of those. Of several machines each counts its restarts for itself, so there the place stays.
+    torchrun keeps its store, and with it the addresses of the previous processes: an early process would wait for one
+    of those. With several machines each counts its own restarts, so there the prefix is not changed.
     """
     names = ("TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
     count, here, world = (os.environ.get(name) for name in names)
@@ -158,13 +158,13 @@ def new_store() -> Iterator[None]:
 
 
 def begin(trainer: L.Trainer, folder: Path, silent: float) -> None:
-    """Start the watch of this process; called when all processes have met."""
+    """Start this process's watch; called after the rendezvous."""
     token = trainer.strategy.broadcast(uuid.uuid4().hex)
     timeout = getattr(trainer.strategy, "_timeout", None) or default_pg_timeout
     still = PART_OF_TIMEOUT * timeout.total_seconds()
     own = Peers(folder, token, trainer.global_rank, trainer.world_size, silent, still)
     if own.rank == 0:
-        # Others may have written by now: those of this token stay.
+        # Others may have written by now: records with this token stay.
         own.clear()
     own.write()
     CURRENT[:] = [own]
@@ -172,7 +172,7 @@ def begin(trainer: L.Trainer, folder: Path, silent: float) -> None:
 
 
 def wait_for_others(folder: Path, met: threading.Event) -> None:
-    """Before the processes have met: one that fails, or failed before this one was here, is not waited for."""
+    """Before the rendezvous: do not wait for a process that fails, or that failed before this one started."""
     while not met.wait(BEAT):
         now = failed_first(folder)
         # Text and time: an earlier job may have ended with the same words.
@@ -185,7 +185,7 @@ def wait_for_others(folder: Path, met: threading.Event) -> None:
 
 
 def port_error(error: Exception) -> UserError | None:
-    """One line (69) where another program has the port at which the processes were to meet."""
+    """One error line (69) if another program uses the port for the rendezvous."""
     if "EADDRINUSE" not in str(error):
         return None
     address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "?")
@@ -194,7 +194,7 @@ def port_error(error: Exception) -> UserError | None:
 
 
 def child_ended(observer: subprocess_script._ChildProcessObserver) -> None:
-    """A process that Lightning started has failed: leave this one the time to say why; Lightning kills it at once."""
+    """A process started by Lightning has failed: give this one time to say why, as Lightning would kill it at once."""
     time.sleep(peers.WITHIN + GRACE)
     # A negative code is the signal that ended a process.
     codes = [child.returncode for child in observer._child_processes if child.returncode]

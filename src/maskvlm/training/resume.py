@@ -1,5 +1,5 @@
-"""Where a run goes on: finds the checkpoint of its folder (`newest_of`), and tells whether the folder is new,
-interrupted or finished, and whether the command is the same one."""
+"""Where a run resumes: finds the checkpoint in its folder (`newest_of`), and tells whether the folder is new,
+interrupted or finished, and whether the command is the same."""
 
 import inspect
 import re
@@ -33,35 +33,35 @@ FREE = (
     "model.compile",
     "patience",
 )
-"""What may differ when a run goes on: on what it runs, and when it gives up. With as many processes
-losses stay what they are but for the rounding of sums. With another number each process also has other rows: it draws
-dropout for them, takes of them the first as `masked_image_share` and `exchanged_share` say, keeps a queue of negatives
-of its own (a checkpoint has that of the first), and some negatives of other processes may not arrive (docs/gpus.md)."""
+"""Settings that may differ when a run is resumed: what it runs on, and when it gives up. With the same number of
+processes the losses are the same up to the rounding of sums. With another number each process also has other rows: it
+draws dropout for them, uses the first of them for `masked_image_share` and `exchanged_share`, keeps its own queue of
+negatives (a checkpoint has the first process's), and may miss some negatives of other processes (docs/gpus.md)."""
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 RECORD = "config-fit.yaml"
 CHOOSE = "Choose another folder (--folder, or run=)"
 
 
 def newest_of(folder: Path, composed: str, warn: Callable[[str], Any], origin: str | None = None) -> str | None:
-    """The checkpoint that a run in this folder goes on from; None where it begins.
+    """The checkpoint from which a run in this folder resumes; None for a new run.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         composed: its configuration as YAML.
-        warn: told of newer checkpoints that are damaged.
-        origin: another run's checkpoint that the command names; a run which began from it goes on as any other.
+        warn: called with a message about newer checkpoints that are damaged.
+        origin: another run's checkpoint that the command names; a run that started from it resumes like any other.
 
     Raises:
-        Finished: the run has come to its end.
+        Finished: the run is finished.
         UserError: the folder holds another run (73), every checkpoint in it is damaged (77), or the run died too often
             in the same step (77).
     """
     if not may_go_on(folder, composed, origin):
         return None
-    # Asked first: to verify a large checkpoint takes seconds.
+    # Checked first: verifying a large checkpoint takes seconds.
     failed = check_attempts(folder)
     newest = newest_valid(folder, warn)
-    # The newest checkpoint itself may be what every attempt dies of.
+    # The newest checkpoint itself may be the cause of every failure.
     if failed.times >= BEFORE and newest is not None and newest.name == LAST and whole(folder / PREVIOUS):
         newest = folder / PREVIOUS
         warn(f"{folder}: died {failed.times} times in step {failed.step}; going on from {PREVIOUS}, the one before")
@@ -69,7 +69,7 @@ def newest_of(folder: Path, composed: str, warn: Callable[[str], Any], origin: s
 
 
 def may_go_on(folder: Path, composed: str, origin: str | None = None) -> bool:
-    """Whether the folder holds this very run, unfinished; False where it holds none. Touches nothing.
+    """Whether the folder holds this very run, unfinished; False if it holds none. Changes nothing.
 
     Raises: see `newest_of`.
     """
@@ -83,7 +83,7 @@ def may_go_on(folder: Path, composed: str, origin: str | None = None) -> bool:
     if not record.exists():
         what = f"holds checkpoints and no {RECORD}: it is no run of this project"
         raise UserError(folder, what, CHOOSE, ExitCode.CANNOT_CREATE)
-    # The same settings, but for those of FREE?
+    # The same settings, except those in FREE?
     changed = differences(recorded(record), read_yaml(composed, "configuration"))
     if changed and not has_begun(folder):
         return False
@@ -99,18 +99,19 @@ def may_go_on(folder: Path, composed: str, origin: str | None = None) -> bool:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a run left anything of its training: a checkpoint, figures of a step, or its end. A start that failed, as
-    with a batch that the processes cannot share, left its settings alone; the corrected command may replace them."""
+    """Whether a run has left anything of its training: a checkpoint, metrics of a step, or a note of its end. A start
+    that failed, for example because the processes cannot share a batch, only left its settings, and the corrected
+    command may replace them."""
     figures = folder / "metrics.csv"
     has_figures = figures.is_file() and figures.stat().st_size > 0
     return has_figures or any(folder.glob("*.ckpt")) or finished(folder) is not None
 
 
 def recorded(record: Path) -> dict[str, Any]:
-    """The configuration that a run was started with.
+    """The configuration with which a run was started.
 
     Raises:
-        UserError: the file cannot be read, or is damaged (65).
+        UserError: the file cannot be read or is damaged (65).
     """
     try:
         content = read_yaml(config_text(str(record)), str(record))
@@ -124,7 +125,7 @@ def recorded(record: Path) -> dict[str, Any]:
 
 
 def whole(path: Path) -> bool:
-    """Whether a checkpoint is there and not damaged."""
+    """Whether a checkpoint exists and is not damaged."""
     try:
         verify_checkpoint(path)
     except UserError:
@@ -133,18 +134,18 @@ def whole(path: Path) -> bool:
 
 
 def finished(folder: Path) -> int | None:
-    """The step that a run in this folder ended with; None where it has not ended."""
+    """The last step of the run in this folder; None if it has not finished."""
     return _noted(folder, "finished", "step")
 
 
 def asked_for(folder: Path) -> int | None:
-    """The steps that a finished run was asked for, of which its score may have ended it earlier; None where nothing
-    says them, as of an older version."""
+    """The number of steps requested for a finished run, which may have stopped early because of its score; None if not
+    recorded, as by older versions."""
     return _noted(folder, "finished", "of")
 
 
 def diverged_at(folder: Path) -> int | None:
-    """The step at which a run in this folder was given up, as too many steps could not be made; None of any other."""
+    """The step at which the run in this folder was ended for too many skipped steps; None for any other run."""
     return _noted(folder, "diverged", "step")
 
 
@@ -156,32 +157,32 @@ def _noted(folder: Path, event: str, key: str) -> int | None:
 
 
 def differences(was: Any, now: Any) -> list[str]:
-    """Keys of a composed configuration that differ, with both values, but for those of FREE, and options that did not
-    exist when the run began and have their default now."""
+    """Keys of a composed configuration that differ, with both values. Excludes keys in FREE, and options that did not
+    exist when the run started and have their default now."""
     before, after = dict(_leaves(was)), dict(_leaves(now))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    # A free key covers what lies below it: `trainer.strategy.init_args.timeout`, `callbacks[StepGuard].init_args`.
+    # A free key covers all keys below it: `trainer.strategy.init_args.timeout`, `callbacks[StepGuard].init_args`.
     changed = [key for key in keys if not any(key == free or key.startswith((f"{free}.", f"{free}[")) for free in FREE)]
     changed = [key for key in changed if not _is_new(key, before, after)]
     return [f"{key.replace('init_args.', '')} was {before.get(key)}, is {after.get(key)}" for key in changed]
 
 
 def _is_new(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """An option of the same class that an older version did not know, left at its default."""
-    # The class that takes the option, as the configuration names it at both times.
+    """Whether a key is an option of the same class that an older version did not have, left at its default."""
+    # The class that takes the option, as named in both configurations.
     parent, _, name = key.rpartition(".init_args.")
     path = before.get(f"{parent}.class_path")
     same = bool(parent) and path is not None and path == after.get(f"{parent}.class_path")
-    if not parent and key.startswith("model."):  # of the LightningModule, which no configuration names
+    if not parent and key.startswith("model."):  # of the LightningModule, which configurations do not name
         name, path, same = key.removeprefix("model."), "maskvlm.training.lit.LitModel", True
-    # Of a list each entry has a key of its own: `betas[0]`.
+    # Each entry of a list has its own key: `betas[0]`.
     part = re.sub(r"^\w*", "", name)
     name, option = name.removesuffix(part), key.removesuffix(part)
     known = any(each == option or each.startswith((f"{option}[", f"{option}.")) for each in before)
     if known or path is None or not same:
         return False
     module, _, kind = path.rpartition(".")
-    owner = getattr(sys.modules.get(module), kind, None)  # what a command names is imported by now
+    owner = getattr(sys.modules.get(module), kind, None)  # classes named by a command are imported by now
     parameter = inspect.signature(owner).parameters.get(name) if inspect.isclass(owner) else None
     default = parameter.default if parameter is not None else inspect.Parameter.empty
     # YAML has no tuples.
@@ -201,7 +202,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _named(parts: list[Any]) -> Iterator[tuple[str, Any]]:
-    """Entries of a list by their class, where each has one of its own: one more of them then moves no other."""
+    """Entries of a list, named by class if all classes differ, so that an added entry does not renumber the others."""
     paths = [part.get("class_path") if isinstance(part, dict) else None for part in parts]
     names = [str(path).rpartition(".")[2] for path in paths]
     by_class = None not in paths and len({*names}) == len(names)

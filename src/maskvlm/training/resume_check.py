@@ -1,7 +1,7 @@
-"""Whether a checkpoint holds the state of a run that can go on: position, loops, optimiser, callbacks.
+"""Whether a checkpoint holds the state of a run that can be resumed: position, loops, optimiser, callbacks.
 
-Lightning restores these without looking, and where one is missing it begins that part anew without a word. The schema
-is not written down: it is what the present run itself would save, so each part must look like its counterpart.
+Lightning restores these without checks, and silently starts a missing part from scratch. There is no written schema:
+each part must look like its counterpart in what the present run itself would save.
 """
 
 from collections.abc import Mapping
@@ -16,20 +16,20 @@ from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
 
 LATER = ("dealt",)
-"""What the state of earlier versions lacks; who reads it does without."""
+"""Keys missing from the state of earlier versions; their readers do without them."""
 TODO = "Go on from another checkpoint of the run, or start a new run --from this one"
 
 
 def check_resumable(content: Mapping[str, Any], trainer: L.Trainer, optimizer: Optimizer, scheduler: Any) -> None:
-    """Hold a checkpoint against the run that would go on from it.
+    """Check a checkpoint against the run that would resume from it.
 
     Args:
         content: of the checkpoint.
         trainer: with its loops, callbacks and data, none of them restored yet.
-        optimizer, scheduler: as the run makes them, new.
+        optimizer, scheduler: newly created by the run.
 
     Raises:
-        UserError: a part is missing or of another form; names it (65).
+        UserError: a part, named in the message, is missing or has another form (65).
     """
     # What this run would save now: loops, schedule, position in the data, callbacks.
     data = trainer.datamodule  # type: ignore[attr-defined]
@@ -39,7 +39,7 @@ def check_resumable(content: Mapping[str, Any], trainer: L.Trainer, optimizer: O
         wanted[type(data).__qualname__] = state
     saved = {each.state_key: state for each in trainer.callbacks if (state := each.state_dict())}  # type: ignore[attr-defined]
     callbacks = content.get("callbacks")
-    # A callback that joined the run later has no state yet.
+    # A callback that was added later has no state yet.
     known = {key: state for key, state in saved.items() if isinstance(callbacks, dict) and key in callbacks}
     wanted["callbacks"] = _any_number(known)
     where = str(trainer.ckpt_path)
@@ -51,7 +51,7 @@ def check_resumable(content: Mapping[str, Any], trainer: L.Trainer, optimizer: O
 
 
 def check_like(wanted: Any, actual: Any, where: str) -> None:
-    """Raise UserError (65) unless `actual` has every key of `wanted`, and each value the type that it has there."""
+    """Raise UserError (65) unless `actual` has every key of `wanted`, each with a value of the same type."""
     if isinstance(wanted, dict):
         if not isinstance(actual, dict):
             raise _unfit(where, "", f"expected a mapping, found {describe_value(actual)}")
@@ -62,14 +62,14 @@ def check_like(wanted: Any, actual: Any, where: str) -> None:
                 raise _unfit(where, str(key), "is missing")
             check_like(part, actual[key], f"{where}.{key}")
     elif isinstance(wanted, list | tuple):
-        # One that is empty now says nothing of its length.
+        # One that is empty now says nothing about its length.
         if type(actual) is not type(wanted) or (wanted and len(actual) != len(wanted)):
             kind = "tuple" if isinstance(wanted, tuple) else "list"
             raise _unfit(where, "", f"expected a {kind} of {len(wanted)}, found {describe_value(actual)}")
         for number, part in enumerate(wanted):
             check_like(part, actual[number], f"{where}[{number}]")
     elif isinstance(wanted, bool | int | str):
-        # `type`, as True is an int. A count is not negative, unless the run's own is.
+        # `type`, since True is an int. A count must not be negative, unless the run's own is.
         if type(actual) is not type(wanted) or (type(actual) is int and actual < min(0, int(wanted))):
             raise _unfit(
                 where, "", f"expected a value such as {describe_value(wanted)}, found {describe_value(actual)}"
@@ -91,7 +91,7 @@ def check_optimizer(states: Any, optimizer: Optimizer, where: str) -> None:
         [{key: part for key, part in group.items() if key != "params"} for group in own], groups, f"{place}.groups"
     )
     assert isinstance(groups, list)
-    # Parameters are numbered through all groups: the k-th number is that of the optimiser's k-th parameter.
+    # Parameters are numbered across all groups: the k-th number belongs to the optimiser's k-th parameter.
     numbers = [number for group in groups for number in (group.get("params") or ())]
     sizes = [[len(group["params"]) for group in own], [len(group.get("params") or ()) for group in groups]]
     if sizes[0] != sizes[1] or not isinstance(state, dict) or not set(state) <= set(numbers):
@@ -99,13 +99,13 @@ def check_optimizer(states: Any, optimizer: Optimizer, where: str) -> None:
     shapes = [value.shape for group in optimizer.param_groups for value in group["params"]]
     for number, shape in zip(numbers, shapes, strict=True):
         for name, value in (state.get(number) or {}).items():
-            # Moments have their parameter's shape, the count of steps none.
+            # Moments have their parameter's shape, the step count is a scalar.
             if not isinstance(value, Tensor) or value.shape not in (shape, ()):
                 raise _unfit(place, f"state[{number}].{name}", f"expected a tensor {list(shape)}, found {_size(value)}")
 
 
 def restore(task: Task, state: Any, where: str) -> None:
-    """Give a task what it kept beside weights. Raises UserError where that is not its own (65)."""
+    """Restore a task's state other than weights. Raises UserError if it does not fit the task (65)."""
     known = isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values())
     if not known:
         raise _unfit(where, "task_state", f"expected tensors by name, found {describe_value(state)}")
@@ -116,8 +116,8 @@ def restore(task: Task, state: Any, where: str) -> None:
 
 
 def _any_number(state: Any) -> Any:
-    """The state of callbacks with a float in the place of each whole number: what they begin to count with 0 may be of
-    any kind and sign later, as the seconds of `trainer.max_time`."""
+    """The state of callbacks with each integer replaced by a float: a count that starts at 0 may later have any type
+    and sign, such as the seconds of `trainer.max_time`."""
     if isinstance(state, dict):
         return {key: _any_number(part) for key, part in state.items()}
     if isinstance(state, list | tuple):

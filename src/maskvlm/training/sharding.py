@@ -1,9 +1,9 @@
 """Sharded weights (FSDP2): each process keeps a part of every block's weights, gradients and moments, and gathers a
 block's weights while it computes with them.
 
-A block of an encoder, of a cross encoder or of a decoder is one unit; what is left (embeddings, heads, norms) is
-gathered once a step. Losses and gradients are those of unsharded weights. A checkpoint is too: the weights and moments
-of all processes go into the same file that any other run writes, so that a run goes on sharded or not.
+A block of an encoder, a cross encoder or a decoder is one unit; the rest (embeddings, heads, norms) is gathered once
+per step. Losses and gradients are those of unsharded weights. So are checkpoints: the weights and moments of all
+processes go into the same file that any other run writes, so a run can resume sharded or not.
 """
 
 import re
@@ -26,7 +26,7 @@ from maskvlm.training.optim import BLOCK
 from maskvlm.utils.distributed import shared_count, world_size
 from maskvlm.utils.errors import UserError
 
-TORCH = "2.13"  # the first that is known to measure with sharded weights on a card
+TORCH = "2.13"  # the first version known to evaluate with sharded weights on a GPU
 PARTS = ("keys_values", "attend_self", "attend_past", "attend_other")
 """Methods of a cross block that are called besides its forward pass."""
 PASSES = ("training_step", "validation_step", "test_step", "on_validation_epoch_end", "on_test_epoch_end")
@@ -34,10 +34,10 @@ PASSES = ("training_step", "validation_step", "test_step", "on_validation_epoch_
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The units: cross blocks, wherever they are, and blocks of both encoders, told by their names. Outer ones first.
+    """The units: all cross blocks, and the blocks of both encoders, recognised by name. Outer ones first.
 
     Args:
-        model: with a `backbone`, and maybe a `task`.
+        model: has a `backbone` and optionally a `task`.
     """
     named = BLOCK.pattern + "$"
     return [
@@ -48,34 +48,35 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def shard(model: Any, mesh: DeviceMesh, passes: Iterable[str] = PASSES) -> None:
-    """Leave each process its part of the weights; before the optimiser is made.
+    """Shard the weights over the processes; call it before the optimiser is created.
 
     Args:
         model: a `LitModel`, whole and with the same values in every process.
-        mesh: of all processes.
-        passes: its methods that read weights outside of any block, beside `forward`.
+        mesh: mesh of all processes.
+        passes: its methods that read weights outside any block, besides `forward`.
 
     Raises:
-        UserError: the mesh is of some processes, or features are to be cached: processes would then compute with a
-            block different numbers of times, and wait for each other for ever.
+        UserError: the mesh does not cover all processes; torch is too old to evaluate with sharded weights on a GPU;
+            or features are to be cached, in which case processes would use a block different numbers of times and wait
+            for each other forever.
     """
     if mesh.size() != world_size():
         what = f"shares weights among {mesh.size()} of {world_size()} processes"
         raise UserError("trainer.strategy", what, "Take maskvlm.training.sharding.ShardedStrategy (where=sharded8)")
     if mesh.device_type == "cuda" and Version(torch.__version__) < Version(TORCH):
-        # There FSDP2 fails on a hook without arguments, on a card alone: the evaluation's end.
+        # There FSDP2 fails on a hook without arguments (the evaluation's end), but only on a GPU.
         what = f"torch {torch.__version__} cannot measure with sharded weights on a card"
         raise UserError("trainer.strategy", what, f"Install torch {TORCH} or newer, or take a `where` without shards")
     if model.backbone.image.feature_cache is not None:
         what = "features cannot be cached while weights are sharded"
         raise UserError("model.backbone.image.feature_cache", what, "Set it to null, or take a `where` without shards")
-    # In groups of like length a process would compute with a block as often as its own texts make it.
+    # With texts grouped by length, the number of times a process uses a block would depend on its own texts.
     for part in model.modules():
         if isinstance(part, CrossEncoder):
             part.groups_texts = False
-    # FSDP takes no parameter without dimensions (the temperature): every process keeps it whole.
+    # FSDP does not accept scalar parameters (the temperature): every process keeps them whole.
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-    # From the inside out: what is a unit already stays out of the one around it.
+    # From the inside out: what is already a unit is excluded from the one around it.
     for block in reversed(blocks_of(model)):
         fully_shard(block, mesh=mesh, ignored_params=scalars)
         for method in PARTS if isinstance(block, CrossBlock) else ():
@@ -89,15 +90,15 @@ def shard(model: Any, mesh: DeviceMesh, passes: Iterable[str] = PASSES) -> None:
 
 
 def _average_gradient(parameter: Tensor) -> None:
-    """Average over all processes the gradient of a parameter that FSDP does not shard."""
+    """Average the gradient of a parameter that FSDP does not shard over all processes."""
     assert parameter.grad is not None
     parameter.grad = shared_count(parameter.grad)
 
 
 def gather_weights(model: nn.Module) -> None:
-    """Every process holds all weights from now on: in an evaluation processes measure different numbers of batches, so
-    that they cannot gather block by block. Nothing happens where weights are not sharded."""
-    # Tensors that are made in inference mode could take no gradient afterwards.
+    """Gather all weights in every process: in an evaluation the processes have different numbers of batches, so they
+    cannot gather block by block. Does nothing if weights are not sharded."""
+    # Tensors created in inference mode could not have gradients afterwards.
     with torch.inference_mode(False), torch.no_grad():
         for unit in _units(model):
             unit.set_reshard_after_forward(False, recurse=False)
@@ -105,10 +106,10 @@ def gather_weights(model: nn.Module) -> None:
 
 
 def release_weights(model: nn.Module) -> None:
-    """Undo `gather_weights`: each process holds its part of the weights again."""
+    """Undo `gather_weights`: each process keeps only its part of the weights again."""
     for unit in _units(model):
         unit.reshard()
-        # What lies outside of blocks is read again at once, in the backward pass.
+        # Weights outside the blocks are needed again right away, in the backward pass.
         unit.set_reshard_after_forward(id(unit) != id(model), recurse=False)
 
 
@@ -117,35 +118,35 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 
 
 def unsharded(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, for which all processes must call this; any other tensor as it is."""
+    """The whole of a sharded tensor, for which all processes must call this; any other tensor is returned as is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is sharded: this process then holds a part of it at most."""
+    """Whether a tensor is sharded, so that this process holds at most a part of it."""
     return isinstance(tensor, DTensor)
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, which may be empty; any other tensor as it is."""
+    """This process's part of a sharded tensor, which may be empty; any other tensor is returned as is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, where `like` is sharded."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:  # another shape is told by who takes it
+    """This process's part of a whole tensor, if `like` is sharded."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:  # the caller reports a mismatch of shapes
         return tensor
-    # Every process has the whole: each cuts for itself.
+    # Every process has the whole tensor and cuts its own part.
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """All processes share the weights. Checkpoints are single files of whole tensors, written and read by the trainer's
-    `CheckpointIO`, as those of other strategies.
+    """Shards the weights over all processes. Checkpoints are single files of whole tensors, written and read by the
+    trainer's `CheckpointIO`, as with other strategies.
 
     Args:
         process_group_backend: nccl or gloo; None: by device.
-        timeout: of a collective operation.
+        timeout: timeout of a collective operation.
     """
 
     def __init__(
@@ -155,15 +156,15 @@ class ShardedStrategy(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **settings)
 
     def setup_environment(self) -> None:
-        # Lightning's default shares weights among machines alone.
+        # Lightning's default only shards weights between machines.
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        return True  # after the checkpoint has been held against the run (`resume_check.py`), as in any other
+        return True  # after the checkpoint has been checked against the run (`resume_check.py`), as with any strategy
 
-    # What follows are the ways of the strategies without shards, which Lightning's own class leaves.
+    # The methods below behave as in unsharded strategies, unlike those of Lightning's own class.
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -174,7 +175,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return {**state, "state": {number: self._on_first(moments) for number, moments in state["state"].items()}}
 
     def _on_first(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Whole tensors, in the memory of the first process's host; one by one, as a device may not hold all."""
+        """Whole tensors in the first process's host memory; gathered one by one, as a device may not hold all."""
         whole_tensors = {}
         for name, value in tensors.items():
             value = unsharded(value)
@@ -196,7 +197,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            # As torch matches them: the k-th number of the groups is that of the optimiser's k-th parameter.
+            # As torch matches them: the k-th number of the groups belongs to the optimiser's k-th parameter.
             numbers = [number for group in state["param_groups"] for number in group["params"]]
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             cut = {

@@ -1,9 +1,9 @@
-"""A step that would do harm is not made: a loss or a gradient that is not finite, a loss that shoots up.
+"""Skips harmful steps: those with a loss or gradient that is not finite, or a loss that spikes.
 
-Decided before the update, on the device: the fused optimiser is handed a flag (`found_inf`, as a gradient scaler hands
-it), and with it set leaves weights and moments as they are, to the bit. No step waits for the device to be judged: a
-GPU's verdicts are copied aside and read a few steps later. All processes decide alike by construction: the norm is that
-of gradients that are averaged already, the loss is averaged here.
+The decision is made on the device, before the update: the fused optimiser gets a flag (`found_inf`, as from a gradient
+scaler) which, if set, makes it leave weights and moments unchanged, bit for bit. No step waits for the device: a GPU's
+verdicts are copied to the host and read a few steps later. All processes decide alike by construction, since the norm
+is that of averaged gradients, and the loss is averaged here.
 
 Shapes: W losses of the window, S losses of a step.
 """
@@ -25,10 +25,10 @@ from maskvlm.training.run_record import folder_of, note_divergence, write_bad_sa
 from maskvlm.utils.distributed import gather_objects, shared_count
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
-WINDOW = 128  # latest losses that a new one is held against
-LEAST = 8  # losses before the first is
+WINDOW = 128  # latest losses with which a new one is compared
+LEAST = 8  # losses needed before the first comparison
 FAR = 20.0  # standard deviations, estimated from the median distance to the median
-LATE = 4  # steps between a GPU's verdict and our reading it
+LATE = 4  # steps between a GPU's verdict and reading it
 MOST_LISTED = 1000
 REASONS = ("", "its loss is not finite", "a gradient is not finite", "its loss shot up")
 LOSS, GRADIENT, SPIKE = 1, 2, 3
@@ -39,8 +39,8 @@ SAMPLES = "skipped_steps"  # the key in bad_samples.json
 class LossWindow:
     """The latest losses, on their device. Those of skipped steps are left out.
 
-    A loss shoots up when it lies above the median by more than FAR standard deviations and by more than the first
-    losses of the run: what a run began with is never a spike, however small its losses have become.
+    A loss is a spike if it is above the median by more than FAR standard deviations and by more than the first losses
+    of the run: the loss at the start of a run is never a spike, however small its losses have become.
     """
 
     def __init__(self) -> None:
@@ -49,20 +49,20 @@ class LossWindow:
         self.place = 0
 
     def limit(self, device: torch.device) -> Tensor:
-        """The largest healthy loss; not a number while fewer than LEAST are known."""
+        """The largest healthy loss; NaN while fewer than LEAST losses are known."""
         if self.losses_W.device != device:
             self.losses_W, self.first = self.losses_W.to(device), self.first.to(device)
-        # [W] -> single numbers, which stay on the device.
+        # [W] -> scalars, which stay on the device.
         middle, count = median(self.losses_W)
         spread, _ = median((self.losses_W - middle).abs())
         self.first = torch.where(self.first.isnan() & (count >= LEAST), middle.abs(), self.first)
-        # 1.4826 turns the median distance into a standard deviation (of a normal distribution). `maximum` hands on NaN:
-        # while there is no first loss, nothing lies above the limit.
+        # 1.4826 turns the median distance into a standard deviation (of a normal distribution). `maximum` propagates
+        # NaN: while there is no first loss, nothing is above the limit.
         return middle + torch.maximum(FAR * 1.4826 * spread, self.first)
 
     def take(self, loss: Tensor, verdict: Tensor) -> None:
-        """Note the loss of a step that was made; a skipped one takes a place and says nothing."""
-        # A ring: the oldest loss gives way.
+        """Add the loss of a step; that of a skipped step takes up a slot but is ignored."""
+        # A ring buffer: the oldest loss is overwritten.
         self.losses_W[self.place % WINDOW] = torch.where(verdict == 0, loss, float("nan"))
         self.place += 1
 
@@ -75,20 +75,20 @@ class LossWindow:
 
 
 def median(values_W: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower median of the values that are numbers, and how many they are; no host waits for it."""
-    sorted_W = values_W.sort().values  # what is not a number comes last
+    """The lower median of the values that are not NaN, and their count; without waiting for the device."""
+    sorted_W = values_W.sort().values  # NaN comes last
     count = (~values_W.isnan()).sum()
     return sorted_W.gather(0, ((count - 1) // 2).clamp(min=0)[None])[0], count
 
 
 def verdict_of(loss: Tensor, norm: Tensor, limit: Tensor) -> Tensor:
-    """Why a step must not be made, as a place in REASONS; 0 where it may. All are single numbers on one device."""
+    """Why a step must be skipped, as an index into REASONS; 0 if it is fine. All are scalars on one device."""
     spike = torch.where(loss > limit, SPIKE, 0)
     return torch.where(loss.isfinite(), torch.where(norm.isfinite(), spike, GRADIENT), LOSS)
 
 
 class Verdict(NamedTuple):
-    """Verdict on one step. facts: verdict, loss, limit, and each weighted term of the loss, in the order of `terms`;
+    """Verdict on one step. facts: verdict, loss, limit, and each weighted term of the loss, in the order of `terms`.
     ready: waits until they have arrived on the host. rows: row numbers and image ids of each pass."""
 
     step: int
@@ -99,10 +99,10 @@ class Verdict(NamedTuple):
 
 
 class StepGuard(Callback):
-    """Skips steps that would do harm, lists their samples in `bad_samples.json`, ends the run after too many in a row.
+    """Skips harmful steps, lists their samples in `bad_samples.json`, and ends the run after too many in a row.
 
     Args:
-        stop_after: skipped steps in a row, after which the run ends.
+        stop_after: number of skipped steps in a row after which the run ends.
     """
 
     def __init__(self, stop_after: int = 10) -> None:
@@ -116,16 +116,16 @@ class StepGuard(Callback):
         self.weighted: list[Tensor] = []
         self.rows: list[tuple[Tensor, Tensor]] = []
         self.step = 0
-        self.terms: tuple[str, ...] | None = None  # whose sum the losses of the window are
+        self.terms: tuple[str, ...] | None = None  # the terms summed in the losses of the window
         self.trainer: L.Trainer | None = None
 
-    # ------------------------------------------------------------------ what a checkpoint tells
+    # ------------------------------------------------------------------ state in a checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         if self.trainer is not None:
             self.settle(0)
         counts = {"in_a_row": self.in_a_row, "steps": self.steps, "listed": self.listed}
-        known = {} if self.terms is None else {"terms": list(self.terms)}  # a state of an older run has none
+        known = {} if self.terms is None else {"terms": list(self.terms)}  # the state of an older run has none
         skipped = [dict(one) for one in self.skipped]
         return {"window": self.window.state_dict(), "skipped": skipped, **counts, **known}
 
@@ -138,7 +138,7 @@ class StepGuard(Callback):
 
     @property
     def skipped_steps(self) -> dict[str, Any]:
-        """Entry of `bad_samples.json`; empty where no step was skipped."""
+        """Entry of `bad_samples.json`; empty if no step was skipped."""
         return {SAMPLES: {"count": self.steps, "steps": self.skipped}} if self.steps else {}
 
     # ------------------------------------------------------------------ a step
@@ -157,8 +157,8 @@ class StepGuard(Callback):
         self.step = trainer.global_step + 1
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """The loss of one pass, as it goes into the gradients: its share where passes are accumulated. Where another
-        term joins it, earlier sums say nothing of it."""
+        """Record the loss of one pass as it enters the gradients: its share if passes are accumulated. If its terms
+        change, earlier sums are no longer comparable."""
         terms = getattr(pl_module, "terms", None)
         if self.terms is not None and terms != self.terms:
             self.window = LossWindow()
@@ -170,32 +170,32 @@ class StepGuard(Callback):
             self.weighted.append(weighted_S.float())
 
     def judge(self, optimizer: Optimizer, norm: Tensor, scaled: bool) -> None:
-        """Let the coming update pass, or make it change nothing.
+        """Let the coming update through, or turn it into a no-op.
 
         Args:
-            optimizer: a fused one, or any where gradients are scaled.
-            norm: of all gradients, averaged over processes.
+            optimizer: a fused one, or any if gradients are scaled.
+            norm: norm of all gradients, averaged over processes.
             scaled: True in float16: the GradScaler handles gradient overflow, and because it synchronises with the
                 device anyway, the skip is decided on the host.
         """
-        # Shares of accumulated passes add up to the loss of the step, then processes are averaged.
+        # Shares of accumulated passes add up to the loss of the step, which is then averaged over processes.
         loss = torch.stack(self.losses).sum()
-        # Terms come whole: of accumulated passes their mean is what adds up to the loss.
+        # Terms are not divided: with accumulated passes it is their means that add up to the loss.
         weighted_S = torch.stack(self.weighted).mean(0) if self.weighted else loss.new_zeros(0)
         loss, weighted_S = shared_count(torch.cat([loss[None], weighted_S])).tensor_split([1])
         loss = loss[0]
         norm = torch.zeros_like(loss) if scaled else norm.to(loss)
-        # The limit first: a loss is not held against a window that holds it.
+        # The limit first, so that a loss is not compared with a window that contains it.
         limit = self.window.limit(loss.device)
         verdict = verdict_of(loss, norm, limit)
         self.window.take(loss, verdict)
         if not scaled:
-            # torch's fused AdamW reads this attribute: 1 leaves weights, moments and its count of steps as they are.
+            # torch's fused AdamW reads this attribute: 1 leaves weights, moments and its step count unchanged.
             optimizer.found_inf = (verdict > 0).float()  # type: ignore[attr-defined]
         elif int(verdict) > 0:
-            optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left as it is
+            optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is not updated
         facts, ready = copy_to_host(torch.cat([torch.stack([verdict.float(), loss, limit]), weighted_S]))
-        # A module of somebody else's may tell its terms without their values.
+        # A third-party module may list its terms without their values.
         terms = (self.terms or ()) if self.weighted else ()
         self.pending.append(Verdict(self.step, facts, ready, self.rows, terms))
         self.losses, self.weighted, self.rows = [], [], []
@@ -217,14 +217,14 @@ class StepGuard(Callback):
     # ------------------------------------------------------------------ afterwards
 
     def settle(self, late: int) -> None:
-        """Read the verdicts but for the latest `late`. All processes read the same at the same time.
+        """Read all but the latest `late` verdicts. All processes read the same ones at the same time.
 
         Raises:
             UserError: too many steps in a row were skipped (65).
         """
         while len(self.pending) > late:
             verdict = self.pending.popleft()
-            # Of a GPU the copy is as old as `late` steps, so that hardly anything is waited for.
+            # On a GPU the copy is `late` steps old, so there is hardly any wait.
             verdict.ready()
             reason, loss, limit, *weighted = verdict.facts.tolist()
             self.in_a_row = self.in_a_row + 1 if reason else 0
@@ -244,7 +244,7 @@ class StepGuard(Callback):
         self.listed += len(listed)
         if listed:
             self.skipped.append({"step": verdict.step, "reason": description, "samples": listed})
-        # Now, not at the end of the run, which it may not reach.
+        # Now, as the run may not reach its end.
         path = write_bad_samples(trainer)
         if trainer.is_global_zero:
             message = f"step {verdict.step} skipped: {description}; {len(samples)} samples, listed in {path}"
@@ -260,15 +260,15 @@ class StepGuard(Callback):
 
 
 def diverged(trainer: L.Trainer, step: int, what: str) -> UserError:
-    """Note in the run's folder that it has diverged; returns the error that ends it."""
+    """Note in the run's folder that it has diverged, and return the error that ends it."""
     if trainer.is_global_zero:
         note_divergence(folder_of(trainer), step)
     return UserError(folder_of(trainer), what, HOW_ON, ExitCode.BAD_DATA)
 
 
 def to_blame(reason: int, weighted: dict[str, float]) -> str:
-    """Which terms of a step's loss made it a spike or not finite, in words; "" where the loss has one term alone, or
-    where a gradient is the reason."""
+    """Which terms of a step's loss made it spike or not finite, in words; "" if the loss has a single term, or if a
+    gradient is the reason."""
     if reason == LOSS:
         lost = [name for name, value in weighted.items() if not math.isfinite(value)]
         return "of " + ", ".join(lost) if len(weighted) > 1 and lost else ""
@@ -279,10 +279,10 @@ def to_blame(reason: int, weighted: dict[str, float]) -> str:
 
 
 def copy_to_host(facts: Tensor) -> tuple[Tensor, Callable[[], object]]:
-    """A copy where the host can read it, and what waits for it. What follows on the device is not waited for."""
+    """A copy that the host can read, and a function that waits for it but not for later work on the device."""
     if facts.device.type != "cuda":
         return facts, lambda: None
-    # Into pinned memory alone a copy runs beside the host; the event tells when it is whole.
+    # Only a copy to pinned memory is asynchronous; the event tells when it is complete.
     copy = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True)
     copy.copy_(facts, non_blocking=True)
     event = torch.cuda.Event()
@@ -291,15 +291,15 @@ def copy_to_host(facts: Tensor) -> tuple[Tensor, Callable[[], object]]:
 
 
 def samples_of(trainer: L.Trainer, rows: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
-    """Which samples these are: position in the training split, id of the image, origin. A streamed split has no rows
-    by position: there the id is the hash that a batch holds, as 16 hex digits."""
+    """The samples of the given rows: position in the training split, image id, origin. A streamed split has no rows by
+    position: there the id is the hash in the batch, as 16 hex digits."""
     split = getattr(trainer.datamodule, "splits", {}).get("train")  # type: ignore[attr-defined]
     samples = []
     for index_B, ids in rows:
-        # [B] or [B, P] -> the first image of each. A hash is signed in a tensor and unsigned as hex digits.
+        # [B] or [B, P] -> the first image of each. A hash is signed in a tensor but unsigned as hex digits.
         for index, hashed in zip(index_B.tolist(), ids.reshape(len(ids), -1)[:, 0].tolist(), strict=True):
             row: Any = {}
-            with suppress(Exception):  # the row itself may be what is wrong, or cannot be asked for
+            with suppress(Exception):  # the row itself may be the problem, or may be unavailable
                 row = split[index] if split is not None else {}
             name = row.get("image_id") or ", ".join(row.get("image_ids", [])) or f"{hashed % 2**64:016x}"
             samples.append({"index": index, "image_id": str(name), "origin": str(row.get("origin", ""))})

@@ -1,1 +1,1 @@
-"""What every package may use: errors, files, signals, processes."""
+"""Helpers for all packages: errors, files, signals, processes."""

@@ -1,9 +1,9 @@
-"""How many processor cores there are for this process."""
+"""Number of processor cores available to this process."""
 
 import os
 
 
 def cores() -> int:
-    """Processor cores this process may use; macOS and Windows do not tell the share, so all there are."""
+    """Number of processor cores this process may use; on macOS and Windows, which do not report it, all cores."""
     share = getattr(os, "sched_getaffinity", None)
     return len(share(0)) if share else os.cpu_count() or 1

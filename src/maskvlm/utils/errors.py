@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and the exit codes (BSD sysexits) that go with it."""
+"""The exception for user errors, and the exit codes (BSD sysexits) that go with it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,53 +6,52 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit status of the command by class of outcome, so that a scheduler can tell them apart."""
+    """Exit status of a command by kind of outcome, so that a scheduler can tell them apart."""
 
     DONE = 0
     USAGE = 2  # a wrong option, key or value
     BAD_DATA = 65  # a file was found but its content is wrong
-    MISSING_INPUT = 66  # a file or folder is not there
-    UNAVAILABLE = 69  # a device, port or package is not there
+    MISSING_INPUT = 66  # a file or folder is missing
+    UNAVAILABLE = 69  # a device, port or package is not available
     OUR_BUG = 70
     CANNOT_CREATE = 73  # an output cannot be created
     IO_ERROR = 74  # disk full, read or write failed
     REQUEUE = 75  # stopped with a checkpoint: start the same command again
-    REFUSED = 77  # refused for safety
+    REFUSED = 77  # rejected for safety
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: shown as one line, without a traceback.
+    """An error that the user can fix: shown as one line, without a traceback.
 
     Args:
         where: file:line, archive member, configuration key or checkpoint path.
         what: what is wrong, with the offending value.
         todo: what to do about it.
-        code: the exit status of the command.
+        code: exit status of the command.
     """
 
     def __init__(self, where: object, what: str, todo: str, code: ExitCode = ExitCode.USAGE) -> None:
         self.where, self.what, self.todo, self.code = str(where), what, todo, code
         super().__init__(str(self))
-        self.add_note(f"exit status {int(code)}")  # torch hands on the text of a data worker's exception alone
+        self.add_note(f"exit status {int(code)}")  # torch only passes on the text of a data worker's exception
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}. {self.todo}."
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str, ExitCode]]:
-        """Data workers send exceptions as pickles; the default would lose three of the four parts."""
+        """Data workers pickle exceptions; the default would lose three of the four parts."""
         return type(self), (self.where, self.what, self.todo, self.code)
 
 
 class Absent:
-    """What is missing of several inputs, to be told in one line: who brings the first file need not come back for the
-    second."""
+    """Collects missing inputs and reports them in one line, so that users need not supply them one by one."""
 
     def __init__(self) -> None:
         self.errors: list[UserError] = []
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note an input that is missing (66) and go on; any other error passes."""
+        """Record a missing input (66) and continue; any other error is raised."""
         try:
             yield
         except UserError as error:
@@ -61,48 +60,48 @@ class Absent:
             self.errors.append(error)
 
     def check(self) -> None:
-        """Raises UserError (66) where something was missing: the first in full, the others by name."""
+        """Raise UserError (66) if something was missing: the first in full, the others by name."""
         if not self.errors:
             return
         first = self.errors[0]
-        # Each once, in the order of their finding.
+        # Each once, in the order found.
         others = dict.fromkeys(f"{error.where}: {error.what}" for error in self.errors)
         del others[f"{first.where}: {first.what}"]
-        # The line names nine more at most.
+        # The line names at most nine more.
         more = f"; and {len(others) - 9} more" if len(others) > 9 else ""
         what = "; also missing: ".join([first.what, *([" | ".join([*others][:9]) + more] if others else [])])
         raise UserError(first.where, what, first.todo, first.code)
 
 
 def check_shares(values: Mapping[str, float | None]) -> None:
-    """Refuse what is no share, 0 to 1; None passes.
+    """Check that values are shares, 0 to 1; None is accepted.
 
     Args:
         values: by configuration key.
 
     Raises:
-        UserError: names the key and the value.
+        UserError: a value is out of range; names the key and the value.
     """
     for key, value in values.items():
-        # Not `value < 0`, which is false of NaN.
+        # Not `value < 0`, which is false for NaN.
         if value is not None and not 0 <= value <= 1:
             raise UserError(key, f"{value} is no share", "Give 0 to 1")
 
 
 def check_least(least: float, values: Mapping[str, float | None]) -> None:
-    """Refuse numbers below `least`; None passes.
+    """Check that numbers are at least `least`; None is accepted.
 
-    jsonargparse's PositiveInt and its like would say the same in signatures, but only options are held against them:
-    a module that Python or a checkpoint's model spec builds would take any number.
+    jsonargparse's PositiveInt and similar types would say the same in signatures, but they only check options: a module
+    built in Python or from a checkpoint's model spec would accept any number.
 
     Args:
         least: the smallest value allowed.
         values: by configuration key.
 
     Raises:
-        UserError: names the key, the value and the bound.
+        UserError: a value is too small; names the key, the value and the bound.
     """
     for key, value in values.items():
-        # Not `value < least`, which is false of NaN.
+        # Not `value < least`, which is false for NaN.
         if value is not None and not value >= least:
             raise UserError(key, f"{value} is too small", f"Give {least} or more")

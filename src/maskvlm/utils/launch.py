@@ -1,4 +1,4 @@
-"""How a training ends that a signal has stopped, or whose study has ended; nothing here imports torch."""
+"""How a training ends after a signal, or after the end of its study; nothing here imports torch."""
 
 import ctypes
 import os
@@ -8,16 +8,17 @@ import sys
 import time
 
 STUDY = "MASKVLM_STUDY"
-"""Environment variable of a run that a study makes: the study's process. Its options are then a file's, not typed."""
+"""Environment variable set for runs of a study: the study's process id. Their options come from a file, and do not
+count as typed."""
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Stopped(Exception):
-    """A training that ended early and whole: its checkpoint is written, the same command goes on from it.
+    """A training that stopped early in an orderly way: its checkpoint is written, and the same command resumes from it.
 
     Args:
         text: one line for the user.
-        signum: what asked for it.
+        signum: the signal that asked for it.
     """
 
     def __init__(self, text: str, signum: int) -> None:
@@ -26,33 +27,33 @@ class Stopped(Exception):
 
 
 class Finished(Exception):
-    """There is nothing to do: the run has come to its end. Args: the line for the user."""
+    """There is nothing to do: the run is finished. Args: the line for the user."""
 
 
 def end_with_study() -> None:
-    """Let the system ask a run of a study to save and to end when the study's process is killed. Otherwise the run
-    would train on, and the study, started again, would find its folder taken."""
+    """Let the system ask a run of a study to save and stop when the study's process is killed. Otherwise the run would
+    keep training, and the study, started again, would find its folder in use."""
     if sys.platform == "linux" and os.environ.get(STUDY) == str(os.getppid()):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def leave_after_parent(seconds: float = 30.0) -> None:
-    """Wait, in a process that Lightning started, until the first process has ended, at most `seconds`.
+    """In a process started by Lightning, wait at most `seconds` for the first process to end.
 
-    Lightning kills the first process when one that it started ends with another status than 0.
+    Lightning kills the first process when one that it started ends with a nonzero status.
     """
-    # A process whose parent has ended gets another one, so that the number changes.
+    # A process whose parent has ended gets another parent, so the parent's process id changes.
     parent, until = os.getppid(), time.monotonic() + seconds
     while os.getppid() == parent and time.monotonic() < until:
         time.sleep(0.02)
 
 
 def requeue() -> str | None:
-    """Queue this SLURM job again; says what happened, None outside of SLURM."""
+    """Requeue this SLURM job and return what happened; None outside SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None
-    # A task of an array is named by the array and its place in it.
+    # A task of a job array is named by the array and its index.
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:

@@ -1,15 +1,16 @@
 """One training at a time in a run's folder.
 
-First line: a lock of the kernel (`flock`) on `run.lock`. It ends with its process, however that dies; a copy of the
-file locks nothing; of a job's processes the first one alone takes it.
+First line of defence: a kernel lock (`flock`) on `run.lock`. It ends with its process, however that dies; a copy of the
+file locks nothing; only the first process of a job takes it.
 
-Second line, for folders that several machines share and whose file system locks within one machine alone, or not at
-all: the holder states who it is, and counts a beat up every few seconds. Who finds a statement of another machine
-watches it: one that beats is alive. Clocks are not compared. A copied statement names another file (inode).
+Second line of defence, for folders shared by several machines on a file system that locks only within one machine, or
+not at all: the holder writes a statement of who it is, and increments a beat in it every few seconds. A process that
+finds a statement of another machine watches it: if it beats, its holder is alive. Clocks are not compared. A copied
+statement names another file (inode).
 
-What cannot be known there: a holder that stands still for longer than the watch is taken for dead. When it wakes it
-finds another statement than its own, and stops. Two machines that start within the same second may both train until the
-next beat, when one of them stops.
+Limits: a holder that hangs for longer than the watch is considered dead. When it wakes up it finds another statement
+than its own, and stops. Two machines that start within the same second may both train until the next beat, when one of
+them stops.
 """
 
 import errno
@@ -29,16 +30,16 @@ from maskvlm.utils.whole_files import open_no_link
 from maskvlm.utils.write_errors import cannot_write
 
 NAME = "run.lock"
-BEAT = 5.0  # seconds between two signs of life
-WATCH = 20.0  # how long a statement of another machine is watched: four beats, and a network file system's delay
-PATIENCE = 2.0  # a process that was killed has held its lock for at most so long
+BEAT = 5.0  # seconds between two beats
+WATCH = 20.0  # seconds to watch a statement of another machine: four beats, and a network file system's delay
+PATIENCE = 2.0  # seconds for which a killed process may still hold its lock
 SIZE = 512  # bytes of a statement
-# What `flock` answers where the file system has no locks.
+# Errors of `flock` if the file system has no locks.
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF)
 
 
 class Holder(NamedTuple):
-    """Who trains: machine, process, the boot of the machine, the file it stated this in, and its signs of life."""
+    """Who trains: host, process id, boot id of the machine, inode of the statement's file, and beat count."""
 
     host: str
     pid: int
@@ -55,19 +56,18 @@ class RunLock:
         self.me: Holder | None = None
         self.rival: Holder | None = None
         self._end = threading.Event()
-        # A child shares the open file, and with it the lock, which would outlive this process.
+        # A forked child shares the open file, and with it the lock, which would outlive this process.
         os.register_at_fork(after_in_child=self._leave_behind)
 
     def take(self, folder: Path, warn: Callable[[str], object] = print) -> None:
-        """Hold the folder from now on, until `release` or this process's end; one held before is released.
+        """Hold the folder until `release` or the end of this process; a folder held before is released.
 
         Args:
-            folder: of the run; made where needed.
-            warn: told of a holder on another machine that gave no sign of life.
+            folder: the run's folder; created if needed.
+            warn: called with a message if a holder on another machine gave no sign of life.
 
         Raises:
-            UserError: another process trains here, or the folder cannot be written (73); a link stands in the
-                file's place (77).
+            UserError: another process trains here, or the folder cannot be written (73); the lock file is a link (77).
         """
         self.release()
         while True:
@@ -75,7 +75,7 @@ class RunLock:
                 folder.mkdir(parents=True, exist_ok=True)
                 handle = open_no_link(folder / NAME, os.O_RDWR | os.O_CREAT)
             except OSError as error:
-                # Such as where the folder that the process was started in is gone.
+                # For example because the folder in which the process was started is gone.
                 what, todo = f"cannot be made ({error.strerror})", "Choose another folder"
                 other = UserError(folder, what, todo, ExitCode.CANNOT_CREATE)
                 raise cannot_write(error, folder) or other from error
@@ -88,11 +88,11 @@ class RunLock:
             os.close(handle)
 
     def _take(self, folder: Path, handle: int, warn: Callable[[str], object]) -> bool:
-        """Whether the file is still the folder's: one that `withdraw` removed meanwhile locks nothing."""
-        # First line: the kernel's lock.
+        """Take the lock; False if the file is no longer the folder's, as one that `withdraw` removed locks nothing."""
+        # First line of defence: the kernel's lock.
         locked, until = flock(handle), time.monotonic() + PATIENCE
         while locked is False and time.monotonic() < until and not _alive(holder_of(handle)):
-            time.sleep(0.05)  # the holder has just been killed, or has not yet said who it is
+            time.sleep(0.05)  # the holder has just been killed, or has not yet written its statement
             locked = flock(handle)
         holder = holder_of(handle)
         if locked is False:
@@ -102,13 +102,13 @@ class RunLock:
                 return False
         except FileNotFoundError:
             return False
-        # Second line: the statement. Of holders of this boot the kernel has judged, unless there are no locks;
-        # all others are watched. A statement that was copied with its folder names the inode of another file.
+        # Second line of defence: the statement. For holders of this boot the kernel has decided, unless there are no
+        # locks; all others are watched. A statement copied with its folder names the inode of another file.
         inode = os.fstat(handle).st_ino
         if holder is not None and holder.inode == inode and (holder.boot != boot() or locked is None):
             if beats(folder / NAME, holder):
                 raise folder_in_use(folder, holder)
-            if read_holder(folder / NAME) != holder:  # it has withdrawn meanwhile
+            if read_holder(folder / NAME) != holder:  # it has withdrawn in the meantime
                 return False
             warn(f"{folder}: {who(holder)} trained here and gave no sign of life for {WATCH:.0f} s: taken over")
         self.folder, self.handle, self.rival = folder, handle, None
@@ -123,49 +123,49 @@ class RunLock:
         while not end.wait(BEAT) and (me := self.me) is not None:
             try:
                 holder = read_holder(self.folder / NAME)
-                # On a slow file system the lock may have been released meanwhile.
+                # On a slow file system the lock may have been released in the meantime.
                 if end.is_set():
                     return
-                # All but the beat.
+                # Everything but the beat.
                 if holder is not None and holder[:4] != me[:4]:
                     self.rival = holder
                     return
                 self.me = me._replace(beat=me.beat + 1)
                 state(self.handle, self.me)
-            except OSError:  # the disk is full or gone: whoever writes next will tell
+            except OSError:  # the disk is full or gone: the next write will report it
                 continue
 
     def check(self) -> None:
-        """Between two steps: stop where another process took the folder over.
+        """Check, between two steps, that no other process has taken over the folder.
 
         Raises:
-            UserError: one did (73).
+            UserError: one has (73).
         """
         if self.rival is not None:
             raise folder_in_use(self.folder, self.rival)
 
     def withdraw(self) -> None:
-        """Let go of a folder in which nothing was begun, and remove the lock's file with it."""
+        """Release a folder in which nothing was started, and remove its lock file."""
         if self.me is not None and self.rival is None:
             with suppress(OSError):
                 (self.folder / NAME).unlink()
         self.release()
 
     def release(self) -> None:
-        """Let go; the statement is withdrawn, so that nobody has to watch it."""
+        """Release the folder, and withdraw the statement so that nobody has to watch it."""
         if self.me is None:
             return
         self._end.set()
-        # It may be in the middle of a beat, and write into the file that is closed here.
+        # The thread may be in the middle of a beat, writing to the file that is closed here.
         self._beats.join(BEAT)
         if self.rival is None:
             with suppress(OSError):
-                # Emptied, not removed: who has it open would lock a file that nobody else finds.
+                # Emptied, not removed: a process that has it open would lock a file that no one else finds.
                 os.ftruncate(self.handle, 0)
         self._leave_behind()
 
     def _leave_behind(self) -> None:
-        """A forked process (a data worker) holds nothing: the lock ends with this process alone."""
+        """Drop the lock in a forked process (a data worker): the lock belongs to this process only."""
         if self.me is not None:
             os.close(self.handle)
         self.me, self.handle = None, -1
@@ -175,7 +175,7 @@ HELD = RunLock()
 
 
 def flock(handle: int) -> bool | None:
-    """Ask the kernel for the lock: whether it was given; None where the file system has no locks."""
+    """Ask the kernel for the lock. Returns whether it was granted; None if the file system has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -188,24 +188,24 @@ def flock(handle: int) -> bool | None:
 
 
 def state(handle: int, holder: Holder) -> None:
-    """Write who holds the lock, always as many bytes: a reader sees the old or the new statement."""
+    """Write who holds the lock, always in the same number of bytes: a reader sees the old or the new statement."""
     os.pwrite(handle, json.dumps(holder._asdict()).ljust(SIZE - 1).encode() + b"\n", 0)
     os.fsync(handle)
 
 
 def holder_of(handle: int) -> Holder | None:
-    """Who states to hold the lock; None where nobody does, or the file is damaged."""
+    """The holder according to the statement; None if there is no statement, or the file is damaged."""
     try:
         entry = json.loads(os.pread(handle, SIZE, 0))
         holder = Holder(str(entry["host"])[:100], int(entry["pid"]), str(entry["boot"]), entry["inode"], entry["beat"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
-    # `os.kill` takes 0 and negative numbers for groups of processes.
+    # `os.kill` treats 0 and negative numbers as process groups.
     return holder if 0 < holder.pid < 2**31 else None
 
 
 def read_holder(path: Path) -> Holder | None:
-    """The holder as `holder_of` reads it, from a newly opened file: a network file system then asks its server."""
+    """The holder, as in `holder_of`, from a newly opened file, so that a network file system asks its server."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -223,26 +223,26 @@ def beats(path: Path, holder: Holder) -> bool:
         time.sleep(BEAT / 5)
         now = read_holder(path)
         if now != holder:
-            return now is not None  # None: it has withdrawn its statement
+            return now is not None  # None: the holder has withdrawn its statement
     return False
 
 
 def _alive(holder: Holder | None) -> bool:
-    """Whether a holder's process exists; True for one on another machine, as that cannot be known."""
+    """Whether a holder's process exists; True for a process on another machine, where it cannot be checked."""
     if holder is None or holder.boot != boot():
         return holder is not None
     try:
-        # Signal 0 is not sent: it only asks whether the process is there.
+        # Signal 0 is not sent: it only checks whether the process exists.
         os.kill(holder.pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is there, and another user's
+    except PermissionError:  # it exists and belongs to another user
         return True
     return True
 
 
 def boot() -> str:
-    """What tells this run of this machine's kernel from any other; its name where the kernel does not say."""
+    """Identifies the current boot of this machine; its host name if the kernel has no boot id."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -255,7 +255,7 @@ def who(holder: Holder | None) -> str:
 
 
 def folder_in_use(folder: Path, holder: Holder | None) -> UserError:
-    """The refusal."""
+    """The error for a folder that is in use."""
     named = "" if holder is None else f" ({who(holder)})"
     todo = "Wait for it, or choose another folder (--folder, or run=)"
     return UserError(folder, f"another process trains here{named}", todo, ExitCode.CANNOT_CREATE)

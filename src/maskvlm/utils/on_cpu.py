@@ -1,4 +1,4 @@
-"""Whether a step may ask for values."""
+"""Whether a step may read tensor values."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether the values are at hand. A GPU's are not, as its host would wait for them; nor are those of a fake tensor,
-    which has none and stands for a GPU's (`training/memory_estimate.py`)."""
-    # While code is compiled, whose tensors say where they will be; `is_fake` cannot be compiled.
+    """Whether the values can be read without waiting. On a GPU they cannot, as the host would wait for them; nor can
+    those of a fake tensor, which has none and stands for one on a GPU (`training/memory_estimate.py`)."""
+    # During compilation tensors report their future device; `is_fake` cannot be compiled.
     return x.device.type == "cpu" and (torch.compiler.is_dynamo_compiling() or not is_fake(x))

@@ -1,4 +1,4 @@
-"""One line of progress on a terminal: of training, of a preparation, of an embedding."""
+"""A one-line progress display on a terminal, for training, data preparation and embedding."""
 
 import time
 
@@ -8,30 +8,30 @@ from rich.table import Column
 
 REDRAW = 0.2  # seconds
 BAR = 16  # characters
-NARROW = 100  # characters; on a narrower terminal the words take the bar's place
+NARROW = 100  # characters; on a narrower terminal the words replace the bar
 
 
 class StatusBar:
-    """What is done, a bar, and words that say how it goes. Nothing is drawn where there is no terminal: who works there
-    prints a plain line now and then.
+    """A name, a bar, and words on the progress. Nothing is drawn without a terminal: the caller then prints a plain
+    line from time to time.
 
-    It is redrawn when it is told something, not by a thread, which would take time from two busy cores.
+    It is redrawn on updates, not by a thread, which would take time from two busy cores.
 
     Args:
-        name: what is done.
-        total: what `done` reaches in the end; None where unknown.
-        console: where it is drawn.
-        visible: False draws nothing on a terminal either.
+        name: name of the activity.
+        total: final value of `done`; None if unknown.
+        console: console to draw on.
+        visible: False draws nothing, even on a terminal.
 
     Attributes:
-        drawn: whether there is anything to see.
+        drawn: whether anything is drawn.
     """
 
     def __init__(self, name: str, total: float | None, console: Console, visible: bool = True) -> None:
         self.drawn = visible and console.is_terminal
         self._bar = [BarColumn(BAR)] if console.width >= NARROW else []
         self._progress = Progress(
-            # Names may hold square brackets, which rich would take for styles.
+            # Names may contain square brackets, which rich would treat as styles.
             TextColumn("{task.description}", markup=False),
             *self._bar,
             TextColumn("{task.fields[words]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
@@ -44,17 +44,17 @@ class StatusBar:
         self._at = time.monotonic()
 
     def room(self, name: str) -> int:
-        """Characters of a line that are left for the words beside this name."""
+        """Number of characters of the line left for the words next to this name."""
         return self._progress.console.width - len(name) - 1 - len(self._bar) * (BAR + 1)
 
     def show(self, done: float | None, words: str, name: str | None = None, now: bool = False) -> None:
-        """Tell how far it is. done: None leaves the bar as it is. now: draw it even if it was just drawn."""
+        """Update the progress. done: None leaves the bar as is. now: redraw even if it was just drawn."""
         self._progress.update(self._task, description=name, completed=done, words=words)
         if now or time.monotonic() - self._at > REDRAW:
             self._progress.refresh()
             self._at = time.monotonic()
 
     def close(self) -> None:
-        """Draw it for the last time."""
+        """Draw it one last time."""
         self._progress.refresh()
         self._progress.stop()

@@ -1,5 +1,4 @@
-"""Files and folders: a file that is written whole or not at all, text and JSON among them, and which files lead out of
-a folder."""
+"""Atomic writing of files, including text and JSON, and checks for links that lead out of a folder."""
 
 import json
 import math
@@ -15,25 +14,25 @@ from maskvlm.utils.write_errors import cannot_write
 
 @contextmanager
 def whole_file(path: Path, writer: str = "") -> Iterator[Path]:
-    """Where to write a file so that it appears under its name complete and on the disk, or not at all.
+    """Write a file atomically: it appears under its name complete and on disk, or not at all.
 
-    Whatever is raised within leaves the file that was there before. The name beside it is always the same one, so that
-    what killed writers leave does not pile up; what lies there is removed first, as a link would lead the writer out.
+    If anything is raised inside, the previous file stays. The temporary name is always the same, so that leftovers of
+    killed writers do not pile up; a file of that name is removed first, as it may be a link out of the folder.
 
     Args:
-        path: of the file, in a folder that is there.
-        writer: sets several processes apart that may write the same file at once; one of them is the last.
+        path: path of the file, in an existing folder.
+        writer: distinguishes processes that may write the same file at once; the last one wins.
 
     Yields:
-        A path beside it, of a file that is not there yet.
+        A path in the same folder, of a file that does not exist yet.
     """
-    # Cut, as file systems allow 255 bytes for a name, which may be one letter in four bytes.
+    # Cut, as file systems allow 255 bytes for a name, and a character may take four.
     name = os.fsdecode(os.fsencode(path.name)[:200])
     temporary = path.with_name(f".{name}{writer}.tmp")
     try:
         temporary.unlink(missing_ok=True)
         yield temporary
-        # The contents must be on the disk before the name is. fsync is for the file, whichever handle wrote it.
+        # The contents must be on disk before the name is. fsync applies to the file, whichever handle wrote it.
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -41,12 +40,12 @@ def whole_file(path: Path, writer: str = "") -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    # The rename itself lies in the folder.
+    # The rename itself is recorded in the folder.
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in it permanent, and in their order, where the system can."""
+    """Make the renames in a folder permanent, in their order, if the system supports it."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -56,12 +55,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a small file whole or not at all, numbers as `json_ready` has them."""
+    """Write a small JSON file atomically, with numbers as in `json_ready`."""
     write_text(path, json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def json_ready(value: Any) -> Any:
-    """Plain data with null in the place of NaN and infinity, at any depth: JSON has neither."""
+    """Plain data with NaN and infinity replaced by null at any depth, as JSON has neither."""
     if isinstance(value, Mapping):
         return {key: json_ready(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -70,8 +69,8 @@ def json_ready(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write any text whole or not at all, as `write_json`. What a name that is no UTF-8 has in the place of a letter is
-    escaped as in JSON. Raises UserError (73, or 74 for a full disk)."""
+    """Write any text atomically, like `write_json`. Bytes of file names that are not UTF-8 are escaped as in JSON.
+    Raises UserError (73, or 74 for a full disk)."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
@@ -84,7 +83,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small file that informs and that nothing depends on; empty where it is missing or damaged."""
+    """A small JSON file that is only informative; empty if it is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -93,28 +92,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_no_link(path: str | Path, flags: int) -> int:
-    """Open a file that is written in place, such as one of a run's folder, which may be a stranger's; also an `opener`
-    of `open`.
+    """Open a file that is written in place but not through a link, such as in a run's folder, which may be untrusted;
+    also usable as the `opener` of `open`.
 
     Returns:
-        The handle, as of `os.open`; a new file is everybody's to read and write, but for the umask.
+        The handle, as from `os.open`; a new file is readable and writable by everyone, subject to the umask.
 
     Raises:
-        UserError: a link stands there, which may lead to any file (77).
+        UserError: the path is a link, which may lead to any file (77).
     """
     try:
         return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
-        # Systems have different numbers for it.
+        # Systems use different error numbers for it.
         if os.path.islink(path):
             raise UserError(path, "is a link, and is written into", "Remove it", ExitCode.REFUSED) from error
         raise
 
 
 def check_inside(file: Path) -> None:
-    """A file that lies beside another one is read, one that leads out of the folder is not.
+    """Check that a file is not a link out of its folder.
 
-    The cache of the hub's client links its files to a folder of contents beside them; that is inside.
+    The cache of the hub's client links its files to a neighbouring folder of contents; that counts as inside.
 
     Raises:
         UserError: it is a link to somewhere else (77).

@@ -1,4 +1,4 @@
-"""What it means that an output cannot be written: one line and an exit status, whoever tried to write it.
+"""Errors in writing an output: one line and an exit status, whichever library tried to write it.
 
 Lightning, TensorBoard, Pillow, matplotlib and torch all pass on the system's OSError. Its number tells the cause.
 """
@@ -19,15 +19,15 @@ BROKEN = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, e
 
 
 def cannot_write(error: OSError, where: object = None, note: str = "") -> UserError | None:
-    """What to say of an output that could not be written.
+    """The error to report for an output that could not be written.
 
     Args:
-        error: of the system.
-        where: the file; by default the one that the error names.
-        note: what was saved from harm, as the end of the line.
+        error: the system's error.
+        where: the file; by default the one named in the error.
+        note: end of the line, on what is unharmed.
 
     Returns:
-        The error for the user (73: refused, 74: full or broken); None where the number is none of these.
+        The error for the user (73: refused, 74: full or broken); None if the number is none of these.
     """
     named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "disk"
     place, end = str(where or named), f"; {note}" if note else ""
@@ -38,17 +38,17 @@ def cannot_write(error: OSError, where: object = None, note: str = "") -> UserEr
     if error.errno in REFUSED:
         todo = f"Make it writable, or choose another folder{end}"
         return UserError(place, f"cannot be written ({error.strerror})", todo, ExitCode.CANNOT_CREATE)
-    if error.errno in BROKEN:  # reading a checkpoint on the way fails so, too
+    if error.errno in BROKEN:  # reading a checkpoint may fail this way too
         what = f"could not be read or written ({error.strerror})"
         return UserError(place, what, f"Check the disk{end}", ExitCode.IO_ERROR)
     return None
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """Write a file that the user names; its folder is made where needed.
+    """Write a file named by the user; its folder is created if needed.
 
     Raises:
-        UserError: it cannot be written (73), the disk is full or broken (74).
+        UserError: it cannot be written (73), or the disk is full or broken (74).
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,21 +61,21 @@ def write_output(path: Path, content: bytes) -> None:
 
 @contextmanager
 def writing(folder: object = None) -> Iterator[None]:
-    """What is written within ends as one line where it cannot be written, whichever library tried.
+    """Turn a failure to write inside this context into a one-line error, whichever library tried to write.
 
     Args:
-        folder: where it is written; named where the error names no file.
+        folder: the output folder; named if the error names no file.
 
     Raises:
         UserError: see `cannot_write`.
     """
-    # An error of a thread that writes is printed by this hook, and told again in the main thread.
+    # An error in a writer thread would be printed by this hook, and reported again in the main thread.
     before = threading.excepthook
     threading.excepthook = lambda args: None if is_output_error(args.exc_value) else before(args)
     try:
         yield
     except OSError as error:
-        # A failed `open` names its file, a failed `write` none.
+        # A failed `open` names its file, a failed `write` does not.
         user_error = cannot_write(error, None if error.filename else folder)
         if user_error is None:
             raise
@@ -85,6 +85,6 @@ def writing(folder: object = None) -> Iterator[None]:
 
 
 def is_output_error(error: BaseException | None) -> bool:
-    """Whether an error of a thread that writes is one to tell. TensorBoard's thread dies of it, and the main thread
-    is told when it hands over the next value, or at the end: it is not to be printed twice."""
+    """Whether an error of a writer thread is an output error. TensorBoard's thread dies of it, and the main thread
+    reports it with the next value or at the end, so it must not be printed twice."""
     return isinstance(error, OSError) and cannot_write(error) is not None

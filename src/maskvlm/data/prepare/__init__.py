@@ -1,1 +1,1 @@
-"""How it writes them."""
+"""Writes prepared data sets."""

@@ -1,4 +1,4 @@
-"""`maskvlm data SET RAW` and `data-check ROOT`: prepare a data set, look at one, verify one."""
+"""`maskvlm data SET RAW` and `data-check ROOT`: prepare, preview or verify a data set."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 
 def main(arguments: list[str], allow_import: list[str]) -> int:
-    """Prepare a set, or with --look only look at it; the exit status."""
+    """Prepare a set, or with --look only preview it; returns the exit status."""
     parser = OptionParser("maskvlm data", description="prepare a data set from its raw files, once")
     parser.add_argument("set", metavar="SET", help=" ".join([*SETS, "or the import path of a class"]))
     parser.add_argument("raw", metavar="RAW", help="folder or file as distributed; for hf: name on the hub")
@@ -38,7 +38,7 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         "--look", action="store_true", help=f"only write {LOOK}, a contact sheet of the first rows; prepare nothing"
     )
     options = parser.parse_args(arguments)
-    # 8: the smallest side of an image that is used
+    # 8: the smallest usable side of an image
     bounds = [("--side", options.side, 8, 10_000), ("--quality", options.quality, 1, 100)]
     bounds += [("--workers", options.workers, 1, 1024), ("--rows", options.rows, 1, 1_000_000)]
     for option, value, low, high in bounds:
@@ -50,12 +50,12 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     check_raw(options.raw)
     place = check_places(options.set, options.raw, root)
     columns = named_columns(options.columns)
-    # the folder's name becomes the set's, which stands in messages and ids
+    # the folder's name becomes the set's, which appears in messages and ids
     if clean_caption(root.resolve().name)[0] != root.resolve().name:
         raise UserError("--out", f"{root.resolve().name!r} is no plain name", "Give it another", ExitCode.CANNOT_CREATE)
     settings = Settings(root.resolve().name, options.side, options.quality)
     plan = Plan(options.set, place, settings, columns, options.rows)
-    # a name that is neither must come to `open_raw`, which says so
+    # a name that is neither must get to `open_raw`, which reports it
     known = options.set in SETS or "." in options.set
     if known and not options.look and complete(root, plan) is not None:  # the raw files may be gone by now
         print(f"{root}: is prepared already ({read_manifest(root)['coverage']}); nothing to do")
@@ -63,7 +63,7 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         return ExitCode.DONE
     raw = open_raw(options.set, options.raw, columns or None, settings.name)
     if options.look:
-        # The sheet of a prepared set is one of its files, which the manifest has the sum of.
+        # The sheet of a prepared set is one of its files, whose checksum is in the manifest.
         sheet = root.with_name(f"{root.name}-{LOOK}") if (root / MANIFEST).is_file() else root / LOOK
         lines = look_at_raw(raw, settings, sheet)
         print("\n".join([*lines, str(sheet)]))
@@ -72,7 +72,7 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         manifest = prepare(raw, plan, root, options.workers)
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on where {root} stands", file=sys.stderr)
-        # 128 + SIGINT, as shells have it
+        # 128 + SIGINT, as in shells
         return 130
     left_out = sum(entry["count"] for entry in manifest["left_out"].values())
     splits = ", ".join(f"{name} {split['pictures']:,}" for name, split in manifest["splits"].items())
@@ -82,7 +82,7 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         print(f"note: {note}")
     if left_out:
         reasons = ", ".join(f"{reason}: {entry['count']:,}" for reason, entry in manifest["left_out"].items())
-        # rows of a table, or images of an archive: what the reader hands out
+        # rows of a table, or images of an archive: whatever the reader returns
         rows = "1 row" if left_out == 1 else f"{left_out:,} rows"
         example = first_example(next(iter(manifest["left_out"].values())))
         print(f"left out: {rows} ({reasons}), listed in {root / SKIPPED}; for example {example}")
@@ -95,7 +95,7 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
 
 
 def verify_set(arguments: list[str], allow_import: list[str]) -> int:
-    """Compare a prepared set with its manifest; 65 where it is not the same."""
+    """Compare a prepared set with its manifest; returns 65 if they differ."""
     parser = OptionParser("maskvlm data-check", description="compare a prepared set with its manifest")
     parser.add_argument("root", metavar="ROOT", help="folder of the set")
     parser.add_argument("--all", action="store_true", help="decode every image instead of a sample")
@@ -112,7 +112,7 @@ def verify_set(arguments: list[str], allow_import: list[str]) -> int:
 
 
 def check_raw(raw: str) -> None:
-    """Refuse what no file or folder can be called.
+    """Check that RAW is a possible name of a file or folder.
 
     Raises:
         UserError: it has a null byte, is not text, or is too long (66).
@@ -125,20 +125,20 @@ def check_raw(raw: str) -> None:
 
 
 def check_places(name: str, raw: str, root: Path) -> str:
-    """Where the raw set is, as the manifest notes it.
+    """Location of the raw set, as recorded in the manifest.
 
     Raises:
-        UserError: what is written would come among what is read.
+        UserError: the output would be written into the input.
     """
     source = Path(raw).expanduser()
     if not source.exists():
-        return raw  # a name on the hub, or what `open_raw` will say
+        return raw  # a name on the hub, or an error that `open_raw` will report
     source, target = source.resolve(), root.resolve()
     todo = "Give the prepared set another folder (NAME= or DATA_ROOT=)"
-    # the making of a set may delete in its folder
+    # preparing a set may delete files in its folder
     if source == target or target in source.parents:
         raise UserError(raw, f"RAW lies in the folder that is to be made, {root}", todo, ExitCode.REFUSED)
-    # only this reader walks through all that lies in RAW
+    # only this reader walks through everything in RAW
     if name == "folder" and source in target.parents:
         what = f"the folder that is to be made, {root}, lies in RAW and would be read as a part of it"
         raise UserError(raw, what, todo, ExitCode.REFUSED)
@@ -157,8 +157,8 @@ def named_columns(options: list[str]) -> dict[str, str]:
 
 
 def tell_newer(raw: Path, root: Path) -> None:
-    """A line where the one file that a set was made from was written after the set: a corrected table would otherwise
-    be passed over without a word."""
+    """Print a warning if the single file from which a set was made is newer than the set: a corrected table would
+    otherwise be silently ignored."""
     if raw.is_file() and raw.stat().st_mtime > (root / MANIFEST).stat().st_mtime:
         todo = f"to make the set anew, delete {root} first, or give it another name (NAME=)"
         print(f"warning: {raw} was written after this set; {todo}", file=sys.stderr, flush=True)

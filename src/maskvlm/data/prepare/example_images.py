@@ -1,4 +1,4 @@
-"""The images that the examples of a task may name: files of a folder, or those of a prepared set."""
+"""The images that the examples of a task may name: files in a folder, or those of a prepared set."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from maskvlm.data.prepared.shards import PreparedShards
 
 
 class PreparedImages(ImagesByKey):
-    """Images of a prepared set by a key, all its splits together; their bytes instead of paths.
+    """Images of a prepared set by key, over all its splits; returned as bytes instead of paths.
 
     Args:
         root: the set's folder.
-        name_of: key -> an image's name in the set.
-        row_of: name -> number of the image's row.
+        name_of: key -> the image's name in the set.
+        row_of: name -> row number of the image.
     """
 
     def __init__(self, root: Path, name_of: dict[str, str], row_of: dict[str, int]) -> None:
@@ -32,14 +32,14 @@ class PreparedImages(ImagesByKey):
         return bytes(self._shards.value("image", int(self._row_N[number])))
 
     def identity(self, numbers: Iterable[int]) -> str:
-        """Of all images of the set, by the sums of its shards."""
+        """A hash of all images of the set, from the checksums of its shards."""
         splits = read_manifest(self._root)["splits"]
         sums = [shard["sha256"] for name in sorted(splits) for shard in splits[name]["shards"]]
         return hashlib.sha256(" ".join(sums).encode()).hexdigest()[:16]
 
 
 def all_shards(root: Path) -> PreparedShards:
-    """Shards of all splits, one split after the other."""
+    """Shards of all splits, concatenated."""
     return PreparedShards(
         root, [shard for split in read_manifest(root)["splits"].values() for shard in split["shards"]]
     )
@@ -49,26 +49,26 @@ class Album:
     """The images that the examples of a task may name: a folder of files, or a prepared set.
 
     Attributes:
-        names: of all its images; in a prepared set relative to the raw folder it was made of.
+        names: names of all its images; in a prepared set relative to the raw folder from which it was made.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.prepared = folder, (folder / MANIFEST).is_file()
         self._row_of: dict[str, int] = {}
         if self.prepared:
-            # reversed: of equal names the first row stays
+            # reversed, so that the first of several rows with the same name is kept
             self._row_of = {name: row for row, name in reversed([*enumerate(prepared_names(folder))])}
         self.names = sorted(self._row_of) if self.prepared else image_names(folder)
 
     def images(self, name_of: dict[str, str]) -> ImagesByKey:
-        """Those of these names, by key."""
+        """The images with the given names, by key."""
         if self.prepared:
             return PreparedImages(self.folder, name_of, self._row_of)
         return ImagesByKey(self.folder, name_of)
 
 
 def open_album(images: str | Path | None, root: Path) -> Album:
-    """What was named, else the root if it is a prepared set, else `images/` in the root or the root itself.
+    """The given folder, else the root if it is a prepared set, else `images/` in the root or the root itself.
 
     Raises:
         UserError: there is no such folder, or no image in it.
@@ -79,9 +79,9 @@ def open_album(images: str | Path | None, root: Path) -> Album:
 
 
 def prepared_names(root: Path) -> list[str]:
-    """Names of all images; where a set of pairs has no names, the ids serve ("flickr 12" -> flickr/12)."""
+    """Names of all images; if a set of pairs has no names, they are made from the ids ("flickr 12" -> flickr/12)."""
     shards = all_shards(root)
     name_N = shards.column("name")
-    # as a path, so that both kinds of names can be looked for in the same way
+    # as a path, so that both kinds of names can be looked up in the same way
     slashed_N = pc.replace_substring(shards.column("image_id"), " ", "/", max_replacements=1)
     return list(pc.if_else(pc.equal(name_N, ""), slashed_N, name_N).to_pylist())

@@ -1,4 +1,4 @@
-"""The end of a preparation: the files that make one set of its shards."""
+"""The end of a preparation: writes the files that combine its shards into one set."""
 
 import hashlib
 import json
@@ -35,11 +35,11 @@ ROWS = 1000
 
 
 class Plan(NamedTuple):
-    """What is to be made.
+    """Description of the set to prepare.
 
     Attributes:
-        set, raw, columns: as `open_raw` was asked for it.
-        rows: of a shard.
+        set, raw, columns: as passed to `open_raw`.
+        rows: rows per shard.
     """
 
     set: str
@@ -49,26 +49,26 @@ class Plan(NamedTuple):
     rows: int = ROWS
 
     def card(self) -> dict[str, Any]:
-        """Entry of the manifest."""
+        """Entry in the manifest."""
         return {"set": self.set, "raw": self.raw, "columns": self.columns, "rows": self.rows, **self.settings._asdict()}
 
 
 def finish_set(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], seconds: float) -> dict[str, Any]:
-    """The files that make one set of the shards; the manifest is the last of them."""
+    """Write the files that combine the shards into one set, the manifest last."""
     splits: dict[str, Any] = {}
     left_out, mended = Reasons(), Reasons()
     with whole_set_file(root / SKIPPED) as lines:
         for split in [name for name in SPLITS if counts[name]]:
-            # one at a time, so that memory holds one note
+            # one at a time, so that only one note is in memory
             notes = (read_note(note_file(root, split, number)) for number in range(counts[split]))
             summary = Summary()
             for note in notes:
-                # in the order of the rows: the split's hash depends on it
+                # in the order of the rows, on which the split's hash depends
                 summary.add(note)
                 for entries, reasons, out in ((note.left_out, left_out, True), (note.mended, mended, False)):
                     for entry in entries:
                         reasons.add(entry)
-                        # skipped.jsonl has each row, the manifest counts and a few
+                        # skipped.jsonl lists every row, the manifest counts and a few examples
                         line = {"split": split, "left_out": out, **entry._asdict()}
                         lines.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
             if summary.shards:
@@ -99,20 +99,20 @@ def finish_set(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], second
         "mended": mended.card(),
         "splits": splits,
     }
-    # draws what the manifest says so far
+    # draws the content of the manifest so far
     manifest["look"] = look_at_prepared(root, manifest)
-    # after the image is drawn: its sum is among these
+    # after the image is drawn, as its checksum is among these
     manifest["files"] = {name: sha256_of_part(root / name) for name in (SKIPPED, LOOK, *annotations)}
     manifest["versions"] = tool_versions()
-    # time and versions stand in the manifest alone: shards of the same rows are the same bytes
+    # time and versions are only in the manifest, so that shards of the same rows are byte-identical
     manifest["made"] = {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": round(seconds, 1)}
-    # last: it says that all else is complete
+    # last, as it marks everything else as complete
     write_set_json(root / MANIFEST, manifest)
     return manifest
 
 
 class Summary:
-    """A split, shard by shard. Its hash is of its rows in their order, however they are cut into shards."""
+    """Summary of a split, built shard by shard. Its hash is of the rows in order, however they are cut into shards."""
 
     def __init__(self) -> None:
         self.sha256 = hashlib.sha256()
@@ -120,7 +120,7 @@ class Summary:
         self.totals: Counter[str] = Counter()
 
     def add(self, note: ShardNote) -> None:
-        """One more shard, in the order of the rows."""
+        """Add the next shard, in the order of the rows."""
         self.sha256.update(note.digests.encode())
         self.totals.update(pictures=note.rows, captions=note.captions, kept=note.kept, bytes=note.bytes)
         if note.file:
@@ -128,12 +128,12 @@ class Summary:
             self.shards.append(part)
 
     def card(self) -> dict[str, Any]:
-        """What the manifest tells of the split."""
+        """The split's entry in the manifest."""
         return {**self.totals, "sha256": self.sha256.hexdigest(), "shards": self.shards}
 
 
 def give_up(root: Path, plan: Plan, left_out: Reasons) -> None:
-    """Nothing can be used: leave nothing behind, and say why."""
+    """Clean up and raise UserError, as no image can be used."""
     # a later attempt must not take the folder for another set
     for name in (*SPLITS, MAKING):
         shutil.rmtree(root / name, ignore_errors=True)
@@ -147,7 +147,7 @@ def give_up(root: Path, plan: Plan, left_out: Reasons) -> None:
 
 
 def remove_others(root: Path, splits: dict[str, Any]) -> None:
-    """Shards that an earlier run made of rows that are not there any more."""
+    """Remove shards that an earlier run made from rows that no longer exist."""
     # raw files may have changed between two runs of an unfinished set
     listed = {shard["file"] for split in splits.values() for shard in split["shards"]}
     for name in SPLITS:
@@ -159,7 +159,7 @@ def remove_others(root: Path, splits: dict[str, Any]) -> None:
 
 
 def copy(file: Path, root: Path) -> str:
-    """An annotation file as it is distributed, beside the images; its name."""
+    """Copy an annotation file as distributed next to the images; returns its name."""
     try:
         with file.open("rb") as source, whole_set_file(root / file.name) as target:
             shutil.copyfileobj(source, target, 1 << 20)

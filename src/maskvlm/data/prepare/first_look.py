@@ -1,4 +1,4 @@
-"""A first look at a data set: images with their captions, how long those are, what repeats, what is left out."""
+"""A preview of a data set: images with captions, caption lengths, repetitions, and rows that are left out."""
 
 import os
 import random
@@ -34,42 +34,42 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 SHEET_IMAGES = 24  # images on the sheet
 MOST_ROWS, SAMPLE = 50_000, 300
-"""Limits for a set that is not prepared: number of rows to read, and of images among them to open."""
+"""Limits for a set that is not prepared: number of rows to read, and number of their images to open."""
 
 TOP_INCHES, LONGEST_BAR = 3.6, 60
 
 
 class Captions:
-    """What is counted of captions as they pass."""
+    """Running statistics of captions."""
 
     def __init__(self) -> None:
         self.words: Counter[int] = Counter()
         self._ids: list[np.ndarray] = []
 
     def add(self, captions: Iterable[str]) -> None:
-        """Cleaned captions."""
+        """Add cleaned captions."""
         texts = [*captions]
         self.words.update(len(caption.split()) for caption in texts)
-        # 8 bytes a caption, in place of its text
+        # 8 bytes per caption instead of its text
         self._ids.append(np.fromiter((stable_id(caption.lower()) for caption in texts), np.int64, len(texts)))
 
     def __len__(self) -> int:
         return self.words.total()
 
     def repeated(self) -> int:
-        """How many say what another one before them says, but for capitals."""
+        """Number of captions that repeat an earlier one, ignoring case."""
         ids = np.concatenate(self._ids) if self._ids else np.zeros(0, np.int64)
         return len(ids) - len(np.unique(ids))
 
     def card(self) -> dict[str, Any]:
-        """Entry of the manifest; lengths in words."""
+        """Entry in the manifest; lengths in words."""
         low, middle, high = self.percentiles(5, 50, 95)
         return {"repeated_captions": self.repeated(), "caption_words": {"5 %": low, "50 %": middle, "95 %": high}}
 
     def percentiles(self, *shares: float) -> list[int]:
-        """Words that so many percent of the captions have at most; 0 where there is no caption."""
+        """Percentiles of the number of words per caption; 0 if there are no captions."""
         lengths = sorted(self.words)
-        # captions of at most so many words
+        # cumulative number of captions by length
         upto = np.cumsum([self.words[length] for length in lengths])
         return [lengths[int(np.searchsorted(upto, share / 100 * upto[-1]))] if lengths else 0 for share in shares]
 
@@ -84,7 +84,7 @@ class Captions:
 
 
 class LookReport(NamedTuple):
-    """Lines for people and what the image is drawn of."""
+    """Lines to show, and the content of the image."""
 
     lines: list[str]
     rows: list[Row | UserError]
@@ -95,19 +95,19 @@ class LookReport(NamedTuple):
 
 
 def look_at_prepared(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Draw `first-look.png`; what was counted, for the manifest."""
+    """Draw `first-look.png`; returns the statistics for the manifest."""
     shards = PreparedShards(root, [shard for split in manifest["splits"].values() for shard in split["shards"]])
     captions = Captions()
-    # batch by batch: no image is read, and captions are not kept
+    # batch by batch, without reading images or keeping captions
     for chunk in shards.chunks("captions"):
         captions.add(chunk.flatten().to_pylist())
     hash_N = shards.column("phash").to_numpy()
-    # 0: images of one colour, of which nothing is known
+    # 0: images of a single colour, which cannot be compared
     known_N = hash_N[hash_N != 0]
     card = {**captions.card(), "repeated_looks": len(known_N) - len(np.unique(known_N))}
     counts = {name: split["pictures"] for name, split in manifest["splits"].items()}
     lines = [f"{manifest['name']}: {manifest['coverage']}", counted(counts, len(captions)), captions.line()]
-    # annotated sets have no captions to tell of
+    # annotated sets have no captions to report
     lines = lines[: 3 if len(captions) else 2]
     again = card["repeated_looks"]
     lines.append(f"{again:,} {'image looks' if again == 1 else 'images look'} exactly like another one before")
@@ -147,8 +147,8 @@ def counted(images: dict[str, int], captions: int) -> str:
 
 
 def table(name: str, reasons: dict[str, Any], examples: bool = False) -> list[str]:
-    """A line for each reason, the most frequent first; `examples`: and the first row of it, which is too long for the
-    picture."""
+    """A line per reason, the most frequent first; `examples`: with the first row of each, which is too long for the
+    image."""
     total = sum(entry["count"] for entry in reasons.values())
     if not total:
         return [f"{name}: nothing"]
@@ -164,12 +164,12 @@ def table(name: str, reasons: dict[str, Any], examples: bool = False) -> list[st
 
 
 def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
-    """Read a part of a set that is not prepared, draw it, and tell in lines what preparing would make of it."""
+    """Read and draw a part of a set that is not prepared; returns lines on what preparing it would give."""
     every = screened(raw.rows())
     captions, reasons, counts = Captions(), Reasons(), Counter[str]()
     sample = DrawnSample()
     rows = 0
-    # what can be told without opening images, of many rows
+    # many rows, without opening images
     for row in islice(every, MOST_ROWS):
         rows += 1
         usable = clean(row)
@@ -180,9 +180,9 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
         counts[row.split] += 1
         captions.add(usable)
         sample.add(row)
-    # one row more than was looked at: the set goes on
+    # one more row: the set has more than were read
     part = f", the first {rows:,}" if next(every, None) is not None else ""
-    # what opening them tells, of few
+    # few images, which are opened
     broken = sample.broken(settings)
     begin = [f"{settings.name}{part}: {counted(counts, len(captions))}", captions.line()]
     title = f"and of {len(sample.rows):,} images that were opened"
@@ -205,7 +205,7 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
 
 
 def clean(row: RawRow | BadRow) -> list[str] | RowNote:
-    """The cleaned captions of a row, or why it cannot be used, as far as is known without opening it."""
+    """The cleaned captions of a row, or why it cannot be used, as far as known without opening the image."""
     if isinstance(row, BadRow):
         return RowNote(row.reason, row.origin, row.message)
     if isinstance(row.image, str) and not os.path.isfile(row.image):
@@ -219,18 +219,18 @@ def clean(row: RawRow | BadRow) -> list[str] | RowNote:
 
 
 class DrawnSample:
-    """SAMPLE rows of all that pass, each with the same chance; the same ones every time."""
+    """A uniform, reproducible sample of SAMPLE of the added rows."""
 
     def __init__(self) -> None:
         self.rows: list[RawRow] = []
         self._count, self._random = 0, random.Random(0)
 
     def add(self, row: RawRow) -> None:
-        """One more; it may take another's place."""
+        """Add a row, which may replace another."""
         self._count += 1
         if len(self.rows) < SAMPLE:
             self.rows.append(row)
-        # reservoir sampling: the n-th row is taken with chance SAMPLE / n
+        # reservoir sampling: the n-th row is taken with probability SAMPLE / n
         elif (place := self._random.randrange(self._count)) < SAMPLE:
             self.rows[place] = row
 
@@ -245,7 +245,7 @@ class DrawnSample:
         return reasons
 
     def sheet_rows(self) -> list[Row | UserError]:
-        """Those of the sheet, opened; a broken one as its error."""
+        """The opened rows for the sheet; a broken one as its error."""
         number = min(SHEET_IMAGES, len(self.rows))
         return [read_row(self, place * len(self.rows) // number) for place in range(number)]
 
@@ -263,7 +263,7 @@ class DrawnSample:
 
 
 def draw_look(report: LookReport, path: Path) -> None:
-    """Words and lengths above, images below. Raises UserError where the file cannot be written."""
+    """Draw text and lengths above, images below. Raises UserError if the file cannot be written."""
     from matplotlib.figure import Figure
 
     layout = lay_out(report.rows)
@@ -278,8 +278,8 @@ def draw_look(report: LookReport, path: Path) -> None:
     fill_sheet(sheet, report.rows, layout)
     image = BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib's font has no Chinese, no emoji: boxes
-        # into memory first: the file is then written whole or not at all
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib's font shows Chinese and emoji as boxes
+        # to memory first, so that the file is then written atomically
         figure.savefig(image, format="png", dpi=100)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +290,7 @@ def draw_look(report: LookReport, path: Path) -> None:
 
 
 def draw_lengths(axes: Any, words: Counter[int]) -> None:
-    """Captions by their number of words; those of more than LONGEST_BAR stand in the last bar."""
+    """Draw a histogram of words per caption; captions of LONGEST_BAR words or more are in the last bar."""
     if not words:
         axes.set_axis_off()
         return

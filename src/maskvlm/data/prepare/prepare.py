@@ -1,4 +1,4 @@
-"""Raw rows -> the prepared form (see `manifest.py`): cut into shards, made by all cores, gone on with after a kill."""
+"""Raw rows -> the prepared form (see `manifest.py`): split into shards, made on all cores, resumable after a kill."""
 
 import json
 import shutil
@@ -30,32 +30,32 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 PLAN, MOST_PLAN = "plan.json", 1_000_000  # bytes
 MOST_BYTES = 64_000_000
-"""Most bytes of images that do not lie in files: a shard ends when it has so many, however few its rows."""
+"""Maximum bytes of images that are not files: a shard ends when it has this many, however few its rows."""
 
 
 # ------------------------------------------------------------------ the whole
 
 
 def prepare(raw: RawSet, plan: Plan, root: Path, workers: int, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Make the set in `root`, or go on making it; one that is complete stays as it is.
+    """Prepare the set in `root`, or resume preparing it; a complete set is not changed.
 
     Args:
         raw: the rows.
-        workers: processes, 1 or more; what is made does not depend on it.
-        say: takes lines about progress.
+        workers: number of processes, 1 or more; the result does not depend on it.
+        say: called with lines on progress.
 
     Returns:
         The manifest.
 
     Raises:
-        UserError: the folder holds something else, cannot be written, or no image of the set can be used.
+        UserError: the folder contains something else or cannot be written, or no image of the set can be used.
     """
-    # the manifest is there, so `.making` is only what a killed run did not clear away
+    # the manifest exists, so `.making` is only what a killed run did not clean up
     if (manifest := complete(root, plan)) is not None:
         shutil.rmtree(root / MAKING, ignore_errors=True)
         say(f"{root}: already prepared, {manifest['coverage']}")
         return manifest
-    # `.making` must be there before the lock, which lies in it
+    # `.making` must exist before the lock, which is in it
     make_room(root)
     started = time.monotonic()
     try:
@@ -66,17 +66,17 @@ def prepare(raw: RawSet, plan: Plan, root: Path, workers: int, say: Callable[[st
                 Pool(workers, root, plan.settings) as pool,
                 Stage("preparing", raw.facts.images, pool.counts, say) as stage,
             ):
-                # rows are read lazily, by this process alone
+                # rows are read lazily, by this process only
                 counts = run_jobs(pool, stage, cut_jobs(raw.rows(), plan.rows))
             manifest = finish_set(root, raw, plan, counts, time.monotonic() - started)
-    except OSError as error:  # readers of raw files have told theirs
+    except OSError as error:  # readers of raw files report their own
         raise cannot_write_set(root, error) from error
     shutil.rmtree(root / MAKING, ignore_errors=True)
     return manifest
 
 
 def run_jobs(pool: Pool, stage: Stage, jobs: Iterator[Job]) -> Counter[str]:
-    """All jobs through the processes, few of them at once in memory; how many each split has."""
+    """Run all jobs in the processes, with few of them in memory at a time; returns the number of jobs per split."""
     counts: Counter[str] = Counter()
     waiting: set[Future[Any]] = set()
     for job in jobs:
@@ -84,7 +84,7 @@ def run_jobs(pool: Pool, stage: Stage, jobs: Iterator[Job]) -> Counter[str]:
         (pool.root / job.split).mkdir(exist_ok=True)
         waiting.add(pool.submit(job))
         # reading waits here, so that rows with bytes do not pile up in memory
-        while len(waiting) > pool.workers:  # one each, and one more that is read meanwhile
+        while len(waiting) > pool.workers:  # one each, plus one that is being read
             waiting = settle(waiting, stage)
     while waiting:
         waiting = settle(waiting, stage)
@@ -92,26 +92,26 @@ def run_jobs(pool: Pool, stage: Stage, jobs: Iterator[Job]) -> Counter[str]:
 
 
 def settle(waiting: set[Future[Any]], stage: Stage) -> set[Future[Any]]:
-    """Those that are still to come; raises what went wrong with one."""
+    """The jobs still pending; raises the error of a failed one."""
     done, pending = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
     for each in done:
-        # raises what the process raised
+        # re-raises the process's error
         each.result()
     stage.show()
     return pending
 
 
 def cut_jobs(rows: Iterator[RawRow | BadRow], most: int) -> Iterator[Job]:
-    """Jobs of `most` rows of one split each, in the order of the rows; an image's second row becomes a bad one."""
+    """Jobs of at most `most` rows of one split, in the order of the rows; a repeated image becomes a bad row."""
     waiting: dict[str, list[RawRow | BadRow]] = {}
     sizes: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
-    # in one process: only here all rows are seen in their order
+    # only this process sees all rows in order
     for row in screened(rows):
         # a bad row of an unknown split is listed with train
         split = row.split if row.split in SPLITS else SPLITS[0]
         waiting.setdefault(split, []).append(row)
-        # only bytes are sent to a process; of files it opens them itself
+        # only bytes are sent to a process, which opens files itself
         sizes[split] += len(row.image) if isinstance(row, RawRow) and isinstance(row.image, bytes) else 0
         if len(waiting[split]) >= most or sizes[split] >= MOST_BYTES:
             yield Job(split, numbers[split], waiting.pop(split))
@@ -126,10 +126,10 @@ def cut_jobs(rows: Iterator[RawRow | BadRow], most: int) -> Iterator[Job]:
 
 
 def complete(root: Path, plan: Plan) -> dict[str, Any] | None:
-    """The manifest where the set is there and complete.
+    """The manifest if the set exists and is complete, else None.
 
     Raises:
-        UserError: it is another one, or was made with other settings.
+        UserError: it is another set, or was made with other settings.
     """
     if not (root / MANIFEST).is_file():
         return None
@@ -139,10 +139,10 @@ def complete(root: Path, plan: Plan) -> dict[str, Any] | None:
 
 
 def check_same(root: Path, there: dict[str, Any], plan: Plan, what: str) -> None:
-    """Refuse to touch what was made otherwise."""
-    # through json, as what was stored: tuples are lists there
+    """Raise UserError if the existing set was made with other settings."""
+    # through JSON like the stored settings, where tuples are lists
     card = json.loads(json.dumps(plan.card()))
-    # Where the raw files are gone by now, what was typed is no place any more, but it was the same one.
+    # If the raw files are gone by now, the typed path no longer exists, but it may have been the same one.
     if there.get("raw") == str(Path(card["raw"]).expanduser().resolve()):
         card["raw"] = there["raw"]
     if other := [name for name in card if there.get(name) != card[name]]:
@@ -152,7 +152,7 @@ def check_same(root: Path, there: dict[str, Any], plan: Plan, what: str) -> None
 
 
 def make_room(root: Path) -> None:
-    """Make the folder, if it holds nothing but a set that is half made, or a first look."""
+    """Create the folder, unless it contains anything but a partly prepared set or a first look."""
     try:
         begun = (root / MAKING / PLAN).is_file()
         if not begun and root.is_dir() and {each.name for each in root.iterdir()} - {LOOK, MAKING}:
@@ -164,15 +164,15 @@ def make_room(root: Path) -> None:
 
 
 def claim_set(root: Path, plan: Plan) -> None:
-    """Write down how the set is made, where the folder does not hold another one half made; under the lock."""
+    """Record the plan, unless the folder contains another, partly prepared set; called under the lock."""
     file = root / MAKING / PLAN
-    if file.is_file() and any(root.glob("*/data-*.arrow")):  # an attempt that made nothing binds nobody
+    if file.is_file() and any(root.glob("*/data-*.arrow")):  # an attempt that made nothing does not count
         check_same(root, read_plan(file, root), plan, "an unfinished set")
     write_set_json(file, plan.card())
 
 
 def read_plan(file: Path, root: Path) -> dict[str, Any]:
-    """How an unfinished set was asked for."""
+    """The plan of an unfinished set."""
     try:
         plan = load_json(content_of(file, MOST_PLAN), file)
     except UserError as error:
@@ -184,16 +184,16 @@ def read_plan(file: Path, root: Path) -> dict[str, Any]:
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """One run at a time; the system lets go of the lock when a process ends, however it does."""
+    """Allow one run at a time; the system releases the lock when the process ends, however it does."""
     try:
         import fcntl
     except ImportError:  # not on Windows
         yield
         return
-    # the lock is on the open file; the file itself stays and means nothing
+    # the lock is on the open file; the file that remains has no meaning
     with (root / MAKING / "lock").open("w") as file:
         try:
-            # NB: refuse at once rather than wait for the other run
+            # NB: fail at once rather than wait for the other run
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             todo = "Wait for it, or stop it first"
@@ -205,7 +205,7 @@ def locked(root: Path) -> Iterator[None]:
 
 @contextmanager
 def nothing_for_nothing(root: Path) -> Iterator[None]:
-    """An error before the first shard leaves no folder behind; a first look stays. Ctrl-C is no error."""
+    """Remove the folder after an error before the first shard; a first look stays. Ctrl-C is not an error here."""
     try:
         yield
     except Exception:
@@ -218,8 +218,8 @@ def nothing_for_nothing(root: Path) -> Iterator[None]:
 
 
 def remove_temporaries(root: Path) -> None:
-    """What a killed run has left half written."""
+    """Remove partly written files of a killed run."""
     for folder in (root, *(root / name for name in (*SPLITS, MAKING))):
-        # safe under the lock: nobody else writes here
+        # safe under the lock, as no one else writes here
         for file in folder.glob(".*.tmp"):
             file.unlink(missing_ok=True)

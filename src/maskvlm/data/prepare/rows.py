@@ -1,4 +1,4 @@
-"""Raw rows -> rows of the prepared form: images upright, made small and encoded, captions cleaned."""
+"""Raw rows -> rows of the prepared form: images turned upright, shrunk and encoded, captions cleaned."""
 
 import hashlib
 from collections import Counter
@@ -18,20 +18,20 @@ from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.utils.errors import UserError
 
 BATCH = 100  # rows of an Arrow record batch: a few MB
-EXAMPLES = 5  # rows of each reason that the manifest shows; skipped.jsonl has all
+EXAMPLES = 5  # rows per reason in the manifest; skipped.jsonl has all
 MOST_REASONS, OTHER = 100, "other reasons"
 LONGEST = 100_000
-"""Characters; what is longer is no caption but a file, or many rows after a quote left open."""
+"""Characters; anything longer is not a caption but a file, or many rows after an unclosed quote."""
 
 EXTRAS = {"exif", "xmp", "icc_profile", "comment", "photoshop", "progressive", "progression"}
-"""What a JPEG may carry, by Pillow's names, that a prepared one has not."""
+"""Parts of a JPEG, by Pillow's names, that a prepared one does not have."""
 
 
 class Settings(NamedTuple):
     """Settings of a prepared set.
 
     Attributes:
-        name: the set's; each row's `source`.
+        name: name of the set; the `source` of each row.
         side: largest length of an image's shorter side in pixels, 8 or more.
         quality: JPEG quality, 1 to 100.
     """
@@ -42,7 +42,7 @@ class Settings(NamedTuple):
 
 
 class RowNote(NamedTuple):
-    """A row that is left out, or kept with something mended."""
+    """A row that is left out, or kept after a repair."""
 
     reason: str
     origin: str
@@ -50,15 +50,15 @@ class RowNote(NamedTuple):
 
 
 class Reasons:
-    """Rows by reason: how many, and the first of them."""
+    """Rows by reason: their count, and the first of them."""
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
         self.first: dict[str, list[dict[str, str]]] = {}
 
     def add(self, entry: RowNote) -> None:
-        """Count a row under its reason; the first ones are listed by name. A set of a stranger names any number of
-        reasons: beyond MOST_REASONS they are one."""
+        """Count a row under its reason, and list the first ones. An untrusted set may have any number of reasons: those
+        beyond MOST_REASONS are merged into one."""
         reason = entry.reason if entry.reason in self.count or len(self.count) < MOST_REASONS else OTHER
         self.count[reason] += 1
         if len(examples := self.first.setdefault(reason, [])) < EXAMPLES:
@@ -70,7 +70,7 @@ class Reasons:
 
 
 def first_example(entry: Mapping[str, Any]) -> str:
-    """The first row of a reason of `Reasons.card` or of a manifest, `FILE:LINE: why`; "" where none is listed."""
+    """The first row of a reason in `Reasons.card` or a manifest, `FILE:LINE: why`; "" if none is listed."""
     if not entry["examples"]:
         return ""
     example = entry["examples"][0]
@@ -84,10 +84,10 @@ class Unusable(Exception):
 
 
 class RowMaker:
-    """Raw rows to record batches, and what is to be said of them.
+    """Turns raw rows into record batches, and records what was left out or repaired.
 
     Args:
-        captioned: rows without a caption are left out.
+        captioned: whether to leave out rows without a caption.
     """
 
     def __init__(self, captioned: bool, settings: Settings, tick: Callable[[bool], None]) -> None:
@@ -98,10 +98,10 @@ class RowMaker:
         self.mended: list[RowNote] = []
 
     def batches(self, rows: list[RawRow | BadRow]) -> Iterator[pa.RecordBatch]:
-        """Record batches of at most BATCH rows; none where no row can be used."""
+        """Record batches of at most BATCH rows; none if no row can be used."""
         waiting: list[dict[str, Any]] = []
         for row in rows:
-            # None is counted, but takes no place in the batch
+            # None is counted, but not added to the batch
             used = self.take(row)
             if used is not None:
                 waiting.append(used)
@@ -114,13 +114,13 @@ class RowMaker:
             yield pa.RecordBatch.from_pylist(waiting, SCHEMA)
 
     def take(self, row: RawRow | BadRow) -> dict[str, Any] | None:
-        """The row in the prepared form, None where it is left out."""
+        """The row in the prepared form, or None if it is left out."""
         if isinstance(row, BadRow):
             self.left_out.append(RowNote(row.reason, clean_line(row.origin), clean_line(row.message)))
             return None
         origin = clean_line(row.origin)
         try:
-            # captions before the image: they cost far less to refuse
+            # captions before the image, as they are far cheaper to reject
             captions, notes = self.clean(row)
             check_names_of_row(row)
             image = prepare_image(row.image, origin, self.settings)
@@ -131,11 +131,11 @@ class RowMaker:
             reason, message = problem.args
             self.left_out.append(RowNote(reason, origin, f"{origin}: {message}"))
             return None
-        # only of rows that are used: what was mended in others does not matter
+        # only for rows that are used; repairs in others do not matter
         self.mended += [RowNote(reason, origin, f"{origin}: {message}") for reason, message in notes]
         self.captions += len(captions)
         self.kept += image.kept
-        # of the row as it is stored, so that `data-check` finds the same
+        # of the row as stored, so that `data-check` computes the same
         self.digests.append(row_digest(image.data, captions, row.image_id, row.name))
         # the columns of `manifest.SCHEMA`
         return {
@@ -149,13 +149,13 @@ class RowMaker:
         }
 
     def clean(self, row: RawRow) -> tuple[list[str], list[tuple[str, str]]]:
-        """Captions that have words, and (reason, message) of the others and of what was mended.
+        """Captions that contain words, and (reason, message) for the others and for repairs.
 
         Raises:
-            Unusable: none is left where one is needed.
+            Unusable: no caption is left, but one is needed.
         """
         captions, notes = [], []
-        if isinstance(row.captions, str):  # its letters would be taken for captions
+        if isinstance(row.captions, str):  # its characters would be taken for captions
             raise UserError(row.origin, "captions are one text", "A reader gives a tuple of texts: (text,)")
         for number, text in enumerate(row.captions, 1):
             caption, note = clean_caption(text) if len(text) <= LONGEST else ("", "too long")
@@ -172,14 +172,14 @@ class RowMaker:
 
 
 def screened(rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
-    """An image that was there before, in whatever split, and a row of an unknown split become bad rows."""
-    seen_ids: set[int] = set()  # some 60 bytes an image: 200 MB for three million
+    """Turn repeated images, in any split, and rows of an unknown split into bad rows."""
+    seen_ids: set[int] = set()  # some 60 bytes per image: 200 MB for three million
     for row in rows:
         if isinstance(row, RawRow) and row.split not in SPLITS:
             message = f"{row.origin}: split '{row.split}' is none of {', '.join(SPLITS)}"
             row = BadRow("unknown split", row.origin, message, SPLITS[0])
         elif isinstance(row, RawRow):
-            # the set grows only by an id that is new
+            # the set only grows if the id is new
             known = len(seen_ids)
             seen_ids.add(stable_id(row.image_id))
             if len(seen_ids) == known:
@@ -192,7 +192,7 @@ def screened(rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
 
 
 class PreparedImage(NamedTuple):
-    """An image in the prepared form. kept: its bytes are those it came in."""
+    """An image in the prepared form. kept: its bytes are the original ones."""
 
     data: bytes
     phash: int
@@ -200,38 +200,38 @@ class PreparedImage(NamedTuple):
 
 
 def prepare_image(source: bytes | str, name: str, settings: Settings) -> PreparedImage:
-    """Upright RGB as JPEG, its shorter side at most `settings.side` pixels; never enlarged.
+    """Upright RGB as JPEG, with the shorter side at most `settings.side` pixels; never enlarged.
 
-    A baseline RGB JPEG without metadata that is small enough stays as it is: coding it again could only harm it.
-    A JPEG four times as large or more is decoded at half its size or less by libjpeg, which stays far nearer to the
-    exact result (39 to 47 dB) than JPEG of quality 90 does (31 to 37 dB on the same photos).
+    A baseline RGB JPEG without metadata that is small enough is kept unchanged, as re-encoding could only degrade it.
+    A JPEG four times as large or more is decoded at half its size or less by libjpeg, which is far closer to the exact
+    result (39 to 47 dB) than JPEG at quality 90 (31 to 37 dB on the same photos).
 
     Raises:
         BadImage: as `safe_open`.
     """
-    # twice the side stays for `shrink`, whose interpolation is better than libjpeg's
+    # twice the side is left for `shrink`, whose interpolation is better than libjpeg's
     image = safe_open(source, name, least=2 * settings.side)
     if min(image.size) > settings.side:
         image = shrink(image, settings.side)
     elif is_plain(data := source if isinstance(source, bytes) else Path(source).read_bytes()):
         return PreparedImage(data, phash(image), True)
-    # a new JPEG of the pixels alone carries no metadata
+    # a new JPEG of the pixels has no metadata
     encoded = BytesIO()
     image.save(encoded, "JPEG", quality=settings.quality)
     return PreparedImage(encoded.getvalue(), phash(image), False)
 
 
 def shrink(image: Image.Image, side: int) -> Image.Image:
-    """Scale an image to this shorter side, by bicubic interpolation over all pixels (antialiased)."""
+    """Scale an image to this shorter side with bicubic interpolation over all pixels (antialiased)."""
     shorter = min(image.size)
     width, height = (max(1, round(length * side / shorter)) for length in image.size)
-    # reducing_gap: first shrunk by a whole factor to three times the size or more, which is faster
+    # reducing_gap: first reduced by an integer factor to at least three times the size, which is faster
     return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether it is a baseline RGB JPEG that carries nothing besides."""
-    # marks of beginning and end: nothing lies behind the image
+    """Whether the data are a baseline RGB JPEG with nothing else in it."""
+    # start and end markers: nothing follows the image
     if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
         return False
     with Image.open(BytesIO(data), formats=["JPEG"]) as image:
@@ -239,7 +239,7 @@ def is_plain(data: bytes) -> bool:
 
 
 def check_names_of_row(row: RawRow) -> None:
-    """Names that no text file could hold (bytes that are no UTF-8) cannot be columns."""
+    """Reject names that are not UTF-8, which cannot be stored in columns."""
     for text in (row.image_id, row.name):
         if text.encode("utf-8", "ignore").decode() != text:
             raise Unusable("name is not text", f"the name {text!r} is not text")
@@ -251,10 +251,10 @@ def clean_line(text: str) -> str:
 
 
 def row_digest(image: bytes, captions: list[str], image_id: str, name: str) -> str:
-    """128 bits of all that a row holds but where it came from; 32 hexadecimal digits."""
+    """128-bit hash of the content of a row without its origin; 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (image, image_id.encode(), name.encode(), *(caption.encode() for caption in captions)):
-        # with its length, so that parts cannot run into each other: "ab", "c" is not "a", "bc"
+        # with its length, so that "ab", "c" differs from "a", "bc"
         digest.update(len(part).to_bytes(8, "big"))
         digest.update(part)
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""One shard of a prepared set, made by one process: images decoded, made small, hashed and encoded, captions cleaned.
+"""One shard of a prepared set, made by one process: images decoded, shrunk, hashed and encoded, captions cleaned.
 
-A shard is an Arrow stream; beside it a note in `.making/` says what it was made of, so that a run that was killed
-makes no shard twice. What a shard holds depends on its rows and the settings alone.
+A shard is an Arrow stream. A note in `.making/` records what it was made from, so that a killed run makes no shard
+twice. The content of a shard depends only on its rows and the settings.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from maskvlm.data.raw.base import BadRow, RawRow
 
 
 class Job(NamedTuple):
-    """The rows of one shard, which has this number in its split."""
+    """The rows of one shard, and its number in its split."""
 
     split: str
     number: int
@@ -39,12 +39,12 @@ class Job(NamedTuple):
 
 
 class ShardNote(NamedTuple):
-    """What a shard consists of; kept as its note. file: "" where no row could be used.
+    """The content of a shard, stored as its note. file: "" if no row could be used.
 
     Attributes:
-        key: of settings and raw rows.
-        digests: 32 hexadecimal digits a row, of what it holds.
-        kept: images that are as they were, byte for byte.
+        key: hash of settings and raw rows.
+        digests: hashes of the rows' content, 32 hexadecimal digits per row.
+        kept: number of images stored unchanged, byte for byte.
     """
 
     key: str
@@ -67,20 +67,20 @@ class PreparationStopped(Exception):
 
 
 def shard_name(job: Job) -> str:
-    """Relative to the set's folder."""
+    """Path of a job's shard, relative to the set's folder."""
     return f"{job.split}/data-{job.number:05}.arrow"
 
 
 def note_file(root: Path, split: str, number: int) -> Path:
-    """Where a shard's note is while the set is made."""
+    """Path of a shard's note while the set is being prepared."""
     return root / MAKING / f"{split}-{number:05}.json"
 
 
 def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], None] = lambda used: None) -> ShardNote:
-    """Make the shard, or find that it is there already.
+    """Make the shard, unless it already exists.
 
     Args:
-        root: the set's folder; `.making/` and the split's folder are in it.
+        root: the set's folder, with `.making/` and the split's folder in it.
         tick: called after each row with whether it was used; may raise to stop.
 
     Raises:
@@ -88,23 +88,23 @@ def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], 
     """
     note, key = note_file(root, job.split, job.number), job_key(settings, job)
     if (shard_note := there_already(root, note, key)) is not None:
-        # the bar moves on as if they had been made
+        # advance the progress bar as if they had been made
         for used in (True,) * shard_note.rows + (False,) * len(shard_note.left_out):
             tick(used)
         return shard_note
     try:
-        # an old shard without its note must not stay beside a new note that knows no shard
+        # an old shard must not stay next to a new note that lists no shard
         (root / shard_name(job)).unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write_set(root / shard_name(job), error) from error
     maker = RowMaker(job.split != IMAGES, settings, tick)
     sink: HashingSink | None = None
     batches = maker.batches(job.rows)
-    # no file where no row can be used
+    # no file if no row can be used
     if (first := next(batches, None)) is not None:
         with whole_set_file(root / shard_name(job)) as file:
             sink = HashingSink(file)
-            # a batch at a time, so that memory holds one batch, not a shard
+            # a batch at a time, so that only one batch is in memory
             with pa.ipc.new_stream(pa.PythonFile(sink, "w"), SCHEMA) as stream:
                 stream.write_batch(first)
                 for batch in batches:
@@ -121,13 +121,13 @@ def make_shard(root: Path, settings: Settings, job: Job, tick: Callable[[bool], 
         left_out=maker.left_out,
         mended=maker.mended,
     )
-    # after the shard: a note vouches for a shard that is complete
+    # after the shard, as a note certifies that its shard is complete
     write_set_json(note, shard_note._asdict(), indent=None)
     return shard_note
 
 
 class HashingSink:
-    """A file to write to whose hash is known at the end without reading it again."""
+    """A writable file that computes its hash while it is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha256, self.size, self.closed = file, hashlib.sha256(), 0, False
@@ -139,7 +139,7 @@ class HashingSink:
         return len(chunk)
 
     def flush(self) -> None:
-        """The file is flushed by who opened it."""
+        """Do nothing: the file is flushed by whoever opened it."""
 
     def tell(self) -> int:
         return self.size
@@ -152,48 +152,47 @@ class HashingSink:
 
 
 def job_key(settings: Settings, job: Job) -> str:
-    """Changes with anything that the shard depends on: settings, libraries, rows, and the files of images (by
-    size and time)."""
-    # other versions of these may give other bytes
+    """A hash of everything that the shard depends on: settings, libraries, rows, and image files (by size and time)."""
+    # other versions of these may give different bytes
     made_by = (FORMAT, KIND, PIL.__version__, features.version("jpg"), SCHEMA.metadata)
     digest = hashlib.sha256(repr((made_by, settings, job.split, job.number)).encode())
     for row in job.rows:
         image = stamp(row.image) if isinstance(row, RawRow) else None
-        # the image stands first in a `RawRow`: its stamp is in its place
+        # the image is the first field of a `RawRow`: its stamp replaces it
         digest.update(repr((image, row[1:] if isinstance(row, RawRow) else row)).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
 
 
 def stamp(image: str | bytes) -> tuple[Any, ...]:
-    """What tells an image from another one without decoding it."""
+    """Identifies an image without decoding it."""
     if isinstance(image, bytes):
         return (len(image), hashlib.sha256(image).hexdigest())
     try:
         status = os.stat(image)
     except (OSError, ValueError):
         return (image,)
-    # size and time stand for the content: no image is read for it
+    # size and time stand for the content, so that no image is read
     return (image, status.st_size, status.st_mtime_ns)
 
 
 def read_note(note: Path) -> ShardNote:
-    """Raises OSError, ValueError, KeyError or TypeError where there is no whole note."""
+    """Read a note. Raises OSError, ValueError, KeyError or TypeError if there is no intact note."""
     with opened(note) as stream:
         content = load_json(stream.read(), note)
     for name in ("left_out", "mended"):
-        # json made lists of the tuples
+        # JSON turned the tuples into lists
         content[name] = [RowNote(*entry) for entry in content[name]]
     return ShardNote(**content)
 
 
 def there_already(root: Path, note: Path, key: str) -> ShardNote | None:
-    """What an earlier run made of the same rows, if the shard is still as it was then."""
+    """The note of an earlier run on the same rows, if its shard is unchanged; else None."""
     try:
         shard_note = read_note(note)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     split, _, number = note.stem.rpartition("-")
-    # the note may come from a stranger: it names no other file than its own shard
+    # the note may be untrusted: it must name no file but its own shard
     if shard_note.key != key or shard_note.file not in ("", f"{split}/data-{number}.arrow"):
         return None
     shard = root / shard_note.file

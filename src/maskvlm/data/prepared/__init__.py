@@ -1,1 +1,1 @@
-"""Sets that `maskvlm data` wrote."""
+"""Reads prepared data sets, written by `maskvlm data`."""

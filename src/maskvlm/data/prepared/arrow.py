@@ -1,12 +1,12 @@
-"""Where the values of a shard lie in its file, found without trusting it.
+"""Locates the values of a shard in its file without trusting the file.
 
-A shard is an Arrow stream of the columns of `manifest.SCHEMA`. Arrow's own reader maps such a file into memory; there
-a wrong offset, a file that is cut while it is mapped, or a disk that fails ends the process without a word (SIGSEGV,
-SIGBUS). So the frames of the stream are read here, every number in them is held against the size of the file, and
-values are read from the file in pieces: whatever happens to it is an exception.
+A shard is an Arrow stream with the columns of `manifest.SCHEMA`. Arrow's own reader maps such a file into memory, where
+a wrong offset, a file truncated while it is mapped, or a failing disk kills the process silently (SIGSEGV, SIGBUS).
+Therefore the frames of the stream are parsed here, every number in them is checked against the size of the file, and
+values are read from the file in pieces, so that any damage is an exception.
 
-The format: arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc; the frames are
-flatbuffers: a table starts with the distance to the list of its fields' places.
+The format: arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc. The frames are
+flatbuffers, in which a table starts with the distance to the list of its fields' positions.
 """
 
 import struct
@@ -19,10 +19,10 @@ import pyarrow as pa
 from maskvlm.data.prepared.manifest import SCHEMA, VALUES
 
 Read = Callable[[int, int], bytes]
-"""Offset and size -> so many bytes of the file, all of them."""
+"""Offset and size -> exactly that many bytes of the file."""
 
 MOST_META = 1_000_000
-"""Bytes of a frame; those of a prepared set have some 1,000."""
+"""Maximum bytes of a frame; those of a prepared set have some 1,000."""
 
 _CONTINUES = 0xFFFFFFFF
 _SCHEMA, _BATCH = 1, 3  # kinds of frames
@@ -40,8 +40,8 @@ class Piece(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of a batch: where its offsets and values lie. A list of texts has the offsets of its texts here; the
-    offsets within them are in `inner`.
+    """The positions of a column's offsets and values in a batch. For lists of texts, these are the offsets of the
+    lists; the offsets of the texts are in `inner`.
 
     Attributes:
         rows: number of values.
@@ -54,7 +54,7 @@ class Column(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """A batch of rows."""
+    """A batch of rows, with the positions of its columns."""
 
     rows: int
     columns: dict[str, Column]
@@ -64,16 +64,16 @@ class Placed(NamedTuple):
 
 
 def batches(read: Read, size: int) -> Iterator[Placed]:
-    """The batches of a stream, in their order.
+    """The batches of a stream, in order.
 
     Args:
         read: reads from the file.
-        size: of the file.
+        size: size of the file.
 
     Raises:
-        Damaged: it is no such stream, has other columns, is cut short, or a number in it leads out of it.
+        Damaged: it is not such a stream, has other columns, is cut short, or a number in it points outside.
     """
-    # a stream: a frame with the columns, a frame a batch, a frame that ends it
+    # a stream: a frame with the columns, a frame per batch, a frame that ends it
     position, first = 0, True
     while position < size:
         meta, body = frame(read, position, size)
@@ -82,11 +82,11 @@ def batches(read: Read, size: int) -> Iterator[Placed]:
                 raise Damaged(f"{size - body:,} bytes follow its end" if not first else "it has no columns")
             return
         kind, header, length = message(meta)
-        # the values must be there before anybody reads a place in them
+        # the values must exist before any of them is read
         if body + length > size:
             raise Damaged("cut short")
         if first:
-            # Arrow parses only this: from memory, and no values
+            # Arrow parses only this part: from memory, and without values
             check_schema(read(position, body - position), kind)
         elif kind != _BATCH:
             raise Damaged(f"a frame of kind {kind}")
@@ -97,10 +97,10 @@ def batches(read: Read, size: int) -> Iterator[Placed]:
 
 
 def frame(read: Read, position: int, size: int) -> tuple[bytes, int]:
-    """The frame at a position, b"" for the one that ends the stream, and where it ends."""
+    """The frame at a position (b"" for the one that ends the stream) and the position of its end."""
     if position + 8 > size:
         raise Damaged("cut short")
-    # the mark, the length of what follows; length 0 ends the stream
+    # the marker and the length of what follows; length 0 ends the stream
     mark, length = struct.unpack("<II", read(position, 8))
     end = position + 8 + length
     if mark != _CONTINUES or length > MOST_META or end > size:
@@ -109,8 +109,8 @@ def frame(read: Read, position: int, size: int) -> tuple[bytes, int]:
 
 
 def message(meta: bytes) -> tuple[int, int, int]:
-    """Kind of a frame, where its table is, and how many bytes of values follow."""
-    # where the table `Message` begins; its fields 1 to 3 are kind, header and length
+    """Kind of a frame, position of its table, and number of bytes of values that follow."""
+    # position of the table `Message`; its fields 1 to 3 are kind, header and length
     root = read_number(meta, "<I", 0)
     kind_at, header_at, length_at = (field(meta, root, index) for index in (1, 2, 3))
     length = read_number(meta, "<q", length_at) if length_at else 0
@@ -120,7 +120,7 @@ def message(meta: bytes) -> tuple[int, int, int]:
 
 
 def check_schema(content: bytes, kind: int) -> None:
-    """Refuse a stream of other columns than a prepared set's. content: the first frame with its size before it."""
+    """Raise Damaged unless the columns are a prepared set's. content: the first frame, preceded by its size."""
     if kind != _SCHEMA:
         raise Damaged("it does not begin with its columns")
     try:
@@ -136,17 +136,17 @@ def check_schema(content: bytes, kind: int) -> None:
 
 
 def read_number(meta: bytes, kind: str, position: int) -> int:
-    """A number of a frame, of a kind of `struct`."""
+    """A number in a frame; kind: format for `struct`."""
     if not 0 <= position <= len(meta) - struct.calcsize(kind):
         raise Damaged("a number that leads out of its frame")
     return int(struct.unpack_from(kind, meta, position)[0])
 
 
 def field(meta: bytes, table: int, index: int) -> int:
-    """Where a table's field is; 0 where it has none."""
-    # the list of places lies at a signed distance before the table
+    """Position of a table's field; 0 if it is absent."""
+    # the list of positions is at a signed distance before the table
     places = table - read_number(meta, "<i", table)
-    # the list begins with its own size and the table's, 2 bytes each
+    # the list starts with its own size and the table's, 2 bytes each
     at = 4 + 2 * index
     if at + 2 > read_number(meta, "<H", places):
         return 0
@@ -155,7 +155,7 @@ def field(meta: bytes, table: int, index: int) -> int:
 
 
 def follow(meta: bytes, position: int) -> int:
-    """Where a reference leads."""
+    """The position to which a reference points."""
     return position + read_number(meta, "<I", position)
 
 
@@ -165,7 +165,7 @@ def pairs(meta: bytes, table: int, index: int) -> list[tuple[int, int]]:
     if not at:
         return []
     at = follow(meta, at)
-    # a list begins with its number of entries; a pair has 16 bytes
+    # a list starts with its number of entries; a pair has 16 bytes
     count = read_number(meta, "<I", at)
     if at + 4 + 16 * count > len(meta):
         raise Damaged("a list that leads out of its frame")
@@ -179,13 +179,13 @@ def pairs(meta: bytes, table: int, index: int) -> list[tuple[int, int]]:
 
 
 def placed(meta: bytes, header: int, body: int, length: int) -> Placed:
-    """Where the columns of a batch lie, whose values are the `length` bytes from `body` on."""
+    """The positions of the columns of a batch, whose values are the `length` bytes from `body` on."""
     # fields of `RecordBatch`: length, nodes, buffers, compression
     at, packed = field(meta, header, 0), field(meta, header, 3)
     rows = read_number(meta, "<q", at) if at else 0
     if packed or rows < 0:
         raise Damaged("packed values" if packed else "a batch of less than no rows")
-    # nodes: (rows, nulls) a column; buffers: (offset, size); both in the order of the columns
+    # nodes: (rows, nulls) per column; buffers: (offset, size); both in the order of the columns
     nodes, buffers = iter(pairs(meta, header, 1)), iter(pairs(meta, header, 2))
 
     def count(expected: int | None) -> int:
@@ -203,7 +203,7 @@ def placed(meta: bytes, header: int, body: int, length: int) -> Placed:
 
     def column(kind: str, expected: int | None) -> Column:
         number = count(expected)
-        piece(0)  # which values there are: all of them
+        piece(0)  # the validity bitmap: there are no nulls
         if kind == "uint64":
             # plain numbers have no offsets
             return Column(number, Piece(body, 0), piece(8 * number))
@@ -213,10 +213,10 @@ def placed(meta: bytes, header: int, body: int, length: int) -> Placed:
             return Column(number, offsets, Piece(body, 0), column("string", None))
         return Column(number, offsets, piece(0))
 
-    # VALUES is in the order of the schema, which has been checked
+    # VALUES has the order of the schema, which has been checked
     kinds = {name: "list" if isinstance(kind, list) else kind for name, kind in VALUES.items()}
     columns = {name: column(kind, rows) for name, kind in kinds.items()}
-    # what is left over belongs to no column
+    # anything left over belongs to no column
     if next(nodes, None) or next(buffers, None):
         raise Damaged("more columns than it names")
     return Placed(rows, columns)
@@ -242,13 +242,13 @@ def value(read: Read, column: Column, kind: Any, row: int) -> Any:
 
 
 def numbers(read: Read, column: Column, row: int, count: int) -> tuple[int, ...]:
-    """Where `count` values from a row on begin, and where the last of them ends."""
+    """The start positions of `count` values from a row on, and the end of the last one."""
     offsets = struct.unpack(
         "<2i" if count == 1 else f"<{count + 1}i", read(column.offsets.offset + 4 * row, 4 * count + 4)
     )
-    # offsets of a list count texts, all others bytes
+    # offsets of lists count texts, all others count bytes
     most = column.values.size if column.inner is None else column.inner.rows
-    # rising and within the column: every value in between is, too
+    # sorted, with the first and last within the column, so that all are
     if offsets[0] < 0 or offsets[-1] > most or offsets != tuple(sorted(offsets)):
         raise Damaged("a value that leads out of its column")
     return offsets
@@ -267,7 +267,7 @@ def array(read: Read, column: Column, kind: Any) -> pa.Array:
     offsets, values = (pa.py_buffer(read(*piece)) for piece in (column.offsets, column.values))
     try:
         if kind == "uint64":
-            # the first buffer tells which values are null: None, as all are there
+            # the first buffer is the validity bitmap: None, as there are no nulls
             arrow_array = pa.Array.from_buffers(pa.uint64(), column.rows, [None, values])
         elif column.inner is not None:
             inner = array(read, column.inner, kind[0])
@@ -282,10 +282,10 @@ def array(read: Read, column: Column, kind: Any) -> pa.Array:
 
 
 def check_arrow(read: Read, batch: Placed) -> None:
-    """Refuse a batch whose offsets or texts are damaged; images are checked when they are decoded."""
+    """Raise Damaged for a batch with damaged offsets or texts; images are checked when they are decoded."""
     for name, column in batch.columns.items():
         if VALUES[name] != "binary":
             array(read, column, VALUES[name])
         elif column.rows:
-            # images: their offsets alone, as their bytes are nearly all of the shard
+            # images: only their offsets, as their bytes are nearly all of the shard
             numbers(read, column, 0, column.rows)

@@ -1,4 +1,4 @@
-"""Whether a prepared set is still what its manifest says: every byte, every row, every split."""
+"""Checks that a prepared set is still as its manifest says: every byte, every row, every split."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -20,11 +20,11 @@ from maskvlm.data.streaming.pool import process_context, watched
 from maskvlm.utils.errors import ExitCode, UserError
 
 SAMPLE = 500
-"""Images of a split that are decoded where not all are."""
+"""Number of images per split to decode if not all are decoded."""
 
 
 class CheckedShard(NamedTuple):
-    """Findings in a shard. faults: lines; digests: those of its rows, joined."""
+    """Findings in a shard. faults: one line each; digests: those of its rows, joined."""
 
     faults: list[str]
     digests: str
@@ -34,12 +34,12 @@ class CheckedShard(NamedTuple):
 
 
 def check_set(root: Path, every: bool = False, workers: int = 1, say: Callable[[str], None] = print) -> list[str]:
-    """What is wrong with a set, one line a fault; nothing where it is whole.
+    """The faults of a set, one line each; empty if it is intact.
 
     Args:
-        every: decode each image, not a sample of SAMPLE a split.
-        workers: processes, 1 or more.
-        say: takes the line that says what is in it.
+        every: decode every image, not a sample of SAMPLE per split.
+        workers: number of processes, 1 or more.
+        say: called with a line on the content of the set.
 
     Raises:
         UserError: there is no manifest to compare with.
@@ -58,7 +58,7 @@ def check_set(root: Path, every: bool = False, workers: int = 1, say: Callable[[
             digest, totals, unread = hashlib.sha256(), [0, 0], False
             for shard in spread(partial(check_shard, root, step), split["shards"]):
                 faults += shard.faults
-                # the hash of the split is over the rows' digests, whatever shards they lie in
+                # the hash of the split is over the rows' digests, independent of their shards
                 digest.update(shard.digests.encode())
                 totals = [totals[0] + shard.rows, totals[1] + shard.captions]
                 decoded += shard.decoded
@@ -76,7 +76,7 @@ def check_set(root: Path, every: bool = False, workers: int = 1, say: Callable[[
 
 @contextmanager
 def report_kills(root: Path) -> Iterator[None]:
-    """Raises UserError (74) where a process of the check was killed."""
+    """Raise UserError (74) if a process of the check was killed."""
     try:
         yield
     except BrokenProcessPool as error:
@@ -85,12 +85,12 @@ def report_kills(root: Path) -> Iterator[None]:
 
 
 def check_shard(root: Path, step: int, shard: dict[str, Any]) -> CheckedShard:
-    """One shard; every `step`-th of its images is decoded."""
+    """Check one shard; every `step`-th of its images is decoded."""
     path, faults, digests, captions, decoded = root / shard["file"], list[str](), list[str](), 0, 0
     try:
         check_below(path, root)
         check_shard_size(path, shard["bytes"])
-        # other bytes: what is in them need not be parsed
+        # if the bytes differ, their content need not be parsed
         if (there := sha256_of_part(path)) != shard["sha256"]:
             fault = f"{path}: sha256 is {there[:16]}..., the manifest says {shard['sha256'][:16]}..."
             return CheckedShard([fault], "", 0, 0, 0)
@@ -113,7 +113,7 @@ def check_shard(root: Path, step: int, shard: dict[str, Any]) -> CheckedShard:
 
 
 def check_rows(folder: Path, split: dict[str, Any], totals: list[int], sha256: str) -> Iterator[str]:
-    """What is wrong with the rows of a split as a whole."""
+    """Faults in the rows of a split as a whole."""
     for name, there in zip(("pictures", "captions"), totals, strict=True):
         if there != split[name]:
             label = "images" if name == "pictures" else name
@@ -123,7 +123,7 @@ def check_rows(folder: Path, split: dict[str, Any], totals: list[int], sha256: s
 
 
 def check_written(folder: Path, split: dict[str, Any]) -> Iterator[str]:
-    """Whether `datasets` would read the shards of the manifest."""
+    """Check that `datasets` would read the shards in the manifest."""
     state = folder / "state.json"
     try:
         check_below(state, folder.parent)
@@ -139,7 +139,7 @@ def check_written(folder: Path, split: dict[str, Any]) -> Iterator[str]:
 
 
 def other_files(root: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the files beside the shards."""
+    """Faults in the files other than shards."""
     for name, sha256 in manifest["files"].items():
         try:
             check_below(root / name, root)

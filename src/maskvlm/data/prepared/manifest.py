@@ -1,10 +1,10 @@
-"""The prepared form on disk: names, columns, and small files that are written whole or not at all.
+"""The prepared form on disk: names, columns, and small files that are written atomically.
 
-manifest.json                     written last: where it is, the set is complete
-dataset_dict.json                 with <split>/state.json and dataset_info.json, as `datasets.load_from_disk` wants
+manifest.json                     written last: if it exists, the set is complete
+dataset_dict.json                 with <split>/state.json and dataset_info.json, for `datasets.load_from_disk`
 <split>/data-00000.arrow          Arrow streams of some thousand rows
 skipped.jsonl, first-look.png, annotation files
-.making/                          only while it is made: what each finished shard was made of
+.making/                          only during preparation: what each finished shard was made from
 """
 
 import errno
@@ -29,7 +29,7 @@ from maskvlm.utils.whole_files import whole_file
 
 MANIFEST, SKIPPED, LOOK, MAKING = "manifest.json", "skipped.jsonl", "first-look.png", ".making"
 IMAGES = "pictures"
-"""The one split of an annotated set."""
+"""The only split of an annotated set."""
 
 SPLITS = ("train", "val", "test", IMAGES)
 PACKAGES = ("maskvlm", "pillow", "numpy", "pyarrow", "datasets")
@@ -49,11 +49,11 @@ FEATURES = {
     else {"dtype": kind, "_type": "Value"}
     for name, kind in VALUES.items()
 }
-"""Types of the columns as `datasets` notes them; written out here so that no process has to import it (a second)."""
+"""Column types as stored by `datasets`; written out here so that no process has to import it (a second)."""
 
 SCHEMA = pa.schema(
     [(name, pa.list_(pa.string()) if isinstance(kind, list) else getattr(pa, kind)()) for name, kind in VALUES.items()],
-    # the key under which `datasets` looks for its own types
+    # the key under which `datasets` stores its own types
     {"huggingface": json.dumps({"info": {"features": FEATURES}})},
 )
 
@@ -63,10 +63,10 @@ SCHEMA = pa.schema(
 
 @contextmanager
 def whole_set_file(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that appears under its name complete and on the disk, or not at all.
+    """A new file that appears under its name complete and on disk, or not at all.
 
     Raises:
-        UserError: the disk is full (74) or the folder cannot be written (73); what was there before is whole.
+        UserError: the disk is full (74) or the folder cannot be written (73); the previous file is intact.
     """
     check_set_path(path)
     try:
@@ -78,14 +78,14 @@ def whole_set_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def check_set_path(path: Path) -> None:
-    """Refuse what no file or folder can be called, or what could not be shown and found again.
+    """Check that a path is a possible name of a file or folder, and can be displayed.
 
     Raises:
         UserError: it has a null byte, is not text, or is too long (73).
     """
     try:
         str(path).encode()
-        # asks the file system, which alone knows how long a name may be
+        # only the file system knows how long a name may be
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return
@@ -96,14 +96,14 @@ def check_set_path(path: Path) -> None:
 
 
 def plain_name(path: Path) -> str:
-    """A path for messages: printable, and not longer than a line."""
+    """A path for messages: printable, and shortened if long."""
     text = clean_caption(str(path))[0]
     return text if len(text) <= 300 else f"{text[:150]}...{text[-100:]}"
 
 
 def cannot_write_set(path: Path, error: OSError) -> UserError:
-    """What stands in the way of an output, as the user's error."""
-    # the disk is full, or the user's share of it
+    """The error for an output that cannot be written."""
+    # the disk is full, or the user's quota is used up
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     todo = "Free some space and run the same again" if full else "Check the folder, or name another one"
     code = ExitCode.IO_ERROR if full or error.errno == errno.EIO else ExitCode.CANNOT_CREATE
@@ -112,14 +112,14 @@ def cannot_write_set(path: Path, error: OSError) -> UserError:
 
 
 def write_set_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Write plain data as JSON into a `whole_set_file`."""
+    """Write plain data as JSON to a `whole_set_file`."""
     with whole_set_file(path) as file:
         file.write((json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
 
 def write_dataset_files(folder: Path, files: list[str], fingerprint: str, licence: str) -> None:
-    """What `datasets.load_from_disk` reads of a split besides its shards."""
-    # the names that `Dataset.save_to_disk` writes
+    """Write the files that `datasets.load_from_disk` reads for a split besides its shards."""
+    # the keys that `Dataset.save_to_disk` writes
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in files],
         "_fingerprint": fingerprint,
@@ -138,10 +138,10 @@ def write_dataset_files(folder: Path, files: list[str], fingerprint: str, licenc
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """What a prepared set says about itself.
+    """Read the manifest of a prepared set.
 
     Raises:
-        UserError: there is none, it is unfinished, or its manifest is damaged, of another version, or a link.
+        UserError: there is no set, it is unfinished, or its manifest is damaged, of another version, or a link.
     """
     path = root / MANIFEST
     if not path.is_file():
@@ -158,7 +158,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 
 def tool_versions() -> dict[str, str | None]:
-    """What the set is made with."""
+    """Versions of the software used to prepare a set."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -169,7 +169,7 @@ def tool_versions() -> dict[str, str | None]:
 
 
 def sha256_of_part(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex. Raises UserError where it cannot be read."""
+    """SHA-256 of a file's bytes, in hex. Raises UserError if it cannot be read."""
     with opened(path, "Run `maskvlm data` again, or fetch the file") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -178,7 +178,7 @@ def sha256_of_part(path: Path) -> str:
 
 
 def amount(number: int) -> str:
-    """`118,287`, and from a million on in a published count `2.95 M`."""
+    """`118,287`, or from a million on `2.95 M`; for published counts."""
     return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:.3g} M"
 
 
@@ -189,7 +189,7 @@ def coverage(images: int, published: int | None) -> str:
         return words
     share = 100 * images / published
     if images < published:
-        share = min(share, 99)  # rounded, 99.6 % would read as all of them
+        share = min(share, 99)  # 99.6 % would be rounded to 100 %
     # two digits below 10 %
     percent = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
     return f"{words}, {percent} % of the published {amount(published)}"

@@ -1,7 +1,7 @@
-"""What a `manifest.json` may say: one closed schema, as it may come from a stranger with the set it belongs to.
+"""The closed schema of `manifest.json`, which may come with its set from an untrusted source.
 
-What is not named here is not read. Names of files are plain names inside the set's folder; texts that are shown are one
-printable line; numbers have bounds, so that nothing is allocated on a stranger's word.
+Keys not listed here are not read. File names are plain names inside the set's folder; displayed texts are one printable
+line; numbers have bounds, so that an untrusted file cannot cause huge allocations.
 """
 
 import re
@@ -20,20 +20,20 @@ FORMAT = 1
 MOST_BYTES = 200_000_000
 """Largest size of a manifest: a shard takes 200 bytes, so this is a billion images."""
 
-MOST = 2**53  # of anything that is counted
+MOST = 2**53  # of any count
 PLAIN = r"(?!\.)[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,200}"
-"""A name of a file, or of a folder: not hidden, no `..`, no way to another folder, nothing that a terminal obeys."""
+"""Name of a file or folder: not hidden, no `..`, no path to another folder, no control characters."""
 
 
 class Wrong(Exception):
-    """Where in the document, and what is wrong there."""
+    """The place in the document, and what is wrong there."""
 
 
 Kind = Callable[[Any, str], Any]
 
 
 def count(value: Any, where: str) -> int:
-    """A number of things."""
+    """A count."""
     # `type`: true is an int for isinstance
     if type(value) is not int or not 0 <= value <= MOST:
         raise Wrong(f"{where} is {_describe(value)} instead of a number from 0 to 2^53")
@@ -41,19 +41,19 @@ def count(value: Any, where: str) -> int:
 
 
 def line(value: Any, where: str) -> str:
-    """A text to show: what could reach a terminal as a command is dropped."""
+    """A text for display: control characters are dropped."""
     return clean_caption(exact(value, where))[0]
 
 
 def exact(value: Any, where: str) -> str:
-    """A text to compare."""
+    """A text for comparison."""
     if type(value) is not str or len(value) > 10_000:
         raise Wrong(f"{where} is {_describe(value)} instead of a text of at most 10,000 characters")
     return value
 
 
 def fitting(pattern: str, what: str) -> Kind:
-    """A text of a form."""
+    """A text that matches a pattern."""
 
     def kind(value: Any, where: str) -> str:
         if type(value) is not str or not re.fullmatch(pattern, value):
@@ -75,7 +75,7 @@ def several(of: Kind, most: int) -> Kind:
 
 
 def each(of: Kind, most: int = 10_000, name: Kind = line) -> Kind:
-    """An object of any keys."""
+    """An object with any keys."""
 
     def kind(value: Any, where: str) -> dict[str, Any]:
         if type(value) is not dict or len(value) > most:
@@ -86,16 +86,16 @@ def each(of: Kind, most: int = 10_000, name: Kind = line) -> Kind:
 
 
 def keys_of(needed: dict[str, Kind], optional: dict[str, tuple[Kind, Any]]) -> Kind:
-    """An object of these keys; those that are not needed have a value to take where they are absent."""
+    """An object with these keys; optional keys have a default."""
 
     def kind(value: Any, where: str) -> dict[str, Any]:
         if type(value) is not dict:
             raise Wrong(f"{where} is {_describe(value)} instead of an object")
-        # keys at the top are named without the document
+        # top-level keys are named without the document
         inner = {name: f"{where}.{name}" if where != DOCUMENT else name for name in (*needed, *optional)}
         if absent := [name for name in needed if name not in value]:
             raise Wrong(f"key '{inner[absent[0]]}' is missing")
-        # a new object: keys that are not named here do not come along
+        # a new object, without keys that are not listed here
         fields = {name: of(value[name], inner[name]) for name, of in needed.items()}
         for name, (of, default) in optional.items():
             fields[name] = of(value[name], inner[name]) if value.get(name) is not None else default
@@ -105,14 +105,14 @@ def keys_of(needed: dict[str, Kind], optional: dict[str, tuple[Kind, Any]]) -> K
 
 
 def fact(value: Any, where: str) -> Any:
-    """A plain value that is shown to nobody."""
+    """A plain value that is not displayed."""
     if value is None or type(value) in (bool, float) or (type(value) is int and abs(value) <= MOST):
         return value
     return exact(value, where)
 
 
 def facts(value: Any, where: str) -> dict[str, Any]:
-    """Plain values by name, and such objects."""
+    """Plain values by name, or objects of such values."""
     inner = each(lambda value, where: each(fact)(value, where) if type(value) is dict else fact(value, where))
     values: dict[str, Any] = inner(value, where)
     return values
@@ -166,18 +166,18 @@ MANIFEST_KIND = keys_of(
 
 
 def checked_manifest(content: bytes, path: Path) -> dict[str, Any]:
-    """What a manifest says, as far as it is known here.
+    """The content of a manifest, restricted to known keys.
 
     Args:
-        content: of the file; at most MOST_BYTES.
-        path: names it in errors.
+        content: content of the file; at most MOST_BYTES.
+        path: path of the file, for errors.
 
     Raises:
         UserError: it is damaged, of another kind, or of a newer version.
     """
     document = load_json(content, path)
     format_number = document.get("format") if isinstance(document, dict) else None
-    # before the schema: a newer form may have other keys, and that should be the message
+    # before the schema, as a newer format may have other keys but should be reported as such
     if type(format_number) is int and format_number != FORMAT:
         what = f"is of format {str(format_number)[:20]}, not of {FORMAT}"
         raise UserError(path, what, "Read it with the version that made it", ExitCode.BAD_DATA)

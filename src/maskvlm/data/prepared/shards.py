@@ -1,4 +1,4 @@
-"""Shards of a prepared set: rows by number, columns without images, read from their files in pieces (`arrow.py`)."""
+"""Shards of a prepared set: rows by number and columns without images, read from file in pieces (`arrow.py`)."""
 
 import os
 from bisect import bisect_right
@@ -16,7 +16,8 @@ from maskvlm.data.safe_open import check_below, opened, special
 from maskvlm.utils.errors import ExitCode, UserError
 
 MOST_OPEN = 128
-"""Files that stay open: of more shards, each is opened for each row, as a process may have a thousand or so."""
+"""Maximum number of files to keep open, as a process may have a thousand or so; with more shards, each is opened for
+every row."""
 
 
 class ShardSource:
@@ -27,11 +28,11 @@ class ShardSource:
         self._file: Any = None
 
     def read(self, offset: int, size: int) -> bytes:
-        """So many bytes, all of them. Raises UserError where the file ends before, or cannot be read."""
+        """Exactly `size` bytes. Raises UserError if the file ends before, or cannot be read."""
         if self._content is not None:
             chunk = self._content[offset : offset + size]
         elif self._file is not None:
-            # pread has no position of its own: processes may share the open file
+            # pread uses no file position, so processes may share the open file
             chunk = self._pread(self._file.fileno(), size, offset)
         else:
             with self._opened() as file:
@@ -43,7 +44,7 @@ class ShardSource:
     def _pread(self, file: int, size: int, offset: int) -> bytes:
         try:
             chunk = os.pread(file, size, offset)
-            # one call gives at most 2 GB, and may give less; b"" is the end of the file
+            # one call returns at most 2 GB, and may return less; b"" is the end of the file
             while chunk and len(chunk) < size and (more := os.pread(file, size - len(chunk), offset + len(chunk))):
                 chunk += more
             return chunk
@@ -70,13 +71,13 @@ class Shard:
     """The rows of one shard.
 
     Raises:
-        UserError: it is no Arrow stream of a prepared set, or is damaged; images are checked when they are decoded.
+        UserError: it is not an Arrow stream of a prepared set, or is damaged; images are checked when decoded.
     """
 
     def __init__(self, source: ShardSource) -> None:
         self._source = source
         try:
-            # the places of all values, checked once
+            # the positions of all values, checked once
             self.batches: list[Placed] = [*batches(source.read, source.size())]
             for batch in self.batches:
                 check_arrow(source.read, batch)
@@ -98,7 +99,7 @@ class Shard:
             raise self._as_user_error(error) from error
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One after the other."""
+        """All rows, in order."""
         for batch in self.batches:
             for row in range(batch.rows):
                 yield {name: self.value(batch, name, row) for name in VALUES}
@@ -118,44 +119,44 @@ class ShardBatch(NamedTuple):
 
 
 class PreparedShards:
-    """Rows of several shards, opened when first asked for one; pickled as the list of their names.
+    """Rows of several shards, which are opened at first use; pickled as the list of their names.
 
     Args:
         root: the set's folder.
-        shards: as the manifest lists them.
+        shards: as listed in the manifest.
 
     Raises:
-        UserError: a shard is not there or not as long as it was.
+        UserError: a shard is missing or has another size.
     """
 
     def __init__(self, root: Path, shards: list[dict[str, Any]]) -> None:
         self.root, self.shards = root, shards
         for shard in shards:
             check_below(root / shard["file"], root)
-            # cheap, for each shard at once: a cut file is told before training starts
+            # cheap enough for all shards now, so that a truncated file is reported before training starts
             check_shard_size(root / shard["file"], shard["bytes"])
         self._parts: list[ShardBatch] | None = None
         self._ends: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # open files cannot be pickled: a data worker opens its own
+        # open files cannot be pickled, so a data worker opens its own
         return {"root": self.root, "shards": self.shards, "_parts": None, "_ends": []}
 
     def __len__(self) -> int:
         return sum(shard["rows"] for shard in self.shards)
 
     def parts(self) -> list[ShardBatch]:
-        """The batches of all shards; where values lie, not the values."""
+        """The batches of all shards, with the positions of values but not the values."""
         if self._parts is None:
             parts: list[ShardBatch] = []
             for each in self.shards:
-                # opening a shard checks it; done by each process for itself
+                # opening a shard checks it; each process does so for itself
                 shard = read_shard(self.root / each["file"], keep=len(self.shards) <= MOST_OPEN)
                 if len(shard) != each["rows"]:
                     raise damaged(self.root / each["file"], f"has {len(shard)} rows, the manifest says {each['rows']}")
                 parts += [ShardBatch(shard, batch) for batch in shard.batches]
             self._ends = [*accumulate(part.batch.rows for part in parts)]
-            # last: a failure on the way leaves nothing half made
+            # last, so that a failure leaves no partial state
             self._parts = parts
         return self._parts
 
@@ -179,12 +180,12 @@ class PreparedShards:
 
 
 def read_shard(path: Path, keep: bool = False) -> Shard:
-    """A shard in a file. keep: leave the file open. Raises UserError as `Shard`."""
+    """Open a shard file. keep: keep the file open. Raises UserError like `Shard`."""
     return Shard(ShardSource(path, keep=keep))
 
 
 def check_shard_size(path: Path, size: int) -> None:
-    """Refuse a shard that is not what the manifest says, as far as can be seen from outside."""
+    """Raise UserError if a shard's file is not as the manifest says, without reading it."""
     try:
         status = os.stat(path)
     except OSError:
@@ -196,6 +197,6 @@ def check_shard_size(path: Path, size: int) -> None:
 
 
 def damaged(path: Path, what: str, code: ExitCode = ExitCode.BAD_DATA) -> UserError:
-    """A shard that is not as it was made."""
+    """The error for a damaged shard."""
     todo = f"`maskvlm data-check {path.parent.parent}` tells what else is; fetch it again or prepare anew"
     return UserError(path, what, todo, code)

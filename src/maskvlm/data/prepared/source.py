@@ -1,9 +1,9 @@
 """Prepared sets (see `manifest.py`) as sources of pairs.
 
-Rows are read from the shards' files: neither a large set nor many processes cost memory, and a data worker that is
-handed a split gets the names of files only.
+Rows are read from the shards' files: neither a large set nor many processes cost memory, and a data worker receives
+only the file names of a split.
 
-Shapes: N rows, P images a row (one).
+Shapes: N rows, P images per row (one).
 """
 
 import copy
@@ -26,20 +26,20 @@ from maskvlm.data.subset import first_images, row_ids
 from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
-HOLD_OUT = 3  # the purpose of these lots, see `subset.lots`
+HOLD_OUT = 3  # the purpose of these random draws, see `subset.lots`
 UNREADABLE = "unreadable lines of skipped.jsonl"
 MOST_LISTED = 1000
-"""Rows left out that a split lists for each reason; skipped.jsonl has them all."""
+"""Number of left-out rows that a split lists per reason; skipped.jsonl has all of them."""
 
 
 class PreparedPairs:
     """One split of a prepared set.
 
     Attributes:
-        fingerprint: of what the rows hold; the same wherever the set lies and however it is cut into shards.
-        skipped: rows that a run leaves out: none, as all that are here can be used.
-        unprepared: reason -> rows that preparing left out or mended, the first MOST_LISTED of each. Preparing has told
-            them, so that only an evaluation's card counts them again.
+        fingerprint: hash of the rows' content, independent of where the set is and how it is split into shards.
+        skipped: rows that a run leaves out: none, as all rows here can be used.
+        unprepared: reason -> rows that preparation left out or repaired, the first MOST_LISTED of each. Preparation has
+            reported them, so only an evaluation's card counts them again.
         row_N: the rows of the stored split that are in this one; None: all.
     """
 
@@ -53,7 +53,7 @@ class PreparedPairs:
         self._length = len(self._shards)
 
     def only(self, row_N: np.ndarray) -> "PreparedPairs":
-        """Some of its rows, as a split of its own."""
+        """A subset of the rows, as a split of its own."""
         # shallow: both share the shards and their open files
         part = copy.copy(self)
         part.row_N, part._length = row_N, len(row_N)
@@ -66,7 +66,7 @@ class PreparedPairs:
 
     def place(self, index: int) -> int:
         """The row's number in the stored split. Raises IndexError."""
-        # also from the end, and IndexError outside
+        # supports negative indices, and raises IndexError outside
         number = range(self._length)[index]
         return number if self.row_N is None else int(self.row_N[number])
 
@@ -80,7 +80,7 @@ class PreparedPairs:
         )
 
     def captions(self, index: int) -> list[str]:
-        """Those of an image, without reading it."""
+        """The captions of an image, without reading the image."""
         return list(self._shards.value("captions", self.place(index)))
 
     def image_ids(self) -> Iterator[str]:
@@ -95,12 +95,12 @@ class PreparedPairs:
 
 
 class Prepared(Source):
-    """A set that `maskvlm data` has made (a `Source`).
+    """A set prepared by `maskvlm data` (a `Source`).
 
     Args:
-        root: its folder.
-        hold_out: where the set has no `val` split, so many training images (but at most a twentieth of them), chosen
-            by their ids, are `val` and not trained on. 0: such a set has no `val`.
+        root: the set's folder.
+        hold_out: if the set has no `val` split, hold out this many training images (at most a twentieth of them),
+            chosen by id, as `val`. 0: such a set has no `val`.
     """
 
     def __init__(self, root: str, hold_out: int = 0) -> None:
@@ -111,10 +111,10 @@ class Prepared(Source):
         """The pairs of one split.
 
         Raises:
-            UserError: there is no finished set, it has no such split, or a shard is not as it was.
+            UserError: there is no finished set, it has no such split, or a shard is missing or damaged.
         """
         splits = read_manifest(self.root)["splits"]
-        # both parts follow from the ids alone, so `train` and `val` never overlap
+        # both parts depend on the ids only, so `train` and `val` never overlap
         if self.hold_out and name in ("train", "val") and "train" in splits and "val" not in splits:
             return self._parted(PreparedPairs(self.root, "train", splits["train"]), name)
         if name not in splits:
@@ -131,7 +131,7 @@ class Prepared(Source):
         return PreparedPairs(self.root, name, splits[name])
 
     def _parted(self, pairs: PreparedPairs, name: str) -> PreparedPairs:
-        """The part of a set's only split that is trained on, or the part that is not."""
+        """The training part of a split, or its held-out part."""
         ids_NP = row_ids(pairs)
         assert ids_NP is not None
         share = min(self.hold_out / len(pairs), 0.05)
@@ -140,14 +140,14 @@ class Prepared(Source):
         train_N = np.setdiff1d(np.arange(len(pairs)), val_N)
         # (N,)
         hash_N = pairs.column("phash").to_numpy()
-        copy_N = near(hash_N[train_N], hash_N[val_N])  # the same photo may be there under two names
+        copy_N = near(hash_N[train_N], hash_N[val_N])  # the same photo may occur under two names
         copies = int(copy_N.sum())
         all_alike = bool(copy_N.all())
-        train_N = train_N if all_alike else train_N[~copy_N]  # where all are alike, nothing else is left
+        train_N = train_N if all_alike else train_N[~copy_N]  # if all look alike, nothing else would be left
         if not len(train_N):
             what, todo = "all its images would be held out for validation", "Prepare more images"
             raise UserError(self.root, what, todo, ExitCode.BAD_DATA)
-        # told once, though both splits come here
+        # reported once, although both splits get here
         if name == "train" and rank() == 0:
             message = f"{len(val_N):,} of its {len(pairs):,} images are held out of training for it"
             if copies:
@@ -156,14 +156,14 @@ class Prepared(Source):
             print(f"{self.root} has no val split: {message}", flush=True)
         part = pairs.only(train_N if name == "train" else val_N)
         if name == "val":
-            part.unprepared = {}  # they were rows of `train`: no row counts twice
+            part.unprepared = {}  # they were rows of `train`, and no row counts twice
         return part
 
 
 def read_skipped(path: Path, split: str) -> dict[str, list[str]]:
     """Reason -> origins of the split's rows; the last entry says how many more there are.
 
-    Nothing depends on it but what is told: what cannot be read of it is listed under a reason of its own.
+    It is only used for reporting, so unreadable lines are just listed under a reason of their own.
     """
     listed: dict[str, list[str]] = {}
     more: Counter[str] = Counter()
@@ -177,7 +177,7 @@ def read_skipped(path: Path, split: str) -> dict[str, list[str]]:
             more[reason] += 1
 
     try:
-        # as the file may come from a stranger, each line is checked by itself
+        # each line is checked by itself, as the file may be untrusted
         for number, text, problem in text_lines(path):
             entry = skipped_entry(text) if not problem else None
             if entry is None:
@@ -186,14 +186,14 @@ def read_skipped(path: Path, split: str) -> dict[str, list[str]]:
                 add(one_line(entry["reason"]), one_line(entry["origin"]))
     except UserError as error:
         add(UNREADABLE, str(error))
-    # a last entry tells of those that are not listed
+    # a last entry counts those that are not listed
     for reason, count in more.items():
         listed[reason].append(f"and {count:,} more, in {path}")
     return listed
 
 
 def skipped_entry(text: str) -> dict[str, str] | None:
-    """A line of skipped.jsonl; None where it is none."""
+    """An entry of skipped.jsonl; None if the line is not valid."""
     try:
         entry = parse_json(text)
     except (ValueError, RecursionError):

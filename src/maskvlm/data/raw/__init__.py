@@ -1,6 +1,6 @@
-"""Raw sets by name: each read as it is distributed, into rows of images with captions.
+"""Raw sets by name: each is read as distributed, into rows of images with captions.
 
-`open_raw` is the door; what a row is stands in `base`, which files a set may have in the `open_...` functions.
+`open_raw` is the entry point; `base` defines rows, and the `open_...` functions say which files a set may have.
 """
 
 import difflib
@@ -45,7 +45,7 @@ SETS: dict[str, Opener] = {
     "folder": open_folder,
     "hf": open_hub,
 }
-"""Name -> how to open it, given RAW, the name that starts its ids, and the columns."""
+"""Name -> function that opens the set, given RAW, the prefix of its ids, and the columns."""
 
 FACTS: dict[str, Facts] = {
     "coco": coco_flickr.COCO,
@@ -61,23 +61,23 @@ FACTS: dict[str, Facts] = {
     "nlvr_pairs": annotated.NLVR_PAIRS,
     "snli_ve": annotated.SNLI_VE,
 }
-"""Facts about the published sets among SETS; the other entries are forms in which people keep their own data."""
+"""Facts about the published sets in SETS; the other entries are formats for users' own data."""
 
 WITH_COLUMNS = ("csv", "jsonl", "folder", "hf", "webdataset", "sbu", "cc3m", "cc12m")
 
 
 def check_file_or_folder(path: Path) -> None:
-    """Refuse what is neither a file nor a folder: a pipe, such as `<(...)`, a socket, a device."""
+    """Raise UserError for anything but a file or folder: a pipe, such as `<(...)`, a socket, a device."""
     if os.path.exists(path) and not os.path.isdir(path):
         check_plain(path, os.stat(path).st_mode)
 
 
 def reader_of(path: str) -> type[RawSet]:
-    """The reader of a set that this project does not know, by the path of its class, `acme.birds.Birds`. Only what
-    somebody types is looked up here, never what a file says.
+    """The third-party reader of a set, by the import path of its class, `acme.birds.Birds`. Only for paths typed by the
+    user, never for values from a file.
 
     Raises:
-        UserError: it cannot be imported, or is no `RawSet` (66).
+        UserError: it cannot be imported, or is not a `RawSet` (66).
     """
     module, _, name = path.rpartition(".")
     try:
@@ -92,32 +92,32 @@ def reader_of(path: str) -> type[RawSet]:
 
 
 def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name: str | None = None) -> RawSet:
-    """A raw set, found but not yet read.
+    """Open a raw set, without reading it yet.
 
     Args:
-        name: one of SETS, or the path of a class, see `reader_of`.
+        name: one of SETS, or the import path of a class, see `reader_of`.
         raw: its folder or file; for `hf` also a name on the hub.
-        columns: role ("image", "caption", "id", "split") -> name of a column, where the table's own are to be found
-            under other names than the usual.
-        as_name: starts the ids in place of `name`; sets whose photos are known elsewhere (COCO, Flickr) keep theirs.
+        columns: role ("image", "caption", "id", "split") -> name of a column, if the table does not use the usual
+            names.
+        as_name: prefix of the ids instead of `name`; sets whose photos are known elsewhere (COCO, Flickr) keep theirs.
 
     Raises:
-        UserError: there is no such set or role, RAW is not there, or none of the set's files is in it.
+        UserError: there is no such set or role, RAW does not exist, or contains none of the set's files.
     """
-    # a dot makes it the path of a class; no set of ours has one
+    # with a dot it is the path of a class; none of our sets has one
     kind = reader_of(name) if "." in name else None
     if kind is None and name not in SETS:
         near = difflib.get_close_matches(name, SETS, 1)
         todo = f"Did you mean {near[0]}? " if near else ""
         raise UserError("SET", f"there is no set {name!r}", f"{todo}Take one of {', '.join(SETS)}")
-    # names are checked before the files are looked at
+    # names are checked before the files
     if columns and (wrong := [role for role in columns if role not in ROLES]):
         raise UserError("columns", f"there is no role {wrong[0]!r}", f"Roles are {', '.join(ROLES)}")
     if columns and name not in WITH_COLUMNS:
         raise UserError("columns", f"set {name!r} has its own layout", "Leave the columns out, or take csv")
     path = Path(raw).expanduser()
     check_file_or_folder(path)
-    # of hf it may be a name on the hub
+    # for hf it may be a name on the hub
     if not raw.strip() or (name != "hf" and not os.path.exists(path)):
         todo = "Name the folder or file of the set as it was downloaded"
         raise UserError(raw or "data", "there is no such file or folder", todo, ExitCode.MISSING_INPUT)

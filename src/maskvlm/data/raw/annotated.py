@@ -1,6 +1,6 @@
-"""Sets whose examples the tasks read from their own files: here only their images, and which files go with them.
+"""Sets whose examples the tasks read from their own files: reads only their images, and finds their annotation files.
 
-Images are told by the same rules as in `tasks/*/data.py`, so that an id or a name means the same there.
+Images are identified by the same rules as in `tasks/*/data.py`, so that an id or a name means the same there.
 """
 
 import re
@@ -48,7 +48,7 @@ SNLI_VE = Facts(
 
 
 class Wanted(NamedTuple):
-    """Ids of images that the examples of a file are about, and which file of the folder each image is."""
+    """Ids of the images used by the examples of a file, and the image file for each id."""
 
     file: Path
     ids: list[str]
@@ -56,13 +56,13 @@ class Wanted(NamedTuple):
 
 
 class Annotated(RawSet):
-    """The images that the annotation files speak of, each once, by the names under which tasks look for them.
+    """The images referred to by the annotation files, each once, with the names under which tasks look for them.
 
-    `name` is relative to `images/` below the raw folder, or to the raw folder where there is no `images/`.
+    `name` is relative to `images/` in the raw folder, or to the raw folder if there is no `images/`.
 
     Args:
-        annotations: the set's files.
-        wanted: the files that name images, given all names of images there are.
+        annotations: the set's annotation files.
+        wanted: returns the files that refer to images, given the names of all images.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class Annotated(RawSet):
         self._wanted = wanted
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """File after file; an image that is not there is a bad row.
+        """Rows of one file after the other; a missing image is a bad row.
 
         Raises:
             UserError: an annotation file is damaged, or there is no image at all.
         """
-        # RAW is what the user gave, so it is what the error names
+        # the user gave RAW, so the error names it
         folder = image_folder(None, self.root, "RAW")
         left_out: dict[str, list[str]] = {}
         names, seen_ids, stored_ids, named = image_names(folder, left_out), set[str](), set[str](), set[str]()
@@ -88,8 +88,8 @@ class Annotated(RawSet):
                 name, origin = images.get(image_id), f"{file.name} ({image_id})"
                 if name is None and image_id not in seen_ids:
                     yield BadRow("missing image", origin, f"no image {image_id!r} in {one_line(folder)}", SPLIT)
-                # Two ids may be the same file, in which case its first id stays; a photo of COCO's may lie there as
-                # Visual Genome's, too.
+                # Two ids may refer to the same file, which then keeps its first id; a COCO photo may also be there as
+                # a Visual Genome photo.
                 elif name is not None and name not in named and image_id not in stored_ids:
                     named.add(name)
                     stored_ids.add(image_id)
@@ -102,8 +102,8 @@ class Annotated(RawSet):
 
 
 def open_vqav2(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """v2_OpenEnded_*_questions.json with v2_*_annotations.json; Visual Genome's question_answers.json may be there,
-    with image_data.json."""
+    """v2_OpenEnded_*_questions.json with v2_*_annotations.json; optionally Visual Genome's question_answers.json with
+    image_data.json."""
     return _open_vqa(Path(raw), VQAV2)
 
 
@@ -123,18 +123,18 @@ def _open_vqa(root: Path, facts: Facts) -> RawSet:
         for file in questions:
             with opened(file) as stream:
                 document = load_json(stream.read(), file)
-            # each file of questions is of a split, which tells the folder of its images
+            # each file of questions belongs to a split, which determines the folder of its images
             records = get(document, "questions", list, str(file), "VQA v2")
             # v2_OpenEnded_mscoco_train2014_questions.json -> mscoco_train2014
             part = re.sub(r"^v2_OpenEnded_|_?questions\.json$", "", file.name) or str(document.get("data_type"))
-            # what the ids begin with
+            # prefix of the ids
             family = family_of(part)
             places = ((f"{file} questions[{place}]", each) for place, each in enumerate(records))
             # the same ids as in `tasks/vqa/data.py`
             ids = [f"{family} {get(each, 'image_id', int, where, 'VQA v2')}" for where, each in places]
             yield Wanted(file, ids, images_by_number(names, part))
         for file in genome:
-            # Visual Genome's questions: a list, too large to be read at once
+            # Visual Genome's questions: a list too large to be read at once
             coco_ids = read_coco_ids(file.with_name(IMAGE_DATA))
             numbers = (get(each, "id", int, str(file), "Visual Genome") for each in json_items(file))
             ids = [genome_photo_id(number, coco_ids) for number in numbers]
@@ -169,7 +169,7 @@ def _open_nlvr(root: Path, facts: Facts) -> RawSet:
         for file in files:
             ids = []
             for where, _, record in json_lines(file):
-                # dev-850-0-0 -> dev-850-0: the last number is the sentence's
+                # dev-850-0-0 -> dev-850-0: the last number identifies the sentence
                 stem = get_name(record, "identifier", where, "NLVR2").rpartition("-")[0]
                 # left and right photo
                 ids += [f"nlvr2 {stem}-img{side}" for side in (0, 1)]
@@ -179,7 +179,7 @@ def _open_nlvr(root: Path, facts: Facts) -> RawSet:
 
 
 def open_snli_ve(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl: lines with Flickr30K_ID; any csv goes with them."""
+    """snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl: lines with Flickr30K_ID; any csv is copied too."""
     root = Path(raw)
     files = _with_key(root, "Flickr30K_ID")
     if not files:
@@ -200,7 +200,7 @@ def open_snli_ve(raw: str, name: str, columns: dict[str, str]) -> RawSet:
 
 
 def _files(root: Path, *kinds: str) -> list[Path]:
-    """Files of a folder by their names. Raises UserError where one is a link that leads out of it."""
+    """Files of a folder by name pattern. Raises UserError if one is a link that leads out of it."""
     files = sorted(file for kind in kinds for file in root.glob(kind) if file.is_file())
     for file in files:
         check_below(file, root)
@@ -208,12 +208,12 @@ def _files(root: Path, *kinds: str) -> list[Path]:
 
 
 def _with_key(root: Path, key: str) -> list[Path]:
-    """The files of lines of JSON in a folder whose first line has the key."""
+    """The JSON lines files in a folder whose first line contains the key."""
     files = _files(root, "*.json", "*.jsonl")
     matches = []
     for file in files:
         with opened(file) as stream:
-            # without parsing: the reader of the task does that
+            # without parsing, which the task's reader does
             if f'"{key}"'.encode() in stream.readline(100_000):
                 matches.append(file)
     return matches

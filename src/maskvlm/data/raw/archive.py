@@ -1,7 +1,7 @@
-"""Members of tar archives in the order in which they are written, whatever the archive holds: nothing is extracted.
+"""Members of untrusted tar archives, in the order in which they were written; nothing is extracted to disk.
 
-An archive is read to its true end. Archives that were joined (`cat a.tar b.tar`) are read one after the other; whatever
-else follows the mark that ends an archive is told.
+An archive is read to its actual end. Concatenated archives (`cat a.tar b.tar`) are read one after the other; anything
+else after the end marker of an archive is reported.
 """
 
 import bz2
@@ -27,8 +27,8 @@ CHUNK = 1 << 20
 
 
 class Unpacked(io.RawIOBase):
-    """What bzip2 or xz packed, in one stream or several joined; unlike `bz2.open` and `lzma.open` it refuses what
-    follows the last of them. Zeros may: tapes and xz pad with them."""
+    """Content compressed by bzip2 or xz, in one stream or several concatenated ones. Unlike `bz2.open` and `lzma.open`
+    it rejects data after the last stream, except zeros, with which tapes and xz pad."""
 
     def __init__(self, stream: IO[bytes], new: Callable[[], Any]) -> None:
         self._stream, self._new = stream, new
@@ -38,35 +38,35 @@ class Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read as raw streams do. Raises EOFError for a stream cut short, OSError or LZMAError for a damaged one."""
+        """Read like a raw stream. Raises EOFError for a truncated stream, OSError or LZMAError for a damaged one."""
         while True:
             packed = b""
             if self._unpacker.eof:
-                # a stream is over: what follows may be zeros, the next stream, or what a new unpacker refuses
+                # the stream has ended: zeros, another stream, or data that a new decompressor rejects may follow
                 packed = self._unpacker.unused_data
                 while not packed.strip(b"\x00") and (more := self._stream.read(CHUNK)):
                     packed = more
                 if not (packed := packed.lstrip(b"\x00")):
                     return 0
                 self._unpacker = self._new()
-            # within a stream the file may not end
+            # the file must not end within a stream
             elif self._unpacker.needs_input and not (packed := self._stream.read(CHUNK)):
                 raise EOFError("unexpected end")
-            # at most a buffer of content, however much the bytes would unpack to
+            # at most one buffer of content, however large the decompressed data
             if content := self._unpacker.decompress(packed, len(buffer)):
                 buffer[: len(content)] = content
                 return len(content)
 
 
 _READERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
-    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),  # refuses what follows by itself
+    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),  # rejects trailing data itself
     b"BZh": lambda stream: io.BufferedReader(Unpacked(stream, bz2.BZ2Decompressor), CHUNK),
     b"\xfd7zXZ": lambda stream: io.BufferedReader(Unpacked(stream, lzma.LZMADecompressor), CHUNK),
 }
 
 
 class Member(NamedTuple):
-    """A file of an archive with its content, or (reason, message); name "" where the archive itself is at fault."""
+    """A file of an archive with its content, or (reason, message); name "" if the archive itself is at fault."""
 
     name: str
     content: bytes
@@ -74,10 +74,10 @@ class Member(NamedTuple):
 
 
 class Forward:
-    """An archive's bytes that are read forward only and in bounded pieces; remembers what was read last.
+    """An archive's bytes, read only forward and in bounded pieces; remembers the last piece.
 
-    tarfile takes sizes from headers on trust: a header with a negative one would lead it round in circles, one with a
-    gigabyte of attributes into memory.
+    tarfile trusts the sizes in headers: a negative one would make it loop, and a gigabyte of attributes would be read
+    into memory.
     """
 
     def __init__(self, stream: IO[bytes], packed: bool) -> None:
@@ -86,10 +86,10 @@ class Forward:
         self.last = b""
 
     def read(self, size: int = -1) -> bytes:
-        # tarfile asks for as much as a header claims
+        # tarfile reads as much as a header claims
         if not 0 <= size <= MAX_FILE_BYTES + BLOCK:
             raise tarfile.ReadError("a header that claims too much")
-        # first what `rest` has read too far
+        # first the bytes that `rest` has put back
         self.last, self._returned = self._returned[:size], self._returned[size:]
         while len(self.last) < size and (more := self._stream.read(size - len(self.last))):
             self.last += more
@@ -102,7 +102,7 @@ class Forward:
     def seek(self, position: int, whence: int = 0) -> int:
         if whence != 0 or position < self._position:
             raise tarfile.ReadError("a header that leads backwards")
-        # a packed stream cannot jump: it is read over piece by piece
+        # a compressed stream cannot seek: it is skipped piece by piece
         while self._position < position and (self._packed or self._returned):
             if not self.read(min(CHUNK, position - self._position)):
                 return self._position
@@ -111,22 +111,22 @@ class Forward:
         return self._position
 
     def rest(self) -> tuple[int, bytes]:
-        """Where the next block is that is not all zeros, and the block; b"" where the file ends."""
+        """Position of the next block that is not all zeros, and the block; b"" at the end of the file."""
         start = self._position
         while chunk := self.read(CHUNK):
             if self._position - start > MAX_FILE_BYTES:
                 raise tarfile.ReadError(f"more than {MAX_FILE_BYTES:,} zeros after the end marker")
             if chunk.strip(b"\x00"):
-                # whole blocks of zeros: the next header begins with a block
+                # whole blocks of zeros, as the next header starts at a block
                 skipped = (len(chunk) - len(chunk.lstrip(b"\x00"))) // BLOCK * BLOCK
-                # given back, for the archive that may follow
+                # put back for an archive that may follow
                 self._returned = chunk[skipped:] + self._returned
                 self._position -= len(chunk) - skipped
                 return self._position, chunk[skipped : skipped + BLOCK]
         return self._position, b""
 
     def count(self, most: int) -> str:
-        """How many bytes are left, in words; of more than `most` only that."""
+        """Number of bytes left, in words; or that there are more than `most`."""
         start = self._position
         while self._position - start <= most and self.read(CHUNK):
             pass
@@ -138,14 +138,14 @@ class Forward:
 
 
 def members(file: Path | IO[bytes]) -> Iterator[Member]:
-    """The plain files of an archive, folders and hidden files left out; damage is a member with a problem.
+    """The plain files of an archive, without folders and hidden files; damage is a member with a problem.
 
     Reasons: "unsafe member name" (it leads out of the archive, or is not text), "not a plain file" (links, devices),
-    "too large" (over MAX_FILE_BYTES; the rest of a compressed archive is then not read, as that would unpack it),
-    "truncated archive", "damaged archive", "data after the end marker" (and no archive).
+    "too large" (over MAX_FILE_BYTES; the rest of a compressed archive is then not read, as that would decompress it),
+    "truncated archive", "damaged archive", "data after the end marker" (which are not an archive).
 
     Args:
-        file: its path, or the archive, open.
+        file: path of the archive, or the open archive.
     """
     try:
         if isinstance(file, Path):
@@ -164,7 +164,7 @@ def _unpacked(stream: IO[bytes]) -> Iterator[Member]:
     try:
         source = Forward(reader(stream) if reader else stream, reader is not None)
         yield from joined(source, reader is not None)
-    except Exception as error:  # tarfile and the unpackers raise over a dozen types on damaged bytes
+    except Exception as error:  # tarfile and the decompressors raise over a dozen types on damaged bytes
         if isinstance(error, OSError) and error.errno is not None:
             raise
         short = any(word in str(error) for word in ("unexpected end", "end-of-stream", "empty"))
@@ -174,7 +174,7 @@ def _unpacked(stream: IO[bytes]) -> Iterator[Member]:
 
 def joined(source: Forward, packed: bool) -> Iterator[Member]:
     """The members of an archive, and of those that follow it."""
-    # tarfile stops alike at the end mark, at a cut and at a header that it cannot read: the last block tells which
+    # tarfile stops the same way at the end marker, a truncation or an unreadable header: the last block tells which
     while (yield from _members(source, packed)):
         if len(source.last) < BLOCK:
             yield Member("", b"", ("truncated archive", "it ends without an end marker; what is before it was read"))
@@ -187,7 +187,7 @@ def joined(source: Forward, packed: bool) -> Iterator[Member]:
         if not block:
             return
         try:
-            # only to see whether another archive begins here
+            # only to check whether another archive starts here
             tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
         except tarfile.HeaderError:
             what = f"{source.count(MAX_FILE_BYTES)} that are no archive follow its end, from byte {position:,} on"
@@ -196,18 +196,18 @@ def joined(source: Forward, packed: bool) -> Iterator[Member]:
 
 
 def _members(source: Forward, packed: bool) -> Generator[Member, None, bool]:
-    """Those of one archive; false where the rest is not to be read."""
-    file: Any = source  # tarfile asks for no more than it has
-    # "r:": not packed; unpacking has been done in `Forward`'s stream
+    """The members of one archive; returns False if the rest must not be read."""
+    file: Any = source  # tarfile needs no other methods
+    # "r:": uncompressed; `Forward`'s stream has already been decompressed
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (header := tar.next()) is not None:
-            vars(tar)["members"] = []  # it keeps them all
+            vars(tar)["members"] = []  # tarfile would keep them all
             base = header.name.rpartition("/")[2]
-            # going on would unpack it
+            # continuing would decompress it
             if packed and header.size > MAX_FILE_BYTES:
                 yield Member(one_line(header.name) or NAMELESS, b"", ("too large", f"a file of {header.size:,} bytes"))
                 return False
-            # ".." is no hidden file but a name that leads out, which `_member` tells
+            # ".." is not a hidden file but a name that leads out, which `_member` reports
             if not header.isdir() and (not base.startswith(".") or base == ".."):
                 yield _member(tar, header)
     return True
@@ -223,4 +223,4 @@ def _member(tar: tarfile.TarFile, header: tarfile.TarInfo) -> Member:
         return Member(name, b"", ("too large", f"a file of {header.size:,} bytes"))
     # a file object within the archive; nothing is written
     stream = tar.extractfile(header)
-    return Member(name, stream.read() if stream else b"")  # raises where the archive ends within it
+    return Member(name, stream.read() if stream else b"")  # raises if the archive ends within it

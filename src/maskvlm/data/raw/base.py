@@ -1,4 +1,4 @@
-"""What every reader of a raw set hands out: good rows and bad rows in the order of the files."""
+"""The interface of readers of raw sets: good and bad rows in the order of the files."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ class RawRow(NamedTuple):
 
     Attributes:
         image: path of a file, or the encoded bytes (archives, Parquet, hub).
-        captions: as the file has them, not cleaned; () in annotated sets.
+        captions: as in the file, not cleaned; () in annotated sets.
         image_id: the same photo has the same id in every set: "coco 458752", "flickr 1000092795", "vg 2343".
         split: "train", "val" or "test"; "pictures" in annotated sets.
         origin: names the row in messages: file:line, `file image 12 (name.jpg)`, shard.tar!000001.jpg.
-        name: in annotated sets the path relative to the raw folder, by which readers of tasks find the image.
+        name: in annotated sets, the path relative to the raw folder, by which tasks find the image.
     """
 
     image: str | bytes
@@ -27,13 +27,13 @@ class RawRow(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row that the reader itself cannot use; handed out in sequence with the good ones.
+    """A row that the reader cannot use; returned in order among the good ones.
 
     Attributes:
         reason: short key to count by.
-        origin: as of `RawRow`.
-        message: one line: what is wrong with it.
-        split: as of `RawRow`, as far as known ("train" where not).
+        origin: as in `RawRow`.
+        message: one line on what is wrong with it.
+        split: as in `RawRow`, if known; else "train".
     """
 
     reason: str
@@ -46,9 +46,9 @@ class Facts(NamedTuple):
     """Facts about a set, as published.
 
     Attributes:
-        title: its full name.
-        images, captions: counts to compare with; None where unknown. Where the set is in the paper's 4-M mix, the
-            counts of that mix.
+        title: full name of the set.
+        images, captions: published counts for comparison; None if unknown. For sets in the paper's 4-M mix, the counts
+            of that mix.
         licence: one line.
     """
 
@@ -59,24 +59,24 @@ class Facts(NamedTuple):
 
 
 class RawSet(ABC):
-    """A set as it is distributed.
+    """A data set as distributed.
 
-    A reader of your own is a class of this kind: `maskvlm data acme.birds.Birds raw=FOLDER name=birds`.
+    Subclass this to write your own reader: `maskvlm data acme.birds.Birds raw=FOLDER name=birds`.
 
     Args:
-        raw: its folder or file.
-        name: the set's, starts the ids.
+        raw: folder or file of the set.
+        name: name of the set; prefix of the ids.
 
     Attributes:
         path: `raw` as a path.
-        facts: its title, published counts, licence.
-        annotations: files to copy beside the images (vqav2, nlvr2, snli_ve, daquar, nlvr_pairs).
-        notes: one line each about the set as a whole, complete when all rows were read: how images were found,
-            how many img2dataset asked for and got.
+        facts: title, published counts, licence.
+        annotations: files to copy next to the images (vqav2, nlvr2, snli_ve, daquar, nlvr_pairs).
+        notes: lines on the set as a whole, complete once all rows are read: how images were found, how many
+            img2dataset requested and received.
     """
 
     facts: Facts
-    # values of the class: a reader assigns lists of its own, and does not append to these
+    # class attributes: a reader assigns its own lists and must not append to these
     annotations: list[Path] = []
     notes: list[str] = []
 
@@ -85,7 +85,7 @@ class RawSet(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """Good and bad rows in a deterministic order; cheap: files of images are not opened here.
+        """Good and bad rows in a deterministic order; cheap, as image files are not opened here.
 
         Raises:
             UserError: the set as a whole cannot be read.

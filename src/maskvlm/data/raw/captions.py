@@ -1,4 +1,4 @@
-"""COCO, Flickr30k and Flickr8k: Karpathy's split, the official files, and the other forms they are passed on in."""
+"""COCO, Flickr30k and Flickr8k: Karpathy's split, the official files, and other forms of distribution."""
 
 import os
 import re
@@ -22,7 +22,7 @@ _MARKUP = re.compile(r"\[/EN#\S+ ([^\]]*)\]")
 
 
 class ImagesByName:
-    """The images of a set, anywhere in its folder: as they are named, else by the name alone."""
+    """The images of a set, anywhere in its folder: by their given path, else by file name."""
 
     def __init__(self, root: Path) -> None:
         self.root, self._inside = root.absolute(), Inside(root)
@@ -32,15 +32,15 @@ class ImagesByName:
         """The path, or (reason, message)."""
         if problem := name_problem(name):
             return "", ("unsafe name", f"{one_line(name)!r}: {problem}")
-        # as it is named, which costs no walk through the folder
+        # by the given path, which needs no walk through the folder
         for folder in ("", "images"):
             if os.path.isfile(path := os.path.join(self.root, folder, name)):
                 return (path, None) if self._inside.holds(path) else ("", leads_out(name, self.root))
         if self._index is None:
-            # made when it is first needed
+            # built at first use
             self._index = PhotoIndex(self.root)
         stem = PurePosixPath(name).stem
-        padded = re.fullmatch(r"COCO_(?:train|val)20\d\d_(\d{12})", stem)  # the images of 2017 have the number alone
+        padded = re.fullmatch(r"COCO_(?:train|val)20\d\d_(\d{12})", stem)  # the images of 2017 have only the number
         for each in (stem, padded[1]) if padded else (stem,):
             if path := self._index.find(each) or "":
                 return path, None
@@ -48,10 +48,10 @@ class ImagesByName:
 
 
 class CaptionSet(RawSet):
-    """Rows of one of the forms below, each with the names of its images.
+    """Rows of one of the formats below, with image names resolved to files.
 
     Args:
-        read: hands out (name of the image, captions, id, split, origin), or a bad row.
+        read: yields (name of the image, captions, id, split, origin), or a bad row.
     """
 
     def __init__(self, root: Path, facts: Facts, read: Callable[[], Iterator["CaptionRow | BadRow"]]) -> None:
@@ -78,7 +78,7 @@ CaptionRow = tuple[str, list[str], str, str, str]
 
 
 def flickr_id(name: str) -> str:
-    """`flickr` and the photo's number there, which starts the file's name: as in every other set of Flickr's photos."""
+    """`flickr` and the photo's Flickr number, which starts the file name: as in every other set of Flickr photos."""
     number = re.match(r"\d+", PurePosixPath(name).name)
     return f"flickr {number[0]}" if number else one_line(f"flickr {name}")
 
@@ -90,7 +90,7 @@ def karpathy(file: Path, prefix: str) -> Iterator[CaptionRow | BadRow]:
     """`images[]` with filename, filepath, split, sentences[].raw and cocoid.
 
     Raises:
-        UserError: the json as a whole cannot be read.
+        UserError: the JSON as a whole cannot be read.
     """
     with opened(file) as stream:
         images = get(load_json(stream.read(), file), "images", list, str(file), KARPATHY)
@@ -115,7 +115,7 @@ def _karpathy_row(image: Any, origin: str, prefix: str, photos: dict[str, str]) 
     split = split_named(get(image, "split", str, origin, KARPATHY))
     if split is None:
         return BadRow("unknown split", origin, f"split {one_line(image['split'], 40)!r}", "train")
-    # COCO's own number where there is one; a whole number may be 0
+    # COCO's own number if there is one; it may be 0
     own = next((image[key] for key in ("cocoid", "imgid") if image.get(key) is not None), name)
     return name, captions, photos.get(name) or one_line(f"{prefix} {own}"), split, origin
 
@@ -127,14 +127,14 @@ def official(files: list[Path]) -> Iterator[CaptionRow | BadRow]:
     """captions_train2014.json and the like: `images[]` (id, file_name), `annotations[]` (image_id, caption).
 
     Raises:
-        UserError: a json as a whole cannot be read.
+        UserError: a JSON file as a whole cannot be read.
     """
     layout = "COCO captions"
     for file in files:
         with opened(file) as stream:
             document = load_json(stream.read(), file)
         split = "train" if "train" in file.stem else "val"
-        # captions first: the file lists them apart from the images, in any order
+        # captions first, as the file lists them separately from the images, in any order
         captions: dict[Any, list[str]] = {}
         for position, record in enumerate(get(document, "annotations", list, str(file), layout)):
             where = f"{file.name} annotations[{position}]"
@@ -187,9 +187,9 @@ def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[CaptionRow |
     for record in table.records():
         values = dict(zip(table.columns, map(str.strip, record.fields), strict=False))
         problem = record.problem
-        # `raw` holds a JSON list, `comment` one caption a row
+        # `raw` holds a JSON list, `comment` one caption per row
         captions = [] if problem else _list(values[caption]) if caption == "raw" else [values[caption]]
-        # the table's own split, else that of lists beside it
+        # the table's own split, else that of the split lists
         split = split_named(values["split"]) if values.get("split") else split_of(values.get(image, ""))
         if captions is None:
             problem = ("malformed row", "the captions are no JSON list of texts")
@@ -216,7 +216,7 @@ def _named(merged: Merged) -> Iterator[CaptionRow]:
 
 
 def entities(folder: Path, split_of: Callable[[str], str]) -> Iterator[CaptionRow | BadRow]:
-    """Flickr30k Entities' `sentences/<photo>.txt`: one caption a line, its phrases in marks, which are taken away."""
+    """Flickr30k Entities' `sentences/<photo>.txt`: one caption per line; the markup of its phrases is removed."""
     inside = Inside(folder)
     for file in sorted(folder.glob("*.txt")):
         text, problem = read_text(file) if inside.holds(file) else ("", leads_out(file.name, folder))
@@ -230,12 +230,12 @@ def entities(folder: Path, split_of: Callable[[str], str]) -> Iterator[CaptionRo
 
 
 def split_lists(folder: Path) -> Callable[[str], str]:
-    """Split of a photo by the lists val.txt, flickr30k_val.txt, Flickr_8k.devImages.txt ...; "train" without one."""
+    """Split of a photo according to val.txt, flickr30k_val.txt, Flickr_8k.devImages.txt ...; "train" if not listed."""
     named: dict[str, str] = {}
     kinds = {"val": "val", "dev": "val", "test": "test"}
     for file in sorted(folder.glob("*.txt")):
         word = re.fullmatch(r"(?:flickr_?\d+k[_.])?(val|dev|test)(?:images)?\.txt", file.name, re.I)
-        # only files whose whole name says a split
+        # only files whose whole name denotes a split
         if word:
             check_below(file, folder)
             for line in text_lines(file):
@@ -245,16 +245,16 @@ def split_lists(folder: Path) -> Callable[[str], str]:
 
 
 def flickr_ids(name: Any, images: list[Any]) -> dict[str, str]:
-    """Path -> `flickr` and the photo's number there, which starts the file's name; where it names one photo only.
+    """Path -> `flickr` and the photo's Flickr number, with which its file name starts; only if the number is unique.
 
     The same photo then has the same id in Flickr8k, Flickr30k and SNLI-VE.
     """
     if not str(name).lower().startswith("flickr"):
         return {}
-    # malformed rows are told elsewhere
+    # malformed rows are reported elsewhere
     named = [image for image in images if isinstance(image, dict) and isinstance(image.get("filename"), str)]
     starts = [re.match(r"\d+", PurePosixPath(image["filename"]).name) for image in named]
-    # a number that starts several names is no photo's number
+    # a number that starts several names is not a photo's number
     count = Counter(start[0] for start in starts if start)
     pairs = zip(named, starts, strict=True)
     return {_path_of(image): f"flickr {start[0]}" for image, start in pairs if start and count[start[0]] == 1}

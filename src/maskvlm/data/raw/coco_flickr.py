@@ -1,4 +1,4 @@
-"""Opening the sets that are known by name: which of their files is there decides how they are read."""
+"""Opens COCO, Flickr30k and Flickr8k: the files that are present decide how they are read."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,7 +10,7 @@ from maskvlm.data.raw.captions import CaptionRow, CaptionSet
 from maskvlm.data.safe_open import check_below
 from maskvlm.utils.errors import ExitCode, UserError
 
-# Karpathy's files hold 123,287, 31,014 and 8,000 images with (but for a few) five captions each. The first
+# Karpathy's files have 123,287, 31,014 and 8,000 images with (except for a few) five captions each. The original
 # publication of Flickr30k (Young et al. 2014) has 31,783 photos.
 COCO = Facts(
     *("COCO Captions (Chen et al. 2015)", 123_287, 616_767),
@@ -23,7 +23,7 @@ FLICKR8K = Facts("Flickr8k (Hodosh et al. 2013)", 8_000, 40_000, FLICKR_TERMS)
 
 
 def find_file(root: Path, *names: str) -> Path | None:
-    """The first file of these names in the folder, in `annotations/` or `karpathy/`, or the folder itself as a file.
+    """The first file with one of these names in the folder, `annotations/` or `karpathy/`; `root` may also be the file.
 
     Raises:
         UserError: it is a link that leads out of the folder.
@@ -38,7 +38,7 @@ def find_file(root: Path, *names: str) -> Path | None:
 
 
 def no_files(root: Path, *forms: str) -> UserError:
-    """Says what was looked for."""
+    """The error for missing files, which lists the files looked for."""
     what = "none of the files of this set is here"
     return UserError(root, what, f"Looked for {', '.join(forms)}", ExitCode.MISSING_INPUT)
 
@@ -58,7 +58,7 @@ def open_coco(raw: str, name: str, columns: dict[str, str]) -> RawSet:
 
 
 def open_flickr30k(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """Karpathy's json, the hub's csv, the token file, Kaggle's results.csv, or the sentences of Flickr30k Entities."""
+    """Karpathy's JSON, the hub's csv, the token file, Kaggle's results.csv, or the sentences of Flickr30k Entities."""
     forms: Forms = {
         "dataset_flickr30k.json": (FLICKR30K_SPLIT, _karpathy),
         "flickr_annotations_30k.csv": (FLICKR30K_SPLIT, captions.hub_csv),
@@ -70,7 +70,7 @@ def open_flickr30k(raw: str, name: str, columns: dict[str, str]) -> RawSet:
 
 
 def open_flickr8k(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """Karpathy's json, or Flickr8k.token.txt."""
+    """Karpathy's JSON, or Flickr8k.token.txt."""
     forms: Forms = {"dataset_flickr8k.json": (FLICKR8K, _karpathy), "Flickr8k.token.txt": (FLICKR8K, captions.token)}
     return _open_flickr(Path(raw), forms)
 
@@ -85,7 +85,7 @@ def _karpathy(file: Path, _: Callable[[str], str]) -> Iterator[CaptionRow | BadR
 
 def _open_flickr(root: Path, forms: Forms) -> RawSet:
     folder = root if root.is_dir() else root.parent
-    # the first form that is there, Karpathy's before all others
+    # the first form present, Karpathy's before all others
     for name, (facts, read) in forms.items():
         # `sentences` is a folder, all others are files
         file = root / name if (root / name).is_dir() else find_file(root, name)

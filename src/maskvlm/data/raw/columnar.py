@@ -1,4 +1,4 @@
-"""Parquet files with images in them, as img2dataset and the Hugging Face hub have them."""
+"""Parquet files with images in them, as written by img2dataset and on the Hugging Face hub."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,14 +19,14 @@ BATCH = 32
 
 
 def _image_column(schema: pa.Schema, columns: dict[str, str]) -> str | None:
-    """A column of bytes, or of the hub's {bytes, path}."""
+    """Name of a column of bytes, or of the hub's {bytes, path}."""
     names = [columns["image"]] if "image" in columns else ROLES["image"]
     for name in names:
         if name in schema.names:
             kind = schema.field(name).type
             if _is_bytes(kind):
                 return name
-            # -1: no such field. A text there would be read as the path of any file.
+            # -1: no such field. A string there would be read as the path of any file.
             if pa.types.is_struct(kind) and (place := kind.get_field_index("bytes")) >= 0:
                 return name if _is_bytes(kind.field(place).type) else None
     return None
@@ -37,17 +37,17 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def has_images(file: Path, columns: dict[str, str]) -> bool:
-    """Whether a Parquet file holds images; one that cannot be read counts, so that it is reported."""
+    """Whether a Parquet file contains images; an unreadable one counts, so that it is reported."""
     try:
         with opened(file) as stream:
-            # the footer alone is read
+            # only the footer is read
             return _image_column(pq.read_schema(stream), columns) is not None
     except (UserError, OSError, ValueError, pa.ArrowException):
         return True
 
 
 def parquet_samples(file: Path | IO[bytes], columns: dict[str, str]) -> Iterator[KeyedFiles]:
-    """The rows of a file in their order; what cannot be read is one sample with a problem."""
+    """The rows of a file, in order; an unreadable part is one sample with a problem."""
     row = 0
     try:
         with ExitStack() as stack:
@@ -55,27 +55,27 @@ def parquet_samples(file: Path | IO[bytes], columns: dict[str, str]) -> Iterator
             parquet = stack.enter_context(pq.ParquetFile(stream))
             names = parquet.schema_arrow.names
             image = _image_column(parquet.schema_arrow, columns)
-            # a dictionary of the row would hold one of the two
+            # a dictionary of the row would only have one of the two
             if twice := [name for name in names if names.count(name) > 1]:
                 yield KeyedFiles("", "", {}, ("doubled column", f"column {one_line(twice[0])!r} stands there twice"))
                 return
             if image is None:
                 yield KeyedFiles("", "", {}, ("no image", "no column of images"))
                 return
-            # a few rows at a time: a row group may hold gigabytes of images
+            # a few rows at a time, as a row group may contain gigabytes of images
             for batch in parquet.iter_batches(BATCH):
-                batch.validate(full=True)  # a text that is no UTF-8, an offset that leads out of its column
+                batch.validate(full=True)  # texts that are not UTF-8, offsets that lead out of their column
                 for record in batch.to_pylist():
                     yield _sample(record, image, row)
                     row += 1
     except UserError as error:
         yield KeyedFiles("", "", {}, ("unreadable", one_line(error.what)))
-    except Exception as error:  # of Arrow's own kinds, and of Python's where a date or a number is none
+    except Exception as error:  # Arrow's own types, and Python's for an invalid date or number
         yield KeyedFiles("", "", {}, ("damaged archive", f"{one_line(error, 80)}; what is before row {row} was read"))
 
 
 def _sample(record: dict[str, Any], image: str, row: int) -> KeyedFiles:
-    # what is left are the row's own facts
+    # what remains is the row's metadata
     content = record.pop(image)
     if isinstance(content, dict):
         content = content.get("bytes")

@@ -1,4 +1,4 @@
-"""Which column of a table is the image, the caption, the id, the split; rows of one image become one row."""
+"""Finds a table's columns for image, caption, id and split, and merges the rows of one image."""
 
 import difflib
 import os
@@ -28,7 +28,7 @@ ROLES = {
     "id": ("image_id", "img_id", "imgid", "photo_id", "key", "id"),
     "split": ("split", "subset", "partition"),
 }
-"""Role -> names of columns, the first that is there is taken; case, spaces and `-` or `_` make no difference."""
+"""Role -> column names; the first one present is used. Case does not matter, nor do spaces, `-` or `_`."""
 
 SPLITS = {
     **dict.fromkeys(("train", "training", "restval", ""), "train"),
@@ -38,10 +38,10 @@ SPLITS = {
 
 
 def find_columns(there: Sequence[str], given_columns: dict[str, str], where: object) -> dict[str, str]:
-    """Role -> the column's own name; roles without a column are left out.
+    """Role -> name of the column; roles without a column are left out.
 
     Raises:
-        UserError: a given column, the image or the caption is not there; it lists those that are.
+        UserError: a given column, the image or the caption is missing; lists the columns that exist.
     """
     listed = ", ".join(repr(one_line(name, 40)) for name in there[:30]) or "none"
     for role, name in given_columns.items():
@@ -49,15 +49,15 @@ def find_columns(there: Sequence[str], given_columns: dict[str, str], where: obj
             near = difflib.get_close_matches(name, there, 1)
             todo = f"Take {near[0]!r}" if near else f"Name the column of the {role} as it is in the file"
             raise UserError(where, f"no column {name!r} (there are {listed})", todo, ExitCode.BAD_DATA)
-    # reversed: of names that are alike the first column stays
+    # reversed, so that the first of several similar columns is kept
     folded = {_folded(name): name for name in reversed(there)}
-    # what the user named goes before what is guessed
+    # columns named by the user take precedence over guesses
     columns = dict(given_columns)
     for role, names in ROLES.items():
         fitting = [folded[each] for each in names if each in folded]
         if fitting and role not in columns:
             columns[role] = fitting[0]
-    # all that lack in one line: who mends the first need not come back for the second
+    # all missing columns in one line, so that the user can fix them at once
     if lacking := [role for role in ("image", "caption") if role not in columns]:
         what = f"no column for the {' and none for the '.join(lacking)} (there are {listed})"
         option = ",".join(f"{role}=NAME" for role in lacking)
@@ -75,16 +75,16 @@ def _folded(name: str) -> str:
 
 
 def split_named(value: object) -> str | None:
-    """ "training" -> "train", also of "train2014" and "train[:10%]"; None where it names none."""
-    # letters alone: "train2014" and "train[:10%]" begin with their split
+    """ "training" -> "train", also for "train2014" and "train[:10%]"; None if it does not name a split."""
+    # only letters: "train2014" and "train[:10%]" start with their split
     name = re.match(r"[a-z]*", str(value if value is not None else "").strip().lower())
     return SPLITS.get(name[0]) if name and (name[0] or not str(value or "").strip()) else None
 
 
 def split_of_path(path: str) -> str:
-    """The split that a word of a relative path names, the last such word; "train" where none does."""
+    """The split named by the last such word of a relative path; "train" if there is none."""
     words = [word for word in re.split(r"[^a-z]+", path.lower()) if word]
-    # the last one: the file's own name goes before its folders'
+    # the last one, so that the file's own name takes precedence over its folders'
     return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "train")
 
 
@@ -94,14 +94,14 @@ def split_of_path(path: str) -> str:
 FORMS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
 MOST_BESIDE = 200_000
-"""Files, and folders of them, that are looked at for names that are nearly the same; beyond it nothing is proposed."""
+"""Number of files and folders searched for similar names; beyond it nothing is suggested."""
 
 
 def name_problem(name: str) -> str | None:
-    """Why an image is not to be looked for under this name, or None."""
-    # the fast way, for nearly all names
+    """Why an image must not be looked up under this name, or None."""
+    # the fast path, for nearly all names
     if name.isascii() and not name.startswith("/") and ".." not in name and "\x00" not in name:
-        return None  # what follows takes some 10 us
+        return None  # the full check takes some 10 us
     path = PurePosixPath(name)
     if "\x00" in name or clean_caption(name)[1] == "surrogate":
         return "the name is not text"
@@ -111,40 +111,40 @@ def name_problem(name: str) -> str | None:
 
 
 class Folder:
-    """Where the images of a table lie: relative to the table, or in `images/` beside it.
+    """Finds the images of a table: relative to the table, or in `images/` next to it.
 
-    A name with the whole path is taken too where that is inside; no other file can be named. A letter with an accent
-    may be one character in the table and two on the disk (as macOS writes names), or the reverse: it is found.
+    An absolute path is also accepted if it is inside; no other file can be named. An accented letter may be one
+    character in the table and two on disk (as macOS writes names), or vice versa: it is found either way.
     """
 
     def __init__(self, root: Path) -> None:
         self.root, self._real = str(root.absolute()), os.path.realpath(root)
         self._inside = Inside(root)
-        # folder -> its names by what they are without regard to case; read where a name in it is missing
+        # folder -> its names by case-folded name; read when a name in it is missing
         self._beside: dict[str, dict[str, str]] = {}
         self._room = MOST_BESIDE
 
     def place(self, name: str) -> tuple[str, tuple[str, str] | None]:
         """The path of an existing file, or (reason, message)."""
         inside = name
-        # the path as given, and with its links followed
+        # the path as given, and with links resolved
         for root in (self.root, self._real):
             if name.startswith(f"{root}/") and ".." not in PurePosixPath(name).parts:
-                # a whole path within the folder, made relative to it
+                # an absolute path within the folder, made relative to it
                 inside = name[len(str(root)) + 1 :]
         if problem := name_problem(inside):
             return "", ("unsafe name", f"{one_line(name)!r}: {problem} {one_line(self.root)}")
         for spelled in spellings(inside):
             for folder in ("", "images"):
                 if os.path.isfile(path := os.path.join(self.root, folder, spelled)):
-                    # one spelling of a path, by which images are told apart: `a.jpg` and `./a.jpg` are one
+                    # a normalised path, as it identifies the image: `a.jpg` and `./a.jpg` are the same
                     return (
                         (os.path.normpath(path), None) if self._inside.holds(path) else ("", leads_out(name, self.root))
                     )
         return "", self._absence(name, inside)
 
     def _absence(self, name: str, inside: str) -> tuple[str, str]:
-        """(reason, message) for a name that no file has."""
+        """(reason, message) for a name without a file."""
         quoted_name = repr(one_line(name))
         if ADDRESS.match(name):
             return "address", f"{quoted_name}: addresses are not fetched; download the images first"
@@ -155,8 +155,8 @@ class Folder:
         return "missing image", f"{quoted_name} is not in {one_line(self.root)}{question}"
 
     def _other_case(self, folder: str, inside: str) -> str | None:
-        """The name of a file that differs in capitals alone, as the table would have it. It is told and not taken: it
-        may be another image."""
+        """The name of a file that differs only in case, as it would be written in the table. It is suggested but not
+        used, as it may be another image."""
         place, last = os.path.split(inside)
         looked_at = os.path.join(self.root, folder, place)
         if looked_at not in self._beside and self._room > 0:
@@ -169,27 +169,27 @@ class Folder:
             self._room -= len(names) + 1
         near = self._beside.get(looked_at, {}).get(folded_name(last))
         path = os.path.join(looked_at, near) if near else ""
-        # a link out of the folder is not even named
+        # a link out of the folder is not even suggested
         return os.path.join(place, near) if near and os.path.isfile(path) and self._inside.holds(path) else None
 
 
 def spellings(name: str) -> list[str]:
-    """The name, and the same text with accents as characters of their own, and without such."""
+    """The name, and the same text with decomposed and with composed accents."""
     return [name] if name.isascii() else [*dict.fromkeys([name, *(unicodedata.normalize(f, name) for f in FORMS)])]
 
 
 def folded_name(name: str) -> str:
-    """Equal for names that differ in capitals, or in how accents are written."""
+    """A form of the name that is equal for names that differ only in case or in the encoding of accents."""
     return unicodedata.normalize("NFC", name.casefold())
 
 
 def leads_out(name: str, root: object) -> tuple[str, str]:
-    """(reason, message) for a file that is, or lies behind, a link to somewhere else."""
+    """(reason, message) for a file that is, or is reached through, a link to somewhere else."""
     return LEADS_OUT, f"{one_line(name)!r} leads out of {one_line(root)}: copy there what it leads to"
 
 
 def not_looked_at(left_out: dict[str, list[str]], root: object, split: str) -> Iterator[BadRow]:
-    """A bad row for each file that a `Walk` through a folder has left out."""
+    """A bad row for each file that a `Walk` through a folder has skipped."""
     for reason, paths in left_out.items():
         for path in paths:
             yield BadRow(reason, one_line(path), f"{one_line(path)!r} in {one_line(root)} is not looked at", split)
@@ -199,15 +199,15 @@ def not_looked_at(left_out: dict[str, list[str]], root: object, split: str) -> I
 
 
 class Merged:
-    """Rows of a table, merged by image: the first names id, split and place, each adds its captions.
+    """Rows of a table, merged by image: the first row sets id, split and place, and each row adds its captions.
 
-    Keeps path, id, split, place and captions of every image, and no more.
+    Keeps only path, id, split, place and captions of every image.
 
     Args:
-        file: how places are named: `<file>:<place>`.
-        prefix: of ids.
-        identity: path of the image and the table's own id, if any -> its id; by default prefix and own id, else
-            prefix and path.
+        file: name of the file in places: `<file>:<place>`.
+        prefix: prefix of ids.
+        identity: path of the image and the table's own id, if any -> id of the image; by default prefix and own id,
+            else prefix and path.
     """
 
     def __init__(self, file: str, prefix: str, identity: Callable[[str, str], str] | None = None) -> None:
@@ -219,8 +219,8 @@ class Merged:
     def add(
         self, path: str, captions: Iterable[str], split: str, place: int, own: str = "", name: str = ""
     ) -> BadRow | None:
-        """Take in a row; it is bad where its image is in another split, or its id is another image's."""
-        # the image was there: its captions are added
+        """Add a row; it is bad if its image is in another split, or its id belongs to another image."""
+        # a known image: only its captions are added
         if row := self._rows.get(path):
             if row[2] != split:
                 what = f"its image is in split {row[2]!r} at {self._file}:{row[0]}"

@@ -1,4 +1,4 @@
-"""Own data: images named in a csv, tsv or jsonl file, or lying in a folder with their captions beside them."""
+"""Users' own data: images listed in a csv, tsv or jsonl file, or in a folder with caption files next to them."""
 
 import os
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ UNKNOWN_LICENCE = "not known to this program: see where the data is from"
 
 
 class FileRow(NamedTuple):
-    """A row of a file: its values by role, or (reason, message)."""
+    """A row of a file: values by role, or (reason, message)."""
 
     place: int
     values: dict[str, Any]
@@ -28,16 +28,16 @@ class FileRow(NamedTuple):
 
 
 class TableSet(RawSet):
-    """Rows of one or several csv, tsv, jsonl or json files; rows of the same image in one file are one image's
-    captions, in another file of the split they are duplicates.
+    """Rows of one or several csv, tsv, jsonl or json files. Rows with the same image in one file are merged into one
+    image with several captions; in different files of a split they are duplicates.
 
-    Images are named relative to their file, or to `images/` beside it. Where no column says the split, the file's
-    name does (`val.csv`), else it is `train`.
+    Image names are relative to their file, or to `images/` next to it. Without a column for it, the split is given by
+    the file's name (`val.csv`), else it is `train`.
 
     Args:
-        files: of one kind.
-        name: the set's, starts the ids.
-        columns: role -> column, for those that are not to be found by their names.
+        files: files of one kind.
+        name: name of the set; prefix of the ids.
+        columns: role -> column, for columns that cannot be found by name.
     """
 
     def __init__(self, files: list[Path], name: str, columns: dict[str, str] | None = None) -> None:
@@ -45,14 +45,14 @@ class TableSet(RawSet):
         self.facts, self.notes = Facts(name, None, None, UNKNOWN_LICENCE), []
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """Rows of each file: first the bad rows, then the images, in the order in which they first appear."""
+        """Rows of each file: first the bad rows, then the images in the order of their first appearance."""
         places: dict[str, FirstPlace] = {}
         for file in self.files:
             yield from file_rows(file, self.name, self.columns, self.notes, places)
 
 
 class FirstPlace(NamedTuple):
-    """Where an image stood first: `origin` is file and line."""
+    """First occurrence of an image: `origin` is file and line."""
 
     split: str
     origin: str
@@ -65,23 +65,23 @@ def file_rows(
     notes: list[str] | None = None,
     places: dict[str, FirstPlace] | None = None,
 ) -> Iterator[RawRow | BadRow]:
-    """The rows of one file; `notes` is told which columns were taken.
+    """The rows of one file; a line on the columns used is appended to `notes`.
 
     Args:
-        places: images of the files before, by path; those of this one are added. An id of a file that is named after a
-            split is of that split: in each file they may count from 0.
+        places: images of earlier files, by path; those of this file are added. Ids in a file named after a split are
+            specific to that split, as each file may count from 0.
 
     Raises:
         UserError: the file cannot be read, or has no column for image or caption.
     """
-    # rows wait until the whole file is read: those of an image may stand anywhere in it
+    # rows are held until the whole file is read, as those of an image may be anywhere in it
     merged, folder, default = Merged(file.name, name), Folder(file.parent), split_of_path(file.stem)
     for entry in _entries(file, given_columns, notes if notes is not None else []):
         origin = f"{file.name}:{entry.place}"
         row = entry.problem or _values(entry.values, default)
         if isinstance(row, Values):
             path, problem = folder.place(row.image)
-            # the image's path is its identity: two names may lead to it
+            # the path identifies the image, as two names may refer to it
             before = places.setdefault(path, FirstPlace(row.split, origin)) if path and places is not None else None
             own = f"{default} {row.id}" if row.id and places is not None and default != "train" else row.id
             bad: BadRow | None
@@ -107,25 +107,25 @@ def _entries(file: Path, given_columns: dict[str, str], notes: list[str]) -> Ite
     try:
         columns = find_columns(table.columns, given_columns, file)
     except UserError as error:
-        # both in one line, the encoding first: whoever saves the file anew may write other names
+        # both in one line, the encoding first, as saving the file again may change the names
         if (number := first_not_text(file)) is not None:
             what = f"is not UTF-8 text; and {error.what}"
             todo = f"Save the file as UTF-8. {error.todo}"
             raise UserError(f"{file}:{number}", what, todo, error.code) from error
         raise
-    # told once: a wrong guess of a column would otherwise go unnoticed
+    # reported once, as a wrong guess of a column would otherwise go unnoticed
     if (rest := [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]) and (
         note := one_line(f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(dict.fromkeys(rest))}", 1000)
     ) not in notes:
         notes.append(note)
-    # of two columns with the same name the first
+    # the first of two columns with the same name
     at = {role: table.columns.index(name) for role, name in columns.items()}
     for number, fields, problem in table.records():
         yield FileRow(number, {} if problem else {role: fields[n] for role, n in at.items()}, problem)
 
 
 def first_not_text(file: Path) -> int | None:
-    """The first of the first PROBE lines that is no UTF-8 text, as in a table that was saved in Latin-1."""
+    """The first of the first PROBE lines that is not UTF-8, as in a table saved in Latin-1."""
     lines = islice(text_lines(file), PROBE)
     return next((line.number for line in lines if line.problem and line.problem[0] == NOT_UTF8), None)
 
@@ -135,14 +135,15 @@ def _listed(columns: dict[str, str]) -> str:
 
 
 def _objects(file: Path, given_columns: dict[str, str]) -> Iterator[FileRow]:
-    """Objects need not have the same keys; those of the first that has image and caption count where one lacks them.
+    """Rows of JSON objects, which need not have the same keys: an object without keys for image and caption uses those
+    of the first object that has them.
 
     Raises:
-        UserError: none of the first PROBE has.
+        UserError: none of the first PROBE objects has them.
     """
     usual: dict[str, str] = {}
     wrong: UserError | None = None
-    # first pass: which keys are usual; the second one reads
+    # the first pass finds the usual keys, the second one reads
     for entry in islice(_json(file), PROBE):
         if not entry.problem and not usual:
             try:
@@ -151,7 +152,7 @@ def _objects(file: Path, given_columns: dict[str, str]) -> Iterator[FileRow]:
                 wrong = wrong or error
     if wrong and not usual:
         raise wrong
-    # columns are found once for each set of keys, not once a row
+    # columns are looked up once per set of keys, not once per row
     known: dict[tuple[str, ...], dict[str, str]] = {}
     for entry in _json(file):
         if entry.problem:
@@ -159,7 +160,7 @@ def _objects(file: Path, given_columns: dict[str, str]) -> Iterator[FileRow]:
             continue
         keys = tuple(entry.values)
         if keys not in known:
-            # bounded: in a hostile file each row has keys of its own
+            # bounded, as in a hostile file each row may have different keys
             known = known if len(known) < PROBE else {}
             known[keys] = _columns(keys, given_columns, file) or usual
         yield FileRow(entry.place, {role: entry.values.get(name) for role, name in known[keys].items()})
@@ -173,7 +174,7 @@ def _columns(keys: tuple[str, ...], given_columns: dict[str, str], file: Path) -
 
 
 def _json(file: Path) -> Iterator[FileRow]:
-    """Lines, or the items of one list; values by their own keys."""
+    """JSON lines, or the items of one list; values by their own keys."""
     if file.suffix.lower() == ".json":
         # one list: items are counted from 0, lines below from 1
         for place, record in enumerate(json_items(file)):
@@ -186,7 +187,7 @@ def _json(file: Path) -> Iterator[FileRow]:
             try:
                 record = load_json(line.text.encode(), file, line.number)
             except UserError as error:
-                # one damaged line does not end the file
+                # one damaged line does not stop the reading
                 yield FileRow(line.number, {}, ("not JSON", error.what))
                 continue
             yield _entry(line.number, record)
@@ -201,7 +202,7 @@ def _entry(place: int, record: Any) -> FileRow:
 
 
 class Values(NamedTuple):
-    """What a row says."""
+    """The values of a row."""
 
     image: str
     captions: list[str]
@@ -217,10 +218,10 @@ def _values(values: dict[str, Any], default: str) -> Values | tuple[str, str]:
     captions = texts_in(values.get("caption"))
     if captions is None:
         return "no caption", f"the caption is {short_value(values.get('caption'))}"
-    # Here, where its line is known; rows of the same image are put together later.
+    # Here, where its line is known; rows of the same image are merged later.
     if not any(text.strip() for text in captions):
         return "empty caption", "the caption is empty"
-    # a split that is given must be one; an empty one is train
+    # a given split must be valid; an empty one is train
     split = default if split_name is None else split_named(split_name)
     if split is None:
         return "unknown split", f"{short_value(split_name)} is none of train, val and test"
@@ -230,7 +231,7 @@ def _values(values: dict[str, Any], default: str) -> Values | tuple[str, str]:
 
 
 def texts_in(value: Any) -> list[str] | None:
-    """A text, or a list of texts; None where it is neither or has none."""
+    """A text or a list of texts, as a list; None if it is neither, or empty."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
@@ -242,10 +243,10 @@ def texts_in(value: Any) -> list[str] | None:
 
 
 class FolderSet(RawSet):
-    """Images with a text file of the same name beside them, or named in a `metadata.csv` or `metadata.jsonl`.
+    """Images with a text file of the same name next to them, or listed in a `metadata.csv` or `metadata.jsonl`.
 
-    The metadata file, as Hugging Face's ImageFolder has it, stands in the folder or one above, with a column
-    `file_name`. Splits are those that a folder's name says (`train/`, `val/`, `test/`).
+    The metadata file, as in Hugging Face's ImageFolder, is in the folder or one above, with a column `file_name`.
+    Splits are given by folder names (`train/`, `val/`, `test/`).
     """
 
     def __init__(self, root: Path, name: str, columns: dict[str, str] | None = None) -> None:
@@ -253,12 +254,12 @@ class FolderSet(RawSet):
         self.facts, self.notes = Facts(name, None, None, UNKNOWN_LICENCE), []
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """First what metadata files name, then the other images by name."""
+        """First the images listed in metadata files, then the other images by name."""
         named: set[str] = set()
-        whole_root = Path(os.path.abspath(self.root))  # as `Folder.place` spells paths: without `..`
-        # a metadata file may stand in any folder below
+        whole_root = Path(os.path.abspath(self.root))  # like the paths of `Folder.place`: without `..`
+        # a metadata file may be in any subfolder
         tables = [file for kind in ("csv", "jsonl") for file in self.root.rglob(f"metadata.{kind}")]
-        # nor in hidden ones, as `Walk`
+        # except hidden ones, as in `Walk`
         tables = [file for file in tables if not any(part[0] == "." for part in file.relative_to(self.root).parts)]
         within = Inside(self.root)
         for file in sorted(tables):
@@ -278,10 +279,10 @@ class FolderSet(RawSet):
                 own = Path(str(row.image)).relative_to(whole_root)
                 split = split_of_path(own.parent.as_posix())
                 image_id = one_line_id(f"{self.name} {own.as_posix()}")
-                # a folder's name goes before the table's column
+                # a folder's name takes precedence over the table's column
                 yield row._replace(split=row.split if split == "train" else split, image_id=image_id)
         left_out: dict[str, list[str]] = {}
-        # images that no table names
+        # images not listed in any table
         for name in image_names(self.root, left_out):
             path = whole_root / name
             if str(path) not in named:
@@ -303,7 +304,7 @@ class FolderSet(RawSet):
 
 
 def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, ...]) -> RawSet:
-    """A file of one of these kinds, or a folder with some of them: all are read.
+    """A file of one of these kinds, or a folder of such files, which are all read.
 
     Raises:
         UserError: the folder has no such file.
@@ -313,7 +314,7 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
         return TableSet([path], name, columns)
     if not path.is_dir():
         raise UserError(raw, "no file and no folder", "Name a file or a folder", ExitCode.MISSING_INPUT)
-    # of one folder, not below it
+    # only in the folder itself, not in subfolders
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds and not file.name.startswith("."))
     if not files:
         what = f"no {' or '.join('*' + kind for kind in kinds)} in this folder"
@@ -321,7 +322,7 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
     for file in files:
         check_below(file, path)
     tables = TableSet(files, name, columns)
-    # Parts of one table, or tables that nobody meant: told, so that a stray one does not go unnoticed.
+    # Reported, as they may be parts of one table or include a stray one that was not meant.
     if len(files) > 1:
         named = ", ".join(one_line(file.name, 60) for file in files[:5]) + (", ..." if len(files) > 5 else "")
         tables.notes.append(f"{len(files)} tables of this folder are read: {named}; for one alone name the file itself")
@@ -329,17 +330,17 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
 
 
 def open_csv(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """Tables of text."""
+    """Text tables: csv, tsv."""
     return open_table(raw, name, columns, (".csv", ".tsv", ".tab"))
 
 
 def open_jsonl(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """Lines of JSON objects, or one list of them."""
+    """JSON objects, one per line or in one list."""
     return open_table(raw, name, columns, (".jsonl", ".ndjson", ".json"))
 
 
 def open_folder(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """Images with captions beside them."""
+    """Images with caption files next to them."""
     if not Path(raw).is_dir():
         raise UserError(raw, "not a folder", "Name the folder of the images", ExitCode.MISSING_INPUT)
     return FolderSet(Path(raw), name, columns)

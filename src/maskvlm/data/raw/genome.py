@@ -1,4 +1,4 @@
-"""Visual Genome (Krishna et al. 2017, visualgenome.org): phrases about regions of an image as its captions."""
+"""Visual Genome (Krishna et al. 2017, visualgenome.org): region descriptions of an image as its captions."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -13,7 +13,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 LAYOUT = "Visual Genome"
 IMAGE_DATA = "image_data.json"
-# The whole set; the paper's 4-M mix is ALBEF's (Li et al. 2021, table of the appendix), with 100 K images and 769 K
+# The whole set; the paper's 4-M mix is ALBEF's (Li et al. 2021, table in the appendix), with 100 K images and 769 K
 # phrases of it.
 FACTS = Facts("Visual Genome (Krishna et al. 2017)", 108_077, 5_408_689, "CC BY 4.0; photos are of COCO and YFCC100M")
 
@@ -21,8 +21,8 @@ FACTS = Facts("Visual Genome (Krishna et al. 2017)", 108_077, 5_408_689, "CC BY 
 class Genome(RawSet):
     """region_descriptions.json with image_data.json; images are `<image_id>.jpg` in VG_100K, VG_100K_2 or elsewhere.
 
-    An image that is COCO's, too, has its id there, so that a leak is seen by id. All are for training: the set has
-    no splits.
+    An image that is also in COCO has its COCO id, so that leaks are found by id. All images are for training, as the
+    set has no splits.
     """
 
     facts = FACTS
@@ -44,7 +44,7 @@ class Genome(RawSet):
             except UserError as error:
                 yield BadRow("malformed row", where, error.what, "train")
                 continue
-            # by the number alone: the images lie in two folders
+            # by number only, as the images are in two folders
             path, origin = index.find(str(number)), f"{where} ({number}.jpg)"
             if path is None:
                 yield BadRow("missing image", origin, f"{number}.jpg is nowhere in {one_line(self.root)}", "train")
@@ -55,21 +55,21 @@ class Genome(RawSet):
 
 
 def check_image_data(file: Path) -> None:
-    """Raises UserError where `image_data.json` is not there: nobody could tell which of the images are among those
-    that COCO's tasks are evaluated on."""
+    """Raise UserError if `image_data.json` is missing: without it, images used to evaluate COCO's tasks could not be
+    recognised."""
     if not file.is_file():
         what = f"{file.name} is missing: which images are also COCO's stands there alone"
         raise UserError(file.parent, what, "Fetch it from visualgenome.org and put it here", ExitCode.MISSING_INPUT)
 
 
 def read_coco_ids(file: Path) -> dict[int, int]:
-    """Number of an image -> its number in COCO, of those that are COCO's, too.
+    """Number of an image -> its number in COCO, for images that are also in COCO.
 
     Args:
         file: `image_data.json`.
 
     Raises:
-        UserError: as `check_image_data`; the file is damaged.
+        UserError: as `check_image_data`, or the file is damaged.
     """
     check_image_data(file)
     coco_ids: dict[int, int] = {}
@@ -82,16 +82,16 @@ def read_coco_ids(file: Path) -> dict[int, int]:
 
 
 def genome_photo_id(number: int, coco_ids: Mapping[int, int]) -> str:
-    """The id of an image in all sets: COCO's where it has one, so that images which are evaluated on are found."""
+    """The id of an image in all sets: its COCO id if it has one, so that images used for evaluation are found."""
     return f"coco {coco_ids[number]}" if number in coco_ids else f"vg {number}"
 
 
 def genome_files(names: Iterable[str], coco_ids: Mapping[int, int]) -> dict[str, str]:
-    """Id -> name of `<image_id>.jpg`, of these names; of two files of one image the first one stays."""
+    """Id -> name of `<image_id>.jpg` among these names; of two files of one image the first is kept."""
     files: dict[str, str] = {}
     for name in names:
         stem = PurePosixPath(name).stem
-        if stem.isdecimal() and not stem.startswith("0"):  # COCO's own names are filled up with zeros
+        if stem.isdecimal() and not stem.startswith("0"):  # COCO's own names are padded with zeros
             files.setdefault(genome_photo_id(int(stem), coco_ids), name)
     return files
 
@@ -101,7 +101,7 @@ def _number(value: Any) -> int | None:
 
 
 def open_genome(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """Both files are needed: without image_data.json nobody could tell which images are COCO's."""
+    """Both files are required: without image_data.json, COCO's images could not be recognised."""
     root = Path(raw)
     regions, images = find_file(root, "region_descriptions.json"), find_file(root, IMAGE_DATA) or root / IMAGE_DATA
     if regions is None:

@@ -1,4 +1,4 @@
-"""Any image-caption set that Hugging Face `datasets` can load: by name from the hub, or a local folder."""
+"""Any image-caption set that Hugging Face `datasets` can load: from the hub by name, or from a local folder."""
 
 import os
 import re
@@ -17,19 +17,20 @@ from maskvlm.data.safe_open import Walk, check_plain, content_of
 from maskvlm.utils.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset  # takes a second to import: only where it is used
+    from datasets import Dataset  # takes a second to import, so only where it is used
 
 BATCH = 32
 CARDS = ("README.md", ".huggingface.yaml")
-"""Files of a local set that the library takes settings from."""
+"""Files of a local set from which the library reads settings."""
 MOST_CARD = 1_000_000
 
 
 class HubSet(RawSet):
-    """A set of the hub (`owner/name`, or `owner/name:configuration`), or what `load_dataset` or `save_to_disk` knows.
+    """A set on the hub (`owner/name`, or `owner/name:configuration`), or a local one for `load_dataset` or written by
+    `save_to_disk`.
 
-    The image column holds images, bytes or paths, the caption column texts or lists of texts; rows with the same id
-    that follow each other are one image. A column `split` goes before the name of the split.
+    The image column contains images, bytes or paths, the caption column texts or lists of texts. Consecutive rows with
+    the same id are one image. A column `split` takes precedence over the name of the split.
     """
 
     def __init__(self, raw: str, name: str, columns: dict[str, str] | None = None) -> None:
@@ -38,7 +39,7 @@ class HubSet(RawSet):
         self._sets: dict[str, Dataset] | None = None
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """Split after split, in the order of the set."""
+        """Rows of one split after the other, in the order of the set."""
         if self._sets is None:
             self._sets = _load(self.raw)
         self.notes = []
@@ -52,8 +53,8 @@ class HubSet(RawSet):
         where = f"{self.raw} ({part})"
         columns = find_columns(data.column_names, self.columns, where)
         image = columns["image"]
-        # Other columns may be large, and are not read. These as they are stored: whatever the set declares them to be,
-        # the library decodes nothing and fetches nothing; only `safe_open` opens images.
+        # Other columns may be large, and are not read. These are read as stored: whatever types the set declares, the
+        # library decodes and fetches nothing; only `safe_open` opens images.
         data = data.select_columns(sorted(set(columns.values()))).with_format("arrow")
         folder = Folder(Path(self.raw) if Path(self.raw).is_dir() else Path())
         # one batch of encoded images in memory
@@ -75,9 +76,9 @@ class HubSet(RawSet):
         if problem:
             return BadRow(problem[0], origin, problem[1], split or default)
         own = values.get("id")
-        # an empty text is no id
+        # an empty text is not an id
         identity = own if isinstance(own, int | str) and own != "" else f"{part} {number}"
-        # in each part of the set they may count from 0, as in the files of a table
+        # ids may start from 0 in each part of the set, as in the files of a table
         if identity is own and default not in ("", "train"):
             identity = f"{default} {own}"
         return RawRow(content, tuple(captions or ()), one_line_id(f"{self.name} {identity}"), split or default, origin)
@@ -88,7 +89,7 @@ def _content(value: Any, folder: Folder) -> tuple[str | bytes, tuple[str, str] |
     if isinstance(value, dict):
         path = value.get("path")
         value = value.get("bytes") if value.get("bytes") is not None else path
-        # the library may have unpacked the image into its cache, outside of the folder
+        # the library may have unpacked the image to its cache, outside the folder
         if isinstance(value, str) and _is_fetched(value):
             return value, None
     if isinstance(value, bytes):
@@ -99,7 +100,7 @@ def _content(value: Any, folder: Folder) -> tuple[str | bytes, tuple[str, str] |
 
 
 def _is_fetched(path: str) -> bool:
-    """Whether the library put a file there; other whole paths are the set's own word, and may be anything."""
+    """Whether the library put a file there; other absolute paths come from the set, and may be anything."""
     import datasets
 
     own = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE)
@@ -107,11 +108,11 @@ def _is_fetched(path: str) -> bool:
 
 
 def _merged(rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
-    """Captions of rows of the same image that follow each other, under the first of them. Another image of the same id
-    goes on as it is: whoever sees all rows counts it."""
+    """Merge consecutive rows of the same image into the first of them. Another image with the same id is passed on, and
+    detected where all rows are seen."""
     held: RawRow | None = None
     for row in rows:
-        # the held row may still get captions, so it is handed out when the next image comes
+        # the held row may still get captions, so it is yielded when the next image comes
         if isinstance(row, RawRow) and held and row[:1] + row[2:4] == held[:1] + held[2:4]:
             held = held._replace(captions=held.captions + row.captions)
             continue
@@ -130,15 +131,15 @@ def _load(raw: str) -> "dict[str, Dataset]":
 
     local = Path(raw).expanduser()
     check_local(local)
-    # a path may hold a colon
+    # a path may contain a colon
     name, _, configuration = (raw, "", "") if local.exists() else raw.partition(":")
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
-            # what `save_to_disk` wrote
+            # written by `save_to_disk`
             dataset = datasets.load_from_disk(str(local))
         else:
             dataset = datasets.load_dataset(str(local) if local.exists() else name, configuration or None)
-    except Exception as error:  # the library raises a dozen types, some of its own, some of the network
+    except Exception as error:  # the library raises a dozen types, some its own, some from the network
         what = f"Hugging Face datasets cannot load it ({type(error).__name__}: {one_line(error, 160)})"
         todo = "Check the name; sets with several configurations are named owner/name:configuration"
         raise UserError(raw, what, todo, ExitCode.MISSING_INPUT) from error
@@ -149,7 +150,7 @@ def _load(raw: str) -> "dict[str, Dataset]":
 
 
 def check_columns(data: "Dataset", where: str) -> None:
-    """Refuse a set whose files are damaged: the library maps them into memory, where a wrong offset ends the process.
+    """Reject a set with damaged files: the library maps them into memory, where a wrong offset kills the process.
 
     Raises:
         UserError: an offset leads out of its column, or a text is not UTF-8.
@@ -161,10 +162,10 @@ def check_columns(data: "Dataset", where: str) -> None:
 
 
 def check_local(folder: Path) -> None:
-    """Refuse a folder with a pipe or a device in it, or a link that leads out of it: the library would open it.
+    """Reject a folder with a pipe, a device or a link that leads out of it, which the library would open.
 
     Raises:
-        UserError: names the first of them.
+        UserError: there is one; names the first.
     """
     walk = Walk(folder)
     for place, names in walk if folder.is_dir() else ():
@@ -173,20 +174,20 @@ def check_local(folder: Path) -> None:
     for name in CARDS:
         if folder.is_dir() and (folder / name).is_file():
             check_card(folder / name)
-    # complete only now, as the walk is over
+    # complete only now that the walk is over
     for paths in walk.left_out.values():
         what = f"{one_line(paths[0])!r} leads out of this folder, or is not text"
         raise UserError(folder, what, "Copy there what it leads to", ExitCode.REFUSED)
 
 
 def check_card(file: Path) -> None:
-    """The card of a local set may say which of its files are the data; it may not say where else there are some.
+    """Check the card of a local set, which may name data files within the set but not elsewhere.
 
     Raises:
-        UserError: it names an address or a file outside of the folder, or cannot be read and speaks of files (77).
+        UserError: it names an address or a file outside the folder, or cannot be read and mentions files (77).
     """
     text = content_of(file, MOST_CARD).decode("utf-8", "replace")
-    # the YAML at the top of a README.md; the other kind of card is YAML throughout
+    # the YAML at the top of a README.md; the other kind of card is entirely YAML
     head = re.match(r"\ufeff?---\s*\n(.*?)\n---", text, re.DOTALL)
     yaml_text = head[1] if head else "" if file.suffix == ".md" else text
     what, todo = "its settings cannot be read, and speak of files", "Remove them from the file, or take the data alone"
@@ -197,7 +198,7 @@ def check_card(file: Path) -> None:
             raise UserError(file, what, todo, ExitCode.REFUSED) from None
         return
     if file.suffix == ".md":
-        # of a README, only `configs` names files; addresses elsewhere in it are text
+        # in a README, only `configs` names files; addresses elsewhere in it are text
         settings = settings.get("configs") if isinstance(settings, dict) else None
     # "::" chains file systems in fsspec: zip://a::https://b
     for one in _strings([settings]):
@@ -215,5 +216,5 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def open_hub(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """Nothing is loaded before the rows are asked for."""
+    """Open a set; nothing is loaded until its rows are read."""
     return HubSet(raw, name, columns)

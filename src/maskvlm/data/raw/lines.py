@@ -1,4 +1,4 @@
-"""Lines of text files that may be damaged anywhere, and lists of JSON that are too large for memory."""
+"""Lines of text files that may be damaged anywhere, and JSON lists that are too large for memory."""
 
 import json
 import reprlib
@@ -14,12 +14,12 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 CHUNK = 1_000_000
 NOT_UTF8 = "not UTF-8 text"
-"""The reason of a line that is none."""
+"""The reason for a line that is not UTF-8."""
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class TextLine(NamedTuple):
-    """A line without its end. `problem` is (reason, message) or None; number counts from 1, as editors do."""
+    """A line without its line end. `problem` is (reason, message) or None; number counts from 1, as in editors."""
 
     number: int
     text: str
@@ -27,10 +27,10 @@ class TextLine(NamedTuple):
 
 
 def text_lines(file: Path) -> Iterator[TextLine]:
-    """The lines of a UTF-8 file with or without a byte order mark; blank ones too.
+    """The lines of a UTF-8 file with or without a byte order mark, including blank ones.
 
-    A line that is not UTF-8, holds null bytes or a carriage return, or is longer than MAX_LINE_BYTES has a problem and
-    no text; the others are not touched by it.
+    A line that is not UTF-8, contains null bytes or a carriage return, or is longer than MAX_LINE_BYTES has a problem
+    and no text; the other lines are not affected.
 
     Raises:
         UserError: the file cannot be read, or is UTF-16.
@@ -39,14 +39,14 @@ def text_lines(file: Path) -> Iterator[TextLine]:
         for number, content, problem in byte_lines(stream):
             if number == 1 and content.startswith(UTF16):
                 raise UserError(file, "UTF-16 text", "Save it as UTF-8", ExitCode.BAD_DATA)
-            # a byte order mark would become a part of the first column's name
+            # a byte order mark would become part of the first column's name
             content = content.removeprefix(b"\xef\xbb\xbf") if number == 1 else content
             yield TextLine(number, "", problem) if problem else TextLine(number, *decoded(content))
 
 
 def decoded(content: bytes) -> tuple[str, tuple[str, str] | None]:
     """UTF-8 text, or "" and (reason, message)."""
-    # null bytes are valid UTF-8, but ASCII text in UTF-16 has one every second byte
+    # null bytes are valid UTF-8, but in ASCII text saved as UTF-16 every second byte is null
     if b"\x00" in content:
         return "", ("null bytes", f"byte {content.index(0)} is null: the file is damaged, or UTF-16")
     try:
@@ -65,10 +65,10 @@ def read_text(file: Path, limit: int = MAX_LINE_BYTES) -> tuple[str, tuple[str, 
 
 
 def json_items(file: Path) -> Iterator[Any]:
-    """The items of the list that a JSON file consists of, one after the other: files of a gigabyte cost no memory.
+    """The items of a JSON file that is a list, one at a time, so that files of a gigabyte cost no memory.
 
     Raises:
-        UserError: the file cannot be read, is no list, or is damaged; the items before the damage were handed out.
+        UserError: the file cannot be read, is not a list, or is damaged; the items before the damage were yielded.
     """
     with opened(file) as stream:
         # text, so that a piece never ends within a character
@@ -77,31 +77,31 @@ def json_items(file: Path) -> Iterator[Any]:
         if not text.startswith("["):
             raise _damaged(file, "a list in [ ] is needed")
         while True:
-            # commas count as space: one too many harms nobody
+            # commas are treated as white space: an extra one does no harm
             while text[position : position + 1] in (" ", "\n", "\r", "\t", ","):
                 position += 1
             if text.startswith("]", position):
                 if (text[position + 1 :] + _read(reader, file, CHUNK)).strip():
                     raise _damaged(file, "something follows the list")
                 return
-            # `end` is the end of the text where the item may go on in the next piece
+            # `end` is the end of the text if the item may continue in the next piece
             item, end = _item(text, position, file)
-            # a number at the very end of a piece might go on, so an item is taken only if more follows
+            # a number at the very end of a piece might continue, so an item is only taken if more follows
             if end < len(text):
                 yield item
                 position = end
                 continue
             remaining = len(text) - position
-            # at least doubles what is held, so that a long item is not parsed again for each megabyte
+            # at least doubles the text, so that a long item is not parsed again for each megabyte
             more = _read(reader, file, max(CHUNK, remaining)) if remaining < MAX_LINE_BYTES else ""
             if not more:
                 raise _damaged(file, "not JSON, or cut short")
-            # what was handed out is dropped
+            # drop what was yielded
             text, position = text[position:] + more, 0
 
 
 def _item(text: str, position: int, file: Path) -> tuple[Any, int]:
-    """The item and where it ends: at the end of the text where more of it may come."""
+    """The item and its end, which is the end of the text if it may continue."""
     try:
         return parse_first(text, position)
     except json.JSONDecodeError:
@@ -123,17 +123,17 @@ def _damaged(file: Path, what: str) -> UserError:
 
 def one_line(text: object, most: int = 200) -> str:
     """A text for messages and ids: one line, printable, encodable."""
-    # cut before cleaning: the text may be a megabyte
+    # cut before cleaning, as the text may be a megabyte
     cleaned = clean_caption(str(text)[: most * 2])[0][:most]
     return cleaned if cleaned.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in cleaned)
 
 
 def one_line_id(text: str) -> str:
-    """`one_line`, by which different texts stay different: a hash stands behind one that it changes."""
+    """`one_line`, but different texts stay different: a hash is appended to a text that it changes."""
     line = one_line(text)
     return line if line == text else f"{line[:180]} {stable_id(text):016x}"
 
 
 def short_value(value: object, most: int = 60) -> str:
-    """A value of a stranger's in a message: one line, however large or deep it is."""
+    """An untrusted value for a message: one line, however large or deep it is."""
     return one_line(reprlib.repr(value), most)

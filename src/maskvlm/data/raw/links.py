@@ -1,8 +1,8 @@
-"""Sets that are lists of addresses (Conceptual Captions, SBU), with the images as somebody's script left them.
+"""Sets that are lists of addresses (Conceptual Captions, SBU), with images as saved by download scripts.
 
-No address is ever fetched. What img2dataset left is read by `shards`; here images are found by the names that other
-downloaders give them (`photos.SCHEMES`), anywhere below the folder. Which of these names is in use is decided once a
-list, by the first rows: a row's image found under another scheme might be another row's.
+No address is ever fetched. The output of img2dataset is read by `shards`; here images are found by the names that other
+downloaders give them (`photos.SCHEMES`), anywhere below the folder. The naming scheme is determined once per list, from
+the first rows, as an image found under another scheme might belong to another row.
 
 Shapes: N rows.
 """
@@ -32,7 +32,7 @@ BY_END = "the end of the address"
 
 
 class Link(NamedTuple):
-    """A row of a list. row: counted from 0; name: of the image, where the list has one."""
+    """A row of a list. row: counted from 0; name: name of the image, if the list has one."""
 
     row: int
     url: str
@@ -51,10 +51,10 @@ class LinkList(NamedTuple):
 
 
 class Links(RawSet):
-    """Rows of one or several lists whose images lie below `root`.
+    """Rows of one or several lists whose images are below `root`.
 
-    Where folders there are named by splits (`training/`, `images_val/`), a list's images are looked for in those of
-    its own. A photo at Flickr, COCO or Visual Genome has its id there, others the set's name and the row.
+    If folders there are named after splits (`training/`, `images_val/`), a list's images are looked up in those of its
+    split. Photos from Flickr, COCO or Visual Genome have their id there, others the set's name and the row.
     """
 
     def __init__(self, root: Path, name: str, facts: Facts, parts: list[LinkList]) -> None:
@@ -74,7 +74,7 @@ class Links(RawSet):
                 if not problem and link.name:
                     # the list itself names the image
                     path, problem = named.find(link.name)
-                # one file, several rows: nobody can tell whose image it is
+                # one file, several rows: it is unclear to which the image belongs
                 elif not problem and scheme == BY_END and stable_id(stem_of(link.url)) in twice:
                     problem = ("ambiguous name", f"several addresses end in {one_line(stem_of(link.url))!r}")
                 elif not problem:
@@ -89,14 +89,14 @@ class Links(RawSet):
                     yield RawRow(path, (link.caption,), image_id, part.split, link.origin)
 
     def _scheme(self, part: LinkList, index: PhotoIndex) -> tuple[str, set[int]]:
-        """The scheme under which most of the first rows have an image, "" for none; ends that several rows share."""
+        """The scheme under which most of the first rows have an image, or ""; and address endings shared by rows."""
         links = (link for link in part.read() if not link.problem and not link.name)
         # a sample of rows, tried under every scheme
         first = [*islice(links, PROBE)]
         hits = {
             name: sum(index.find(of(link.url, link.row)) is not None for link in first) for name, of in SCHEMES.items()
         }
-        # of equal ones the first in SCHEMES
+        # of equals, the first in SCHEMES
         best = max(hits, key=hits.__getitem__)
         if not hits[best]:
             return "", set()
@@ -106,9 +106,9 @@ class Links(RawSet):
         return best, _twice(part) if best == BY_END else set()
 
     def _start(self, scheme: str, part: LinkList, index: PhotoIndex) -> str:
-        """Whether rows count from 0 or 1: by the image that only one of the two can have."""
+        """Whether rows count from 0 or 1, decided by the image that only one of the two can have."""
         from_0, from_1 = scheme.replace("from 1", "from 0"), scheme.replace("from 0", "from 1")
-        # counted from 0 there is an image 0, counted from 1 an image `rows`
+        # counted from 0 there is an image 0, from 1 an image `rows`
         rows = sum(1 for _ in part.read())
         if index.find(SCHEMES[from_0]("", 0)) is None and index.find(SCHEMES[from_1]("", rows - 1)) is not None:
             return from_1
@@ -116,19 +116,19 @@ class Links(RawSet):
 
 
 def _twice(part: LinkList) -> set[int]:
-    """Hashes of the ends of addresses that several different rows have."""
-    # hashes: 8 bytes a row
+    """Hashes of address endings shared by several rows."""
+    # hashes: 8 bytes per row
     ends = array("q", (stable_id(stem_of(link.url)) for link in part.read() if not link.problem))
     value_N, count_N = np.unique(np.array(ends, np.int64), return_counts=True)
     return set(value_N[count_N > 1].tolist())
 
 
 def _folders(root: Path, split: str) -> list[Path]:
-    """Folders below, or below `images/`, that are named by this split; else the root."""
+    """Folders in the root or in `images/` that are named after this split; else the root."""
     places = [path for folder in (root, root / "images") if folder.is_dir() for path in sorted(folder.iterdir())]
     words = {path: [word for word in re.split(r"[^a-z]+", path.name.lower()) if word] for path in places}
     inside = Inside(root)
-    # a linked folder that leads out is not looked into
+    # links to folders outside are not followed
     own = (path for path in places if path.is_dir() and inside.holds(path))
     named = [path for path in own if any(SPLITS.get(word) == split for word in words[path])]
     return named or [root]
@@ -138,11 +138,11 @@ def _folders(root: Path, split: str) -> list[Path]:
 
 
 def tsv_links(file: Path) -> Iterator[Link]:
-    """Caption, tab, address (CC3M) or address, tab, caption (CC12M): told by the first row with an address in it."""
+    """Caption, tab, address (CC3M) or address, tab, caption (CC12M), as in the first row that has an address."""
     first: int | None = None
     row = -1
     for line in text_lines(file):
-        # a blank line is no row: images may be named by the row
+        # a blank line is not a row, as images may be named by the row
         if not line.text and not line.problem:
             continue
         row, origin, fields = row + 1, f"{file.name}:{line.number}", line.text.split("\t")
@@ -153,7 +153,7 @@ def tsv_links(file: Path) -> Iterator[Link]:
         if problem:
             yield Link(row, "", "", origin, problem=problem)
             continue
-        # until a row has an address, all are bad: nobody can tell the columns apart
+        # until a row has an address, all are bad, as the columns cannot be told apart
         if first is None:
             first = next((n for n in (0, 1) if "://" in fields[n][:12]), None)
         if first is None or "://" not in fields[first]:
@@ -166,7 +166,7 @@ def tsv_links(file: Path) -> Iterator[Link]:
 
 def text_links(urls: Path, captions: Path) -> Iterator[Link]:
     """SBU_captioned_photo_dataset_urls.txt and _captions.txt, line by line."""
-    # zip_longest: lists of different lengths are told, not cut
+    # zip_longest, so that lists of different lengths are reported, not cut
     for row, (url, caption) in enumerate(zip_longest(text_lines(urls), text_lines(captions))):
         origin, line = f"{urls.name}:{row + 1}", url if caption is None or (url and url.problem) else caption
         problem = line.problem if line else None
@@ -178,7 +178,7 @@ def text_links(urls: Path, captions: Path) -> Iterator[Link]:
 def json_links(file: Path) -> Iterator[Link]:
     """A list of objects with `caption`, and `image` or `url`; or SBU's object of lists `image_urls` and `captions`."""
     with opened(file) as stream:
-        # an object of two lists, or a list of objects: the first sign tells
+        # an object of two lists, or a list of objects: the first character decides
         lists = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
         stream.seek(0)
         document = load_json(stream.read(), file) if lists else None
@@ -204,5 +204,5 @@ def json_links(file: Path) -> Iterator[Link]:
 
 
 def tsv_parts(files: list[Path]) -> list[LinkList]:
-    """One a file, its split by its name: Train_GCC-training.tsv, Validation_GCC-1.1.0-Validation.tsv, cc12m.tsv."""
+    """One per file, with its split by name: Train_GCC-training.tsv, Validation_GCC-1.1.0-Validation.tsv, cc12m.tsv."""
     return [LinkList(file, split_of_path(file.stem), lambda file=file: tsv_links(file)) for file in files]  # type: ignore[misc]

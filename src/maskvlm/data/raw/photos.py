@@ -1,4 +1,4 @@
-"""Images as downloaders leave them: which photo an address shows, and by which name it lies on disk.
+"""Images as saved by downloaders: which photo an address shows, and its file name on disk.
 
 Shapes: N files.
 """
@@ -19,7 +19,7 @@ from maskvlm.data.caption_text import stable_id
 from maskvlm.data.files import IMAGE_SUFFIXES
 from maskvlm.data.safe_open import Walk
 
-_PHOTOS = {  # the same photo has the same id in every set, so that leaks are seen by id
+_PHOTOS = {  # the same photo has the same id in every set, so that leaks are found by id
     "coco": re.compile(r"cocodataset\.org/.*?0*(\d+)\.jpg", re.I),
     "flickr": re.compile(r"(?:static\.?flickr\.com|staticflickr\.com)/.*?/(\d+)_[0-9a-f]+", re.I),
     "vg": re.compile(r"VG_100K(?:_2)?/(\d+)\.jpg", re.I),
@@ -57,22 +57,22 @@ SCHEMES: dict[str, Callable[[str, int], str]] = {
         for width in (0, 4, 5, 6, 7, 8, 9, 12)
     },
 }
-"""How an image is called after address and row (from 0), by what the name is: so do the scripts of ViLBERT, of
-LAVIS, of SBU's readers, and ViLT."""
+"""Description of a naming scheme -> image name for an address and row (from 0), as in the scripts of ViLBERT, LAVIS,
+SBU's readers, and ViLT."""
 
 
 class PhotoIndex:
-    """Files of folders and those in them by their names without extension; some 20 bytes a file.
+    """Files of folders and their subfolders, by name without extension; some 20 bytes per file.
 
     Args:
-        roots: the folders; of files with the same name the first is taken.
-        bare: also files without an extension.
+        roots: the folders; of files with the same name the first is used.
+        bare: include files without an extension.
     """
 
     def __init__(self, *roots: Path, bare: bool = False) -> None:
         self._folders: list[str] = []
         self._suffixes: list[str] = []
-        # plain numbers: millions of names as Python texts would take gigabytes
+        # numbers, as millions of names as Python strings would take gigabytes
         hashes, folders, suffixes = array("q"), array("l"), array("l")
         kinds = IMAGE_SUFFIXES | ({""} if bare else set())
         for place, files in chain.from_iterable(map(Walk, roots)):
@@ -83,12 +83,12 @@ class PhotoIndex:
                     # a handful: .jpg, .JPG, .png ...
                     if suffix not in self._suffixes:
                         self._suffixes.append(suffix)
-                    # the name itself is not kept: who asks for it knows it
+                    # the name itself is not kept, as the caller of `find` knows it
                     hashes.append(stable_id(stem))
                     folders.append(len(self._folders) - 1)
                     suffixes.append(self._suffixes.index(suffix))
         self._hash_N = np.array(hashes, np.int64)
-        order_N = np.argsort(self._hash_N, kind="stable")  # of equal names the first in the walk stays first
+        order_N = np.argsort(self._hash_N, kind="stable")  # stable, so that the first of equal names stays first
         self._hash_N = self._hash_N[order_N]
         self._folder_N = np.array(folders, np.int32)[order_N]
         self._suffix_N = np.array(suffixes, np.int16)[order_N]
@@ -97,8 +97,8 @@ class PhotoIndex:
         return len(self._hash_N)
 
     def find(self, stem: str) -> str | None:
-        """The path of the first file of that name."""
-        # 63 bits: of a few million names hardly any two share one
+        """The path of the first file with this name."""
+        # 63 bits: collisions are very unlikely among a few million names
         wanted = stable_id(stem)
         number = int(np.searchsorted(self._hash_N, wanted))
         if number == len(self) or self._hash_N[number] != wanted:

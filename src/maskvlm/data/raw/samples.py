@@ -1,4 +1,4 @@
-"""The files of one key in webdataset's layout, from a tar or a folder."""
+"""Groups the files of one key in webdataset's layout, from a tar or a folder."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ TEXTS = (".txt", ".caption", ".text", ".cap")
 
 
 class KeyedFiles(NamedTuple):
-    """The files of one key. kinds: "image", "text", "json" -> bytes, or a path of the image."""
+    """The files of one key. parts: "image", "text", "json" -> bytes, or the path of the image."""
 
     key: str
     origin: str
@@ -26,14 +26,14 @@ class KeyedFiles(NamedTuple):
 
 
 def tar_samples(shard: Path | IO[bytes], columns: dict[str, str]) -> Iterator[KeyedFiles]:
-    """The members of an archive by key: the name up to its first dot, as webdataset has it. One key at a time."""
+    """The members of an archive by key, one key at a time: the name up to its first dot, as in webdataset."""
     group: KeyedFiles | None = None
     for member in members(shard):
-        # the archive itself is at fault: the key that it was cut in may lack a file
+        # the archive itself is at fault: the key at which it was cut may lack a file
         if not member.name:
-            # whole enough to be used
+            # complete enough to be used
             if group and "image" in group.parts and group.parts.keys() & {"text", "json"}:
-                yield group  # else it is what was cut
+                yield group  # else it was cut
             yield KeyedFiles("", "", {}, member.problem)
             return
         key, kind = _key(member.name, columns)
@@ -41,7 +41,7 @@ def tar_samples(shard: Path | IO[bytes], columns: dict[str, str]) -> Iterator[Ke
             if member.problem:
                 yield KeyedFiles(member.name, member.name, {}, member.problem)
             continue
-        # webdataset's rule: the files of a key follow each other; a second file of the same kind begins another sample
+        # webdataset's rule: the files of a key are adjacent; a second file of the same kind starts another sample
         if group is None or group.key != key or kind in group.parts:
             if group:
                 yield group
@@ -50,7 +50,7 @@ def tar_samples(shard: Path | IO[bytes], columns: dict[str, str]) -> Iterator[Ke
             # a sample is named after its image
             group = group._replace(origin=member.name)
         if member.problem:
-            # the first problem is told
+            # the first problem is reported
             group = group._replace(problem=group.problem or member.problem)
         group.parts[kind] = member.content
     if group:
@@ -58,7 +58,7 @@ def tar_samples(shard: Path | IO[bytes], columns: dict[str, str]) -> Iterator[Ke
 
 
 def _key(name: str, columns: dict[str, str]) -> tuple[str, str | None]:
-    """Key and kind of a member; None where it is of no use."""
+    """Key and kind of a member; the kind is None if it is not used."""
     folder, _, base = name.rpartition("/")
     # at the first dot of the name, not of its folders
     stem, _, extension = base.partition(".")
@@ -76,7 +76,7 @@ def _key(name: str, columns: dict[str, str]) -> tuple[str, str | None]:
 
 
 def file_samples(folder: Path, columns: dict[str, str]) -> Iterator[KeyedFiles]:
-    """Images of a folder with the `.txt` and `.json` beside them; images are not opened."""
+    """Images of a folder with the `.txt` and `.json` next to them; images are not opened."""
     inside = Inside(folder)
     for path in images_of(folder):
         parts: dict[str, Any] = {"image": str(path)}
@@ -91,6 +91,6 @@ def file_samples(folder: Path, columns: dict[str, str]) -> Iterator[KeyedFiles]:
 
 
 def images_of(folder: Path) -> list[Path]:
-    """The images of a folder by name, hidden ones left out."""
+    """The images of a folder, sorted by name, without hidden ones."""
     there = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     return sorted(path for path in there if not path.name.startswith("."))

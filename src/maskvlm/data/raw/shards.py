@@ -24,16 +24,16 @@ FORMS = "*.tar, *.parquet with a column of images, or folders of images with .js
 
 
 class WebShards(RawSet):
-    """A folder of shards, or one of them.
+    """A folder of shards, or a single shard.
 
-    The caption is the `.txt` member, else `caption` of the `.json` member. An image's id is that of the photo where
-    its address shows COCO, Flickr or Visual Genome, else the set's name and img2dataset's key, else name, shard and
-    key. Splits are those that folders or files are named by. Counts are compared with those in `_stats.json`.
+    The caption is the `.txt` member, else `caption` in the `.json` member. An image's id is that of the photo if its
+    address is at COCO, Flickr or Visual Genome, else the set's name and img2dataset's key, else name, shard and key.
+    Splits are given by folder or file names. Counts are compared with those in `_stats.json`.
 
     Args:
         root: the folder or file.
-        name: the set's, starts the ids.
-        columns: role -> key of the `.json` member, column of the Parquet, or extension of a member.
+        name: name of the set; prefix of the ids.
+        columns: role -> key of the `.json` member, column of the Parquet file, or extension of a member.
     """
 
     def __init__(self, root: Path, name: str, columns: dict[str, str] | None = None) -> None:
@@ -44,7 +44,7 @@ class WebShards(RawSet):
         self._urls = self._successes = 0
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """Rows in the order of the shards' names and of their contents; a duplicate key is refused within its shard."""
+        """Rows in the order of shard names and of their contents; a duplicate key in a shard is a bad row."""
         self._urls = self._successes = 0
         yield from not_looked_at(self._left_out, self.root, "train")
         for shard in self._shards:
@@ -56,13 +56,13 @@ class WebShards(RawSet):
     def _rows_of(self, shard: Path) -> Iterator[RawRow | BadRow]:
         inside = shard.relative_to(self.root).as_posix() if shard != self.root else shard.name
         split, images, cut = split_of_path(inside), 0, False
-        # of one shard: keys of all shards would not fit into memory
+        # of one shard, as the keys of all shards would not fit into memory
         seen_keys: set[str] = set()
         # one sample at a time; the problem of a whole shard has no key
         for sample in READERS[self._kind](shard, self.columns):
             origin = one_line(f"{inside}!{sample.origin}" if sample.origin else inside)
             row = self._row(sample, shard, origin, split)
-            # images that were downloaded, usable or not: compared with img2dataset's count
+            # downloaded images, usable or not, to compare with img2dataset's count
             images += isinstance(row, RawRow) or "image" in sample.parts
             if sample.key and sample.key in seen_keys:
                 row = BadRow("duplicate key", origin, f"key {one_line(sample.key)!r} stands there twice", split)
@@ -77,27 +77,27 @@ class WebShards(RawSet):
         status = meta.get("status")
         if not problem and "image" not in sample.parts:
             failed = isinstance(status, str) and status != "success"
-            # img2dataset writes a row for an image that it could not fetch
+            # img2dataset also writes a row for an image that it could not fetch
             problem = (one_line(status, 40).replace("_", " "), one_line(meta.get("error_message"))) if failed else None
             problem = problem or ("no image", "no image of that name")
         captions = problem or self._captions(sample, meta)
         # (reason, message); captions are a list
         if isinstance(captions, tuple):
             return BadRow(captions[0], origin, captions[1], split)
-        # a column before the names of files and folders
+        # a column takes precedence over the names of files and folders
         named = split_named(meta[self.columns["split"]]) if self.columns.get("split") in meta else None
         # img2dataset's own number, else shard and member
         key = meta.get(self.columns.get("id", "key"))
         own = str(key) if isinstance(key, str | int) else f"{_stem(shard)}/{sample.key}"
         split = named or split
         prefix = self.name if split == "train" else f"{self.name} {split}"  # keys count from 0 in each download
-        # the photo's own id first, so that leaks are seen by id
+        # the photo's own id first, so that leaks are found by id
         image_id = photo_of(meta.get("url")) or f"{prefix} {own}"
         return RawRow(sample.parts["image"], tuple(captions), one_line_id(image_id), split, origin)
 
     def _captions(self, sample: KeyedFiles, meta: dict[str, Any]) -> list[str] | tuple[str, str]:
         wanted = self.columns.get("caption")
-        # the `.txt`, unless another key was asked for and is there
+        # the `.txt`, unless another key was requested and exists
         if "text" in sample.parts and (wanted is None or wanted not in meta):
             if len(sample.parts["text"]) > MAX_TEXT_BYTES:
                 return "too large", f"a caption of {len(sample.parts['text']):,} bytes"
@@ -109,7 +109,7 @@ class WebShards(RawSet):
         return "no caption", "neither a .txt nor a caption in a .json"
 
     def _compare(self, shard: Path, inside: str, split: str, images: int, cut: bool) -> Iterator[BadRow]:
-        """What img2dataset counted and what is there; an archive that is cut short was told already."""
+        """Compare img2dataset's count with the images found; a truncated archive has already been reported."""
         file = shard.parent / f"{_stem(shard)}{STATS}"
         there = os.path.lexists(file) and Inside(shard.parent).holds(file)
         text, problem = read_text(file) if there else ("", ("absent", ""))
@@ -124,7 +124,7 @@ class WebShards(RawSet):
             return
         if stats:
             self._urls, self._successes = self._urls + urls, self._successes + successes
-        # of a shard that is cut short this has been told
+        # a truncated shard has already been reported
         if stats and successes != images and not cut:
             what = f"{file.name} counts {successes:,} images, {images:,} are there"
             yield BadRow("other count than img2dataset's", one_line(inside), what, split)
@@ -136,7 +136,7 @@ def find_shards(
     """ "tar", "parquet" or "files", and the shards by name.
 
     Args:
-        left_out: takes reason -> the names of shards that are not looked at (see `Walk`).
+        left_out: is filled with reason -> names of skipped shards (see `Walk`).
 
     Raises:
         UserError: there are none.
@@ -152,10 +152,10 @@ def find_shards(
     for reason, paths in walk.left_out.items():
         if left_out is not None:
             left_out[reason] = [path for path in paths if TAR.search(path) or path.endswith(".parquet")]
-    # beside tars, img2dataset writes Parquet of the addresses, without images
+    # next to tars, img2dataset writes Parquet files of the addresses, without images
     if not shards_by_kind["tar"]:
         shards_by_kind["parquet"] = [path for path in shards_by_kind["parquet"] if has_images(path, columns)]
-    # the first kind that is there: tar, parquet, files
+    # the first kind found: tar, parquet, files
     for kind, shards in shards_by_kind.items():
         if shards:
             return kind, sorted(shards)
@@ -167,8 +167,8 @@ def _stem(shard: Path) -> str:
 
 
 def _meta(sample: KeyedFiles) -> tuple[dict[str, Any], tuple[str, str] | None]:
-    """The `.json` member as an object, empty where there is none, and what is wrong with it."""
-    # of Parquet it is an object already
+    """The `.json` member as an object, empty if there is none, and what is wrong with it."""
+    # from Parquet it is already an object
     content = sample.parts.get("json", {})
     if isinstance(content, dict):
         return content, None

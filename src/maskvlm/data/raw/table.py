@@ -1,4 +1,4 @@
-"""Comma- or tab-separated tables whose rows may be damaged: what can be read is, the rest is named by its line."""
+"""Comma- or tab-separated tables whose rows may be damaged: readable rows are read, the others reported by line."""
 
 import csv
 from collections import deque
@@ -12,12 +12,12 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 DELIMITERS = ",\t;|"
 MAX_JOINED = 100
-"""Lines that a quoted field may go over: a quote left open must not swallow the rest of the file."""
+"""Maximum number of lines of a quoted field, so that an unclosed quote does not swallow the rest of the file."""
 OPEN, WRONG = "open", "wrong"
 
 
 class TableRecord(NamedTuple):
-    """A row of a table, or (reason, message). number: the line on which it begins."""
+    """A row of a table, or (reason, message). number: the line on which it starts."""
 
     number: int
     fields: list[str]
@@ -25,17 +25,17 @@ class TableRecord(NamedTuple):
 
 
 class RawTable:
-    """A table with the names of its columns in the first line.
+    """A table with column names in the first line.
 
     Attributes:
-        columns: their names.
-        delimiter: by the file's extension, else the one that stands most often in the first line.
+        columns: names of the columns.
+        delimiter: by the file's extension, else the most frequent one in the first line.
     """
 
     def __init__(self, file: Path, delimiter: str | None = None) -> None:
         self.file = file
         self._lines = text_lines(file)
-        # lines that were looked at, but not taken
+        # lines that were peeked at, but not consumed
         self._ahead: deque[TextLine] = deque()
         # the first line that is not blank
         header = next((line for line in self._lines if line.text.strip() or line.problem), None)
@@ -45,7 +45,7 @@ class RawTable:
         if header.problem:
             reason, why = header.problem
             if reason == NOT_UTF8:
-                # what to do stands after the semicolon
+                # what to do comes after the semicolon
                 why, todo = why.partition(";")[0], "Save the file as UTF-8"
             raise UserError(where, f"{reason} ({why})", todo, ExitCode.BAD_DATA)
         self.delimiter = delimiter or _delimiter(file, header.text)
@@ -55,7 +55,7 @@ class RawTable:
         self.columns = [name.strip() for name in names]
 
     def records(self) -> Iterator[TableRecord]:
-        """The rows in the order of the file, each once; blank lines are passed over."""
+        """The rows in the order of the file, each once; blank lines are skipped."""
         while (line := self._ahead.popleft() if self._ahead else next(self._lines, None)) is not None:
             if line.problem:
                 yield TableRecord(line.number, [], line.problem)
@@ -64,18 +64,18 @@ class RawTable:
 
     def _record(self, line: TextLine) -> TableRecord:
         fields, joined = _split(line.text, self.delimiter), 0
-        # a row that has its image by now does not go on into the next image's row
+        # a row that already has an image must not extend into the next image's row
         size, own_image = len(line.text), self._has_image(line.text)
         while fields == OPEN and joined < MAX_JOINED and (following := self._peek(joined)):
             size += len(following.text) + 1
             if following.problem or size > MAX_LINE_BYTES or (own_image and self._is_row(following.text)):
                 break
             joined += 1
-            # joined anew only then, or a long field would cost the square of its lines
-            if '"' in following.text:  # nothing else can close the field
+            # joined only then, as otherwise a long field would cost the square of its lines
+            if '"' in following.text:  # only a quote can close the field
                 text = "\n".join([line.text, *(self._ahead[n].text for n in range(joined))])
                 fields = _split(text, self.delimiter)
-        # the lines looked at stay in `_ahead`: each is read as a row of its own
+        # the peeked lines stay in `_ahead`, and each is read as a row of its own
         if isinstance(fields, str) or (joined and len(fields) != len(self.columns)):
             opened = fields == OPEN or joined
             reason = "quote left open" if opened else "quotes do not fit"
@@ -90,18 +90,18 @@ class RawTable:
         return TableRecord(line.number, fields)
 
     def _peek(self, index: int) -> TextLine | None:
-        """A line after the current one, without taking it."""
+        """A line after the current one, without consuming it."""
         while len(self._ahead) <= index and (line := next(self._lines, None)) is not None:
             self._ahead.append(line)
         return self._ahead[index] if index < len(self._ahead) else None
 
     def _is_row(self, text: str) -> bool:
-        """Whether a line within an open quote is more likely a row of its own: complete, with the name of an image."""
+        """Whether a line within an open quote looks like a row of its own: complete, with an image name."""
         fields = _split(text, self.delimiter)
         return (isinstance(fields, str) or len(fields) == len(self.columns)) and self._has_image(text)
 
     def _has_image(self, text: str) -> bool:
-        """Whether a field outside of quotes, however they fit, is the name of an image."""
+        """Whether any field is the name of an image, ignoring quotes."""
         names = (each.strip() for each in text.split(self.delimiter))
         return any(name[name.rfind(".") :].lower() in IMAGE_SUFFIXES for name in names if "." in name)
 
@@ -109,17 +109,17 @@ class RawTable:
 def _delimiter(file: Path, header: str) -> str:
     if file.suffix.lower() in (".tsv", ".tab"):
         return "\t"
-    # of equal counts the first of DELIMITERS
+    # on a tie, the first of DELIMITERS
     counts = {delimiter: header.count(delimiter) for delimiter in DELIMITERS}
     return max(counts, key=counts.__getitem__)
 
 
 def _split(text: str, delimiter: str) -> list[str] | str:
-    """The fields of a row; OPEN where a quote is, WRONG where quotes do not fit together otherwise."""
-    # the fast way, for nearly all rows
+    """The fields of a row; OPEN if a quote is unclosed, WRONG if quotes are otherwise invalid."""
+    # the fast path, for nearly all rows
     if '"' not in text:
         return text.split(delimiter)
-    # a setting of the whole process: put back below
+    # a process-wide setting, restored below
     limit = csv.field_size_limit(MAX_LINE_BYTES + MAX_JOINED)
     try:
         rows = [*csv.reader([text], delimiter=delimiter, strict=True)]

@@ -1,4 +1,4 @@
-"""Opening SBU, CC3M and CC12M: img2dataset's output where there is some, else the lists with images beside them."""
+"""Opens SBU, CC3M and CC12M: img2dataset's output if there is any, else the lists with images next to them."""
 
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from maskvlm.data.safe_open import check_below
 from maskvlm.utils.errors import UserError
 
 # The paper's mix is the "4 M" of ALBEF (Li et al. 2021, arXiv 2107.07651, appendix): 2.95 M images of CC3M and 860 K
-# of SBU could still be fetched then, of 3,334,173 (3,318,333 + 15,840) and 1,000,000. CC12M is not in it.
+# of SBU were still available then, of 3,334,173 (3,318,333 + 15,840) and 1,000,000. CC12M is not in it.
 SBU = Facts(
     *("SBU Captions (Ordonez et al. 2011)", 860_000, 860_000),
     "captions and links for research; photos under the terms of their Flickr owners",
@@ -55,7 +55,7 @@ def _open_tsv(root: Path, name: str, columns: dict[str, str], facts: Facts, list
     if shards := _shards(root, name, columns, facts):
         return shards
     folder = root if root.is_dir() else root.parent
-    # "report": what downloaders write about their work
+    # "report": logs written by downloaders
     files = [root] if root.is_file() else sorted(file for file in root.glob("*.tsv") if "report" not in file.name)
     if files:
         for file in files:
@@ -65,12 +65,12 @@ def _open_tsv(root: Path, name: str, columns: dict[str, str], facts: Facts, list
 
 
 def _shards(root: Path, name: str, columns: dict[str, str], facts: Facts) -> RawSet | None:
-    # a list was named: shards beside it are not asked for
+    # a list was named, so shards next to it are ignored
     if root.is_file() and root.suffix in (".tsv", ".json", ".txt"):
         return None
     try:
         find_shards(root, columns)
-    # no shards: the lists are tried
+    # no shards: try the lists
     except UserError:
         return None
     shards = WebShards(root, name, columns)

@@ -1,1 +1,1 @@
-"""The built-in world of drawn scenes."""
+"""The built-in data set of drawn scenes."""

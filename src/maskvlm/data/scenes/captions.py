@@ -1,7 +1,7 @@
-"""Five truthful captions a scene, each at its own completeness, from a structured statement.
+"""Five truthful captions per scene, of different completeness, generated from structured statements.
 
-A `Statement` is what a caption claims, `describes` says of which scenes it is true. The words are chosen by
-lot among a few frames; each caption keeps to one style, sentences or notes.
+A `Statement` is what a caption claims; `describes` tells whether it is true of a scene. The words are chosen at random
+from a few templates; each caption uses one style, sentences or notes.
 """
 
 import random
@@ -19,9 +19,8 @@ OBJECT_WORDS = ("shapes", "objects", "things")
 
 @dataclass(frozen=True)
 class Style:
-    """How a writer puts things. The size words go with the rest of the style, so that a masked word can be told from
-    the image and its neighbours. Few words that an image does not decide: they would cost compute and teach little.
-    """
+    """A writing style. The size words depend on the style, so that a masked word can be inferred from the image and its
+    neighbours. Words that the image does not determine are few, as they would cost compute and teach little."""
 
     full: bool  # sentences with articles and prepositions, or notes
     sizes: dict[str, str]
@@ -30,16 +29,16 @@ class Style:
     grounds_first: tuple[str, ...]
 
     def noun(self, traits: "Mention") -> str:
-        """ "a small striped red circle", as far as the mention goes."""
+        """ "a small striped red circle", with the attributes that are mentioned."""
         size = self.sizes[traits.size] if traits.size else None
-        # in the order in which English puts them
+        # in the order of English adjectives
         words = [word for word in (size, traits.pattern, traits.colour, traits.shape or "thing") if word]
-        # by the first word that is said: "an orange circle", "a small orange circle"
+        # depends on the first word: "an orange circle", "a small orange circle"
         article = ("an" if words[0][0] in "aeiou" else "a",) if self.full else ()
         return " ".join((*article, *words))
 
     def place(self, name: str) -> str:
-        """ "at the top left", or "top left" alone."""
+        """ "at the top left", or only "top left"."""
         preposition = {"middle": "in", "left": "on", "right": "on"}.get(name, "at")
         return f"{preposition} the {name}" if self.full else name
 
@@ -50,7 +49,7 @@ class Style:
         return " and ".join((", ".join(parts[:-1]), parts[-1]))
 
     def ground(self, rng: random.Random, background: str) -> str:
-        """ " on a navy background", to follow upon the rest."""
+        """ " on a navy background", to be appended to the rest."""
         return choose(rng, self.grounds).format(background)
 
 
@@ -71,15 +70,15 @@ NOTES = Style(
 
 
 def style_of(scene: Scene, rng: random.Random) -> Style:
-    """Either, at random; notes where there is much to tell, since length costs compute."""
-    # drawn in any case, and passed over where there are three things
+    """A random style; notes if there are more than two objects, since length costs compute."""
+    # always drawn, but ignored if there are three objects
     drawn = choose(rng, (SENTENCES, NOTES))
     return NOTES if len(scene.things) > 2 else drawn
 
 
 @dataclass(frozen=True)
 class Mention:
-    """What a caption says of one thing; None where it keeps silent."""
+    """What a caption says about one object; None for attributes not mentioned."""
 
     shape: str | None = None
     colour: str | None = None
@@ -88,7 +87,7 @@ class Mention:
     place: str | None = None
 
     def fits(self, thing: Thing) -> bool:
-        """True where nothing said is false of the thing."""
+        """Whether everything mentioned is true of the object."""
         return (
             self.shape in (None, thing.shape)
             and self.colour in (None, thing.colour)
@@ -108,7 +107,7 @@ class Relation(NamedTuple):
 
 @dataclass(frozen=True)
 class Statement:
-    """What a caption claims: different mentions are different things."""
+    """What a caption claims: different mentions are different objects."""
 
     mentions: tuple[Mention, ...]
     relations: tuple[Relation, ...] = ()
@@ -124,7 +123,7 @@ class Caption(NamedTuple):
 
 
 def describes(statement: Statement, scene: Scene) -> bool:
-    """True where some choice of different things makes every claim of the statement true."""
+    """Whether some assignment of different objects to the mentions makes every claim of the statement true."""
     if statement.background not in (None, scene.background):
         return False
     if statement.count not in (None, len(scene.things)):
@@ -132,20 +131,20 @@ def describes(statement: Statement, scene: Scene) -> bool:
     return any(
         all(mention.fits(thing) for mention, thing in zip(statement.mentions, things, strict=True))
         and all(things[first].relates(name, things[second]) for first, name, second in statement.relations)
-        # every way to take different things for the mentions, at most 3! = 6
+        # all assignments of different objects to the mentions, at most 3! = 6
         for things in permutations(scene.things, len(statement.mentions))
     )
 
 
 def mention(thing: Thing, *attributes: str) -> Mention:
-    """The thing with its shape, its colour and the named attributes (size, pattern, place)."""
+    """A mention of an object with its shape, its colour and the named attributes (size, pattern, place)."""
     return Mention(thing.shape, thing.colour, **{name: getattr(thing, name) for name in attributes})
 
 
 def tell_all(scene: Scene, rng: random.Random) -> Caption:
-    """Every thing with every attribute and its place, and the background."""
+    """Every object with all its attributes and its place, and the background."""
     style = style_of(scene, rng)
-    # in random order: the order of a text must not tell the places
+    # in random order, as the order must not reveal the places
     mentions = [mention(thing, "size", "pattern", "place") for thing in shuffled(rng, scene.things)]
     things = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in mentions])
     text = f"{things}{style.ground(rng, scene.background)}"
@@ -153,8 +152,8 @@ def tell_all(scene: Scene, rng: random.Random) -> Caption:
 
 
 def tell_relations(scene: Scene, rng: random.Random) -> Caption:
-    """One thing related to each other one; every attribute of two things, one attribute less of more. A thing
-    that has none to be related to is said to be alone."""
+    """One object in relation to each other one; all attributes of two objects, one attribute less of more. A single
+    object is said to be alone."""
     style = style_of(scene, rng)
     things = shuffled(rng, scene.things)
     if len(things) == 1:
@@ -166,7 +165,7 @@ def tell_relations(scene: Scene, rng: random.Random) -> Caption:
     mentions = [mention(thing, *attributes) for thing in things]
     relations = []
     for number, thing in enumerate(things[1:], start=1):
-        # never empty: two things differ in row or column; both hold on a diagonal
+        # never empty: two objects differ in row or column; on a diagonal, two relations are true
         true = [name for name in world.RELATIONS if things[0].relates(name, thing)]
         relations.append(Relation(0, choose(rng, true), number))
     others = style.listed([f"{style.relations[r.name]} {style.noun(mentions[r.second])}" for r in relations])
@@ -175,9 +174,9 @@ def tell_relations(scene: Scene, rng: random.Random) -> Caption:
 
 
 def tell_background_first(scene: Scene, rng: random.Random) -> Caption:
-    """The background, then each thing's colour, shape and place; of one thing alone its size or pattern, too."""
+    """The background, then each object's colour, shape and place; for a single object also its size or pattern."""
     style = style_of(scene, rng)
-    # one thing alone would fit too many images without it
+    # without it, a single object would fit too many images
     more = () if len(scene.things) > 1 else (choose(rng, ("size", "pattern")),)
     mentions = [mention(thing, "place", *more) for thing in shuffled(rng, scene.things)]
     things = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in mentions])
@@ -186,7 +185,7 @@ def tell_background_first(scene: Scene, rng: random.Random) -> Caption:
 
 
 def tell_places_first(scene: Scene, rng: random.Random) -> Caption:
-    """Each place, then what is there, without size or without pattern; one thing alone with its background."""
+    """Each place, then the object there, without size or without pattern; a single object with its background."""
     style = style_of(scene, rng)
     attribute = choose(rng, ("size", "pattern"))
     mentions = [mention(thing, "place", attribute) for thing in shuffled(rng, scene.things)]
@@ -194,15 +193,15 @@ def tell_places_first(scene: Scene, rng: random.Random) -> Caption:
     text = style.listed([f"{style.place(str(m.place))}{verb} {style.noun(m)}" for m in mentions])
     if len(mentions) > 1:
         return Caption(text, Statement(tuple(mentions)))
-    ground = style.ground(rng, scene.background)  # one thing would fit too many images
+    ground = style.ground(rng, scene.background)  # a single object would fit too many images
     return Caption(f"{text}{ground}", Statement(tuple(mentions), background=scene.background))
 
 
 def tell_part(scene: Scene, rng: random.Random) -> Caption:
-    """Name at most two things in full, or say that there is one only, or how many, and their colours and shapes."""
+    """At most two objects in full, or that there is only one; or the count, with the colours and shapes of all."""
     style = style_of(scene, rng)
     things = shuffled(rng, scene.things)
-    # One or two things in full, else the count and all names.
+    # One or two objects in full, else the count and all names.
     if len(things) <= 2 or rng.random() < 0.5:
         mentions = [mention(thing, "size", "pattern", "place") for thing in things[:2]]
         text = style.listed([f"{style.noun(m)} {style.place(str(m.place))}" for m in mentions])
@@ -216,9 +215,10 @@ def tell_part(scene: Scene, rng: random.Random) -> Caption:
 
 
 def tell_names(scene: Scene, rng: random.Random) -> Caption:
-    """The things by name: colour and shape, and of all of them perhaps size, pattern or both.
+    """The objects by name: colour and shape, and possibly size, pattern or both for all of them.
 
-    Colours, places and backgrounds of long captions tell a batch's images apart without a look at shapes; these not.
+    With long captions, colours, places and backgrounds distinguish a batch's images without looking at shapes; with
+    these they do not.
     """
     style = style_of(scene, rng)
     attributes = choose(rng, ((), ("size",), ("pattern",), ("size", "pattern")))
@@ -227,9 +227,9 @@ def tell_names(scene: Scene, rng: random.Random) -> Caption:
 
 
 def tell_spots(scene: Scene, rng: random.Random) -> Caption:
-    """Each place, and one attribute of what is there, the same of all things.
+    """Each place, and one attribute of the object there, the same attribute for all objects.
 
-    A masked word of long captions can be told from the rest of the thing's attributes; here only from its place.
+    In long captions the object of a masked word can be found by its other attributes; here only by its place.
     """
     style = style_of(scene, rng)
     attribute = choose(rng, ("shape", "colour", "size", "pattern"))
@@ -242,12 +242,12 @@ def tell_spots(scene: Scene, rng: random.Random) -> Caption:
 
 
 def tell_short(scene: Scene, rng: random.Random, relations: int = 0) -> Caption:
-    """Names, or of several things the places and one attribute: of one thing alone this would fit too many images.
+    """Names, or for several objects places and one attribute, which for a single object would fit too many images.
 
     Args:
-        relations: how often `tell_relations` is in the lot as well, where there are several things.
+        relations: weight of `tell_relations` in the random choice if there are several objects; the others have 1.
     """
-    # one entry a share: `relations` of them beside one of each other kind
+    # one entry per unit of weight
     several = (tell_names, tell_spots, *[tell_relations] * relations)
     return choose(rng, several if len(scene.things) > 1 else (tell_names,))(scene, rng)
 
@@ -263,7 +263,7 @@ def captions_of(scene: Scene, rng: random.Random) -> list[Caption]:
 def vocabulary() -> list[str]:
     """Every word that a caption can use, sorted."""
     styles = (SENTENCES, NOTES)
-    # the words that stand in the frames of the functions above
+    # the words in the templates of the functions above
     frames = [*OBJECT_WORDS, "thing a alone an and is at in on only the"]
     frames += [frame for style in styles for frame in (*style.grounds, *style.grounds_first)]
     counts = [COUNT_WORDS[count] for count in set(world.COUNTS) if count > 2]  # see tell_part

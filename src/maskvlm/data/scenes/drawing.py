@@ -1,6 +1,6 @@
 """Draws scenes with Pillow, at any size: flat colours, and shapes that fill their cell of the 3x3 grid.
 
-Each shape is drawn once, large, and shrunk to a mask; an image is then two pastes a thing.
+Each shape is drawn once at a large size and shrunk to a mask; an image then takes two pastes per object.
 """
 
 import math
@@ -35,23 +35,23 @@ BACKGROUND_RGB: dict[str, RGB] = {
     "black": (10, 10, 10),
 }
 
-# Diameters in cells: a large thing and its jitter fill the cell, a small one has half its area.
+# Diameters in cells: a large object and its jitter fill the cell, a small one has half its area.
 DIAMETER = {"large": 14 / 16, "small": 10 / 16}
-# Folds of a curtain, dark and light in turn: no background has folds, no thing is grey.
+# Folds of a curtain, alternately dark and light: no background has folds, no object is grey.
 FOLD_RGB: tuple[RGB, RGB] = ((85, 85, 85), (185, 185, 185))
-FOLDS = 24  # folds in an image's width: two pixels each at 48 pixels
+FOLDS = 24  # folds per image width: two pixels each at 48 pixels
 SUPERSAMPLE = 8  # masks are drawn this many times larger, then averaged
 
 
 class Stamp(NamedTuple):
-    """Anti-aliased masks of one thing, mode "L": the whole shape, and the pattern's ink on it (or None)."""
+    """Anti-aliased masks of one object, mode "L": the whole shape, and the pattern's ink on it (or None)."""
 
     shape: Image.Image
     ink: Image.Image | None
 
 
 def ink_of(colour: str) -> RGB:
-    """Colour of stripes and dots: the object's own colour, far darker where it is light and vice versa."""
+    """Colour of stripes and dots: the object's own colour, made much darker if it is light and vice versa."""
     # 70 % of the way to black or white
     target = 0 if colour in LIGHT_COLOURS else 255
     red, green, blue = (round(0.3 * value + 0.7 * target) for value in COLOUR_RGB[colour])
@@ -59,7 +59,7 @@ def ink_of(colour: str) -> RGB:
 
 
 def corners_of(shape: str) -> list[tuple[float, float]]:
-    """Outline of a shape made of straight lines, x to the right and y downwards, within [0, 1]."""
+    """Outline of a shape as a polygon within [0, 1], x to the right and y downwards."""
     if shape == "square":
         return [(0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94)]
     if shape == "triangle":
@@ -71,7 +71,7 @@ def corners_of(shape: str) -> list[tuple[float, float]]:
         return [(low, 0), (high, 0), (high, low), (1, low), (1, high), (high, high), (high, 1), (low, 1),
                 (low, high), (0, high), (0, low), (low, low)]  # fmt: skip
     if shape == "star":
-        # ten corners, outer and inner in turn, from the top clockwise
+        # ten corners, alternately outer and inner, clockwise from the top
         radii = [0.53 if corner % 2 == 0 else 0.22 for corner in range(10)]
         turns = [math.pi * corner / 5 for corner in range(10)]
         return [(0.5 + r * math.sin(t), 0.54 - r * math.cos(t)) for r, t in zip(radii, turns, strict=True)]
@@ -101,7 +101,7 @@ def draw_pattern(pattern: str, side: int, step: float) -> Image.Image:
     """Stripes or dots that repeat every `step` pixels, centred, mode "L", `side` pixels square."""
     mask = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(mask)
-    # more rows than fit: those outside are cut off
+    # more rows than fit; those outside are cut off
     reach = math.ceil(side / step) + 1
     for row in range(-reach, reach + 1):
         y = side / 2 + row * step
@@ -117,25 +117,25 @@ def draw_pattern(pattern: str, side: int, step: float) -> Image.Image:
 
 @lru_cache(maxsize=4096)
 def stamp_of(shape: str, size: str, pattern: str, image_size: int) -> Stamp:
-    """The masks of a kind of thing in images of `image_size` pixels."""
+    """The masks of a kind of object in images of `image_size` pixels."""
     cell = image_size / 3
     # in pixels of the image
     side = max(1, round(DIAMETER[size] * cell))
     outline = draw_shape(shape, side * SUPERSAMPLE)
     if pattern == "plain":
         return Stamp(outline.reduce(SUPERSAMPLE), None)
-    # the pattern where the shape is, nothing elsewhere
+    # the pattern within the shape, nothing elsewhere
     ink = ImageChops.darker(outline, draw_pattern(pattern, side * SUPERSAMPLE, cell * SUPERSAMPLE / 4))
     return Stamp(outline.reduce(SUPERSAMPLE), ink.reduce(SUPERSAMPLE))
 
 
 def corner_of(thing: Thing, side: int, image_size: int) -> tuple[int, int]:
-    """Left and top pixel of a thing whose mask is `side` pixels wide."""
+    """Left and top pixel of an object whose mask is `side` pixels wide."""
     cell = image_size / 3
-    # centre of the cell, moved by sixteenths of it, minus half of the mask
+    # centre of the cell, shifted by sixteenths of it, minus half of the mask
     left = (thing.column + 0.5 + thing.dx / 16) * cell - side / 2
     top = (thing.row + 0.5 + thing.dy / 16) * cell - side / 2
-    # `round` takes halves to even numbers: neighbours would be a pixel nearer or farther
+    # `round` rounds halves to even, so neighbours would be a pixel closer or farther apart
     return math.floor(left + 0.5), math.floor(top + 0.5)
 
 
@@ -152,7 +152,7 @@ def draw_scene(scene: Scene, size: int) -> Image.Image:
 
 
 def draw_object_mask(scene: Scene, size: int) -> NDArray[np.bool_]:
-    """True on the pixels (size, size) that a thing covers at least half."""
+    """True for pixels, [size, size], of which an object covers at least half."""
     cover = Image.new("L", (size, size), 0)
     for thing in scene.things:
         stamp = stamp_of(thing.shape, thing.size, thing.pattern, size).shape
@@ -176,8 +176,8 @@ def curtain_of(size: int, line: str) -> Image.Image:
 
 
 def draw_behind(scene: Scene, size: int, line: str) -> Image.Image:
-    """The scene with a curtain over a row or column (a key of LINES): nothing of what stands there can be seen."""
-    visible = tuple(thing for thing in scene.things if thing.cell not in LINES[line])  # edges may reach out by a pixel
+    """The scene with a curtain over a row or column (a key of LINES) that hides everything there."""
+    visible = tuple(thing for thing in scene.things if thing.cell not in LINES[line])  # edges may stick out by a pixel
     image = draw_scene(Scene(scene.background, visible), size)
     curtain = curtain_of(size, line)
     image.paste(curtain, (0, 0), curtain)

@@ -1,8 +1,8 @@
-"""Downstream examples of the built-in world: what the tasks' question makers share.
+"""Downstream examples about the built-in scenes: code shared by the tasks' question generators.
 
-A maker decides kind and answer at random first and then looks for scenes that bear them out, so that no word of a text
-tells its answer. Texts use the captions' words as far as they go: these are whole tokens of a tokenizer that was
-trained on captions, other words are spelt in pieces (x and z not even that).
+A generator first draws kind and answer at random and then looks for matching scenes, so that no word of a text reveals
+its answer. Texts use the captions' words where possible: those are whole tokens of a tokenizer trained on captions,
+while other words are split into pieces (x and z cannot even be spelled).
 """
 
 import random
@@ -33,20 +33,20 @@ from maskvlm.utils.errors import UserError, check_least
 VERSION = 2  # raise it when the same seed gives other examples
 SMALLEST = 12  # pixels: below, shapes cannot be told apart
 ATTRIBUTES = {"size": SIZES, "pattern": PATTERNS, "colour": COLOURS, "shape": SHAPES}
-"""What a thing is like, in the order in which a text says it."""
-TRIES = 100_000  # one scene in ten is of a small split; a maker whose scenes never are has a mistake
+"""Attributes of an object, in the order used in a text."""
+TRIES = 100_000  # one scene in ten is of a small split; a generator whose scenes never are has a bug
 
 Traits = dict[str, str]
-"""What is said of a thing: attribute -> value; silent on the others."""
+"""Description of an object: attribute -> value; attributes not mentioned are missing."""
 
 
 def fits(traits: Traits, thing: Thing) -> bool:
-    """True where nothing said is false of the thing."""
+    """Whether all the traits are true of the object."""
     return all(getattr(thing, name) == value for name, value in traits.items())
 
 
 def noun(traits: Traits) -> str:
-    """ "small striped red circle", or "red thing", as far as the traits go; no article."""
+    """ "small striped red circle", or "red thing", depending on the traits; without an article."""
     words = {"shape": "thing"} | traits
     return " ".join(words[name] for name in ATTRIBUTES if name in words)
 
@@ -63,13 +63,13 @@ def traits_by_lot(rng: random.Random, names: Collection[str]) -> Traits:
 
 
 def names_by_lot(rng: random.Random) -> tuple[str, ...]:
-    """What to say of a thing: colour and shape, one time in four size or pattern, too."""
+    """Attributes to mention: colour and shape, and one time in four also size or pattern."""
     more = choose(rng, ("size", "pattern"))
     return (more, "colour", "shape") if rng.random() < 0.25 else ("colour", "shape")
 
 
 def lots_of(kinds: Sequence[str], shares: dict[str, int]) -> dict[str, tuple[str, ...]]:
-    """Split -> what to draw a kind from: all alike, but in training as often as `shares` says (else once)."""
+    """Split -> kinds to draw from, each once, but in training as often as `shares` says (by default once)."""
     return {
         "train": tuple(kind for kind in kinds for _ in range(shares.get(kind, 1))),
         "val": tuple(kinds),
@@ -78,16 +78,16 @@ def lots_of(kinds: Sequence[str], shares: dict[str, int]) -> dict[str, tuple[str
 
 
 def near_miss(rng: random.Random, traits: Traits, taken: Collection[str] = ()) -> Traits:
-    """The same but for one of the attributes said, at random; never one of the `taken` values."""
+    """The same traits with one of them changed at random; never to one of the `taken` values."""
     name = choose(rng, tuple(traits))
-    # the value itself would be no miss
+    # not the value itself
     others = [value for value in ATTRIBUTES[name] if value != traits[name] and value not in taken]
     return {**traits, name: choose(rng, others)}
 
 
 def strangers(rng: random.Random, names: Collection[str], taken: Collection[str]) -> Traits:
-    """Traits whose colour and shape are none of the `taken` values."""
-    # drawn until it fits: colours and shapes are eight each, and few are taken
+    """Traits whose colour and shape are not among the `taken` values."""
+    # drawn until they fit: there are eight colours and shapes each, and few are taken
     while True:
         traits = traits_by_lot(rng, names)
         if traits["colour"] not in taken and traits["shape"] not in taken:
@@ -95,35 +95,35 @@ def strangers(rng: random.Random, names: Collection[str], taken: Collection[str]
 
 
 def thing_like(rng: random.Random, cell: int, traits: Traits) -> Thing:
-    """A random thing that the traits fit."""
-    # what is not said of it is random, so that nothing else tells it apart
+    """A random object that fits the traits."""
+    # other attributes are random, so that nothing else distinguishes it
     full = traits_by_lot(rng, [name for name in ATTRIBUTES if name not in traits]) | traits
     shifts = range(-JITTER[full["size"]], JITTER[full["size"]] + 1)
     return Thing(cell=cell, dx=choose(rng, shifts), dy=choose(rng, shifts), **full)
 
 
 def traits_of(thing: Thing, names: Collection[str]) -> Traits:
-    """The named attributes of a thing."""
+    """The named attributes of an object."""
     return {name: getattr(thing, name) for name in names}
 
 
 def scene_of(rng: random.Random, things: Collection[Thing], background: str | None = None) -> Scene:
-    """A scene of these things, in any order; the background at random unless it is given."""
-    # by cell, as `Scene` wants them
+    """A scene of these objects, given in any order; the background is random unless given."""
+    # by cell, as `Scene` requires
     return Scene(background or choose(rng, BACKGROUNDS), tuple(sorted(things, key=lambda thing: thing.cell)))
 
 
 def scene_like(rng: random.Random, things: Collection[Traits], background: str | None = None) -> Scene:
-    """A scene of as many things as there are traits, each at a random place; the background as in `scene_of`."""
-    # nine cells for fewer things: the rest is not used
+    """A scene with one object per traits, each at a random place; the background as in `scene_of`."""
+    # there are more cells than objects; the rest is not used
     cells = shuffled(rng, range(9))
     placed_things = [thing_like(rng, cell, traits) for cell, traits in zip(cells, things, strict=False)]
     return scene_of(rng, placed_things, background)
 
 
 def first_of_split(split: str, make: Callable[[], Scene | None]) -> Scene:
-    """The first scene made that belongs to the split; `make` gives None where the lot fell on an unfit scene."""
-    # splits are told by content, so a scene can only be drawn again until it falls into this one
+    """The first generated scene that belongs to the split; `make` returns None for an unsuitable scene."""
+    # a scene's split depends on its content, so scenes are drawn until one falls into this split
     for _ in range(TRIES):
         scene = make()
         if scene is not None and scene.split == split:
@@ -156,15 +156,15 @@ class PlannedExample(NamedTuple):
 
 
 Tell = Callable[[str, str, int], PlannedExample]
-"""(key, split, index) -> example. All randomness is to follow from the key, which holds the seed, and the index."""
+"""(key, split, index) -> example. All randomness must come from the key, which contains the seed, and the index."""
 
 
 class SceneExamples:
-    """One split of examples about scenes, made on demand.
+    """One split of examples about scenes, generated on demand.
 
     Args:
-        task: names the source in error messages and in the lots.
-        tell: makes the examples; a function of a module, so that data workers can be sent it.
+        task: name of the source in error messages and random seeds.
+        tell: generates the examples; a module-level function, so that it can be sent to data workers.
         name: `train`, `val` or `test`; all scenes are of this split.
         count: number of examples.
         size: width and height of the images in pixels.
@@ -192,25 +192,25 @@ class SceneExamples:
         )
 
     def plan(self, index: int) -> PlannedExample:
-        """Example `index` with its scenes. Raises IndexError outside 0 to the length - 1."""
+        """Example `index` with its scenes. Raises IndexError outside 0 to length - 1."""
         if not 0 <= index < self.count:
             raise IndexError(f"{self.task} {self.name}: no example {index}, there are {self.count}")
         # split and seed are in the key, so no two splits draw the same
         return self.tell(f"{self.task}-{VERSION}-{self.seed}-{self.name}", self.name, index)
 
     def image_ids(self) -> Iterator[str]:
-        """The scenes' ids, example by example; the examples are made for it, but not drawn."""
+        """The scenes' ids, example by example; the examples are generated for it, but not drawn."""
         for index in range(self.count):
             yield from (view.scene.id for view in self.plan(index).views)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the parameters and of the first examples, images included."""
+        """Hash of the parameters and of the first examples, images included; 16 hex digits."""
         digest = sha256(repr((VERSION, self.task, self.name, self.count, self.size, self.seed)).encode())
-        # the content, too: it changes with the code of `tell`
+        # the content too, as it changes with the code of `tell`
         for index in range(min(8, self.count)):
             plan = self.plan(index)
-            # the plan holds the text, the answer and the scenes
+            # the plan contains the text, the answer and the scenes
             digest.update(repr(plan).encode())
             for view in plan.views:
                 digest.update(view.draw(self.size).tobytes())
@@ -218,31 +218,31 @@ class SceneExamples:
 
 
 class SceneSplits:
-    """The three splits of a task about scenes, and the checks of what the user asked for.
+    """The three splits of a task about scenes, and checks of the user's settings.
 
     Args:
-        task: as in `SceneExamples`, as is `tell`.
+        task, tell: as in `SceneExamples`.
         counts: number of examples of `train`, `val` and `test`.
-        size: of the images in pixels, at least 12.
-        seed: for all three.
-        multiple: what the counts must be a multiple of, where examples come in sets.
+        size: width and height of the images in pixels, at least 12.
+        seed: seed of all three splits.
+        multiple: number of which the counts must be a multiple, if examples come in sets.
 
     Raises:
-        UserError: a count or the size cannot be served.
+        UserError: a count or the size is not allowed.
     """
 
     def __init__(self, task: str, tell: Tell, counts: dict[str, int], size: int, seed: int, multiple: int = 1) -> None:
         self.task, self.tell, self.counts, self.size, self.seed = task, tell, counts, size, seed
         check_least(1, {f"{task}.{name}": count for name, count in counts.items()})
         check_least(SMALLEST, {f"{task}.size": size})
-        # a set that is cut through would not be balanced
+        # an incomplete set would not be balanced
         for name, count in counts.items():
             if count % multiple:
                 todo = f"Ask for a multiple of {multiple}: examples come in sets of {multiple}"
                 raise UserError(f"{task}.{name}", f"{count} examples", todo)
 
     def split(self, name: str) -> SceneExamples:
-        """The examples of `train`, `val` or `test`; another name is a UserError."""
+        """The examples of `train`, `val` or `test`. Raises UserError for any other name."""
         if name not in self.counts:
             raise UserError(self.task, f"no split '{name}'", f"The splits are {', '.join(SPLITS)}")
         return SceneExamples(self.task, self.tell, name, self.counts[name], self.size, self.seed)

@@ -1,4 +1,4 @@
-"""The built-in world as a data set: images and captions made on demand, the same on every machine."""
+"""The built-in scenes as a data set: images and captions generated on demand, the same on every machine."""
 
 import random
 from collections.abc import Iterator
@@ -17,21 +17,22 @@ from maskvlm.utils.errors import UserError, check_least
 __all__ = ["Caption", "Scene", "ScenePairs", "Scenes", "Thing", "captions_of", "describes", "vocabulary"]
 
 VERSION = 3  # raise it when the same seed gives other images or captions
-SHORT = 2  # raise it when the same seed gives other short captions; no evaluation has these
+SHORT = 2  # raise it when the same seed gives other short captions, which evaluations never have
 MOST_CACHED = 20_000
-"""Scenes whose texts are kept once they were made, 30 MB or so: of what a row costs they are nine tenths."""
+"""Number of scenes whose texts are cached, some 30 MB: texts are nine tenths of the cost of a row."""
 SMALLEST = 12  # pixels: below, shapes cannot be told apart
 
 
 class ScenePairs:
-    """One split of the built-in world.
+    """One split of the built-in scenes.
 
     Args:
         name: `train`, `val` or `test`.
         count: number of images.
         size: width and height of the images in pixels.
-        seed: another seed gives other scenes; a scene's split is the same under every seed.
-        short, relations: captions of few words, added to the five, and what `tell_short` is told.
+        seed: another seed gives other scenes; a scene's split is the same for every seed.
+        short: number of short captions added to the five.
+        relations: weight of captions on relations among these, see `tell_short`.
     """
 
     def __init__(self, name: str, count: int, size: int, seed: int, short: int = 0, relations: int = 0) -> None:
@@ -58,11 +59,11 @@ class ScenePairs:
         )
 
     def image_ids(self) -> Iterator[str]:
-        """Ids of all images, without drawing them; images of which the same can be said share an id."""
+        """Ids of all images, without drawing them; images with the same description share an id."""
         return (self.scene(index).id for index in range(self.count))
 
     def scene(self, index: int) -> Scene:
-        """What image `index` shows. Raises IndexError outside 0 to the length - 1."""
+        """The scene of image `index`. Raises IndexError outside 0 to length - 1."""
         return self._scene(index)[0]
 
     def captions(self, index: int) -> list[Caption]:
@@ -73,26 +74,26 @@ class ScenePairs:
         return [*captions_of(scene, rng), *(tell_short(scene, rng, self.relations) for _ in range(self.short))]
 
     def object_mask(self, index: int, size: int | None = None) -> NDArray[np.bool_]:
-        """True on the pixels that show a thing, (size, size); `size` defaults to the images' own."""
+        """True for pixels that show an object, [size, size]; `size` defaults to the images' own."""
         return draw_object_mask(self.scene(index), size or self.size)
 
     def _scene(self, index: int) -> tuple[Scene, random.Random]:
-        """The scene, and the generator in the state that its captions go on from."""
+        """The scene, and the generator in the state from which its captions are drawn."""
         if not 0 <= index < self.count:
             raise IndexError(f"scenes {self.name}: no image {index}, there are {self.count}")
-        # A generator for each image, seeded by a text: Python hashes it by SHA-512,
-        # so row n is the same in every process and needs none of the rows before it.
+        # A generator for each image, seeded with a string, which Python hashes with SHA-512:
+        # row n is the same in every process and does not need the rows before it.
         rng = random.Random(f"scenes-{VERSION}-{self.seed}-{self.name}-{index}")
         return scene_of_split(rng, self.name), rng
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the parameters and of the first images and captions."""
-        # Settings that are off stay out, so that fingerprints without them stay the same.
+        """Hash of the parameters and of the first images and captions; 16 hex digits."""
+        # Settings that are off are left out, so that fingerprints without them stay the same.
         facts = (VERSION, self.name, self.count, self.size, self.seed, *([SHORT, self.short] if self.short else []))
         facts = (*facts, self.relations) if self.short and self.relations else facts
         digest = sha256(repr(facts).encode())
-        # the content, too: another version of Pillow may draw other pixels
+        # the content too, as another version of Pillow may draw other pixels
         for index in range(min(4, self.count)):
             row = self[index]
             digest.update(repr(row["captions"]).encode())
@@ -101,17 +102,17 @@ class ScenePairs:
 
 
 class Scenes(Source):
-    """The built-in world (a `Source`): small scenes with five captions each, nothing to download.
+    """The built-in data set (a `Source`): small drawn scenes with five captions each, nothing to download.
 
     Args:
         train: number of training images.
         val: number of validation images.
         test: number of test images.
         size: width and height of the images in pixels, at least 12.
-        seed: draws other scenes; train, val and test share no scene under any pair of seeds.
-        short: captions of few words, added to the five of every training image; evaluation has the five.
-        relations: of several things' short captions, how many tell how they stand to each other, for one of names and
-            one of places.
+        seed: another seed gives other scenes; train, val and test share no scene for any pair of seeds.
+        short: number of short captions added to the five of every training image; evaluation has only the five.
+        relations: for scenes with several objects, number of short captions on relations for each one on names and one
+            on places.
     """
 
     def __init__(
@@ -134,10 +135,10 @@ class Scenes(Source):
             raise UserError("scenes.size", f"{size} pixels", f"Ask for at least {SMALLEST}")
 
     def split(self, name: str) -> ScenePairs:
-        """The pairs of `train`, `val` or `test`; another name is a UserError."""
+        """The pairs of `train`, `val` or `test`. Raises UserError for any other name."""
         if name not in self.counts:
             raise UserError("scenes", f"no split '{name}'", f"The splits are {', '.join(SPLITS)}")
-        # evaluation has no short captions: numbers stay comparable whatever training is shown
+        # evaluation has no short captions, so that metrics are comparable whatever the training captions
         return ScenePairs(
             name, self.counts[name], self.size, self.seed, *((self.short, self.relations) if name == "train" else ())
         )

@@ -1,8 +1,8 @@
-"""The built-in world: what a scene is, how one is drawn at random, and which split it belongs to.
+"""The built-in scenes: their definition, how they are drawn at random, and the split to which each belongs.
 
-A scene is 1 to 3 things on a coloured ground, each thing in its own cell of a 3x3 grid. All attributes are
-independent of each other, so that nothing about a hidden thing can be guessed from the rest of the image,
-and everything can be read in a caption. Our choice; the paper has no such world.
+A scene is 1 to 3 objects on a coloured background, each in its own cell of a 3x3 grid. All attributes are independent
+of each other, so that nothing about a hidden object can be guessed from the rest of the image, and everything can be
+expressed in a caption. Our choice; the paper has no such data.
 """
 
 import random
@@ -24,24 +24,25 @@ LINES = {
 }  # fmt: skip
 """The cells of each row and column of the grid."""
 COUNTS = (1, 1, 1, 1, 2, 2, 3)
-"""Things a scene, each entry as likely: a thing alone teaches what words mean before it is asked which is which."""
+"""Number of objects per scene, each entry equally likely: single objects teach the meaning of words before it matters
+which object is which."""
 SPLITS = ("train", "val", "test")
 
-# How far a thing may sit from the centre of its cell, in sixteenths of the cell: it never leaves the cell.
+# Maximum distance of an object from the centre of its cell, in sixteenths of the cell: it never leaves the cell.
 JITTER = {"large": 1, "small": 2}
 
 Choice = TypeVar("Choice")
 
 
 def choose(rng: random.Random, options: Sequence[Choice]) -> Choice:
-    """One option, uniformly. Uses `random()` alone: Python promises only its sequence to later versions."""
-    # random() is below 1, so the place is always one of the options
+    """One option, uniformly. Uses only `random()`, whose sequence alone Python guarantees for later versions."""
+    # random() is below 1, so the index is always valid
     return options[int(rng.random() * len(options))]
 
 
 def shuffled(rng: random.Random, options: Sequence[Choice]) -> list[Choice]:
-    """The options in random order, by `random()` alone, as in `choose`."""
-    # the place breaks ties
+    """The options in random order, using only `random()` as in `choose`."""
+    # the position breaks ties
     lots = sorted((rng.random(), place) for place in range(len(options)))
     return [options[place] for _, place in lots]
 
@@ -77,7 +78,7 @@ class Thing:
         return PLACES[self.cell]
 
     def relates(self, relation: str, other: "Thing") -> bool:
-        """True where this thing is `relation` (one of RELATIONS) `other`, judged by rows and columns."""
+        """Whether this object is `relation` (one of RELATIONS) `other`, judged by rows and columns."""
         return {
             "left of": self.column < other.column,
             "right of": self.column > other.column,
@@ -88,49 +89,49 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows: the ground and its things, ordered by cell."""
+    """The content of an image: background and objects, ordered by cell."""
 
     background: str
     things: tuple[Thing, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON; `from_dict` is the inverse."""
+        """The scene as plain types for JSON; `from_dict` is the inverse."""
         return {"background": self.background, "things": [asdict(thing) for thing in self.things]}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Scene":
-        """The scene that `to_dict` described."""
+        """The scene from the output of `to_dict`."""
         return cls(content["background"], tuple(Thing(**thing) for thing in content["things"]))
 
     @property
     def key(self) -> str:
-        """All that can be said of the scene, without the jitter: equal keys mean the same scene."""
-        # things are ordered by cell, so each scene has one text
+        """A full description of the scene without the jitter: equal keys mean the same scene."""
+        # objects are ordered by cell, so each scene has a single key
         things = (f"{t.cell} {t.size} {t.pattern} {t.colour} {t.shape}" for t in self.things)
         return "; ".join((self.background, *things))
 
     @property
     def id(self) -> str:
-        """The scene's name in all data sets: a training scene can be found among another set's test scenes."""
+        """The scene's id in all data sets, so that a training scene can be found among another set's test scenes."""
         return f"scene {sha256(self.key.encode()).hexdigest()[:16]}"
 
     @property
     def split(self) -> str:
-        """The only split that may hold this scene, whatever the seed: 8 in 10 train, 1 val, 1 test."""
-        # By content, not by lot: no scene can be in two splits. 256 is no multiple of 10, so the shares are near 8:1:1.
+        """The only split that may contain this scene, whatever the seed: 8 in 10 train, 1 val, 1 test."""
+        # By content, so that no scene is in two splits. As 256 is not a multiple of 10, the shares are only near 8:1:1.
         digit = sha256(self.key.encode()).digest()[0] % 10
         return "val" if digit == 8 else "test" if digit == 9 else "train"
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A random scene, of any split."""
-    # the order of the draws decides which scene a seed gives (`VERSION` in source.py)
+    """A random scene of any split."""
+    # the order of the draws determines which scene a seed gives (`VERSION` in source.py)
     cells = sorted(shuffled(rng, range(9))[: choose(rng, COUNTS)])
     return Scene(choose(rng, BACKGROUNDS), tuple(random_thing(rng, cell) for cell in cells))
 
 
 def random_thing(rng: random.Random, cell: int) -> Thing:
-    """A random thing, for the given cell."""
+    """A random object in the given cell."""
     size = choose(rng, SIZES)
     shifts = range(-JITTER[size], JITTER[size] + 1)
     return Thing(
@@ -146,7 +147,7 @@ def random_thing(rng: random.Random, cell: int) -> Thing:
 
 def scene_of_split(rng: random.Random, split: str) -> Scene:
     """The first random scene that belongs to the split."""
-    # val and test take about one try in ten
+    # for val and test, about one try in ten succeeds
     while True:
         scene = random_scene(rng)
         if scene.split == split:

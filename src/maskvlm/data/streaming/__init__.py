@@ -1,1 +1,1 @@
-"""Sets that are too large for the disk."""
+"""Streams data sets that are too large for the disk."""

@@ -1,7 +1,7 @@
-"""Processes that make shards, and the line that says how far they are.
+"""Processes that make shards, and a progress line.
 
-They are started by a server that has the imports already (or anew, where the system knows no such server): forking
-a process that has threads may hang. They end with the process that started them, however that ends.
+They are forked from a server that has already done the imports (or spawned, if the system has no such server), as
+forking a process with threads may hang. They end with the process that started them, however that ends.
 """
 
 import multiprocessing
@@ -24,29 +24,29 @@ from maskvlm.data.prepare.shards import Job, PreparationStopped, Settings, Shard
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.status_bar import StatusBar
 
-REPORT_EVERY = 30.0  # seconds between lines where there is no terminal
-WINDOW = 30.0  # seconds that the speed is of
+REPORT_EVERY = 30.0  # seconds between lines without a terminal
+WINDOW = 30.0  # seconds over which the speed is measured
 
 
 def process_context() -> Any:
-    """How processes are started: see above."""
+    """The multiprocessing context, see above."""
     server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
-        # the server imports once; each process is forked from it with the imports done
+        # the server imports once; each process is forked from it after the imports
         context.set_forkserver_preload(["maskvlm.data.prepare.shards"])
         start_server()
     return context
 
 
 def start_server() -> None:
-    """Start the server of processes deaf to Ctrl-C, which reaches every process of a terminal: it, and what is forked
-    from it, would end in the middle of an import with a traceback. The first process alone decides."""
+    """Start the fork server with Ctrl-C blocked. Ctrl-C reaches every process of a terminal, so the server and its
+    children would otherwise end in the middle of an import with a traceback. Only the first process handles it."""
     from multiprocessing import forkserver, resource_tracker
 
-    # the server would start it first, which opens SIGINT again
+    # otherwise the server would start it, which unblocks SIGINT
     resource_tracker.ensure_running()
-    # a new process inherits what is blocked; here the signal waits, and is not lost
+    # a new process inherits the blocked signals; in this process the signal is pending, not lost
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -56,9 +56,9 @@ def start_server() -> None:
 
 @contextmanager
 def interrupted_later() -> Iterator[None]:
-    """A Ctrl-C in here takes effect at the end. A process that is being started is not known to its pool yet, so that
-    nobody would wait for it: it would find what it shares with the first one gone, and end with a traceback."""
-    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+    """Delay a Ctrl-C to the end of this context. The pool does not yet know a process that is being started and would
+    not wait for it: that process would find its shared resources gone and end with a traceback."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
     noted: list[int] = []
@@ -73,40 +73,40 @@ def interrupted_later() -> Iterator[None]:
 
 # ------------------------------------------------------------------ in the processes
 
-# what `at_work` sets once a process, rather than with every job
+# set by `at_work` once per process, rather than with every job
 _AT_WORK: dict[str, Any] = {}
 
 
 def watched() -> None:
-    """First thing in each process: it leaves Ctrl-C to the first process, and ends when that does."""
-    # Ctrl-C reaches all processes of a terminal; the first one stops the others by `stop`
+    """Run first in each process: it leaves Ctrl-C to the first process, and ends when that one does."""
+    # Ctrl-C reaches all processes of a terminal; the first one stops the others through `stop`
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
         parent.join()
-        os._exit(1)  # no process of a run that was killed may go on writing
+        os._exit(1)  # no process of a killed run may keep writing
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def at_work(root: Path, settings: Settings, counts: Any, stop: Any) -> None:
-    """What `work` needs."""
+    """Initialise a process for `work`."""
     watched()
     _AT_WORK.update(root=root, settings=settings, counts=counts, stop=stop)
 
 
 def work(job: Job) -> int:
-    """Make a shard; its rows."""
+    """Make a shard; returns its number of rows."""
     counts, stop = _AT_WORK["counts"], _AT_WORK["stop"]
 
     def tick(used: bool) -> None:
         if stop.is_set():
-            # leaves `whole_set_file`, which removes the half-written shard
+            # leaves `whole_set_file`, which removes the partly written shard
             raise PreparationStopped
         with counts.get_lock():
-            # place 0: used, place 1: left out
+            # index 0: used, index 1: left out
             counts[not used] += 1
 
     note: ShardNote = make_shard(_AT_WORK["root"], _AT_WORK["settings"], job, tick)
@@ -117,16 +117,16 @@ def work(job: Job) -> int:
 
 
 class Pool:
-    """Processes for `work`; they are told to stop when it is left.
+    """Processes for `work`; they are stopped when the context is left.
 
     Attributes:
-        counts: rows used and rows left out so far.
+        counts: number of rows used and left out so far.
     """
 
     def __init__(self, workers: int, root: Path, settings: Settings) -> None:
         context = process_context()
         self.workers, self.root = workers, root
-        # shared memory, handed over once when a process starts
+        # shared memory, passed once when a process starts
         self.counts, self._stop = context.Array("q", 2), context.Event()
         self._pool = ProcessPoolExecutor(workers, context, at_work, (root, settings, self.counts, self._stop))
 
@@ -134,7 +134,7 @@ class Pool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        # processes stop at their next row; waiting for them, so that nothing is written later
+        # processes stop at their next row; wait for them, so that nothing is written later
         self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
@@ -143,22 +143,22 @@ class Pool:
             raise UserError(self.root, what, todo, ExitCode.IO_ERROR) from error
 
     def submit(self, job: Job) -> Future[int]:
-        """Hand a job over."""
+        """Submit a job."""
         try:
             # the first job starts the processes
             with interrupted_later():
                 return self._pool.submit(work, job)
-        except (EOFError, ConnectionError) as error:  # the server of the processes is gone
+        except (EOFError, ConnectionError) as error:  # the fork server is gone
             raise BrokenProcessPool("no process can be started") from error
 
 
 class Stage:
-    """`1,200 of about 113,287  118 images/s  3 left out  0:15:50 left`: a bar on a terminal, elsewhere lines.
+    """`1,200 of about 113,287  118 images/s  3 left out  0:15:50 left`: a bar on a terminal, otherwise lines.
 
     Args:
-        total: images to expect, None where unknown.
-        counts: used and left out, as they grow.
-        say: takes lines where there is no terminal.
+        total: expected number of images; None if unknown.
+        counts: running counts of rows used and left out.
+        say: called with a line if there is no terminal.
     """
 
     def __init__(self, name: str, total: int | None, counts: Any, say: Callable[[str], None]) -> None:
@@ -174,10 +174,10 @@ class Stage:
         self.bar.close()
 
     def show(self) -> None:
-        """Tell how far it is, if it is time."""
+        """Report the progress, if it is due."""
         now = time.monotonic()
         used, left_out = self.counts[:]
-        # the past of WINDOW seconds, in steps of half a second; two entries stay for the speed
+        # the last WINDOW seconds, in steps of half a second; two entries are kept for the speed
         if now - self.past[-1][0] >= 0.5:
             self.past.append((now, used + left_out))
         while now - self.past[0][0] > WINDOW and len(self.past) > 2:
@@ -189,7 +189,7 @@ class Stage:
             self.say(f"{self.name}  {self.line()}")
 
     def line(self) -> str:
-        """What the bar says, in words."""
+        """The progress in words."""
         used, left_out = self.counts[:]
         (first, before), (last, after) = self.past[0], self.past[-1]
         speed = (after - before) / (last - first) if last > first else 0.0

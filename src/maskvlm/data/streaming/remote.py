@@ -1,5 +1,5 @@
-"""Rows of shards at any address that fsspec knows, read forward: tar archives in webdataset's layout, Parquet with
-images, the Arrow shards of prepared sets. The readers are those that prepare such sets: ids and captions are theirs.
+"""Rows of shards at any address supported by fsspec, read sequentially: tar archives in webdataset's layout, Parquet
+files with images, Arrow shards of prepared sets. They use the same readers as preparation, so ids and captions agree.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ ENDINGS = (".tar", ".tar.gz", ".tgz", ".parquet", ".arrow")
 
 
 def list_shards(root: str | list[str]) -> dict[str, int]:
-    """Address and size of each shard of training, in the order of their names. In a folder those that are named after
-    another split (`val-000.tar`) are left out, which is told; a shard or a pattern that is named itself is taken.
+    """Address and size of each training shard, sorted by name. In a folder, shards named after another split
+    (`val-000.tar`) are left out with a message; a shard or a pattern that is named explicitly is always used.
 
     Raises:
-        UserError: there is none, or the file system cannot be asked.
+        UserError: there is none, or the file system cannot be listed.
     """
     import fsspec
 
@@ -37,11 +37,11 @@ def list_shards(root: str | list[str]) -> dict[str, int]:
     others = 0
     for place in [root] if isinstance(root, str) else root:
         try:
-            # path: the place without its protocol
+            # path: the address without its protocol
             files, path = fsspec.core.url_to_fs(place)
             named = path.endswith(ENDINGS)
             if not named:
-                # a folder: of a prepared set its train split, else all shards in it
+                # a folder: the train split of a prepared set, else all shards in it
                 path = f"{path.rstrip('/')}/train/*.arrow" if files.isfile(f"{path}/{MANIFEST}") else f"{path}/*"
             for name, facts in files.glob(path, detail=True).items():
                 if name.endswith(ENDINGS) and facts["type"] == "file":
@@ -50,13 +50,13 @@ def list_shards(root: str | list[str]) -> dict[str, int]:
                     if not named and split_of_path(name.rpartition("/")[2]) != "train":
                         others += 1
                         continue
-                    # some servers tell no size
+                    # some servers do not report sizes
                     sizes[files.unstrip_protocol(name)] = facts["size"] or 0
         except UserError:
             raise
         except ImportError as error:
             raise UserError(place, f"needs another package ({error})", "Install it", ExitCode.UNAVAILABLE) from error
-        except Exception as error:  # file systems raise what their libraries do
+        except Exception as error:  # file systems raise errors of their libraries
             what = f"cannot be listed ({type(error).__name__}: {one_line(error)})"
             raise UserError(place, what, "Check the address and the network", ExitCode.IO_ERROR) from error
     if others and rank() == 0:
@@ -64,13 +64,13 @@ def list_shards(root: str | list[str]) -> dict[str, int]:
     if not sizes:
         what = "no shard of training here" if others else "no shard here (.tar, .parquet or .arrow)"
         raise UserError(root, what, "Correct data.source.root", ExitCode.MISSING_INPUT)
-    # every process must arrive at the same list
+    # every process must get the same list
     return dict(sorted(sizes.items()))
 
 
 @lru_cache(64)
 def sums_in(folder: str) -> dict[str, str]:
-    """Name -> sha256 of the shards in a folder, where it is a split of a prepared set; else {}.
+    """Name -> sha256 of the shards in a folder, if it is a split of a prepared set; else {}.
 
     Raises:
         UserError: the set's manifest is damaged.
@@ -91,13 +91,13 @@ def sums_in(folder: str) -> dict[str, str]:
 
 
 class Streamed(WebShards):
-    """The rows of one shard at an address, as `WebShards` has them of one in a folder."""
+    """The rows of one shard at an address, like those of `WebShards` for a shard in a folder."""
 
     def __init__(self, address: str, name: str) -> None:
         self.address, self.name, self.columns = address, name, dict[str, str]()
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        """Rows in their order; where a row cannot be read, one bad row stands for it and the rest of the shard."""
+        """Rows in order; if a row cannot be read, a single bad row stands for it and the rest of the shard."""
         import fsspec
 
         inside = Path(self.address.rsplit("/", 1)[-1])
@@ -105,23 +105,23 @@ class Streamed(WebShards):
             with fsspec.open(self.address, "rb") as stream:
                 if inside.suffix == ".arrow":
                     sums = sums_in(self.address.rpartition("/")[0])
-                    # whole: a prepared shard is small, and its sum is of all its bytes
+                    # read whole, as a prepared shard is small and its checksum covers all bytes
                     yield from arrow_rows(stream.read(), inside.name, sums.get(inside.name))
                     return
                 read = parquet_samples if inside.suffix == ".parquet" else tar_samples
                 for sample in read(stream, self.columns):
                     origin = one_line(f"{inside}!{sample.origin}" if sample.origin else inside)
-                    # what a shard's name says was looked at in `list_shards`
+                    # the shard's name was checked in `list_shards`
                     yield self._row(sample, inside, origin, "train")
         except UserError as error:
-            # a bad row, not an error: one lost shard of thousands must not end a run of days
+            # a bad row, not an error, as one lost shard of thousands must not end a run of days
             yield BadRow("unreadable shard", one_line(inside), error.what, "train")
-        except Exception as error:  # file systems raise what their libraries do
+        except Exception as error:  # file systems raise errors of their libraries
             yield BadRow("unreadable shard", one_line(inside), f"{type(error).__name__}: {one_line(error)}", "train")
 
 
 def arrow_rows(content: bytes, name: str, sha256: str | None) -> Iterator[RawRow]:
-    """The rows of a prepared set's shard. Raises UserError where it is damaged, or not what the manifest says."""
+    """The rows of a prepared set's shard. Raises UserError if it is damaged, or not as the manifest says."""
     check_sum(content, name, sha256)
     for row in Shard(ShardSource(Path(name), content)).rows():
         origin = f"{name} ({row['origin']})"
@@ -129,17 +129,17 @@ def arrow_rows(content: bytes, name: str, sha256: str | None) -> Iterator[RawRow
 
 
 def check_sum(content: bytes, name: str, sha256: str | None) -> None:
-    """Refuse a shard whose manifest tells another sum; 0.6 s for a gigabyte."""
+    """Raise UserError if a shard's checksum differs from the manifest's; takes 0.6 s for a gigabyte."""
     if sha256 is not None and (there := hashlib.sha256(content).hexdigest()) != sha256:
         raise damaged(Path(name), f"sha256 is {there[:16]}..., the manifest says {sha256[:16]}...")
 
 
 def read_shards(shards: list[str], name: str) -> Iterator[dict[str, Any]]:
-    """Rows of shards one after the other, as plain dictionaries, for `datasets.IterableDataset`."""
+    """Rows of one shard after the other, as plain dictionaries, for `datasets.IterableDataset`."""
     for shard in shards:
         for row in Streamed(shard, name).rows():
             if isinstance(row, BadRow):
                 yield {"origin": row.origin, "problem": (row.reason, f"{row.origin}: {row.message}")}
-            # rows of other splits among the shards are not trained on
+            # rows of other splits in the shards are not used for training
             elif row.split == "train":
                 yield {"origin": row.origin, "problem": None, "row": row}

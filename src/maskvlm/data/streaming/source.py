@@ -1,9 +1,8 @@
-"""Training pairs read from shards as they come, without a copy on this machine: tar archives in webdataset's layout,
-Parquet with images, or the Arrow shards of a prepared set, here or at any address that fsspec knows.
+"""Training pairs streamed from shards, without a copy on this machine: tar archives in webdataset's layout, Parquet
+files with images, or the Arrow shards of a prepared set, local or at any address supported by fsspec.
 
-Shards are divided among processes and data workers, put into an order of the epoch and shuffled through a buffer by
-Hugging Face `datasets`; what is in a shard is read by the readers that prepare such sets, so ids and captions are the
-same.
+Hugging Face `datasets` divides shards among processes and data workers, orders them by epoch and shuffles their rows
+through a buffer. Shards are read by the same readers as in preparation, so ids and captions are the same.
 """
 
 import hashlib
@@ -29,17 +28,17 @@ if TYPE_CHECKING:
 
 
 class StreamedPairs:
-    """The training split of a set of shards; neither its length nor its ids are known before it is read.
+    """The training split of a set of shards; its length and ids are not known before it is read.
 
-    Its length is told as 0.
+    Its length is reported as 0.
 
     Attributes:
-        fingerprint: changes with the shards' names and sizes.
+        fingerprint: hash of the shards' names and sizes.
     """
 
     def __init__(self, shards: dict[str, int], name: str, buffer: int, replay: bool) -> None:
         self.shards, self.name, self.buffer, self.replay = [*shards], name, buffer, replay
-        # names and sizes without the folder: the same set may lie elsewhere; its content is not read
+        # names and sizes without the folder, as the same set may be elsewhere; its content is not read
         facts = sorted((address.rsplit("/", 1)[-1], size) for address, size in shards.items())
         self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -47,36 +46,36 @@ class StreamedPairs:
         return 0
 
     def epoch(self, seed: int, part: ProcessShare) -> "datasets.IterableDataset":
-        """The rows of this process in the order that a seed gives; within a data worker, that worker's."""
+        """The rows of this process, in the order given by a seed; in a data worker, that worker's rows."""
         import datasets
         from datasets.distributed import split_dataset_by_node
 
-        # a list in `gen_kwargs` is what the library divides: each item is a shard
+        # the library divides a list in `gen_kwargs`: each item is a shard
         rows = datasets.IterableDataset.from_generator(
             read_shards, gen_kwargs={"shards": self.shards, "name": self.name}
         )
-        # One shard at a time feeds the buffer: with ten, as is the default, reading takes twice as long.
+        # One shard at a time feeds the buffer: with ten, the default, reading takes twice as long.
         rows = rows.shuffle(seed=seed, buffer_size=max(1, self.buffer), max_buffer_input_shards=1)
-        # after the shuffle: all processes shuffle shards alike, and each takes its part
+        # after the shuffle, so that all processes shuffle shards alike, and each takes its part
         return split_dataset_by_node(rows, part.rank, part.world)
 
     def stream(self, reader: TrainPairs, part: ProcessShare, batches: int, start: int, workers: int) -> "StreamSamples":
-        """What one process trains on; see `StreamSamples`.
+        """The samples on which one process trains; see `StreamSamples`.
 
         Raises:
             UserError: there are too few shards for every data worker to have one.
         """
-        # a data worker without a shard would give no batch
+        # a data worker without a shard would yield no batch
         check_shards(len(self.shards), part.world, max(1, workers))
         if rank() == 0:
-            # the library then lets each process read all and keep every n-th row
+            # if it is not a multiple, the library lets each process read all shards and keep every n-th row
             if len(self.shards) % part.world:
                 print(f"every process reads all {len(self.shards)} shards: no multiple of {part.world} processes")
             if start and self.replay:
                 print(f"reading over the {start} batches that were consumed, to go on at the same place", flush=True)
             elif start:
                 print("the order of samples is another one after this resume (data.source.replay is false)", flush=True)
-        # Lightning's advice for loaders whose workers all read the same; these do not.
+        # Lightning's warning is about loaders whose workers all read the same; these do not.
         warnings.filterwarnings("ignore", r"Your `IterableDataset` has `__len__` defined")
         return StreamSamples(self, reader, part, batches, start)
 
@@ -92,7 +91,7 @@ class StreamedPairs:
 
 
 def check_shards(shards: int, processes: int, workers: int) -> None:
-    """Raises UserError where some data worker would have no shard to read."""
+    """Raise UserError if some data worker would have no shard to read."""
     if shards < processes * workers:
         what = f"{shards} shards for {processes} processes with {workers} data workers each"
         todo = f"Cut the set into {processes * workers} shards or more, or lower data.workers"
@@ -100,40 +99,40 @@ def check_shards(shards: int, processes: int, workers: int) -> None:
 
 
 class StreamLoader(DataLoader[Sample]):
-    """A loader that knows the length of the whole run, and passes over what lies between a multiple of its workers and
-    the start."""
+    """A loader that knows the length of the whole run, and skips the batches between a multiple of the number of its
+    workers and the start."""
 
     dataset: "StreamSamples"
 
     def __len__(self) -> int:
-        # as `FlatBatchSampler`: Lightning holds it against the batches of the whole run, and ends there
+        # as in `FlatBatchSampler`: Lightning compares it with the batches of the whole run, and ends there
         return self.dataset.batches
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
-        # torch takes batches from its workers in turn, from worker 0 on: reading begins at a multiple of the workers,
-        # and what lies between it and the start was consumed
+        # torch takes batches from its workers in turn, starting with worker 0: reading starts at a multiple of the
+        # number of workers, and the batches between it and the start have been consumed
         for _ in range(self.dataset.start % max(1, self.num_workers)):
             next(batches)
         return batches
 
 
 class StreamSamples(IterableDataset[Sample]):
-    """Samples for `batches` batches, from the `start`-th on: pass after pass over the shards, each in another order.
+    """Samples for `batches` batches, from the `start`-th on, in repeated passes over the shards, each in another order.
 
-    No process and no worker runs dry, whatever the shards hold: each goes on with its next pass when one is over.
-    A run that goes on reads over what was consumed without decoding it, so it needs the same number of processes and
-    of data workers to see the same samples. A bad row becomes a hole that keeps its place, as in `TrainPairs`.
+    No process or worker runs out of samples, whatever the shards contain: each continues with its next pass. A resumed
+    run skips what was consumed without decoding it, so it needs the same number of processes and data workers to see
+    the same samples. A bad row becomes a placeholder, as in `TrainPairs`.
 
     Args:
-        pairs: what is read.
-        reader: makes samples of rows.
-        part: this process's.
-        batches: of the whole run.
-        start: batches already consumed.
+        pairs: the streamed split.
+        reader: turns rows into samples.
+        part: this process's share of a batch.
+        batches: number of batches in the whole run.
+        start: number of batches already consumed.
 
     Attributes:
-        loader: the kind of loader that batches them.
+        loader: class of the loader that batches them.
     """
 
     def __init__(self, pairs: StreamedPairs, reader: TrainPairs, part: ProcessShare, batches: int, start: int) -> None:
@@ -144,31 +143,31 @@ class StreamSamples(IterableDataset[Sample]):
         # this runs once in each data worker
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # without replay the start is a part of the seed, so that the first rows are not shown again
+        # without replay the start is part of the seed, so that the first rows are not shown again
         rows = self._rows(mix(self.reader.seed, *([] if self.pairs.replay or not self.start else [self.start])))
         first = self.start - self.start % workers  # worker 0 makes the first batch after a start, as it made batch 0
-        # rows of the batches before `first` that this worker made: numbers worker, worker + workers, ...
+        # skip the rows of this worker's batches before `first`: numbers worker, worker + workers, ...
         if self.pairs.replay:
             for _ in range(len(range(worker, first, workers)) * self.part.size):
                 next(rows)
-        # and those that it is to make
+        # then the batches still to be made
         for _ in range(len(range(first + worker, self.batches, workers)) * self.part.size):
             yield self._sample(*next(rows))
 
     def _rows(self, seed: int) -> Iterator[tuple[dict[str, Any], int]]:
-        """Without end, with the number of the pass."""
+        """Endless rows, with the number of the pass."""
         for epoch in count():
             empty = True
             for row in self.pairs.epoch(mix(seed, epoch), self.part):
                 empty = False
                 yield row, epoch
-            # the next pass would be empty, too: without this the loop would never end
+            # the next pass would be empty too, and the loop would never end
             if empty:
                 where, what = self.pairs.shards[0], "a data worker found nothing to train on in its part of the shards"
                 raise UserError(where, what, "Check the shards, or use fewer data workers", ExitCode.BAD_DATA)
 
     def _sample(self, record: dict[str, Any], epoch: int) -> Sample:
-        # a stream has no row numbers: the hash of the origin seeds the augmentation
+        # a stream has no row numbers, so the hash of the origin seeds the augmentation
         pick = Pick(stable_id(record["origin"]), epoch)
         if record["problem"]:
             return self.reader.hole(pick.row, record["problem"])
@@ -178,18 +177,18 @@ class StreamSamples(IterableDataset[Sample]):
 
 
 class Stream(Source):
-    """A large set, streamed or kept here (a `Source`): `streaming` is the one line of choice.
+    """A large set, streamed or stored locally (a `Source`); `streaming` switches between the two.
 
     Args:
-        root: a prepared set's folder, here or at an address (s3://bucket/cc3m); or, streamed only, shards: paths or
-            addresses that end in .tar, .tar.gz, .parquet or .arrow, with * in them, one or a list.
-        evaluate: folder of the prepared set that measures: its `val` and `test`.
-        streaming: read shards as they come, without a copy here; needs `data.steps`. False: the prepared set,
-            on this disk, in one global order.
-        name: of the set; starts the ids of images that have no other, as in `maskvlm data`.
-        buffer: rows that wait in each data worker, to be drawn in a random order; 0: the order within a shard.
-        replay: a run that goes on reads over all that was consumed, to see the same samples as one that was not
-            stopped; false starts another order of the shards instead, at once.
+        root: folder of a prepared set, local or at an address (s3://bucket/cc3m); or, only when streaming, shards: a
+            path or address, or a list of them, ending in .tar, .tar.gz, .parquet or .arrow, which may contain *.
+        evaluate: folder of the prepared set whose `val` and `test` are used for evaluation.
+        streaming: read shards as they arrive, without a local copy; needs `data.steps`. False: use the prepared set on
+            this disk, in one global order.
+        name: name of the set; prefix of the ids of images that have no other id, as in `maskvlm data`.
+        buffer: size of the shuffle buffer of each data worker, in rows; 0: the order within a shard.
+        replay: a resumed run reads through everything consumed so far, so that it sees the same samples as an
+            uninterrupted one; false starts at once with another order of the shards instead.
     """
 
     def __init__(
@@ -206,10 +205,10 @@ class Stream(Source):
         self.buffer, self.replay = buffer, replay
 
     def split(self, name: str) -> Any:
-        """`train` of the shards, every other split of the prepared set that evaluates.
+        """`train` from the shards, every other split from the prepared set for evaluation.
 
         Raises:
-            UserError: no shard is found, or what is not prepared is to be read from this disk.
+            UserError: no shard is found, or `streaming` is false and the set is not prepared.
         """
         # evaluation needs a length, and every row once
         if name != "train":
