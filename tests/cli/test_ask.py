@@ -120,10 +120,14 @@ def test_which_patches_a_box_touches() -> None:
         (["fill", "--from", "best.ckpt", "0.png"], "1 input. Give IMAGE", ExitCode.USAGE),
         (
             ["rank", "--from", "best.ckpt", "0.png", "a", "--top", "3"],
-            "--top: rank has no such option; it is of fill",
+            "--top: not an option of rank, only of fill",
             ExitCode.USAGE,
         ),
-        (["answer", "--from", "vqa.ckpt", "0.png", "a", "--hide=1"], "it is of reconstruct, inpaint", ExitCode.USAGE),
+        (
+            ["answer", "--from", "vqa.ckpt", "0.png", "a", "--hide=1"],
+            "not an option of answer, only of reconstruct, inpaint",
+            ExitCode.USAGE,
+        ),
         (["rank", "--from", "best.ckpt", "0.png", "a", "--k", "-1"], "--k: -1 is too few", ExitCode.USAGE),
         (
             ["match", "--from", "best.ckpt", "a dog " * 80, "0.png"],
@@ -134,7 +138,7 @@ def test_which_patches_a_box_touches() -> None:
         (["caption", "--from", "best.ckpt", "0.png", "no.png"], "no.png: bad image, missing", ExitCode.MISSING_INPUT),
         (
             ["inpaint", "--from", "best.ckpt", "0.png", "a", "--out", "x"],
-            "x: cannot be written (has no ending)",
+            "x: cannot be written (it has no extension)",
             ExitCode.USAGE,
         ),
         (["fill", "--from", "best.ckpt", "no.png", "[MASK]"], "no.png: bad image, missing", ExitCode.MISSING_INPUT),

@@ -83,7 +83,7 @@ def test_another_models_recipe_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     dino = checkpoint("vit_small_patch14_dinov2.lvd142m")
     hint = line(dino)
-    assert hint == "the recipe is that of model=tiny, the checkpoint a model=compact: give model=compact beside from="
+    assert hint == "the recipe is for model=tiny, but the checkpoint is model=compact: add model=compact to the command"
     assert line(dino, "model=compact") is None
     assert line(dino, command="evaluate") is None
     assert line(dino, "recipe=ours") is None

@@ -56,7 +56,7 @@ def test_the_built_in_world_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert "assum" in checks["speed"][1]
     assert "(simulated)" in checks["memory"][1]  # not "cannot be simulated"
     assert checks["machine"][0] == "look"
-    assert "whose speed `maskvlm bench` measures" in checks["machine"][1]
+    assert "would use the CPU (measure it with `maskvlm bench`)" in checks["machine"][1]
 
 
 def test_a_missing_set_and_card_fail_with_what_to_do(

@@ -112,15 +112,15 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("--trainer.max_step 3", "(did you mean trainer.max_steps?)"),
         ("--optimizer AdamW", "--optimizer: no key of this command. AdamW is the model's own: set model.lr"),
         ("--lr_scheduler.init_args.T_max 3", "Warm-up and cosine are the model's own"),
-        ("--model.backbone.start scenes-tiny", "--model.backbone.start: changes nothing: another option sets"),
+        ("--model.backbone.start scenes-tiny", "--model.backbone.start: has no effect: another option sets"),
         ("--model.backbone.init_args.image.init_args.random_init=false", "Give --model.random_init"),
         (
             "--model.task.image_masking DrawnBlocks --model.task.image_mask_ratio 0.5",
-            "--model.task.image_mask_ratio: changes nothing: image_masking is DrawnBlocks",
+            "--model.task.image_mask_ratio: has no effect: image_masking is DrawnBlocks",
         ),
         (
             "--model.task.text_masking DrawnTokens --model.task.init_args.whole_word=true",
-            "--model.task.whole_word: changes nothing: text_masking is DrawnTokens",
+            "--model.task.whole_word: has no effect: text_masking is DrawnTokens",
         ),
         ("--data.seed 3", "Give --seed_everything"),
         ("--data.init_args.accumulate=3", "Give --trainer.accumulate_grad_batches"),
@@ -161,7 +161,7 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("--model.betas [2,3]", "model.betas: [2.0, 3.0] are no decay rates"),
         ("--model.backbone.image.weights a.pth", "weights a.pth are given, and random_init is true"),
         ("--trainer.gradient_clip_val -1", "trainer.gradient_clip_val: -1 is too small. Give 0 or more."),
-        ("--trainer.strategy ddp_spawn", "trainer.strategy=ddp_spawn: starts its processes as copies of this one"),
+        ("--trainer.strategy ddp_spawn", "trainer.strategy=ddp_spawn: spawns or forks its processes, which"),
         (
             "--trainer.callbacks+ maskvlm.training.checkpointing.KeepState --trainer.callbacks.folder x",
             "trainer: Found more than one stateful callback of type `KeepState`",

@@ -72,7 +72,7 @@ def test_methods_of_tasks_are_those_that_the_tasks_bring(capsys: pytest.CaptureF
     assert brought == TASK_METHODS
     assert main(["entail", "scene.png", "there is a star"]) == ExitCode.USAGE
     stderr = capsys.readouterr().err
-    assert "asks a model that was fine-tuned as entailment" in stderr
+    assert "needs a model fine-tuned on entailment" in stderr
     assert "maskvlm finetune entailment" in stderr
 
 

@@ -263,7 +263,7 @@ def test_a_run_that_would_measure_nothing_is_told_before_a_run(
     study = yaml.safe_load((plain / "toy.yaml").read_text()) | {"first": first, "arms": arms}
     (plain / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     assert main(["study", "toy.yaml"]) == ExitCode.USAGE
-    assert capsys.readouterr().err.startswith(f"error: {cell}: trainer.limit_val_batches: 0: its run would measure ")
+    assert capsys.readouterr().err.startswith(f"error: {cell}: trainer.limit_val_batches: 0 turns evaluation off")
     assert not (plain / "checkpoints" / "toy" / "first-s0").exists()
 
 

@@ -154,9 +154,9 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
         ("data-check", "data-check: no set is named. Give one of those prepared in "),
         ("index from=x split=dev", "split=dev: no such split"),
         ("pretrain encoders=nowhere", "encoders=nowhere: has no folder of image weights"),
-        ("finetune vqa from=x encoders=e", "encoders=e: changes nothing: the encoders are those of the checkpoint"),
-        ("pretrain from=x encoders=e", "encoders=e: changes nothing: the encoders are those of the checkpoint"),
-        ("evaluate vqa from=random encoders=e", "encoders=e: changes nothing: from=random is the model with random"),
+        ("finetune vqa from=x encoders=e", "encoders=e: has no effect: the encoders are those of the checkpoint"),
+        ("pretrain from=x encoders=e", "encoders=e: has no effect: the encoders are those of the checkpoint"),
+        ("evaluate vqa from=random encoders=e", "encoders=e: has no effect: from=random is the model with random"),
         *((f"{name} run={run}", f"run={run}: is no folder name") for name in ("pretrain", "config")
           for run in ("", "../x", "/tmp/x", ".", "a/../../x")),
     ],

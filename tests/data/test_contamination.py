@@ -166,7 +166,7 @@ def test_a_set_that_is_all_held_out_is_refused_in_any_case(root: Path) -> None:
 def test_a_held_out_split_that_is_not_there_is_one_line(root: Path, place: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         held_out(place if "/" not in place else str(root / place), "x")
-    with pytest.raises(UserError, match="'ignore' is no way"):
+    with pytest.raises(UserError, match="'ignore' is not a valid value"):
         without_leaks(None, [], "ignore")
 
 

@@ -127,7 +127,9 @@ def test_a_stream_that_is_read_over_goes_on_with_as_many_workers(tmp_path: Path,
     ready(root, workers=2, replay=replay).load_state_dict(state)
     other = ready(root, workers=1, replay=replay)
     if replay:
-        with pytest.raises(UserError, match=r"1 processes with 1 data workers each, in the checkpoint to 1 .* 2 data"):
+        with pytest.raises(
+            UserError, match=r"1 processes with 1 data workers each, in the checkpoint among 1 .* 2 data"
+        ):
             other.load_state_dict(state)
         del state["dealt"]  # of an older version
     other.load_state_dict(state)
@@ -337,7 +339,7 @@ def test_what_must_know_the_ids_first_is_refused(tmp_path: Path, setting: dict[s
     data = PairData(Stream(tars(tmp_path), "nowhere"), SPEC, batch_size=4, steps=1, **setting)
     data.splits["val"] = None
     data.source.split = lambda name: Stream(tars(tmp_path), "x").split("train")  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="does not tell its images' ids"):
+    with pytest.raises(UserError, match="cannot list its image ids"):
         data.setup("fit")
 
 

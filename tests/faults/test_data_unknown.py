@@ -57,7 +57,7 @@ def test_it_is_told_and_stops_above_the_bound(
     output = capsys.readouterr().out
     assert output.startswith("unknown words in the training texts: mine 45.5 % (")
     assert "كلب" in output
-    assert output.endswith("); they stay unknown, as the tokenizer is the model's\n")
+    assert output.endswith("); they remain unknown, because the tokenizer comes from the model\n")
     with pytest.raises(
         UserError, match=r"data.source \(mine\): the tokenizer does not know 45 % of 11 words"
     ) as raised:

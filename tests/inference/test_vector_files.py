@@ -302,7 +302,7 @@ def test_parts_and_streams_of_the_training_images(
     out = tmp_path / "vectors"
     words = ["--from", str(checkpoint), "--out", str(out), "--device", "cpu", "--no-captions", "--split", "train"]
     assert main([*words, *stack(WHERE="cpu"), "--data.source.train", "6", "--data.fraction", "0.5"], []) == 0
-    assert "all images of split=train are embedded" in capsys.readouterr().err
+    assert "embedding all images of split=train;" in capsys.readouterr().err
     assert rows_of(out)["row"].to_pylist() == [*range(6)]
     (tmp_path / "shard.tar").touch()
     source = {"class_path": "maskvlm.data.streaming.source.Stream"}

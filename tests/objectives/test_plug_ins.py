@@ -60,7 +60,7 @@ def test_they_are_named_in_a_file_trained_measured_and_loaded(
     assert main([*words, "--allow-import", "acme", *SHORT.split()]) == 0, capsys.readouterr().err
     # The last line's command can be pasted: without the package it would be refused.
     assert (
-        f"ask it: maskvlm fill --allow-import acme --from {tmp_path / 'run' / 'best.ckpt'} " in capsys.readouterr().err
+        f"try it: maskvlm fill --allow-import acme --from {tmp_path / 'run' / 'best.ckpt'} " in capsys.readouterr().err
     )
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("train/length")]

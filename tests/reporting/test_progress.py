@@ -224,7 +224,7 @@ def test_a_loss_that_comes_down_from_far_above_its_level_does_not_sit(caplog: py
 def test_the_warning_of_an_unknown_loss_is_one_line_too() -> None:
     assert stuck_line("vqa", 8.05, 8.049, 300, 600, PretrainingLoss.stuck_hint) == (
         "warning: vqa sits at 8.05 since step 300 (now step 600); its chance level is 8.05, "
-        "what is paid without any knowledge; look at the learning rate and the data"
+        "the loss of a model that has learned nothing; check the learning rate and the data"
     )
 
 

@@ -245,7 +245,7 @@ def test_runs_of_a_page_that_was_made_elsewhere_count(tmp_path: Path, capsys: py
     others = [run._replace(cell=replace(run.cell, options=(("model.lr", "1"),))) for run in here]
     capsys.readouterr()
     assert earlier_runs(page, others) == {}
-    assert "runs.csv: 4 of 4 rows are of other commands" in capsys.readouterr().err
+    assert "runs.csv: 4 of 4 rows come from other commands" in capsys.readouterr().err
     assert earlier_runs(tmp_path / "none", here) == {}
 
 

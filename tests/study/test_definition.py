@@ -232,7 +232,7 @@ def test_metrics_are_means_and_differences() -> None:
         ({"options": {"model.lr --debug": 1}}, "grid 1: few: model.lr --debug is not for a study's file"),
         (
             {"options": {"trainer.max_time": "00:01:00:00"}},
-            "grid 1: few: trainer.max_time is no budget: a run that its",
+            "grid 1: few: trainer.max_time cannot limit a run of a study",
         ),
         ({"options": {"folder": "/elsewhere"}}, "grid 1: few: folder is not for a study's file"),
         ({"run": "pretrain run=x"}, "study.yaml: run: run=x is not for a study's file"),

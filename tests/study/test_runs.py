@@ -84,7 +84,7 @@ def test_a_run_that_diverged_is_told_and_not_made_again(tmp_path: Path) -> None:
     other = run(tmp_path / "other", ENDS)._replace(start=one)
     (ended,) = Runner(1).make([one, other])
     assert ended.code == ExitCode.BAD_DATA
-    assert ended.why.startswith(f"diverged at step 77, and is not made again while {one.folder} is there: ")
+    assert ended.why.startswith(f"diverged at step 77; not repeated as long as {one.folder} exists: ")
     assert list(Runner(1).make([one, other])) == []
     assert not one.finished
     assert other.lost == "starts from all-s0, which diverged at step 77"

@@ -1097,7 +1097,7 @@ def test_the_model_that_comes_along_is_asked_where_none_is_named(
     (root / "data/splits/zeroshot/test.jsonl").write_text(lines)
     assert main(["suite", "vsr", "--path", str(root), "--out", str(out)]) == 0
     output = capsys.readouterr()
-    assert output.err.startswith("no from=: scenes-tiny is asked")
+    assert output.err.startswith("no from= given: the bundled model scenes-tiny is used")
     assert len(output.err.splitlines()) == 1  # strange words and images are no Python warnings
     assert "words that the model's tokenizer does not know, of some of the texts: giraffe, zebra\n" in output.out
     assert json.loads((out / "result.json").read_text())["options"]["source"] == "scenes-tiny"

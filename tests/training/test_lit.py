@@ -167,7 +167,8 @@ def test_accumulated_passes_say_what_contrast_is_among(caplog: pytest.LogCapture
     notes = [record.message for record in caplog.records if "contrast" in record.message]
     assert len(notes) == 1
     assert re.search(
-        r"note: gradients of 2 passes .* among the \d+ pairs of a pass, not \d+; with model.chunk", notes[0]
+        r"note: gradients are accumulated over 2 passes, .* only the \d+ pairs of each pass, not all \d+; with model",
+        notes[0],
     )
     caplog.clear()
     make_trainer(limit_val_batches=0).fit(make_model(), make_data(steps=1))

@@ -423,7 +423,7 @@ def test_other_data_or_batches_are_refused() -> None:
     from maskvlm.data.module import PairData
 
     data: Any = SimpleNamespace(share=8, trainer=None, splits={"train": SimpleNamespace(fingerprint="abc")})
-    with pytest.raises(UserError, match="a pass has 8 pairs, in the checkpoint 6"):
+    with pytest.raises(UserError, match="a pass has 8 pairs, but in the checkpoint 6"):
         PairData.load_state_dict(data, {"share": 6, "batches": 1, "data": "abc", "rows": {}})
     with pytest.raises(UserError, match=r"the training data \(abc\) are not those that the .* trained on \(xyz\)"):
         PairData.load_state_dict(data, {"share": 8, "batches": 1, "data": "xyz", "rows": {}})

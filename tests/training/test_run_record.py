@@ -71,7 +71,7 @@ def test_the_last_line_is_a_command_that_asks_the_run(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     *_, line = (finished.parent / "told.txt").read_text().splitlines()
-    where, command = line.split(": finished; ask it: maskvlm ")
+    where, command = line.split(": finished; try it: maskvlm ")
     assert where == str(finished)
     Image.new("RGB", (48, 48)).save(tmp_path / "grey.png")
     words = [str(tmp_path / "grey.png") if word == "IMAGE" else word for word in shlex.split(command)]
@@ -266,7 +266,9 @@ def test_a_second_run_is_refused(finished: Path, words: list[str], capsys: pytes
     """The same command has nothing to do, another one would mix two runs."""
     before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
     assert main(["fit", "--run", str(finished), *words]) == 0
-    assert capsys.readouterr().out == f"{finished}: finished at step 4; another RUN begins anew\n"
+    assert (
+        capsys.readouterr().out == f"{finished}: already finished at step 4; use another folder (run=) for a new run\n"
+    )
     assert main(["fit", "--run", str(finished), *words, "--data.steps=5"]) == ExitCode.CANNOT_CREATE
     error = capsys.readouterr().err
     assert f"error: {finished}: already holds a run with other settings (data.steps was 4, is 5). Choose" in error
@@ -315,9 +317,9 @@ def test_a_checkpoint_does_not_change_the_settings(words: list[str], tmp_path: P
 
 def test_words_for_checkpoints(tmp_path: Path) -> None:
     assert find_checkpoint(None, tmp_path, "fit") is None
-    with pytest.raises(UserError, match="no checkpoint is named"):
+    with pytest.raises(UserError, match="no checkpoint was given"):
         find_checkpoint(None, tmp_path, "test")
-    with pytest.raises(UserError, match="holds no checkpoint to go on from"):
+    with pytest.raises(UserError, match="holds no checkpoint to resume from"):
         find_checkpoint("last", tmp_path, "fit")  # Lightning would start from scratch without a word
     with pytest.raises(UserError, match="is an address"):
         find_checkpoint("https://x/y.ckpt", tmp_path, "fit")

@@ -171,7 +171,7 @@ def is_folder(name: str) -> bool:
 
 def _check_config(name: str, config: PreTrainedConfig, settings: dict[str, Any]) -> None:
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or config.is_encoder_decoder:
-        what = f"{name} (type {config.model_type}) is no encoder trained by masking words"
+        what = f"{name} (type {config.model_type}) is not an encoder trained as a masked language model"
         raise UserError(f"{WHERE}.name", what, "Choose one such as roberta-base")
     fresh = type(config)()
     for key in settings:

@@ -113,7 +113,7 @@ def findings(settings: Namespace, peak: float | None = None, memory: float | Non
     yield examined("weights", lambda: check_weights(settings))
     data = None
     if simulation is None:
-        yield Finding("data", LOOK, "not looked at, as the model tells the size of images", "Mend the model first")
+        yield Finding("data", LOOK, "not checked, because the image size depends on the model", "Fix the model first")
     else:
         try:
             with contextlib.redirect_stdout(io.StringIO()) as output:  # goes into the finding's line, not before it
@@ -163,7 +163,7 @@ def check_machine(trainer: Namespace) -> Finding:
     here = machine()
     cards = f"{len(here['gpus'])} x {here['gpus'][0]}" if here["gpus"] else "no GPU"
     check_cards(trainer)
-    on_processor = "The run would be on the processor, whose speed `maskvlm bench` measures; what follows is of a card"
+    on_processor = "The run would use the CPU (measure it with `maskvlm bench`); the predictions below are for a GPU"
     todo = "" if on_cards(trainer) else on_processor
     return Finding("machine", OK if not todo else LOOK, f"{here['processor']}, {here['cores']} cores, {cards}", todo)
 

@@ -58,7 +58,7 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     Raises:
         UserError: the data are not images with captions, the split is streamed, or the folder holds other vectors.
     """
-    options.source = options.source or default_model("asked")
+    options.source = options.source or default_model("used")
     check_least(1, {"shard": options.shard})
     # Parsed as `fit` would read them; nothing is built yet.
     settings = run_command(Parsed, ["fit", *rest], allowed).settings
@@ -72,13 +72,13 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     pairs = reader.split(options.split)
     if hasattr(pairs, "stream"):
         todo = "Set data.source.streaming to false, or name another split"
-        raise UserError("--split", f"{options.split} is streamed: its images have no places", todo)
+        raise UserError("--split", f"{options.split} is streamed, so its images have no row numbers", todo)
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
     device = options.device or device_of_process(str(settings.trainer.accelerator), local)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=device, allow_import=allowed)
     tell_rest(reader, options.split)
     if options.split == "train" and settings.data.init_args.get("fraction", 1.0) != 1:
-        print("note: all images of split=train are embedded; data.fraction is of a training alone", file=sys.stderr)
+        print("note: embedding all images of split=train; data.fraction applies to training only", file=sys.stderr)
     tell_far(model, pairs)
     args = chosen.get("init_args")
     plain = {"class_path": chosen.class_path, "init_args": args.as_dict() if args else {}}

@@ -144,13 +144,13 @@ def ask_task_method(arguments: list[str], allowed: list[str]) -> int:
     if not any(word == "--from" or word.startswith("--from=") for word in arguments):
         if name in TASK_METHODS and not {"-h", "--help"} & {*arguments}:
             task = TASK_METHODS[name]
-            todo = f"Give --from CHECKPOINT of a run of: maskvlm finetune {task} from=scenes-tiny"
-            raise UserError(name, f"asks a model that was fine-tuned as {task}, and none is named", todo)
+            todo = f"Give --from CHECKPOINT; to make one: maskvlm finetune {task} from=scenes-tiny"
+            raise UserError(name, f"needs a model fine-tuned on {task}, but no checkpoint was given", todo)
         near = nearest(name, COMMANDS, 0.5)
         if {"-h", "--help"} & {*arguments} and not nearest(name, COMMANDS, 0.7):
             return show_method_help(name)
         what = "no such command" + (f" (did you mean {near}?)" if near else "")
-        todo = f"There are: {', '.join(COMMANDS)}; methods of tasks need from=CHECKPOINT"
+        todo = f"Available: {', '.join(COMMANDS)}; methods of tasks need from=CHECKPOINT"
         raise UserError(cut(name), what, todo)
     from maskvlm.cli.ask import main as answer
 
@@ -201,7 +201,7 @@ def tool(name: str) -> Callable[[list[str]], int]:
     if name not in names:
         near = nearest(name, names, 0.5)
         what = "no such tool" + (f" (did you mean {near}?)" if near else "")
-        todo = f"There are: {', '.join(names)}"
+        todo = f"Available: {', '.join(names)}"
         if Path(name).is_file():
             what, todo = "a file, and no command", "Write the command first: maskvlm caption FILE (maskvlm --help)"
         raise UserError(cut(name), what, todo)

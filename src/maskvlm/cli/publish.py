@@ -176,6 +176,6 @@ def missing(config: MaskVLMConfig) -> Iterator[str]:
     if str(versions.get("commit")).endswith("+"):
         yield f"the run's code differed from its commit ({versions['commit']}): nobody else has it"
     if is_unknown(config.lineage or []):
-        yield "a part of what it was trained on is unknown: nobody can say under which terms it may be passed on"
+        yield "part of its training data is unknown, so the terms under which it may be shared cannot be determined"
     if name := shape_of_pretrained(config):
         yield f"what the encoders started from: their shape is that of {name}, whose weights have their licence"

@@ -61,7 +61,7 @@ def make(arguments: list[str], allowed: list[str]) -> int:
     message += " nearest that exact search finds, asked with {queries} {asked}; {median_ms} ms a query"
     # A flat index has no knob and no value.
     message = message.format(**about).replace(" None", "")
-    low = "; the share asked for is not reached: --kind flat misses nothing"
+    low = "; below the requested share: --kind flat finds all of them"
     print(f"{options.out}: {message}{low if about['share_of_exact_10'] < options.exact_share else ''}", flush=True)
     return 0
 
@@ -74,8 +74,8 @@ def checkpoint_of_index(index: SearchIndex) -> str:
     # The path is looked up among the runs' files; the one that the index names is never opened itself.
     own = next((file for file in runs.glob("*/*.ckpt") if file.is_file() and str(file) == named), None)
     if own is None:
-        return default_model("asked")
-    print(f"no from=: {own} is asked, which the index was made with", file=sys.stderr, flush=True)
+        return default_model("used")
+    print(f"no from= given: using {own}, the checkpoint that the index was built with", file=sys.stderr, flush=True)
     return str(own)
 
 

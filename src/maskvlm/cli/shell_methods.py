@@ -119,7 +119,7 @@ def check_options(method: str, words: list[str]) -> None:
         typed = next((word for word in words if word.partition("=")[0] in (name, *others)), None)
         if typed is not None and name not in own:
             takers = [each for each, known in METHODS.items() if name in known.options]
-            what = f"{method} has no such option; it is of {', '.join(takers)}"
+            what = f"not an option of {method}, only of {', '.join(takers)}"
             raise UserError(typed.partition("=")[0], what, f"Leave it out, or see maskvlm {method} --help")
 
 
@@ -214,5 +214,5 @@ def check_ending(out: Path) -> None:
 
     # Some formats can only be read.
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
-        what = f"'{out.suffix}' is the ending of no image" if out.suffix else "has no ending"
+        what = f"'{out.suffix}' is not an image file extension" if out.suffix else "it has no extension"
         raise UserError(out, f"cannot be written ({what})", "Name a file such as out.png")

@@ -69,10 +69,10 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     goes_on, waits = newest_valid(folder), (folder / "job.sh").exists()
     message = hand_over(folder / "job.sh", batch_script(settings, ["fit", *arguments], allowed))
     if goes_on:
-        return f"{message}\n{folder} holds a run already: the job goes on from {goes_on}"
+        return f"{message}\n{folder} already holds a run: the job resumes from {goes_on}"
     if waits:
         name = shlex.quote(folder.name)
-        line = "was submitted before and has begun nothing: if that job still waits, scancel one of the two"
+        line = "was submitted before but has not started: if that job is still queued, scancel one of the two"
         return f"{message}\n{folder} {line} (squeue --name {name})"
     return message
 

@@ -233,9 +233,11 @@ def check_cells(runs: Sequence["StudyRun"], allowed: list[str]) -> None:
         except UserError as error:
             raise UserError(f"{run.cell.name}: {error.where}", error.what, error.todo, error.code) from error
         if settings.trainer.limit_val_batches == 0:
-            what = "0: its run would measure nothing, and so never count as finished"
+            what = "0 turns evaluation off, so the run would never count as finished"
             raise UserError(
-                f"{run.cell.name}: trainer.limit_val_batches", what, "Leave it out; all is measured at the end"
+                f"{run.cell.name}: trainer.limit_val_batches",
+                what,
+                "Leave it out; the whole split is evaluated at the end",
             )
 
 

@@ -106,12 +106,12 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
             images' ids.
     """
     if leaks not in ("refuse", "drop"):
-        raise UserError("data.contamination", f"'{leaks}' is no way to deal with them", "Give refuse or drop")
+        raise UserError("data.contamination", f"'{leaks}' is not a valid value", "Use refuse or drop")
     if not places:
         return pairs
     id_NP, hash_N = row_ids(pairs), row_hashes(pairs)
     if id_NP is None:
-        what = "this data set does not tell its images' ids without opening them"
+        what = "this data set cannot list its image ids without opening the images"
         raise UserError("data.held_out", what, "Prepare the data (maskvlm data), or leave data.held_out empty")
     leaked_rows = find_leaks(id_NP, hash_N, [held_out(*named) for named in split_names(places).items()])
     count, names = sum(map(len, leaked_rows.values())), ", ".join(places)

@@ -256,14 +256,15 @@ class PairData(L.LightningDataModule):
             raise UserError("data", what, todo, ExitCode.BAD_DATA)
         # the position is counted in passes, so it means nothing in passes of another size
         if state_dict["share"] != self.share:
-            what = f"a pass has {self.share} pairs, in the checkpoint {state_dict['share']}"
-            todo = "Go on with the same batch_size and accumulate, or start a new run --from this checkpoint"
+            what = f"a pass has {self.share} pairs, but in the checkpoint {state_dict['share']}"
+            todo = "Use the same batch_size and accumulate, or start a new run --from this checkpoint"
             raise UserError("data.batch_size", what, todo)
         # a checkpoint of an older version does not tell
         before, now = state_dict.get("dealt"), self._dealt()
         if before and now and before != now:
-            what = f"the stream is dealt out to {_parts(now)}, in the checkpoint to {_parts(before)}: other samples"
-            todo = "Go on with as many (--data.workers), or start a new run --from this checkpoint"
+            what = f"the stream is split among {_parts(now)}, in the checkpoint among {_parts(before)}"
+            what += ": the samples would differ"
+            todo = "Use the same numbers (--data.workers), or start a new run --from this checkpoint"
             raise UserError("data.workers", what, todo)
         self.start, rows = state_dict["batches"], state_dict["rows"]
         if rank() == 0:  # the counts are of all processes

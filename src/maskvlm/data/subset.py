@@ -174,7 +174,7 @@ def fraction_of(pairs: Any, fraction: float, seed: int) -> Any:
         return pairs
     ids_NP = row_ids(pairs)
     if ids_NP is None:
-        what = "this data set does not tell its images' ids without opening them"
+        what = "this data set cannot list its image ids without opening the images"
         raise UserError("data.fraction", what, "Set it to 1, or prepare the data (maskvlm data)")
     row_N = first_images(ids_NP[:, 0], fraction, seed, FRACTION)
     if not len(row_N):

@@ -106,7 +106,7 @@ def check_unknown(split: Any, captioner: Captioner, most: float, texts_of: str =
         # without those that are spelt, which are told below
         lost = (word for word, _ in often.most_common() if captioner.unknown in captioner([word]).token_CT)
         words = ", ".join(f"{word[:LONGEST]}..." if len(word) > LONGEST else word for word in islice(lost, MOST_WORDS))
-        stay = "; they stay unknown, as the tokenizer is the model's"
+        stay = "; they remain unknown, because the tokenizer comes from the model"
         print(f"unknown words in the {texts_of} texts: {figures}{f' ({words})' if words else ''}{stay}", flush=True)
     spelt = [(name, share) for name, share in spelt_shares(split, captioner, shares).items() if share > SPELT]
     if rank() == 0 and spelt:

@@ -115,7 +115,7 @@ class PretrainingLoss(ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
     adds_up: ClassVar[bool] = False
-    stuck_hint: ClassVar[str] = "what is paid without any knowledge; look at the learning rate and the data"
+    stuck_hint: ClassVar[str] = "the loss of a model that has learned nothing; check the learning rate and the data"
 
     def __init__(self, weight: float = 1.0) -> None:
         # Classes of other packages pass here too: report a mistake in one as a one-line error.

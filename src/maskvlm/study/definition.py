@@ -354,7 +354,7 @@ def _check_keys(options: Mapping[str, Any], where: str) -> None:
     """Raises UserError for an option that a file may not set."""
     for key in options:
         if key == "trainer.max_time":
-            what = "is no budget: a run that its time ends is not finished, and is gone on with each time"
+            what = "cannot limit a run of a study: a run that it stops is unfinished, and is resumed every time"
             raise UserError(where, f"{key} {what}", "Give data.steps, or flops_of")
         if key in NOT_IN_FILES or not re.fullmatch(KEY, key):
             raise _not_for_files(where, key)

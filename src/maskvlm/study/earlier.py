@@ -72,8 +72,10 @@ def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(path, f"is no table of runs ({error})", todo, ExitCode.BAD_DATA) from None
     if others:
-        what = f"{len(others)} of {len(others) + len(outcomes)} rows are of other commands, of another study's file"
-        print(f"note: {path}: {what} or version: they are left out ({cut(', '.join(others))})", file=sys.stderr)
+        what = (
+            f"{len(others)} of {len(others) + len(outcomes)} rows come from other commands, or from another study file"
+        )
+        print(f"note: {path}: {what} or version, and are ignored ({cut(', '.join(others))})", file=sys.stderr)
     return outcomes
 
 

@@ -208,7 +208,7 @@ class Ended(NamedTuple):
         if self.code == ExitCode.REQUEUE:
             return "stopped and saved"
         if self.run.diverged:
-            return f"{self.run.diverged}, and is not made again while {self.run.folder} is there: {self.last_line}"
+            return f"{self.run.diverged}; not repeated as long as {self.run.folder} exists: {self.last_line}"
         return f"exit status {self.code}: {self.last_line}" if self.code else ""
 
 

@@ -86,9 +86,9 @@ def check_labels(task: Task, theirs: Sequence[str] | None, path: str) -> None:
         return
     pairs = enumerate(zip_longest(theirs, labels), 1)
     place, own, other = next((place, own, other) for place, (own, other) in pairs if own != other)
-    what = f"its head decides among {len(theirs)} labels, which differ from the data's {len(labels)}: number {place} is"
-    what += f" {_shown(own)}, in the data {_shown(other)}"
-    todo = "Measure it on data with its own labels, such as the answers file in its run's folder"
+    what = f"its head predicts {len(theirs)} labels, which are not the data's {len(labels)}: label {place} is"
+    what += f" {_shown(own)} in the checkpoint and {_shown(other)} in the data"
+    todo = "Evaluate it on data with its own labels, such as the answers file in its run's folder"
     raise UserError(path, what, todo, ExitCode.BAD_DATA)
 
 
@@ -212,10 +212,8 @@ class LitModel(L.LightningModule):
         same_task = bool(origin.history) and origin.history[-1].task == class_path(type(self.task))
         unused = {name.partition(".")[0] for name in origin.heads} - {name for name, _ in self.task.named_children()}
         if same_task and unused and rank() == 0:
-            todo = "give their losses a weight, or list them (model.task.losses), to train on with them"
-            log.warning(
-                "%s", f"note: heads of the checkpoint that this run has no use for: {', '.join(sorted(unused))}; {todo}"
-            )
+            todo = "to keep training them, give their losses a weight or list them in model.task.losses"
+            log.warning("%s", f"note: unused heads of the checkpoint: {', '.join(sorted(unused))}; {todo}")
         return self.task.warm_start(heads)
 
     @property
@@ -280,8 +278,10 @@ class LitModel(L.LightningModule):
             compile_blocks(self)
         passes, batch = self.data.accumulate, self.data.batch_size
         if passes > 1 and self.task.compares_examples and rank() == 0:
-            what = f"gradients of {passes} passes are added up: contrast and hard negatives are among the"
-            what += f" {batch // passes} pairs of a pass, not {batch}; with model.chunk they are among all"
+            what = f"gradients are accumulated over {passes} passes, so contrast and hard negatives use only the"
+            what += (
+                f" {batch // passes} pairs of each pass, not all {batch}; with model.chunk instead they use all of them"
+            )
             log.warning("%s", f"note: {what}")
 
     def _open_feature_cache(self) -> None:
