@@ -193,7 +193,7 @@ def csv_rows(file: Path) -> Iterator[JsonLine]:
         where = f"{file}:{number}"
         if problem:
             what = f"not comma-separated text ({problem[0]}: {problem[1]})"
-            raise UserError(where, what, "Mend this line, or fetch the file again", ExitCode.BAD_DATA)
+            raise UserError(where, what, "Fix this line, or fetch the file again", ExitCode.BAD_DATA)
         # A quote that is closed too late swallows the rows in between, which is valid CSV.
         if any(line.count(",") >= len(table.columns) - 1 > 0 for field in fields for line in field.split("\n")[1:]):
             what = "a quoted field goes on over what looks like another row"

@@ -110,7 +110,7 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("--lr 3", "(did you mean model.lr?)"),
         ("--image_mask_ratio 0.7", "(did you mean model.task.image_mask_ratio?)"),
         ("--trainer.max_step 3", "(did you mean trainer.max_steps?)"),
-        ("--optimizer AdamW", "--optimizer: no key of this command. AdamW is the model's own: set model.lr"),
+        ("--optimizer AdamW", "--optimizer: not a key of this command. AdamW is the model's own: set model.lr"),
         ("--lr_scheduler.init_args.T_max 3", "Warm-up and cosine are the model's own"),
         ("--model.backbone.start scenes-tiny", "--model.backbone.start: has no effect: another option sets"),
         ("--model.backbone.init_args.image.init_args.random_init=false", "Give --model.random_init"),
@@ -224,7 +224,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ("text", "message"),
     [
         (BOMB, "aliases that multiply"),
-        ("model:\n  lr: ${nope}\n", "${nope} asks for more than an environment variable"),
+        ("model:\n  lr: ${nope}\n", "${nope} uses more than an environment variable"),
         ("a: &a [*a]\n", "an alias to the value it is in"),
         (
             "model: !!python/object/apply:os.system ['touch MARK']\n",
@@ -233,7 +233,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("model: !!python/name:os.system\n", "is not allowed"),
         ("model: !!binary aGVsbG8=\n", "is not allowed"),
         ("x: " + "[" * 20_000, "nested too deeply"),
-        ("x: " + "y" * 300_000, "are no configuration file"),
+        ("x: " + "y" * 300_000, "are too many for a configuration file"),
     ],
     ids=["bomb", "interpolation", "loop", "apply", "name", "binary", "deep", "huge"],
 )
@@ -280,7 +280,7 @@ def test_a_file_may_not_name_foreign_code(fails: Callable[..., str], plugin: tup
     path, mark = plugin
     text = f"trainer:\n  callbacks:\n  - class_path: {path}\n"
     message = fails(yaml=text, code=ExitCode.REFUSED)
-    assert f"mine.yaml:3: trainer.callbacks.class_path: class {path} is none that a file may name" in message
+    assert f"mine.yaml:3: trainer.callbacks.class_path: class {path} is not one that a file may name" in message
     assert f"Add --allow-import {path.split('.')[0]}" in message
     assert not mark.exists()  # refused before it was imported
 
@@ -305,7 +305,7 @@ def test_plug_ins_of_others_work(
 
 
 def test_the_standard_library_is_nobodys_plug_in(fails: Callable[..., str]) -> None:
-    assert "os.system is none that a file may name" in fails("--model.task", "os.system", code=ExitCode.REFUSED)
+    assert "os.system is not one that a file may name" in fails("--model.task", "os.system", code=ExitCode.REFUSED)
     assert "torch.hub.load is none" in fails(yaml="model: {task: {class_path: torch.hub.load}}", code=ExitCode.REFUSED)
 
 
@@ -333,14 +333,14 @@ def test_a_tasks_own_tool_has_its_own_options(
     assert main(["vqa.score", "r.json", "a.json", "--run", "x", "--debug"]) == 3
     assert calls == [["r.json", "a.json", "--run", "x"]]
     for name, message in (
-        ("vqa.scoer", "vqa.scoer: no such tool (did you mean vqa.score?). There are: "),
+        ("vqa.scoer", "vqa.scoer: no such tool (did you mean vqa.score?). Available: "),
         ("vqa.task", "vqa.task: no such tool"),  # a module of a task, but no tool
-        ("os.path", "os.path: no such tool. There are: "),
+        ("os.path", "os.path: no such tool. Available: "),
     ):
         assert main([name]) == ExitCode.USAGE
         error = capsys.readouterr().err
         assert error.startswith(f"error: {message}")
-        assert "vqa.score" in error.split("There are: ")[1]
+        assert "vqa.score" in error.split("Available: ")[1]
         assert len(error.splitlines()) == 1
     monkeypatch.chdir(tmp_path)  # they are found from anywhere
     assert main(["vqa.score"]) == 3
@@ -445,7 +445,7 @@ def test_a_bug_is_one_line_and_a_file(
     assert main(["fit", "--run", str(tmp_path / "run")]) == ExitCode.OUR_BUG
     where = f"{tmp_path}/run/crash.txt"
     stderr = capsys.readouterr().err  # it was raised by this file, which is none of the project's code
-    assert re.match(r"error: .*test_lightning\.py:\d+: ZeroDivisionError: division by zero\. Mend it there; ", stderr)
+    assert re.match(r"error: .*test_lightning\.py:\d+: ZeroDivisionError: division by zero\. Fix it there; ", stderr)
     assert "Traceback" in (tmp_path / "run" / "crash.txt").read_text()
     assert report(ZeroDivisionError("division\nby zero"), tmp_path / "run") == ExitCode.OUR_BUG
     message = f"error: ZeroDivisionError: division by zero. This is a bug; {where} has its traceback.\n"

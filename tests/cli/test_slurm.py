@@ -27,7 +27,7 @@ def test_the_batch_script_is_the_command_with_a_task_for_every_card(
     monkeypatch.setenv("STREAM", "s3://bucket/*.tar")
     assert main(["submit", "--run", str(tmp_path / "a run"), *words, "--allow-import", "plug"]) == 0
     script = (tmp_path / "a run" / "job.sh").read_text()
-    assert "written; there is no sbatch here" in capsys.readouterr().out
+    assert "written; sbatch was not found here" in capsys.readouterr().out
     wanted = ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=12")
     assert all(f"#SBATCH --{line}\n" in script for line in wanted)
     assert "export DATA_ROOT='/data/all photos'\nexport STREAM='s3://bucket/*.tar'\n" in script
@@ -106,4 +106,4 @@ def test_a_refusal_of_sbatch_is_one_line(
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert main(["submit", "--run", str(tmp_path / "run"), *cluster]) == ExitCode.UNAVAILABLE
-    assert "sbatch: invalid partition. Mend " in capsys.readouterr().err
+    assert "sbatch: invalid partition. Fix " in capsys.readouterr().err

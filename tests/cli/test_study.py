@@ -182,7 +182,7 @@ def test_a_study_is_an_array_of_jobs(
     monkeypatch.setenv("BATCH_OF_THIS_TEST", "4 ")
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["study", "toy.yaml", "--submit", "--jobs", "2", "--only", "all", "--where", "gpu1"]) == 0
-    assert "checkpoints/toy/job.sh: written; there is no sbatch here" in capsys.readouterr().out
+    assert "checkpoints/toy/job.sh: written; sbatch was not found here" in capsys.readouterr().out
     script = (plain / "checkpoints" / "toy" / "job.sh").read_text()
     assert "#SBATCH --array=0-1%2\n" in script
     assert "export BATCH_OF_THIS_TEST='4 '\n" in script
@@ -197,7 +197,7 @@ def test_an_array_makes_first_what_the_others_start_from(
     (plain / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["study", "toy.yaml", "--submit", "--only", "all"]) == 0
-    assert "the other 2 start from these: submit again once they are finished" in capsys.readouterr().out
+    assert "the other 2 start from these: submit again when they are finished" in capsys.readouterr().out
     assert "#SBATCH --array=0-1%1\n" in (plain / "checkpoints" / "toy" / "job.sh").read_text()
     assert main(["study", "toy.yaml", "--only", "all", "--task", "2"]) == ExitCode.USAGE
     assert "all-s0: first-s0, which it starts from, is not finished" in capsys.readouterr().err
@@ -313,8 +313,8 @@ def test_a_missing_package_is_told_before_any_run(
     ("words", "message", "code"),
     [
         (["nothing"], "nothing: no such study. Give a YAML file, or one of ", ExitCode.MISSING_INPUT),
-        (["toy.yaml", "--only", "some"], "--only: there is no some. There are: all, contrast", ExitCode.USAGE),
-        (["toy.yaml", "--seeds", "9"], "--seeds: no run has these. There are: 0, 1", ExitCode.USAGE),
+        (["toy.yaml", "--only", "some"], "--only: there is no some. Available: all, contrast", ExitCode.USAGE),
+        (["toy.yaml", "--seeds", "9"], "--seeds: no run has these. Available: 0, 1", ExitCode.USAGE),
         (["toy.yaml", "--task", "4"], "--task: there is no run 4. Give 0 to 3", ExitCode.USAGE),
         (["toy.yaml", "--jobs", "0"], "--jobs", ExitCode.USAGE),
         ([], "FILE", ExitCode.USAGE),

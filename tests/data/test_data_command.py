@@ -187,11 +187,11 @@ def test_a_prepared_set_needs_no_file_of_its_own(
     assert "conf/data/coco.yaml" in stack(DATA="coco")
     assert "--data.source.root" not in stack(DATA="coco")
     with pytest.raises(
-        UserError, match=f"data=half: no such data set. There are: .*prepared in {tmp_path}/s p: coco, mine"
+        UserError, match=f"data=half: no such data set. Available: .*prepared in {tmp_path}/s p: coco, mine"
     ):
         stack(DATA="half")
     (tmp_path / "s p" / "half" / "first-look.png").touch()
-    with pytest.raises(UserError, match=r"data=half: was only looked at \(.*\. Prepare it: the same `maskvlm data"):
+    with pytest.raises(UserError, match=r"data=half: was only previewed \(.*\. Prepare it: the same `maskvlm data"):
         stack(DATA="half")
     (tmp_path / "s p" / "half" / ".making").mkdir()
     with pytest.raises(UserError, match=r"data=half: is not finished\. Run the same `maskvlm data` again"):

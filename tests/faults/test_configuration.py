@@ -268,7 +268,7 @@ def test_a_pipe_a_device_and_a_folder_are_no_configuration(build: Build, tmp_pat
             read_config_file(name)
         end.cancel()
         assert (caught.value.where, caught.value.code) == (name, ExitCode.MISSING_INPUT)
-        assert caught.value.what == "is no file but a folder, pipe or device"
+        assert caught.value.what == "is a folder, pipe or device, not a file"
 
 
 def test_files_that_are_not_there_too_large_or_no_text(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_files_that_are_not_there_too_large_or_no_text(tmp_path: Path) -> None:
 def test_keys_that_the_parser_keeps_for_itself_are_refused(build: Build, tmp_path: Path) -> None:
     for number, text in enumerate(("__path__: x", "a:\n  - {b.__class__: 1}", "model: {class_path: [x]}")):
         (tmp_path / f"{number}.yaml").write_text(text)
-        with pytest.raises(UserError, match=r"is not for files|class_path is no text"):
+        with pytest.raises(UserError, match=r"is not allowed in files|class_path is not text"):
             read_config_file(str(tmp_path / f"{number}.yaml"))
 
 
@@ -318,7 +318,7 @@ def test_keys_that_the_parser_keeps_for_itself_are_refused(build: Build, tmp_pat
 )
 def test_only_the_environment_is_filled_in(build: Build, fails: Callable[..., UserError], text: str) -> None:
     error = fails(text=f"ckpt_path: '{text}'\n")
-    assert "asks for more than an environment variable" in error.what
+    assert "uses more than an environment variable" in error.what
     assert error.code == ExitCode.REFUSED
 
 
@@ -375,8 +375,8 @@ def test_the_environment_sets_no_key(
 
 @pytest.mark.guard("maskvlm.config.given_options:check_words")
 def test_words_that_no_file_could_hold_are_refused(build: Build, fails: Callable[..., UserError]) -> None:
-    assert fails("--run", "\udcff").what == "is no plain UTF-8 text"
-    assert fails("--run", "a\x1b[2J").what == "is no plain UTF-8 text"
+    assert fails("--run", "\udcff").what == "is not plain UTF-8 text"
+    assert fails("--run", "a\x1b[2J").what == "is not plain UTF-8 text"
     assert fails("--run", "x" * 100_001).code == ExitCode.REFUSED
 
 

@@ -211,7 +211,7 @@ def test_a_card_whose_cuda_does_not_start_is_told_of(
     for built, accelerator, warned in (("12.8", "auto", True), ("12.8", "cpu", False), (None, "auto", False)):
         monkeypatch.setattr(torch.version, "cuda", built)
         check_cards(Namespace(accelerator=accelerator, devices="auto"))
-        assert ("CUDA does not start" in capsys.readouterr().err) == warned
+        assert ("CUDA cannot be initialised" in capsys.readouterr().err) == warned
 
 
 # ---------------------------------------------------------------------- what is judged, without processes

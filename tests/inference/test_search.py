@@ -335,7 +335,7 @@ def test_the_commands_index_and_search_a_configured_set(
     refused(lambda: main([*named, "gone.jpg"], []), ExitCode.MISSING_INPUT, "gone.jpg: no such file")
     refused(lambda: main([], []), ExitCode.USAGE, "maskvlm search: the following arguments are required")
     beside = ["--vectors", str(out / "vectors"), "--out", str(out), "--data.source.val", "8"]
-    refused(lambda: make(beside, []), ExitCode.USAGE, "--data.source.val: is of no use beside --vectors")
+    refused(lambda: make(beside, []), ExitCode.USAGE, "--data.source.val: has no effect with --vectors")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(lambda: make([*named, *data], []), ExitCode.USAGE, "index: several processes")
@@ -355,7 +355,7 @@ def test_of_several_indexes_the_newest_is_searched_and_named(
         when = (folder / "index.json").stat().st_mtime - 100 * age
         os.utime(folder / "index.json", (when, when))
         assert main(words, []) == 0
-        notes = [] if age == 0 else ["no --index: checkpoints/index-new is searched, the newest of 2"]
+        notes = [] if age == 0 else ["no --index: searching checkpoints/index-new, the newest of 2"]
         # A word of the query that the toy does not know is told, too.
         assert [line for line in capsys.readouterr().err.splitlines() if "index" in line] == notes
     assert main([*words, "--index", "checkpoints/index-old"], []) == 0
@@ -399,7 +399,7 @@ def test_all_images_of_a_set_without_splits_are_indexed(
     refused(
         lambda: make([*named, "--split", "all", *world], []),
         ExitCode.USAGE,
-        "all is for a prepared set that has",
+        "all applies only to a prepared set that has",
     )
 
 
@@ -444,9 +444,9 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--split", "train"], "--split: is of no use beside --vectors"),
-        (["--no-captions"], "--no-captions: is of no use beside --vectors"),
-        (["--from", "a.ckpt"], "--from: is of no use beside --vectors"),
+        (["--split", "train"], "--split: has no effect with --vectors"),
+        (["--no-captions"], "--no-captions: has no effect with --vectors"),
+        (["--from", "a.ckpt"], "--from: has no effect with --vectors"),
         (["--exact-share", "7"], "--exact-share: 7.0 is no share"),
     ],
 )

@@ -253,7 +253,7 @@ def test_a_broken_image_is_left_out_counted_and_listed(
         photos.path(index).unlink()
     photos.skipped = {"no caption": ["photos 99"]}
     report = start(model, photos, folder)
-    assert "left out or mended (truncated: 1, missing: 4, no caption: 1): listed in" in report
+    assert "left out or repaired (truncated: 1, missing: 4, no caption: 1): listed in" in report
     assert rows_of(folder)["row"].to_pylist() == [0, 1, 3, 8, 9]
     assert vector_of(rows_of(folder)).shape == (5, 8)
     assert torch.allclose(vector_of(rows_of(folder))[2], model.encode_image(photos.path(3)), atol=1e-6)

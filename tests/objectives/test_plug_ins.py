@@ -357,7 +357,7 @@ def test_a_mistake_in_a_plug_in_is_told_with_its_place(
         module.fails()
     assert report(caught.value, tmp_path) == ExitCode.OUR_BUG
     stderr = capsys.readouterr().err
-    assert stderr.startswith(f"error: {tmp_path}/strange_of_this_test.py:2: KeyError: 'nothing'. Mend it there; ")
+    assert stderr.startswith(f"error: {tmp_path}/strange_of_this_test.py:2: KeyError: 'nothing'. Fix it there; ")
 
 
 # ---------------------------------------------------------------------- a data format

@@ -650,7 +650,7 @@ def test_a_link_out_of_an_encoders_folder_is_not_followed(
 def test_an_index_of_weights_names_files_beside_it(encoder: Path, name: str) -> None:
     (encoder / "model.safetensors").unlink()
     (encoder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
-    with pytest.raises(UserError, match="which is no file of weights beside it") as caught:
+    with pytest.raises(UserError, match="which is not a weights file beside it") as caught:
         TextEncoder(str(encoder), 12).load_pretrained()
     assert caught.value.code == ExitCode.REFUSED
 

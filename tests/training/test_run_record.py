@@ -158,7 +158,7 @@ SKIPPED = {"missing image": ["toy.json:3", "toy.json:5"], "empty text": []}
 def test_what_an_evaluation_leaves_out_is_said_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record, module, path = RunRecord(), SimpleNamespace(metrics={}), tmp_path / "bad_samples.json"
     record.on_validation_end(evaluation(tmp_path, SKIPPED), module)  # type: ignore[arg-type]
-    line = f"samples skipped or mended (val, 7 rows): missing image: 2; listed in {path}\n"
+    line = f"samples skipped or repaired (val, 7 rows): missing image: 2; listed in {path}\n"
     assert capsys.readouterr().out == line
     assert json.loads(path.read_text())["left_out"] == {"val": SKIPPED}
     record.on_test_end(evaluation(tmp_path, {}), module)  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ def test_measuring_in_a_trainings_folder_keeps_its_list(tmp_path: Path, capsys: 
     assert (tmp_path / "bad_samples.json").read_text() == "the training's"
     for split in ("val", "test"):
         assert json.loads((tmp_path / f"bad_samples-{split}.json").read_text())["left_out"] == {split: SKIPPED}
-    assert capsys.readouterr().out.count("samples skipped or mended") == 2
+    assert capsys.readouterr().out.count("samples skipped or repaired") == 2
 
 
 def test_a_training_says_it_once_and_a_trial_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

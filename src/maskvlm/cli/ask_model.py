@@ -170,7 +170,7 @@ def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
     # Index into the flattened map -> (row, column)
     rows, columns = explanation.gradcam.shape
     row, column = divmod(int(explanation.gradcam.argmax()), columns)
-    peak = f"'{word}' is seen most in row {row + 1}, column {column + 1}, counted from 1 in {rows} x {columns}"
+    peak = f"'{word}' is seen most strongly in row {row + 1}, column {column + 1}, counted from 1 in {rows} x {columns}"
     if not explanation.gradcam.any():
         peak = f"no patch supports '{word}' (Grad-CAM is 0 everywhere; --json gives the attention)"
     answer = {"written": save_image(explanation.image, options.out)} | (
@@ -248,7 +248,7 @@ def task_ask(model: PretrainedMaskVLM, method: str) -> Ask:
         near = nearest(method, COMMANDS, 0.6)
         meant = f"; did you mean {near}?" if near else ""
         raise UserError(
-            method, f"no method of this checkpoint ({type(model.task).__name__}{meant})", f"There are: {known}"
+            method, f"not a method of this checkpoint ({type(model.task).__name__}{meant})", f"Available: {known}"
         )
 
     def answers(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:

@@ -64,7 +64,7 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     settings = run_command(Parsed, ["fit", *rest], allowed).settings
     reader, chosen = built_source(settings), settings.data.init_args.source
     if not isinstance(reader, Source):
-        todo = "Name a set of images with captions (-c conf/data/NAME.yaml)"
+        todo = "Use a set of images with captions (-c conf/data/NAME.yaml)"
         raise UserError("data.source", f"{chosen.class_path} has no captions of images", todo)
     if options.split == "all":
         reader = undivided(reader)
@@ -95,7 +95,7 @@ def undivided(source: Source) -> Prepared:
     """
     there = read_manifest(source.root)["splits"] if isinstance(source, Prepared) else {}
     if not isinstance(source, Prepared) or list(there) != ["train"]:
-        what = "all is for a prepared set that has no splits of its own"
+        what = "all applies only to a prepared set that has no splits of its own"
         raise UserError("--split", what, f"Name one of {', '.join(there) or 'train, val, test'}")
     return Prepared(str(source.root))
 
@@ -118,7 +118,7 @@ def tell_far(model: PretrainedMaskVLM, pairs: Pairs) -> None:
             images.append(safe_open(pairs[row]["image"], pairs[row]["origin"]))
     far = sum(line is not None for line in model.far(images))
     if 2 * far > len(images):
-        line = f"{far} of {len(images)} images looked at are unlike those that the model was trained on"
+        line = f"{far} of {len(images)} images checked are unlike those that the model was trained on"
         print(f"warning: {line}; take its vectors with care", file=sys.stderr, flush=True)
 
 

@@ -121,7 +121,7 @@ def common(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     try:
         options, rest = front.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        raise UserError(error.argument_name, error.message, "Write the option and then its value") from None
+        raise UserError(error.argument_name, error.message, "Write the option, then its value") from None
     options.allow_import += [name for name in os.environ.get("MASKVLM_ALLOW_IMPORT", "").split(",") if name]
     takes_words = bool(rest) and rest[0] in COMMANDS and bool(COMMANDS[rest[0]].words)
     # Everything after -- is text, whatever it looks like.
@@ -184,7 +184,7 @@ def interrupted(folder: Path | None) -> int:
     """Print what is left of an interrupted training run; returns 130, as shells expect after Ctrl-C."""
     message = "interrupted"
     if folder is not None and folder.joinpath("last.ckpt").is_file():
-        message += f"; {folder / 'last.ckpt'} holds its latest checkpoint: {same_command(folder)} goes on from it"
+        message += f"; {folder / 'last.ckpt'} holds its latest checkpoint: {same_command(folder)} resumes from it"
     elif folder is not None:
         message += f" before the first checkpoint of {folder}"
     print(message, file=sys.stderr)
@@ -203,7 +203,7 @@ def tool(name: str) -> Callable[[list[str]], int]:
         what = "no such tool" + (f" (did you mean {near}?)" if near else "")
         todo = f"Available: {', '.join(names)}"
         if Path(name).is_file():
-            what, todo = "a file, and no command", "Write the command first: maskvlm caption FILE (maskvlm --help)"
+            what, todo = "a file, not a command", "Write the command first: maskvlm caption FILE (maskvlm --help)"
         raise UserError(cut(name), what, todo)
     main: Callable[[list[str]], int] = importlib.import_module(f"tasks.{task}.{module}").main
     return main

@@ -81,7 +81,7 @@ def json_lines(file: Path, todo: str = TODO) -> Iterator[JsonLine]:
         for number, content, problem in byte_lines(stream):
             where = f"{file}:{number}"
             if problem:
-                raise UserError(where, f"{problem[0]} ({problem[1]})", "Mend this line", ExitCode.BAD_DATA)
+                raise UserError(where, f"{problem[0]} ({problem[1]})", "Fix this line", ExitCode.BAD_DATA)
             # a line of white space is none
             if content.strip():
                 record = load_json(content, file, number)
@@ -261,7 +261,7 @@ def check_missing(
     way = "raise data.source.max_missing" if split == "train" else "fetch them: evaluation leaves nothing out"
     todo = f"Set data.source.images to their folder, or {way}"
     if (skipped := folder / "skipped.jsonl").is_file():  # of a prepared set
-        todo = f"{skipped} tells which were left out; mend and prepare them again, or {way}"
+        todo = f"{skipped} tells which were left out; fix and prepare them again, or {way}"
     raise UserError(where, what, todo, ExitCode.MISSING_INPUT)
 
 

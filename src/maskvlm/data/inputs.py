@@ -169,7 +169,7 @@ class MarkedTexts:
         # the text between the masked words: one piece more than there are masks
         pieces = check_text(text).replace(str(self.tokenizer.mask_token), MASK).split(MASK)
         if len(pieces) == 1:
-            raise UserError("text", "no word in it is masked", f"Write {MASK} in the place of one")
+            raise UserError("text", "no word in it is masked", f"Replace one with {MASK}")
         ids: list[int] = []
         for place, piece in enumerate(pieces):
             last = place == len(pieces) - 1

@@ -401,7 +401,7 @@ class PairData(L.LightningDataModule):
         none = self.samples >= 16 and unread >= self.samples and self.max_bad_fraction < 1
         if batch.problems and (many or none):
             what = f"{unread} of {self.samples} samples could not be read, first: {batch.problems[0][1]}"
-            todo = "mend the data or raise data.max_bad_fraction"
+            todo = "fix the data or raise data.max_bad_fraction"
             raise UserError("training data", what, todo, ExitCode.BAD_DATA)
         return batch
 

@@ -279,7 +279,7 @@ def choose_rows(
     empty_N = np.asarray(table.rows.data.column("text").to_numpy()) == ""
     place_N = table.rows.data.column("place").to_numpy()
     if split != "train" and empty_N.any():
-        where, todo = origin.full(place_N[empty_N][0]), "Mend the row: evaluation leaves nothing out"
+        where, todo = origin.full(place_N[empty_N][0]), "Fix the row: evaluation leaves nothing out"
         raise UserError(where, "the text is empty", todo, ExitCode.BAD_DATA)
     skipped = {reason: places for reason, places in table.notes.items() if places}
     kept_N = np.ones(len(empty_N), bool)

@@ -169,7 +169,7 @@ def export_lines(folder: Path, report: Mapping[str, Any]) -> Iterator[str]:
 def check_export(folder: Path, kind: Format, opset: int | None) -> None:
     """Checks that do not need a model; raises the same errors as `export`."""
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise UserError(folder, "is there already", "Name another one", ExitCode.CANNOT_CREATE)
+        raise UserError(folder, "already exists", "Name another one", ExitCode.CANNOT_CREATE)
     if kind == "torch" and opset is not None:
         raise UserError("--opset", "torch.export has none", "Leave it out, or give --format onnx")
     if opset is not None and not OPSET <= opset <= NEWEST_OPSET:

@@ -277,7 +277,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         """
         folder = Path(save_directory)
         if other := next((key for key in to_hub if key not in TO_HUB), None):
-            raise UserError("save_pretrained", f"there is no argument {other}", f"There are: {', '.join(TO_HUB)}")
+            raise UserError("save_pretrained", f"there is no argument {other}", f"Available: {', '.join(TO_HUB)}")
         if folder.is_file():
             raise UserError(folder, "is a file", "Name a folder")
         # Checked before writing: a model without tokenizer could not be loaded again.

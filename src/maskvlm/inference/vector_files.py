@@ -242,7 +242,7 @@ def close(folder: Path, pairs: Pairs, count: int) -> str:
             break
     reasons = [f"{reason}: {len(places)}" for reason, places in (*listed.items(), *left_out.items())]
     line = f"{folder}: {len(there)} of {count} shards, {len(pairs)} images in all"
-    line += f"; left out or mended ({', '.join(reasons)}): listed in {folder / BAD}" if reasons else ""
+    line += f"; left out or repaired ({', '.join(reasons)}): listed in {folder / BAD}" if reasons else ""
     return line + ("; the others are other processes', or start the same again" if len(there) < count else "")
 
 

@@ -19,7 +19,7 @@ def build_text_encoder(config: PreTrainedConfig, checkpointing: bool = False) ->
     try:
         model = AutoModel.from_config(config)
     except Exception as error:  # contradictory settings: each model raises its own error
-        raise UserError(f"{WHERE}.config", first_line(error), "Mend the settings") from error
+        raise UserError(f"{WHERE}.config", first_line(error), "Fix the settings") from error
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # unused, and DDP would wait for its gradients
     if checkpointing:  # renamed in transformers 5.24; the old name warns

@@ -85,7 +85,7 @@ def _counted(words: Sequence[str]) -> int:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError("study", f"maskvlm bench {' '.join(words)}: {last.removeprefix('error: ')}"[:500], "Mend that")
+        raise UserError("study", f"maskvlm bench {' '.join(words)}: {last.removeprefix('error: ')}"[:500], "Fix that")
     report = json.loads(done.stdout.strip().splitlines()[-1])
     flops: int = report["flops"]
     return flops

@@ -420,4 +420,4 @@ def _question(content: Any, cells: tuple[Cell, ...], metrics: Mapping[str, Metri
 
 def _known(name: str, names: Mapping[str, Any], where: str) -> None:
     if name not in names:
-        raise UserError(where, f"there is no {name}", f"There are: {', '.join(names)}")
+        raise UserError(where, f"there is no {name}", f"Available: {', '.join(names)}")

@@ -107,7 +107,7 @@ def _box(record: Any, where: str) -> tuple[int, int, int, int]:
     """Left, top, right and bottom in pixels of the part of the image that the sentence is about."""
     left, top, width, height = (_pixels(record, f"bbox_{key}", where) for key in ("x", "y", "w", "h"))
     if width < 1 or height < 1:
-        raise UserError(where, f"a box of {width} by {height} pixels", "Mend or remove the row", ExitCode.BAD_DATA)
+        raise UserError(where, f"a box of {width} by {height} pixels", "Fix or remove the row", ExitCode.BAD_DATA)
     return left, top, left + width, top + height
 
 

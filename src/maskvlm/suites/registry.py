@@ -25,7 +25,7 @@ def suite_class(name: str) -> type[Suite]:
         module = importlib.import_module(f"{__package__}.{name}")
         return next(each for each in vars(module).values() if _is_suite(each) and each.__module__ == module.__name__)
     if "." not in name:
-        todo = f"There are: {', '.join(suite_names())}, and the path of a class, such as acme.birds.BirdPairs"
+        todo = f"Available: {', '.join(suite_names())}, and the path of a class, such as acme.birds.BirdPairs"
         raise UserError(f"suite {name[:80]}", "no such suite", todo)
     module_name, _, kind = name.rpartition(".")
     try:

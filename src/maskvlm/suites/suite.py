@@ -190,5 +190,5 @@ def plain_text(value: object, key: str, where: str) -> str:
     text = clean_caption(value)[0] if isinstance(value, str) else ""
     if not text:
         what = f"'{key}' is no text" if not isinstance(value, str) else f"'{key}' holds no word"
-        raise UserError(where, what, "Mend or remove the row", ExitCode.BAD_DATA)
+        raise UserError(where, what, "Fix or remove the row", ExitCode.BAD_DATA)
     return text

@@ -65,7 +65,7 @@ class Zeroshot(Suite):
             lines = ((line.number, line.text.strip(), line.problem) for line in text_lines(templates))
             for number, text, problem in lines:
                 if problem:
-                    raise UserError(f"{templates}:{number}", problem[1], "Mend this line", ExitCode.BAD_DATA)
+                    raise UserError(f"{templates}:{number}", problem[1], "Fix this line", ExitCode.BAD_DATA)
                 self.templates += [text] if text else []
         self.templates = self.templates or [TEMPLATE]
         if wrong := [each for each in self.templates if each.count("{}") != 1]:

@@ -155,7 +155,7 @@ def _bug(error: BaseException, folder: Path | None) -> ErrorLine:
         traceback.print_exception(error)
         return ErrorLine(text, ExitCode.OUR_BUG)
     if place := _of_others(error):
-        return ErrorLine(f"{place}: {text}. Mend it there; {path} has the traceback.", ExitCode.OUR_BUG)
+        return ErrorLine(f"{place}: {text}. Fix it there; {path} has the traceback.", ExitCode.OUR_BUG)
     return ErrorLine(f"{text}. This is a bug; {path} has its traceback.", ExitCode.OUR_BUG)
 
 
