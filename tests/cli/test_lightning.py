@@ -59,7 +59,7 @@ def fails(stack: Callable[..., list[str]], tmp_path: Path, capsys: pytest.Captur
 def test_what_a_data_set_says_of_its_arguments_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     """A source may be of two kinds, and the parser keeps the complaint of the first."""
     for task, option, message in (
-        ("nlvr", "test 6", "SceneComparisons.test: 6 examples. Ask for a multiple of 4"),
+        ("nlvr", "test 6", "SceneComparisons.test: 6 examples. Use a multiple of 4"),
         ("entailment", "val -1", "SceneHypotheses.val: -1 is too small"),
     ):
         words = ["finetune", task, "from=random", "where=cpu", f"run=never-{task}", *f"--data.source.{option}".split()]
@@ -476,7 +476,7 @@ def test_an_interrupt_is_clean(
     assert capsys.readouterr().err == f"interrupted before the first checkpoint of {tmp_path}\n"
     (tmp_path / "last.ckpt").touch()
     assert main(["fit", "--run", str(tmp_path)]) == 130
-    assert f"{tmp_path}/last.ckpt holds its latest checkpoint: the same command goes on" in capsys.readouterr().err
+    assert f"{tmp_path}/last.ckpt holds its latest checkpoint: the same command resumes" in capsys.readouterr().err
 
 
 class Simple(UserError):

@@ -242,16 +242,16 @@ def test_why_a_name_is_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "x.csv: is empty. It needs a header and a row for each text."),
+        (b"", "x.csv: is empty. It needs a header and one row per text."),
         (b"\n\n", "is empty"),
         (b"\xff\xfei\x00m\x00", "UTF-16 text. Save it as UTF-8"),
-        (b"a,b\xe9\nx,y\n", "x.csv:1: not UTF-8 text (byte 3 is no UTF-8). Save the file as UTF-8."),
+        (b"a,b\xe9\nx,y\n", "x.csv:1: not UTF-8 text (byte 3 is not UTF-8). Save the file as UTF-8."),
         (b"a\x00b\n", "x.csv:1: null bytes"),
         (b'"image,caption\n', "x.csv:1: the names of the columns cannot be read"),
         (
             b"name,words\na,b\n",
             "no column for the image and none for the caption (there are 'name', 'words'). Name one of them 'image' "
-            "and another 'caption', or say which it is: --columns image=NAME,caption=NAME (make: ARGS=).",
+            "and another 'caption', or give it: --columns image=NAME,caption=NAME (make: ARGS=).",
         ),
         (
             b"Datei;Worte\na.jpg;Stra\xdfe\n",

@@ -81,7 +81,7 @@ def test_words_that_are_only_spelt_are_told(captioner: Captioner, capsys: pytest
     split = Two({"coco": [ENGLISH] * 3, "mine": [ENGLISH, "gods tend"]})
     assert spelt_shares(split, captioner, unknown_shares(split, captioner)) == {"coco": 0.0, "mine": 2 / 8}
     check_unknown(split, captioner, 0.5)
-    message = "words of the training texts that the tokenizer only spells, letter by letter: mine 25 %\n"
+    message = "words of the training texts that the tokenizer splits into single letters: mine 25 %\n"
     assert capsys.readouterr().out == message
 
 

@@ -380,7 +380,11 @@ def test_a_reader_of_somebody_elses_prepares_a_set(tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("acme.birds.Nothing", "cannot be imported"), ("acme.lengths.TextLength", "reads no set"), ("x.y", "imported")],
+    [
+        ("acme.birds.Nothing", "cannot be imported"),
+        ("acme.lengths.TextLength", "does not read a set"),
+        ("x.y", "imported"),
+    ],
 )
 def test_what_is_no_reader_is_one_line(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as error:

@@ -1109,7 +1109,7 @@ def test_the_model_that_comes_along_is_asked_where_none_is_named(
         (["nope"], 2, "no such suite"),
         (["vsr"], 2, "--path is missing"),
         (["vsr", "from=x.ckpt"], 2, "--path is missing"),
-        (["vsr", "from=x.ckpt", "--path", "."], 66, "none of the files of this set"),
+        (["vsr", "from=x.ckpt", "--path", "."], 66, "none of this set's files"),
         (["vsr", "from=x.ckpt", "--path", ".", "--by", "score"], 2, "not asked by score"),
         (["eccv_caption", "from=x.ckpt", "--path", ".", "--limit", "3"], 2, "ranks all its items"),
         (["vsr", "from=x.ckpt", "--path", ".", "--limit", "0"], 2, "--limit"),

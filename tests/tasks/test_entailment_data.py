@@ -205,7 +205,7 @@ def test_a_missing_file_of_corrections_is_named(snli: Any, tmp_path: Path) -> No
         (row("x", text=" "), ":2: the text is empty"),
         (row("x", photo="../11"), ":2: file name '../11' leads out of the folder"),
         (row("x", photo="33"), "snli_ve_dev.jsonl:2: 1 of 2 examples of split 'val' lacks an image in "),
-        (row(), ":2: pairID '11.jpg#0r1e' stands there twice, first at snli_ve_dev.jsonl:1"),
+        (row(), ":2: pairID '11.jpg#0r1e' appears twice, first at snli_ve_dev.jsonl:1"),
     ],
 )
 def test_a_wrong_line_is_named(snli: Any, line: Any, message: str) -> None:

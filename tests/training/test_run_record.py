@@ -371,7 +371,7 @@ def test_two_processes_tell_a_mistake_once(words: list[str], tmp_path: Path) -> 
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
-    assert "data.batch_size: 7 pairs cannot be shared by 2 processes" in errors[0]
+    assert "data.batch_size: 7 pairs cannot be split evenly among 2 processes" in errors[0]
     assert "Traceback" not in done.stderr
     assert done.returncode == ExitCode.USAGE
 

@@ -87,13 +87,13 @@ def json_lines(file: Path, todo: str = TODO) -> Iterator[JsonLine]:
                 record = load_json(content, file, number)
                 if not isinstance(record, dict):
                     what = not_an_object(record)
-                    raise UserError(where, what, "One object a line is needed", ExitCode.BAD_DATA)
+                    raise UserError(where, what, "Write one object per line", ExitCode.BAD_DATA)
                 yield JsonLine(where, number, record)
 
 
 def not_an_object(record: Any) -> str:
     """What is wrong with it, for messages."""
-    return f"{json_kind(record)} where a JSON object belongs"
+    return f"{json_kind(record)} instead of a JSON object"
 
 
 def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
@@ -103,7 +103,7 @@ def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
         layout: whose files look as they should, for the message ("Karpathy", "VQA v2").
     """
     if not isinstance(record, dict):
-        what = f"{json_kind(record)} where an object with '{key}' belongs"
+        what = f"{json_kind(record)} instead of an object with '{key}'"
     elif isinstance(record.get(key), BadJson):
         what = f"'{key}': {record[key]}"
     elif key not in record:
@@ -261,7 +261,7 @@ def check_missing(
     way = "raise data.source.max_missing" if split == "train" else "fetch them: evaluation leaves nothing out"
     todo = f"Set data.source.images to their folder, or {way}"
     if (skipped := folder / "skipped.jsonl").is_file():  # of a prepared set
-        todo = f"{skipped} tells which were left out; fix and prepare them again, or {way}"
+        todo = f"{skipped} lists the rows left out; fix and prepare them again, or {way}"
     raise UserError(where, what, todo, ExitCode.MISSING_INPUT)
 
 

@@ -99,7 +99,7 @@ class PairData(L.LightningDataModule):
             raise UserError("data", f"steps is {steps} and epochs is {epochs}", todo)
         for name, value in (("batch_size", batch_size), ("steps", steps), ("epochs", epochs)):
             if value is not None and value <= 0:
-                raise UserError(f"data.{name}", f"{value} is not above 0", "Give a larger number")
+                raise UserError(f"data.{name}", f"{value} is not greater than 0", "Give a larger number")
         check_least(
             1, {"data.eval_batch_size": eval_batch_size, "data.accumulate": accumulate, "data.captions": captions}
         )

@@ -143,7 +143,7 @@ class EvalPairs(Dataset[Sample]):
         # here an empty caption is left out, not shown: it could be retrieved by nobody
         captions = [text for text, _ in map(clean_caption, row["captions"]) if text]
         if not captions:
-            raise UserError(row["origin"], "no caption with words", "Fix or remove the row", ExitCode.BAD_DATA)
+            raise UserError(row["origin"], "no caption has any words", "Fix or remove the row", ExitCode.BAD_DATA)
         # only the built-in world knows where its objects are
         object_mask = getattr(self.pairs, "object_mask", None)
         return Sample(

@@ -192,7 +192,7 @@ def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[CaptionRow |
         # the table's own split, else that of lists beside it
         split = split_named(values["split"]) if values.get("split") else split_of(values.get(image, ""))
         if captions is None:
-            problem = ("malformed row", "the captions are no JSON list of texts")
+            problem = ("malformed row", "the captions are not a JSON list of texts")
         if split is None:
             problem = ("unknown split", f"split {one_line(values['split'], 40)!r}")
         if problem:

@@ -47,7 +47,7 @@ class Genome(RawSet):
             # by the number alone: the images lie in two folders
             path, origin = index.find(str(number)), f"{where} ({number}.jpg)"
             if path is None:
-                yield BadRow("missing image", origin, f"{number}.jpg is nowhere in {one_line(self.root)}", "train")
+                yield BadRow("missing image", origin, f"{number}.jpg was not found in {one_line(self.root)}", "train")
             elif not phrases:
                 yield BadRow("no caption", origin, "no region of this image is described", "train")
             else:
@@ -58,7 +58,7 @@ def check_image_data(file: Path) -> None:
     """Raises UserError where `image_data.json` is not there: nobody could tell which of the images are among those
     that COCO's tasks are evaluated on."""
     if not file.is_file():
-        what = f"{file.name} is missing: which images are also COCO's stands there alone"
+        what = f"{file.name} is missing: only this file says which images are also COCO's"
         raise UserError(file.parent, what, "Fetch it from visualgenome.org and put it here", ExitCode.MISSING_INPUT)
 
 
