@@ -149,7 +149,11 @@ def test_which_patches_a_box_touches() -> None:
         (["answer", "--from", "best.ckpt", "0.png", "a"], "no method of this checkpoint", ExitCode.USAGE),
         (["match", "--from", "vqa.ckpt", "0.png", "a"], "no head for it", ExitCode.USAGE),
         (["answer", "--from", "vqa.ckpt", "0.png"], "Give 1 image and a question", ExitCode.USAGE),
-        (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--mask-ratio", "7"], "7.0 is no share", ExitCode.USAGE),
+        (
+            ["reconstruct", "--from", "best.ckpt", "0.png", "a", "--mask-ratio", "7"],
+            "7.0 is out of range",
+            ExitCode.USAGE,
+        ),
         (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--box", "1,2"], "'1,2' is not a box", ExitCode.USAGE),
         (["inpaint", "--from", "best.ckpt", "0.png", "a", "--box", "0,0,2,1"], "outside", ExitCode.USAGE),
         (

@@ -148,17 +148,17 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("--model.lr", "--model.lr: expected one argument"),
         ("--allow-import", "--allow-import: expected one argument"),
         ("stray", "stray: neither an option nor its value"),
-        ("--model.task.image_mask_ratio 1.5", "model.task.image_mask_ratio: 1.5 is no share"),
+        ("--model.task.image_mask_ratio 1.5", "model.task.image_mask_ratio: 1.5 is out of range"),
         ("--model.task.rerank_k -1", "model.task.rerank_k: -1 is too small. Give 1 or more."),
         ("--model.task.temperature 0", "model.task.temperature: 0.0 is beyond what training keeps it in"),
         ("--model.task.decoder_layers 0", "model.task.decoder_layers: 0 is too small"),
         ("--model.backbone.cross_layers 0", "model.backbone.cross_layers: 0 is too small"),
-        ("--model.backbone.cross_heads 5", "model.backbone.cross_heads: 5 do not divide width 96"),
+        ("--model.backbone.cross_heads 5", "model.backbone.cross_heads: 5 does not divide width 96"),
         ("--data.eval_batch_size 0", "data.eval_batch_size: 0 is too small"),
         ("--data.workers -1", "data.workers: -1 is too small. Give 0 or more."),
         ("--data.workers 99999", "data.workers: 99999 are too many for "),
         ("--model.lr -1", "model.lr: -1.0 is too small"),
-        ("--model.betas [2,3]", "model.betas: [2.0, 3.0] are no decay rates"),
+        ("--model.betas [2,3]", "model.betas: [2.0, 3.0] are not decay rates"),
         ("--model.backbone.image.weights a.pth", "weights a.pth are given, and random_init is true"),
         ("--trainer.gradient_clip_val -1", "trainer.gradient_clip_val: -1 is too small. Give 0 or more."),
         ("--trainer.strategy ddp_spawn", "trainer.strategy=ddp_spawn: spawns or forks its processes, which"),
@@ -360,7 +360,7 @@ def test_the_folder_of_an_installed_package_is_found(plugin: tuple[str, Path], t
 def test_data_without_labels_for_a_task_that_needs_some(fails: Callable[..., str]) -> None:
     message = fails("--model.task", "tasks.nlvr.task.Nlvr")
     todo = "Choose the task's own data; in a script give labels=data.labels."
-    assert message == f"data.source: it has no labels for the task to decide among. {todo}"
+    assert message == f"data.source: it has no labels for the task to predict. {todo}"
 
 
 def test_data_of_another_kind_than_the_task_reads(fails: Callable[..., str]) -> None:
@@ -368,7 +368,7 @@ def test_data_of_another_kind_than_the_task_reads(fails: Callable[..., str]) -> 
     pairs, examples = "pairs of images and captions", "examples of a downstream task"
     assert (
         message
-        == f"data.source: SceneQuestions gives {examples}, MaskedPretraining reads {pairs}. Choose data of the task."
+        == f"data.source: SceneQuestions gives {examples}, MaskedPretraining needs {pairs}. Choose data for the task."
     )
 
 

@@ -159,7 +159,7 @@ def test_a_fine_tuned_model_goes_up_private_and_comes_down_the_same(outcomes: di
     [
         ("no token", 69, "acme/toy: is free; there is no token to upload with. Log in (hf auth login)"),
         ("wrong token", 69, "acme/toy: the hub rejects the token, or cannot be reached ("),
-        ("theirs", 69, "other/toy: is there already; the token is of ann, who is neither other nor a member of it."),
+        ("theirs", 69, "other/toy: already exists; the token is of ann, who is neither other nor a member of it."),
         ("free, not yours", 69, "other/new: is free; the token is of ann, who is neither"),
         ("may only read", 69, "acme/toy: is free; the token of ann may only read."),
         ("too large", 73, "large.ckpt: --dtype: float16 cannot hold numbers of backbone.text."),
@@ -168,7 +168,7 @@ def test_a_fine_tuned_model_goes_up_private_and_comes_down_the_same(outcomes: di
         ("no target", 2, "the following arguments are required: --to"),
         ("no such file", 66, "none.ckpt"),
         ("no such dtype", 2, "--dtype"),
-        ("folder there", 73, "is there already. Name another one."),
+        ("folder there", 73, "already exists. Name another one."),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(

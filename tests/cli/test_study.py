@@ -91,7 +91,7 @@ def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureF
     # another option of a run that is there
     (place / "toy.yaml").write_text(yaml.safe_dump(STUDY | {"options": SMALL | {"model.lr": 0.1}}))
     assert main(["study", "toy.yaml"]) == ExitCode.CANNOT_CREATE
-    assert "holds a run of this name with other options" in capfd.readouterr().err
+    assert "holds a run with this name and other options" in capfd.readouterr().err
 
 
 def test_operations_are_counted_for_the_runs_that_are_made(
@@ -272,7 +272,7 @@ def test_two_studies_of_one_name_do_not_meet(plain: Path, capsys: pytest.Capture
     lock.take(plain / "checkpoints" / "toy")
     try:
         assert main(["study", "toy.yaml"]) == ExitCode.CANNOT_CREATE
-        assert "another process trains here" in capsys.readouterr().err
+        assert "another process is training here" in capsys.readouterr().err
     finally:
         lock.release()
 

@@ -158,9 +158,9 @@ def test_a_tag_that_asks_for_more_than_plain_values_is_refused(build: Build, tex
     [
         ("a: 1\na: 2", "the key a is given twice"),
         ("1: a\n0x1: b", "the key 1 is given twice"),
-        ("b: [0.9, 0.9:]", "the key 0.9 is no text"),
-        ("[a]: 1", "the key that is a sequence is no text"),
-        ("true: 1", "the key true is no text"),
+        ("b: [0.9, 0.9:]", "the key 0.9 is not text"),
+        ("[a]: 1", "the key that is a sequence is not text"),
+        ("true: 1", "the key true is not text"),
     ],
 )
 def test_a_key_is_a_text_given_once(build: Build, text: str, message: str) -> None:
@@ -176,7 +176,7 @@ def test_a_key_is_a_text_given_once(build: Build, text: str, message: str) -> No
         ("a: !!bool maybe", "maybe is not what its tag bool says"),
         ("a: !!null x", "x is not what its tag null says"),
         ("a: !!seq {b: 1}", "does not fit its value"),
-        ("a: 0b_", "0b_ is no number"),
+        ("a: 0b_", "0b_ is not a number"),
         ("a: 1e999", "the number 1e999 is out of range"),
         ("a: " + "9" * 5000, r"the number 9{60}\.\.\. \(5000 characters\) is out of range"),
         ("a: " + ":".join(["1"] * 5000), "is out of range"),

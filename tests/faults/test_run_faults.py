@@ -34,7 +34,7 @@ def test_of_two_commands_one_trains_and_one_says_so(outcomes: Outcomes) -> None:
     assert two["codes"] == [0, 73]
     assert two["said"].count("\n") == 1
     assert two["said"].startswith("error: ")
-    assert f"run: another process trains here (process {two['first']} on " in two["said"]
+    assert f"run: another process is training here (process {two['first']} on " in two["said"]
     assert two["steps"] == [*range(60)]
 
 
@@ -115,7 +115,7 @@ def test_damaged_records_and_a_torn_checkpoint_do_not_stop_a_run(outcomes: Outco
     code, lines = outcomes["damaged"]["records"]
     assert code == 0
     assert "last.ckpt: truncated" in lines[0]
-    assert "going on after step " in lines[1]
+    assert "resuming after step " in lines[1]
     assert lines[1].endswith("previous.ckpt)")
     assert len(lines) == 2
     assert outcomes["damaged"]["finished"] == 40

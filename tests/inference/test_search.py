@@ -240,7 +240,7 @@ def test_a_damaged_file_is_refused_before_it_is_read(copy: Path, name: str) -> N
     whole = bytearray((copy / name).read_bytes())
     whole[len(whole) // 2] ^= 1
     (copy / name).write_bytes(whole)
-    refused(lambda: SearchIndex.load(copy), ExitCode.BAD_DATA, "a file is not the one that index.json knows")
+    refused(lambda: SearchIndex.load(copy), ExitCode.BAD_DATA, "a file does not match index.json")
 
 
 def test_what_is_no_index_is_refused(copy: Path, index_dir: Path) -> None:
@@ -269,7 +269,7 @@ def test_images_that_are_gone_are_one_line(model: PretrainedMaskVLM, tmp_path: P
     photos.path(1).unlink()
     index = SearchIndex.load(tmp_path, tmp_path / "photos")
     assert len(search_index(index, model, "a circle", 3)) == 3
-    message = f"{photos.path(1)}: the images are not on disk. Bring it back, or search without --rerank and --show."
+    message = f"{photos.path(1)}: the images are not on disk. Restore it, or search without --rerank and --show."
     refused(lambda: search_index(index, model, "a circle", 3, rerank=True), ExitCode.MISSING_INPUT, message)
 
 
@@ -325,8 +325,8 @@ def test_the_commands_index_and_search_a_configured_set(
     about = json.loads((out / "index.json").read_text())
     for spoilt, code, message in (
         ({"data": "other"}, ExitCode.BAD_DATA, "the data set is not the one of the index"),
-        ({"source": {"class_path": "stranger.Mine"}}, ExitCode.REFUSED, "is not opened unasked"),
-        ({"source": None}, ExitCode.REFUSED, "is not opened unasked"),
+        ({"source": {"class_path": "stranger.Mine"}}, ExitCode.REFUSED, "is not opened without your consent"),
+        ({"source": None}, ExitCode.REFUSED, "is not opened without your consent"),
     ):
         (out / "index.json").write_text(json.dumps(about | spoilt))
         refused(lambda: search_index(SearchIndex.load(out), model, "a red circle", 2, rerank=True), code, message)
@@ -390,7 +390,7 @@ def test_all_images_of_a_set_without_splits_are_indexed(
         assert (f"note: {40 - count} images of {tmp_path / 'mine'} are in split=" in printed.err) == (split != "all")
     assert main(["--index", str(tmp_path / "all"), "a dog", "--rerank", "--images", str(tmp_path / "mine")], []) == 0
     of_files = ["--index", str(tmp_path / "all"), "a dog", "--rerank", "--images", str(tmp_path)]
-    refused(lambda: main(of_files, []), ExitCode.USAGE, "--images: is a folder of files, and the index names rows of")
+    refused(lambda: main(of_files, []), ExitCode.USAGE, "--images: is a folder of files, but the index names rows of")
     printed = capsys.readouterr()
     assert printed.err.startswith(
         "no from= given: using checkpoints/mine/best.ckpt, the checkpoint that the index was built with\n"
@@ -447,7 +447,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, monke
         (["--split", "train"], "--split: has no effect with --vectors"),
         (["--no-captions"], "--no-captions: has no effect with --vectors"),
         (["--from", "a.ckpt"], "--from: has no effect with --vectors"),
-        (["--exact-share", "7"], "--exact-share: 7.0 is no share"),
+        (["--exact-share", "7"], "--exact-share: 7.0 is out of range"),
     ],
 )
 def test_what_embedding_was_told_is_not_asked_again(tmp_path: Path, words: list[str], message: str) -> None:

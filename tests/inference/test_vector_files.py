@@ -195,7 +195,7 @@ def test_two_processes_make_what_one_makes(model: PretrainedMaskVLM, photos: Pho
     start(model, photos, tmp_path / "one")
     report = start(model, photos, tmp_path / "two", (0, 2))
     assert "2 of 3 shards" in report
-    assert "the others are other processes'" in report
+    assert "the rest belong to other processes" in report
     assert photos.read[10:] == [0, 1, 2, 3, 8, 9]
     assert "3 of 3 shards" in start(model, photos, tmp_path / "two", (1, 2))
     assert content(tmp_path / "two") == content(tmp_path / "one")

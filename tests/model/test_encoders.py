@@ -517,7 +517,7 @@ def test_a_given_tokenizer_sizes_the_random_model(tmp_path: Path, tokenizer: Pre
         ("bert", {"num_attention_heads": 5}, "model.backbone.text.config", "32.*5"),
         ("bert", {"hidden_size": "wide"}, "model.backbone.text", "hidden_size"),
         ("./nowhere/roberta", {}, "./nowhere/roberta", "no such folder"),
-        ("layoutlm", BERT, "model.backbone.text.name", "gives no features of a text alone"),
+        ("layoutlm", BERT, "model.backbone.text.name", "cannot encode text alone"),
         (
             "some-org/some-model",
             {},

@@ -189,7 +189,7 @@ class Twin(TextLength):
     ("losses", "message"),
     [
         ([Again()], "two losses are called itc"),
-        ([TextLength(), Twin()], "its head length is there already"),
+        ([TextLength(), Twin()], "its head length already exists"),
     ],
 )
 def test_names_are_told_apart(losses: list[PretrainingLoss], message: str) -> None:

@@ -343,7 +343,9 @@ def test_an_optimisers_settings_are_of_the_form_that_the_run_has(value: Any) -> 
     state["param_groups"][0]["betas"] = (0.8, 0)  # other numbers of the same form
     check_optimizer([state], optimizer, "x.ckpt")
     state["param_groups"][0]["betas"] = value
-    with pytest.raises(UserError, match=r"groups\[0\]\.betas.*: holds no state of a run that can go on \(expected a "):
+    with pytest.raises(
+        UserError, match=r"groups\[0\]\.betas.*: holds no state that a run can resume from \(expected a "
+    ):
         check_optimizer([state], optimizer, "x.ckpt")
 
 

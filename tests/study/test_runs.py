@@ -132,7 +132,7 @@ def test_a_folder_of_another_run_is_not_taken(tmp_path: Path) -> None:
     list(Runner(1).make([run(tmp_path, ENDS)]))
     check_same_run(run(tmp_path, ENDS))
     check_same_run(run(tmp_path, ENDS, 5))  # not there yet
-    with pytest.raises(UserError, match="holds a run of this name with other options") as error:
+    with pytest.raises(UserError, match="holds a run with this name and other options") as error:
         check_same_run(run(tmp_path, FAILS))
     assert error.value.code == ExitCode.CANNOT_CREATE
     assert json.loads((tmp_path / "all-s0" / ABOUT).read_text())["seed"] == 0

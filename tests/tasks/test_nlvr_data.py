@@ -138,7 +138,7 @@ def test_missing_files_and_splits_are_named(nlvr: Any, tmp_path: Path) -> None:
     assert caught.value.code == ExitCode.MISSING_INPUT
     with pytest.raises(UserError, match=r"/no/dev\.json: no such file \(there is no folder .*/no\)\. .*maskvlm data"):
         Nlvr2(str(tmp_path / "no")).split("val")
-    with pytest.raises(UserError, match=r"data\.source\.test: no file is named for this split"):
+    with pytest.raises(UserError, match=r"data\.source\.test: no file was given for this split"):
         nlvr([row()], test=None).split("test")
     (tmp_path / "dev.json").write_text("\n")
     with pytest.raises(UserError, match=r"dev\.json: no example in this file"):

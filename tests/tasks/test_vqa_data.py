@@ -122,7 +122,7 @@ def test_a_vocabulary_of_some_of_the_questions_is_refused(source: Any, tmp_path:
     with pytest.raises(UserError) as caught:
         source().split("train")
     assert str(caught.value) == (
-        f"{tmp_path / ANNOTATIONS}: 2 questions have no multiple_choice_answer, which the vocabulary is made of; "
+        f"{tmp_path / ANNOTATIONS}: 2 questions have no multiple_choice_answer, which the vocabulary is built from; "
         "the first is 7. Take the annotations as distributed, or set data.source.answers."
     )
     assert caught.value.code == ExitCode.BAD_DATA
@@ -273,7 +273,7 @@ def test_missing_files_are_named(source: Any, tmp_path: Path) -> None:
     message = r"_questions\.json: no such file \(there is no folder .*/no\)\. .*maskvlm data"
     with pytest.raises(UserError, match=message):
         VqaV2(str(tmp_path / "no")).split("val")
-    with pytest.raises(UserError, match=r"data\.source\.val: no part is named for this split"):
+    with pytest.raises(UserError, match=r"data\.source\.val: no part was given for this split"):
         source(val=None).split("val")
     with pytest.raises(UserError, match=r"answers\.txt: no such file"):
         _ = source(answers=str(tmp_path / "answers.txt")).labels
@@ -334,7 +334,7 @@ def test_an_annotation_of_another_image_is_named(source: Any, tmp_path: Path, im
         source().split("train")
     assert str(caught.value) == (
         f"{tmp_path / ANNOTATIONS} annotations[1]: image_id of question 2 is {image!r} here and 9 in "
-        f"{tmp_path / QUESTIONS} questions[1]. Take questions and annotations of the same part."
+        f"{tmp_path / QUESTIONS} questions[1]. Use questions and annotations of the same part."
     )
     assert caught.value.code == ExitCode.BAD_DATA
 
@@ -429,7 +429,7 @@ def test_visual_genome_may_add_nothing(source: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "vg.json: dict where a list of images with `qas` belongs"),
+        ({}, "vg.json: dict instead of a list of images with `qas`"),
         ([3], "vg.json [0]: int instead of an object with 'id'"),
         ([{"id": 1}], "vg.json [0]: key 'qas' is missing"),
         ([{"id": 1, "qas": [{}]}], "vg.json [0].qas[0]: key 'qa_id' is missing"),

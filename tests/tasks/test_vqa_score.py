@@ -130,7 +130,7 @@ WRONG: list[tuple[str, Any, str, ExitCode]] = [
     ("r.json", b'[{"question_id": 1,\n "answer": yes}]', "r.json:2: not JSON (column 12", BAD),
     ("a.json", b"{", "a.json:1: not JSON", BAD),
     ("q.json", b"\xff\xfe", "q.json: not UTF-8 text (byte 0)", BAD),
-    ("r.json", {"annotations": []}, "r.json: dict where a list of answers belongs. Write [{", BAD),
+    ("r.json", {"annotations": []}, "r.json: dict instead of a list of answers. Write [{", BAD),
     ("r.json", [result(10, "x"), {"question_id": 11}], "r.json [1]: key 'answer' is missing", BAD),
     ("r.json", [{"answer": "x"}], "r.json [0]: key 'question_id' is missing", BAD),
     ("r.json", ["x"], "r.json [0]: str instead of an object with 'question_id'", BAD),

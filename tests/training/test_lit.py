@@ -423,7 +423,7 @@ def test_a_loss_without_gradient_is_told_once(caplog: pytest.LogCaptureFixture) 
 
 
 def test_lightnings_way_to_load_says_what_loads_a_checkpoint() -> None:
-    with pytest.raises(UserError, match=r"first\.ckpt: is data alone: .* MaskVLM\.from_pretrained\(path\) builds it"):
+    with pytest.raises(UserError, match=r"first\.ckpt: holds only data: .* MaskVLM\.from_pretrained\(path\) builds it"):
         LitModel.load_from_checkpoint("first.ckpt")
 
 

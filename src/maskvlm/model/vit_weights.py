@@ -43,7 +43,7 @@ def create_vit(name: str, settings: dict[str, Any]) -> Any:
         raise UserError(WHERE, f"{name} cannot be built ({first_line(error)})", todo) from error
     # A PatchEmbed is a single convolution; timm's hybrids have a CNN instead.
     if getattr(vit, "cls_token", None) is None or not isinstance(getattr(vit, "patch_embed", None), PatchEmbed):
-        what = f"{name} is no ViT with plain patches and a class token"
+        what = f"{name} is not a ViT with plain patches and a class token"
         raise UserError(f"{WHERE}.name", what, "Choose one such as vit_base_patch16_224")
     # The norm after the blocks is kept: contrast compares its float32 output.
     keep_less(vit.blocks)

@@ -183,7 +183,7 @@ def check_same_run(run: StudyRun) -> None:
     """
     if holds_another(run):
         todo = "Give the arm another name, or remove that folder"
-        raise UserError(run.folder, "holds a run of this name with other options", todo, ExitCode.CANNOT_CREATE)
+        raise UserError(run.folder, "holds a run with this name and other options", todo, ExitCode.CANNOT_CREATE)
 
 
 def holds_another(run: StudyRun) -> bool:

@@ -34,7 +34,7 @@ def suite_class(name: str) -> type[Suite]:
         todo = "Install the package that it is in, or correct the name"
         raise UserError(f"suite {name[:80]}", f"cannot be imported ({error})", todo, ExitCode.MISSING_INPUT) from error
     if not _is_suite(candidate):
-        raise UserError(f"suite {name[:80]}", "is no suite", "Name a class of maskvlm.suites.suite.Suite")
+        raise UserError(f"suite {name[:80]}", "is not a suite", "Name a class of maskvlm.suites.suite.Suite")
     suite: type[Suite] = candidate
     return suite
 

@@ -92,7 +92,7 @@ def user_line(error: BaseException) -> ErrorLine | None:
         )
         return ErrorLine(f"device: out of memory ({text[:120]}). {todo}.", ExitCode.UNAVAILABLE)
     if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
-        todo = "Give --model.compile false, or what the compiler lacks (a C++ compiler, Triton)"
+        todo = "Give --model.compile false, or install what the compiler lacks (a C++ compiler, Triton)"
         return ErrorLine(f"model.compile: a block cannot be compiled ({text[:120]}). {todo}.", ExitCode.UNAVAILABLE)
     return None
 

@@ -195,7 +195,7 @@ class Peers:
                 return None
             # Who ends for the sake of another is not to blame.
             first = record.rank if record.because is None else record.because
-            return 0, LostProcess(first, who, record.why or f"ended with {record.code}", "See its line", record.code)
+            return 0, LostProcess(first, who, record.why or f"exited with {record.code}", "See its line", record.code)
         if record.where == machine_id() and not alive(record.pid):
             now = self.read(record.rank)  # it may have ended well, or said why, before it was gone
             if now is None or now.code is not None:
