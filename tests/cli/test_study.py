@@ -53,7 +53,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "toy.yaml", "--jobs", "2", "--page", "page"]) == 0
     output = capfd.readouterr().out
-    assert "2 runs, 2 to make, 2 at once" in output
+    assert "2 runs, 2 to do, 2 at a time" in output
     assert "wrote page/README.md (2 of 2 runs)" in output
     runs = place / "checkpoints" / "toy"
     steps = yaml.safe_load((runs / "contrast@flops-of-all-s3" / "config-fit.yaml").read_text())["data"]["init_args"][
@@ -63,7 +63,7 @@ def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureF
     assert "More is better." in (place / "page" / "README.md").read_text()
     before = {file: file.stat().st_mtime_ns for file in runs.rglob("*.ckpt")}
     assert main(["study", "toy.yaml"]) == 0
-    assert "2 runs, 0 to make, 1 at once" in capfd.readouterr().out
+    assert "2 runs, 0 to do, 1 at a time" in capfd.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in runs.rglob("*.ckpt")} == before
     (runs / "README.md").unlink()
     assert main(["study", "toy.yaml", "--page-only", "--page", "elsewhere"]) == 0

@@ -122,7 +122,7 @@ def test_the_folder_of_sets_is_named_by_the_environment(
         (["csv", "RAW", "--side", "big"], "maskvlm data: argument --side: invalid int value"),
         (
             ["csv", "RAW", "--columns", "image"],
-            "--columns: 'image' is not ROLE=COLUMN. Roles are: image, caption, id, split",
+            "--columns: 'image' is not ROLE=COLUMN. Available roles: image, caption, id, split",
         ),
         (["csv", "RAW", "--columns", "picture=x"], "--columns: 'picture=x' is not ROLE=COLUMN"),
         (["csv"], "data: raw= is missing. maskvlm data csv raw=FILE.csv."),

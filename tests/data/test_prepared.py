@@ -165,7 +165,7 @@ def test_an_unfinished_set_says_how_to_go_on(tmp_path: Path) -> None:
 
 def test_a_split_that_is_not_there_lists_those_that_are(toy: Path) -> None:
     error = error_of(toy, "test")
-    assert f"{toy}: no split 'test' (there is train with 11 images, val with 2 images)" in str(error)
+    assert f"{toy}: no split 'test' (available: train with 11 images, val with 2 images)" in str(error)
     assert "or name another split" in str(error)
     assert error.code == ExitCode.MISSING_INPUT
 

@@ -53,7 +53,7 @@ def test_a_set_that_is_no_file_is_one_line(name: str, tmp_path: Path, capsys: Ca
     ):
         words = ["data", name, str(tmp_path / place), "--out", str(tmp_path / "out"), "--workers", "1"]
         assert main(words) == ExitCode.MISSING_INPUT
-        assert f"is {kind}, no file" in line(capsys)
+        assert f"is {kind}, not a file" in line(capsys)
     address.close()
 
 

@@ -294,7 +294,7 @@ def test_the_commands_index_and_search_a_configured_set(
     out, named = tmp_path / "index", ["--from", str(checkpoint)]
     data = [*stack(WHERE="cpu"), "--data.source.val", "7"]
     assert make([*named, "--out", str(out), "--device", "cpu", *data], []) == 0
-    assert f"{out}: 7 images, Flat, made in " in capsys.readouterr().out
+    assert f"{out}: 7 images, Flat, built in " in capsys.readouterr().out
     assert main([*named, "--index", str(out), "a red circle", "--k", "3", "--rerank", "--json"], []) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     model, pairs = PretrainedMaskVLM.from_pretrained(checkpoint), Scenes(val=7).split("val")

@@ -172,7 +172,7 @@ def test_training_needs_no_correction_and_each_evaluated_split_one(
         ("a.csv", b"", "a.csv: is empty"),
         ("a.csv", b"pairID,gold_label\n", "a.csv: no label in this file"),
         ("a.jsonl", b'{"pairID": "x"}', "a.jsonl:1: no columns 'pairID' and 'gold_label' (found: 'pairID')"),
-        ("a.jsonl", b"{}", "(there is nothing)"),
+        ("a.jsonl", b"{}", "(found: nothing)"),
         ("a.jsonl", b"pairID,gold_label\n", "a.jsonl:1: not JSON"),
     ],
 )

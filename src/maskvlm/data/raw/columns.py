@@ -48,7 +48,7 @@ def find_columns(there: Sequence[str], given_columns: dict[str, str], where: obj
         if name not in there:
             near = difflib.get_close_matches(name, there, 1)
             todo = f"Take {near[0]!r}" if near else f"Name the column of the {role} as it is in the file"
-            raise UserError(where, f"no column {name!r} (there are {listed})", todo, ExitCode.BAD_DATA)
+            raise UserError(where, f"no column {name!r} (available: {listed})", todo, ExitCode.BAD_DATA)
     # reversed: of names that are alike the first column stays
     folded = {_folded(name): name for name in reversed(there)}
     # what the user named goes before what is guessed
