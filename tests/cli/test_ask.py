@@ -146,7 +146,7 @@ def test_which_patches_a_box_touches() -> None:
         (["fill", "--from", "no.ckpt", "0.png", "[MASK]"], "not there", ExitCode.MISSING_INPUT),
         (["fill", "--form", "best.ckpt", "0.png"], "--form", ExitCode.USAGE),
         (["match", "--from", "best.ckpt", "a dog", "0.png"], "match: 'a dog' is not a file, but 0.png", ExitCode.USAGE),
-        (["answer", "--from", "best.ckpt", "0.png", "a"], "no method of this checkpoint", ExitCode.USAGE),
+        (["answer", "--from", "best.ckpt", "0.png", "a"], "not a method of this checkpoint", ExitCode.USAGE),
         (["match", "--from", "vqa.ckpt", "0.png", "a"], "no head for it", ExitCode.USAGE),
         (["answer", "--from", "vqa.ckpt", "0.png"], "Give 1 image and a question", ExitCode.USAGE),
         (

@@ -112,7 +112,7 @@ def test_a_dry_run_tells_everything_and_uploads_nothing(outcomes: dict[str, Any]
     assert "acme/toy: is free; the token is of ann\n" in out
     assert "trained on: drawn scenes (maskvlm.data.scenes.source.Scenes)" in out
     assert "missing: the card's figures are from step 6, these weights from step 7\n" in out
-    assert "missing: the command that made it is not known" in out
+    assert "missing: the command that made it is unknown" in out
     assert "no metrics" not in out
     assert "no metrics" not in outcomes["up"][1]
 

@@ -68,7 +68,7 @@ def test_lines_are_numbered_as_an_editor_does(tmp_path: Path) -> None:
         (b"[" * 200_000, "x.jsonl:2: nested too deeply for JSON data"),
         (b'{"a": ' + b"1" * 5000 + b"}", "x.jsonl:2: not JSON (a number is too long)"),
         (b"[1]", "x.jsonl:2: list instead of a JSON object. Write one object per line."),
-        (b"null", "x.jsonl:2: NoneType where"),
+        (b"null", "x.jsonl:2: NoneType instead of"),
         (b"{} {}", "x.jsonl:2: not JSON (column 4: Extra data)"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_weight_that_shows_nothing_is_refused(weight: float) -> None:
 
 
 def test_a_weight_too_small_for_its_set_is_refused(root: Path) -> None:
-    with pytest.raises(UserError, match=r"sets.vg: weight 0.01 leaves none"):
+    with pytest.raises(UserError, match=r"sets.vg: weight 0.01 leaves it no images"):
         mixed(root, coco=1.0, vg=0.01)
     with pytest.raises(UserError, match="no data set was given"):
         Mix({}, "coco")

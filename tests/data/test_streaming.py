@@ -344,7 +344,7 @@ def test_what_must_know_the_ids_first_is_refused(tmp_path: Path, setting: dict[s
 
 
 def test_shards_are_not_memory_mapped() -> None:
-    with pytest.raises(UserError, match=r"\*.tar is no prepared set"):
+    with pytest.raises(UserError, match=r"\*.tar is not a prepared set"):
         Stream("a/*.tar", "x", streaming=False).split("train")
 
 

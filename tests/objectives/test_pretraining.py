@@ -942,7 +942,7 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
         ({"text_mask_most": 0.2}, r"model.task.text_mask_most: 0.2 is not from text_mask_ratio \(0.3\) to 1"),
         ({"text_mask_most": 1.2}, "model.task.text_mask_most: 1.2 is not from"),
         ({"masked_image_share": 0.0}, "model.task.masked_image_share: 0.0 is not a share above 0"),
-        ({"masked_image_share": 1.5}, "model.task.masked_image_share: 1.5 is out of range"),
+        ({"masked_image_share": 1.5}, "model.task.masked_image_share: 1.5 is not a share above 0, up to 1"),
         ({"masked_image_share": 0.5, "mask_both": True}, "model.task.masked_image_share: mask_both masks every image"),
         ({"contrast_first": 1.0}, "model.task.contrast_first: 1.0 is not a share below 1"),
         ({"image_learns": 0.0}, "model.task.image_learns: 0.0 is not a share above 0"),

@@ -436,7 +436,7 @@ def test_visual_genome_may_add_nothing(source: Any, tmp_path: Path) -> None:
         ([{"id": 1, "qas": [{"qa_id": 1, "question": "a"}]}], "vg.json [0].qas[0]: key 'answer' is missing"),
         (
             [{"id": 1, "qas": [{"qa_id": 1, "question": "a", "answer": "b"}] * 2}],
-            "question 1: qa_id 'vg 1' stands there",
+            "question 1: qa_id 'vg 1' appears twice",
         ),
         ([], "vg.json: no example in this file"),
     ],

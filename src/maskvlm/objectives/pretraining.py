@@ -214,13 +214,13 @@ class MaskedPretraining(Task):
         # Interdependent settings; the error names the one to change.
         if not 0 < masked_image_share <= 1 or (mask_both and masked_image_share < 1):
             what = (
-                f"{masked_image_share} is not a share above 0"
+                f"{masked_image_share} is not a share above 0, up to 1"
                 if not 0 < masked_image_share <= 1
                 else "mask_both masks every image"
             )
             raise UserError("model.task.masked_image_share", what, "Give 1, or a smaller share without mask_both")
         if not 0 < contrast_patches <= 1:
-            what = f"{contrast_patches} is not a share above 0"
+            what = f"{contrast_patches} is not a share above 0, up to 1"
             raise UserError("model.task.contrast_patches", what, "Give 1, or a smaller share")
         self.contrast_patches = contrast_patches
         if not 0 <= contrast_first < 1 or (contrast_first and not weight_itc):
@@ -238,7 +238,7 @@ class MaskedPretraining(Task):
             raise UserError("model.task.freeze_aligned", what, "Set it to false, or give another loss a weight")
         if not 0 < image_learns <= 1:
             todo = "Give 1, or a smaller share"
-            raise UserError("model.task.image_learns", f"{image_learns} is not a share above 0", todo)
+            raise UserError("model.task.image_learns", f"{image_learns} is not a share above 0, up to 1", todo)
         if image_learns < 1 and contrast_first:
             what = "contrast_first has phases of its own, and freeze_aligned says what is frozen after the first"
             todo = "Set it to 1, or contrast_first to 0"
