@@ -88,7 +88,7 @@ def test_another_models_recipe_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line(dino, command="evaluate") is None
     assert line(dino, "recipe=ours") is None
     assert line(checkpoint("vit_tiny_patch16_224", 96)) is None
-    assert "a model=small:" in (line(checkpoint("vit_tiny_patch16_224", 128)) or "")
+    assert "is model=small:" in (line(checkpoint("vit_tiny_patch16_224", 128)) or "")
     # Files of the user's own: a recipe of such a name, and a model that says nothing of encoders.
     assert recipe_of_another(dino, ["fit", "-c", "mine/pretrain-mine.yaml"]) is None
     monkeypatch.setattr("maskvlm.cli.from_checkpoint.chosen", lambda kind, name: Path("conf/base.yaml"))
