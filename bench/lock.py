@@ -40,7 +40,7 @@ def trial(folder: Path, late: float) -> tuple[list[int], str]:
     trained = codes.index(0)
     # The rejected command prints a single line that names the process that trains.
     output = logs[1 - trained].read_text()
-    beginning = f"error: {folder}: another process trains here (process {children[trained]} on "
+    beginning = f"error: {folder}: another process is training here (process {children[trained]} on "
     if output.count("\n") != 1 or not output.startswith(beginning):
         return codes, f"the one refused said {output[-300:]!r}"
     with (folder / "metrics.csv").open(newline="") as file:

@@ -116,7 +116,7 @@ job=$(submit slurm-requeue 300 --trainer.val_check_interval 1.0)
 right "it trains" wait_for 400 says slurm-requeue 'step 10/300'
 scancel --signal=USR1 "$job" # to the processes, as `--signal=USR1@120` does
 right "it saves and is queued again" wait_for 90 says slurm-requeue "job $job is queued again"
-right "it goes on from its checkpoint" wait_for 300 says slurm-requeue 'going on after step'
+right "it goes on from its checkpoint" wait_for 300 says slurm-requeue 'resuming after step'
 right "job $job comes to its end" wait_for 400 is "$job" COMPLETED
 right "metrics of step 300" test "$(step_of slurm-requeue)" = 300
 fi
@@ -142,7 +142,7 @@ slurmd -N n2
 wait_for 120 bash -c "scontrol show job $job | grep -Eq 'JobState=(PENDING|FAILED|NODE_FAIL|CANCELLED)'"
 tell "SLURM then says of job $job: $(state "$job")"
 [ -n "$(squeue -h -j "$job" 2>/dev/null)" ] || { job=$(submit slurm-node 120); tell "submitted again: job $job"; }
-right "it goes on from its checkpoint" wait_for 300 says slurm-node 'going on after step'
+right "it goes on from its checkpoint" wait_for 300 says slurm-node 'resuming after step'
 right "job $job comes to its end" wait_for 400 is "$job" COMPLETED
 right "metrics of step 120" test "$(step_of slurm-node)" = 120
 fi

@@ -163,7 +163,7 @@ def data() -> PairData:
         ),
         (
             lambda: KeepState("x").setup(L.Trainer(logger=False), Any, "fit"),
-            r"KeepState: .*Give Trainer\(plugins=\[SafeCheckpointIO\(\)\]\)",
+            r"KeepState: .*Use Trainer\(plugins=\[SafeCheckpointIO\(\)\]\)",
         ),
     ],
 )

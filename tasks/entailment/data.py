@@ -94,7 +94,7 @@ class SnliVe(ExampleSource):
             UserError: a file or its images are missing, a line is malformed, or a pairID occurs twice.
         """
         if not (file := self.files.get(name)):
-            raise UserError(f"data.source.{name}", "no file is named for this split", "Name one")
+            raise UserError(f"data.source.{name}", "no file was given for this split", "Name one")
         origin = RowOrigin(self.root / file, "{file}:{place}")
         check_below(origin.file, self.root)
         digest = digest_of(origin.file, todo=TODO) + digest_of(*self.corrected, todo="Correct data.source.corrected")
@@ -119,7 +119,7 @@ class SnliVe(ExampleSource):
         self.warned.add(split)
         count = f"{len(pairs)} pairIDs" if len(pairs) > 1 else "1 pairID"
         files, file = ", ".join(map(str, self.corrected)), self.files[split]
-        log.warning("warning: none of the %s of %s is in %s; its labels stay as they are", count, files, file)
+        log.warning("warning: none of the %s of %s is in %s; its labels are unchanged", count, files, file)
 
     def _images(self) -> ImagesByKey:
         """Images by number; if two files have the same number, the one named by the number alone."""
@@ -181,7 +181,7 @@ def _correction(record: dict[str, Any], where: str) -> tuple[str, str]:
     column = next((name for name in ("gold_label", "label") if name in record), None)
     if column is None or "pairID" not in record:
         there = ", ".join(repr(name) for name in record)[:200]
-        what = f"no columns 'pairID' and 'gold_label' (there is {there or 'nothing'})"
+        what = f"no columns 'pairID' and 'gold_label' (found: {there or 'nothing'})"
         raise UserError(where, what, "Name the columns so", ExitCode.BAD_DATA)
     return get_name(record, "pairID", where, LAYOUT), get_label(record, column, (*LABELS, NO_LABEL), where, LAYOUT)
 
@@ -193,7 +193,7 @@ def csv_rows(file: Path) -> Iterator[JsonLine]:
         where = f"{file}:{number}"
         if problem:
             what = f"not comma-separated text ({problem[0]}: {problem[1]})"
-            raise UserError(where, what, "Mend this line, or fetch the file again", ExitCode.BAD_DATA)
+            raise UserError(where, what, "Fix this line, or fetch the file again", ExitCode.BAD_DATA)
         # A quote that is closed too late swallows the rows in between, which is valid CSV.
         if any(line.count(",") >= len(table.columns) - 1 > 0 for field in fields for line in field.split("\n")[1:]):
             what = "a quoted field goes on over what looks like another row"

@@ -64,7 +64,7 @@ class Nlvr2(ExampleSource):
             UserError: a file or its images are missing, a line is malformed, or an identifier occurs twice.
         """
         if not (file := self.files.get(name)):
-            raise UserError(f"data.source.{name}", "no file is named for this split", "Name one")
+            raise UserError(f"data.source.{name}", "no file was given for this split", "Name one")
         origin = RowOrigin(self.root / file, "{file}:{place}")
         check_below(origin.file, self.root)
         key = f"nlvr2-{EXAMPLE_VERSION}.{VERSION}-{digest_of(origin.file, todo=TODO)[:32]}"

@@ -131,7 +131,7 @@ class VqaV2(ExampleSource):
                 together, or a question_id occurs twice.
         """
         if not (parts := self.parts.get(name)):
-            raise UserError(f"data.source.{name}", "no part is named for this split", "Name one")
+            raise UserError(f"data.source.{name}", "no part was given for this split", "Name one")
         tables, absent = [], Absent()
         for part in parts:
             # Missing files of all parts are reported in one error.

@@ -23,8 +23,8 @@ def parse_genome(origin: RowOrigin, coco_ids: Mapping[int, int]) -> ParsedColumn
     with opened(origin.file) as stream:
         document = load_json(stream.read(), origin.file)
     if not isinstance(document, list):
-        what = f"{type(document).__name__} where a list of images with `qas` belongs"
-        raise UserError(origin.file, what, "Take question_answers.json as distributed", ExitCode.BAD_DATA)
+        what = f"{type(document).__name__} instead of a list of images with `qas`"
+        raise UserError(origin.file, what, "Use question_answers.json as distributed", ExitCode.BAD_DATA)
     for position, entry in enumerate(document):
         where = f"{origin.file} [{position}]"
         image = get(entry, "id", int, where, LAYOUT)

@@ -69,7 +69,7 @@ def read_results(path: Path) -> dict[int, str]:
     """
     entries = read_json_file(path)
     if not isinstance(entries, list):
-        what = f"{json_kind(entries)} where a list of answers belongs"
+        what = f"{json_kind(entries)} instead of a list of answers"
         todo = 'Write [{"question_id": 1, "answer": "yes"}, ...]'
         raise UserError(path, what, todo, ExitCode.BAD_DATA)
     positions: dict[int, int] = {}

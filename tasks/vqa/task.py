@@ -270,7 +270,9 @@ def alike_line(alike: Sequence[Sequence[str]], labels: int) -> str:
     shown = "; ".join(" = ".join(map(describe_value, group[:SHOWN])) for group in alike[:SHOWN])
     more = ", ..." if len(alike) > SHOWN or any(len(group) > SHOWN for group in alike) else ""
     count = sum(map(len, alike))
-    return f"{count} of {labels} answers have the tokens of another one, and cannot be told from it: {shown}{more}"
+    return (
+        f"{count} of {labels} answers have the same tokens as another one, so they cannot be told apart: {shown}{more}"
+    )
 
 
 def shortened(answers: AnswerTokens, length: int) -> AnswerTokens:

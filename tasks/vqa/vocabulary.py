@@ -21,7 +21,7 @@ from tasks.vqa.metric import credit, normalise
 
 LAYOUT = "VQA v2"
 BROKEN = re.compile("[\ud800-\udfff]")  # JSON can contain unpaired surrogates, which no file or terminal accepts
-SAME_PART = "Take questions and annotations of the same part"
+SAME_PART = "Use questions and annotations of the same part"
 OPTIONAL = ("multiple_choice_answer", "question_type", "answer_type")
 
 
@@ -94,7 +94,7 @@ def read_vocabulary(path: str | Path) -> tuple[str, ...]:
     if isinstance(entries, dict):
         entries = _by_index(entries, path)
     if not isinstance(entries, list):
-        what = f"{json_kind(entries)} where a list of answers or {{answer: index}} belongs"
+        what = f"{json_kind(entries)} instead of a list of answers or {{answer: index}}"
         raise UserError(path, what, "Give the list of answers", ExitCode.BAD_DATA)
     return _unique(enumerate(entries), path, " answer ")
 
@@ -129,11 +129,11 @@ def _unique(entries: Iterable[tuple[int, Any]], path: Path, sign: str) -> tuple[
     number_of: dict[str, int] = {}
     for number, answer in entries:
         if not isinstance(answer, str):
-            what = f"{type(answer).__name__} where an answer belongs"
+            what = f"{type(answer).__name__} instead of an answer"
         elif BROKEN.search(answer):
             what = f"{answer!r} has half a surrogate pair"
         elif answer in number_of:
-            what = f"'{answer}' stands there twice, first at {number_of[answer]}"
+            what = f"'{answer}' appears twice, first at {number_of[answer]}"
         elif sign == ":" and not answer.strip():
             what = "an empty line; the empty answer needs a .json file"
         else:
@@ -163,7 +163,7 @@ def read_annotations(path: Path) -> Iterator[Annotation]:
         ]
         if not answers:
             what = "a question without answers"
-            raise UserError(where, what, "Take annotations with people's answers (train or val)", ExitCode.BAD_DATA)
+            raise UserError(where, what, "Use annotations with people's answers (train or val)", ExitCode.BAD_DATA)
         question_id = number_once(entry, where, position, positions)
         optional = (get_text(entry, key, where) if key in entry else "" for key in OPTIONAL)
         yield Annotation(question_id, answers, where, *optional)._replace(image_id=entry.get("image_id"))
@@ -174,7 +174,7 @@ def check_majorities(ids: Sequence[str], majorities: Sequence[str], file: Path) 
     without = [number for number, majority in zip(ids, majorities, strict=True) if not majority]
     if without:
         have = "1 question has" if len(without) == 1 else f"{len(without)} questions have"
-        what = f"{have} no multiple_choice_answer, which the vocabulary is made of; the first is {without[0]}"
+        what = f"{have} no multiple_choice_answer, which the vocabulary is built from; the first is {without[0]}"
         todo = "Take the annotations as distributed, or set data.source.answers"
         raise UserError(file, what, todo, ExitCode.BAD_DATA)
 
@@ -238,6 +238,6 @@ def _majorities(paths: Iterable[Path]) -> Iterator[str]:
     for path in paths:
         for annotation in read_annotations(path):
             if not annotation.majority:
-                what = "no multiple_choice_answer, which the list is made of"
+                what = "no multiple_choice_answer, which the list is built from"
                 raise UserError(annotation.origin, what, "Take the annotations as distributed", ExitCode.BAD_DATA)
             yield annotation.majority

@@ -141,7 +141,9 @@ def test_a_model_without_weights_on_the_hub(tmp_path: Path, monkeypatch: pytest.
     with FakeHub() as server:
         server.files["some/model"] = {"config.json": (tmp_path / "config.json").read_bytes()}
         point_to(server.address, monkeypatch)
-        with pytest.raises(UserError, match=r"some/model \(Hugging Face\) is of no use \(some/model holds none of \*"):
+        with pytest.raises(
+            UserError, match=r"some/model \(Hugging Face\) cannot be used \(some/model holds none of \*"
+        ):
             TextEncoder("some/model", 12).load_pretrained()
 
 

@@ -126,7 +126,7 @@ def test_heads_of_losses_that_the_run_does_not_have_are_named(
     assert caplog.text == ""
     LitModel(bare_backbone(pretrained), MaskedPretraining(**settings, weight_mlm=0.0, weight_itm=0.0))
     assert (
-        "heads of the checkpoint that this run has no use for: matching, tokens; give their losses a weight"
+        "unused heads of the checkpoint: matching, tokens; to keep training them, give their losses a weight"
         in caplog.text
     )
 
@@ -267,7 +267,8 @@ def test_without_both_it_is_one_line(tmp_path: Path) -> None:
         model_spec_of(read_content(path), path)
     assert str(caught.value) == (
         f"{path}: does not say which model it is, and there is no config-fit.yaml beside it. "
-        "Put that file of its run beside it; the model of a script is built there, with MaskVLM(..., start=this file)."
+        "Put that file from its run beside it; if a script built the model, build it there: "
+        "MaskVLM(..., start=this file)."
     )
     assert caught.value.code == ExitCode.MISSING_INPUT
 
@@ -328,7 +329,10 @@ def test_heads_that_a_checkpoint_lacks_are_named(pretrained: Path, tmp_path: Pat
 def test_labels_that_a_checkpoint_does_not_know_are_named(tuned: Path, tmp_path: Path) -> None:
     names = ("red", "green", "blue", "grey")
     error = refused(tuned, Entailment(names), tmp_path, Questions(names=names))
-    what = "its head decides among 3 labels, which differ from the data's 4: number 4 is missing, in the data 'grey'"
+    what = (
+        "its head predicts 3 labels, which are not the data's 4: label 4 is missing in the checkpoint and 'grey' in the"
+    )
+    what += " data"
     assert error.what == what
 
 
@@ -342,7 +346,10 @@ def test_other_labels_of_the_same_number_are_refused_where_a_checkpoint_is_loade
     data = data_for(model.backbone, Questions(names=names))
     with pytest.raises(UserError) as caught:
         (trainer.fit if fitted else trainer.validate)(model, data, ckpt_path=str(tuned), weights_only=True)
-    what = "its head decides among 3 labels, which differ from the data's 3: number 2 is 'green', in the data 'blue'"
+    what = (
+        "its head predicts 3 labels, which are not the data's 3: label 2 is 'green' in the checkpoint and 'blue' in the"
+    )
+    what += " data"
     assert (caught.value.where, caught.value.what, caught.value.code) == (str(tuned), what, ExitCode.BAD_DATA)
 
 

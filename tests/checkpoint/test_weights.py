@@ -393,8 +393,8 @@ BROKEN: list[tuple[Callable[[Path, Path], None], ExitCode, str]] = [
     (code, ExitCode.REFUSED, "could run code"),
     (bare_pickle, ExitCode.REFUSED, "could run code"),
     (whole_module, ExitCode.REFUSED, "could run code"),
-    (a_list, ExitCode.BAD_DATA, "list, no state dict|weights cannot be read"),
-    (numbered, ExitCode.BAD_DATA, "dict, no state dict|weights cannot be read"),
+    (a_list, ExitCode.BAD_DATA, "list, not a state dict|weights cannot be read"),
+    (numbered, ExitCode.BAD_DATA, "dict, not a state dict|weights cannot be read"),
     (numbers, ExitCode.BAD_DATA, "epoch is of type int|does not fit"),
     (nothing, ExitCode.BAD_DATA, "it is empty|does not fit"),
 ]

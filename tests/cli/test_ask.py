@@ -87,7 +87,7 @@ def test_images_are_written(
     assert Image.open(tmp_path / "e.png").size == (50, 40)
     np.testing.assert_allclose(answer["attention"], model.explain(one, TEXT, "circle").attention, atol=1e-6)
     assert main(["explain", *map(str, source), str(one), TEXT, "circle", "--out", str(tmp_path / "f.png")]) == 0
-    assert "'circle' is seen most in row" in capsys.readouterr().out
+    assert "'circle' is seen most strongly in row" in capsys.readouterr().out
 
 
 def test_a_name_that_is_no_utf8_is_escaped(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,37 +120,45 @@ def test_which_patches_a_box_touches() -> None:
         (["fill", "--from", "best.ckpt", "0.png"], "1 input. Give IMAGE", ExitCode.USAGE),
         (
             ["rank", "--from", "best.ckpt", "0.png", "a", "--top", "3"],
-            "--top: rank has no such option; it is of fill",
+            "--top: not an option of rank, only of fill",
             ExitCode.USAGE,
         ),
-        (["answer", "--from", "vqa.ckpt", "0.png", "a", "--hide=1"], "it is of reconstruct, inpaint", ExitCode.USAGE),
+        (
+            ["answer", "--from", "vqa.ckpt", "0.png", "a", "--hide=1"],
+            "not an option of answer, only of reconstruct, inpaint",
+            ExitCode.USAGE,
+        ),
         (["rank", "--from", "best.ckpt", "0.png", "a", "--k", "-1"], "--k: -1 is too few", ExitCode.USAGE),
         (
             ["match", "--from", "best.ckpt", "a dog " * 80, "0.png"],
-            "is no file, and 0.png after it is one",
+            "is not a file, but 0.png after it is one",
             ExitCode.USAGE,
         ),
         (["fill", "--from", "best.ckpt", "0.png", "--", "--out"], "no word in it is masked", ExitCode.USAGE),
         (["caption", "--from", "best.ckpt", "0.png", "no.png"], "no.png: bad image, missing", ExitCode.MISSING_INPUT),
         (
             ["inpaint", "--from", "best.ckpt", "0.png", "a", "--out", "x"],
-            "x: cannot be written (has no ending)",
+            "x: cannot be written (it has no extension)",
             ExitCode.USAGE,
         ),
         (["fill", "--from", "best.ckpt", "no.png", "[MASK]"], "no.png: bad image, missing", ExitCode.MISSING_INPUT),
         (["fill", "--from", "best.ckpt", "0.png", "a dog"], "no word in it is masked", ExitCode.USAGE),
         (["fill", "--from", "no.ckpt", "0.png", "[MASK]"], "not there", ExitCode.MISSING_INPUT),
         (["fill", "--form", "best.ckpt", "0.png"], "--form", ExitCode.USAGE),
-        (["match", "--from", "best.ckpt", "a dog", "0.png"], "match: 'a dog' is no file, and 0.png", ExitCode.USAGE),
-        (["answer", "--from", "best.ckpt", "0.png", "a"], "no method of this checkpoint", ExitCode.USAGE),
+        (["match", "--from", "best.ckpt", "a dog", "0.png"], "match: 'a dog' is not a file, but 0.png", ExitCode.USAGE),
+        (["answer", "--from", "best.ckpt", "0.png", "a"], "not a method of this checkpoint", ExitCode.USAGE),
         (["match", "--from", "vqa.ckpt", "0.png", "a"], "no head for it", ExitCode.USAGE),
         (["answer", "--from", "vqa.ckpt", "0.png"], "Give 1 image and a question", ExitCode.USAGE),
-        (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--mask-ratio", "7"], "7.0 is no share", ExitCode.USAGE),
-        (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--box", "1,2"], "'1,2' is no box", ExitCode.USAGE),
+        (
+            ["reconstruct", "--from", "best.ckpt", "0.png", "a", "--mask-ratio", "7"],
+            "7.0 is out of range",
+            ExitCode.USAGE,
+        ),
+        (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--box", "1,2"], "'1,2' is not a box", ExitCode.USAGE),
         (["inpaint", "--from", "best.ckpt", "0.png", "a", "--box", "0,0,2,1"], "outside", ExitCode.USAGE),
         (
             ["inpaint", "--from", "best.ckpt", "0.png", "a", "--box", "0,0,1,1", "--seed", "5"],
-            "--seed: is of no use beside --box",
+            "--seed: has no effect with --box",
             ExitCode.USAGE,
         ),
         (
@@ -161,18 +169,18 @@ def test_which_patches_a_box_touches() -> None:
         (["inpaint", "--from", "best.ckpt", "0.png", "a", "--out", "x.nope"], "cannot be written", ExitCode.USAGE),
         (
             ["inpaint", "--from", "best.ckpt", "0.png", "a", "--out", "0.png"],
-            "0.png: is the image itself",
+            "0.png: is the input image",
             ExitCode.USAGE,
         ),
         (
             ["explain", "--from", "best.ckpt", "0.png", TEXT, "circle", "--out", "./0.png"],
-            "would be lost",
+            "would be overwritten",
             ExitCode.USAGE,
         ),
         (["explain", "--from", "best.ckpt", "0.png", "a dog", "cat"], "'cat' is not in the text", ExitCode.USAGE),
         (["fot", "--from", "best.ckpt"], "did you mean fit?", ExitCode.USAGE),
         (["convert", "best.ckpt"], "required: target. See maskvlm convert --help", ExitCode.USAGE),
-        (["convert", "best.ckpt", "0.png"], "is there already", ExitCode.CANNOT_CREATE),
+        (["convert", "best.ckpt", "0.png"], "already exists", ExitCode.CANNOT_CREATE),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -230,7 +238,7 @@ def test_there_and_back(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         first = PretrainedMaskVLM.from_pretrained(back).state_dict()
         assert first.keys() == PretrainedMaskVLM.from_pretrained(folder).state_dict().keys()
     assert "from=" in capsys.readouterr().out
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         convert([str(place / "best.ckpt"), str(tmp_path / "best")])
 
 

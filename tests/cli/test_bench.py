@@ -29,7 +29,7 @@ def test_a_configuration_is_timed_and_nothing_is_kept(
     assert main([*words, "--model.task.image_learns=1"]) == 0
     output = capsys.readouterr().out
     assert " pairs/s, " in output
-    assert " ms a step, " in output  # of one kind
+    assert " ms per step, " in output  # of one kind
     # Of two kinds the mean counts: the image encoder learns in the first 90 of 100 steps. Of the six that are made
     # none comes that late by itself.
     assert main([*words, "--model.task.image_learns=0.9", "--json"]) == 0

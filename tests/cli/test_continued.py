@@ -83,12 +83,12 @@ def test_another_models_recipe_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     dino = checkpoint("vit_small_patch14_dinov2.lvd142m")
     hint = line(dino)
-    assert hint == "the recipe is that of model=tiny, the checkpoint a model=compact: give model=compact beside from="
+    assert hint == "the recipe is for model=tiny, but the checkpoint is model=compact: add model=compact to the command"
     assert line(dino, "model=compact") is None
     assert line(dino, command="evaluate") is None
     assert line(dino, "recipe=ours") is None
     assert line(checkpoint("vit_tiny_patch16_224", 96)) is None
-    assert "a model=small:" in (line(checkpoint("vit_tiny_patch16_224", 128)) or "")
+    assert "is model=small:" in (line(checkpoint("vit_tiny_patch16_224", 128)) or "")
     # Files of the user's own: a recipe of such a name, and a model that says nothing of encoders.
     assert recipe_of_another(dino, ["fit", "-c", "mine/pretrain-mine.yaml"]) is None
     monkeypatch.setattr("maskvlm.cli.from_checkpoint.chosen", lambda kind, name: Path("conf/base.yaml"))

@@ -56,7 +56,7 @@ def test_the_built_in_world_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert "assum" in checks["speed"][1]
     assert "(simulated)" in checks["memory"][1]  # not "cannot be simulated"
     assert checks["machine"][0] == "look"
-    assert "whose speed `maskvlm bench` measures" in checks["machine"][1]
+    assert "would use the CPU (measure it with `maskvlm bench`)" in checks["machine"][1]
 
 
 def test_a_missing_set_and_card_fail_with_what_to_do(
@@ -115,8 +115,8 @@ def test_of_shared_weights_no_memory_is_predicted(
     """Fails where the whole model is taken for what each card holds: it is shared out as it does not fit one."""
     monkeypatch.setattr(doctor, "images_per_second", lambda _: 30.0)
     _, checks = run(capsys, "where=sharded8", "--memory", "0.5")
-    assert checks["memory"] == ("look", "not predicted where cards share the weights. See docs/gpus.md, When to shard")
-    assert "pairs/s a card" in checks["speed"][1]
+    assert checks["memory"] == ("look", "not predicted where GPUs share the weights. See docs/gpus.md, When to shard")
+    assert "pairs/s per GPU" in checks["speed"][1]
     assert run(capsys, "where=gpu8", "--memory", "0.5")[1]["memory"][0] == "fails"
 
 
@@ -129,7 +129,7 @@ def test_speed_and_workers_follow_from_the_peak(
     _, checks = run(capsys, "where=cpu", "--peak", "100")
     assert " 100 pairs/s" in checks["speed"][1]
     assert "4,500 steps in 0.60 hours" in checks["speed"][1]
-    assert "a card needs 4," in checks["data workers"][1]
+    assert "a GPU needs 4," in checks["data workers"][1]
 
 
 def test_of_a_run_of_two_phases_each_counts_by_its_share(
@@ -143,12 +143,12 @@ def test_of_a_run_of_two_phases_each_counts_by_its_share(
     monkeypatch.setattr(doctor, "LAUNCH", 1e-9)
     _, checks = run(capsys, "where=cpu", "--peak", "100")
     assert f" {40e12 / 3.8e11:.0f} pairs/s" in checks["speed"][1]
-    assert "380.0 (25 % of the steps 200.0, 75 % of the steps 440.0) GFLOP a pair" in checks["speed"][1]
+    assert "380.0 (25 % of the steps 200.0, 75 % of the steps 440.0) GFLOP/pair" in checks["speed"][1]
     monkeypatch.setattr(doctor, "LAUNCH", 1e-4)
     _, checks = run(capsys, "where=cpu", "--peak", "100")
     seconds = 0.25 * 0.4 + 0.75 * 48 * 4.4e11 / 40e12
     assert f" {48 / seconds:.0f} pairs/s" in checks["speed"][1]
-    assert "up to 5,000 kernels a step" in checks["speed"][1]
+    assert "up to 5,000 kernels per step" in checks["speed"][1]
 
 
 def test_of_a_small_model_the_launches_of_kernels_are_what_takes_time(

@@ -59,7 +59,7 @@ def fails(stack: Callable[..., list[str]], tmp_path: Path, capsys: pytest.Captur
 def test_what_a_data_set_says_of_its_arguments_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     """A source may be of two kinds, and the parser keeps the complaint of the first."""
     for task, option, message in (
-        ("nlvr", "test 6", "SceneComparisons.test: 6 examples. Ask for a multiple of 4"),
+        ("nlvr", "test 6", "SceneComparisons.test: 6 examples. Use a multiple of 4"),
         ("entailment", "val -1", "SceneHypotheses.val: -1 is too small"),
     ):
         words = ["finetune", task, "from=random", "where=cpu", f"run=never-{task}", *f"--data.source.{option}".split()]
@@ -110,17 +110,17 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("--lr 3", "(did you mean model.lr?)"),
         ("--image_mask_ratio 0.7", "(did you mean model.task.image_mask_ratio?)"),
         ("--trainer.max_step 3", "(did you mean trainer.max_steps?)"),
-        ("--optimizer AdamW", "--optimizer: no key of this command. AdamW is the model's own: set model.lr"),
+        ("--optimizer AdamW", "--optimizer: not a key of this command. AdamW is the model's own: set model.lr"),
         ("--lr_scheduler.init_args.T_max 3", "Warm-up and cosine are the model's own"),
-        ("--model.backbone.start scenes-tiny", "--model.backbone.start: changes nothing: another option sets"),
+        ("--model.backbone.start scenes-tiny", "--model.backbone.start: has no effect: another option sets"),
         ("--model.backbone.init_args.image.init_args.random_init=false", "Give --model.random_init"),
         (
             "--model.task.image_masking DrawnBlocks --model.task.image_mask_ratio 0.5",
-            "--model.task.image_mask_ratio: changes nothing: image_masking is DrawnBlocks",
+            "--model.task.image_mask_ratio: has no effect: image_masking is DrawnBlocks",
         ),
         (
             "--model.task.text_masking DrawnTokens --model.task.init_args.whole_word=true",
-            "--model.task.whole_word: changes nothing: text_masking is DrawnTokens",
+            "--model.task.whole_word: has no effect: text_masking is DrawnTokens",
         ),
         ("--data.seed 3", "Give --seed_everything"),
         ("--data.init_args.accumulate=3", "Give --trainer.accumulate_grad_batches"),
@@ -148,20 +148,20 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("--model.lr", "--model.lr: expected one argument"),
         ("--allow-import", "--allow-import: expected one argument"),
         ("stray", "stray: neither an option nor its value"),
-        ("--model.task.image_mask_ratio 1.5", "model.task.image_mask_ratio: 1.5 is no share"),
+        ("--model.task.image_mask_ratio 1.5", "model.task.image_mask_ratio: 1.5 is out of range"),
         ("--model.task.rerank_k -1", "model.task.rerank_k: -1 is too small. Give 1 or more."),
         ("--model.task.temperature 0", "model.task.temperature: 0.0 is beyond what training keeps it in"),
         ("--model.task.decoder_layers 0", "model.task.decoder_layers: 0 is too small"),
         ("--model.backbone.cross_layers 0", "model.backbone.cross_layers: 0 is too small"),
-        ("--model.backbone.cross_heads 5", "model.backbone.cross_heads: 5 do not divide width 96"),
+        ("--model.backbone.cross_heads 5", "model.backbone.cross_heads: 5 does not divide width 96"),
         ("--data.eval_batch_size 0", "data.eval_batch_size: 0 is too small"),
         ("--data.workers -1", "data.workers: -1 is too small. Give 0 or more."),
         ("--data.workers 99999", "data.workers: 99999 are too many for "),
         ("--model.lr -1", "model.lr: -1.0 is too small"),
-        ("--model.betas [2,3]", "model.betas: [2.0, 3.0] are no decay rates"),
+        ("--model.betas [2,3]", "model.betas: [2.0, 3.0] are not decay rates"),
         ("--model.backbone.image.weights a.pth", "weights a.pth are given, and random_init is true"),
         ("--trainer.gradient_clip_val -1", "trainer.gradient_clip_val: -1 is too small. Give 0 or more."),
-        ("--trainer.strategy ddp_spawn", "trainer.strategy=ddp_spawn: starts its processes as copies of this one"),
+        ("--trainer.strategy ddp_spawn", "trainer.strategy=ddp_spawn: spawns or forks its processes, which"),
         (
             "--trainer.callbacks+ maskvlm.training.checkpointing.KeepState --trainer.callbacks.folder x",
             "trainer: Found more than one stateful callback of type `KeepState`",
@@ -224,7 +224,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ("text", "message"),
     [
         (BOMB, "aliases that multiply"),
-        ("model:\n  lr: ${nope}\n", "${nope} asks for more than an environment variable"),
+        ("model:\n  lr: ${nope}\n", "${nope} uses more than an environment variable"),
         ("a: &a [*a]\n", "an alias to the value it is in"),
         (
             "model: !!python/object/apply:os.system ['touch MARK']\n",
@@ -233,7 +233,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("model: !!python/name:os.system\n", "is not allowed"),
         ("model: !!binary aGVsbG8=\n", "is not allowed"),
         ("x: " + "[" * 20_000, "nested too deeply"),
-        ("x: " + "y" * 300_000, "are no configuration file"),
+        ("x: " + "y" * 300_000, "are too many for a configuration file"),
     ],
     ids=["bomb", "interpolation", "loop", "apply", "name", "binary", "deep", "huge"],
 )
@@ -280,7 +280,7 @@ def test_a_file_may_not_name_foreign_code(fails: Callable[..., str], plugin: tup
     path, mark = plugin
     text = f"trainer:\n  callbacks:\n  - class_path: {path}\n"
     message = fails(yaml=text, code=ExitCode.REFUSED)
-    assert f"mine.yaml:3: trainer.callbacks.class_path: class {path} is none that a file may name" in message
+    assert f"mine.yaml:3: trainer.callbacks.class_path: class {path} is not one that a file may name" in message
     assert f"Add --allow-import {path.split('.')[0]}" in message
     assert not mark.exists()  # refused before it was imported
 
@@ -305,7 +305,7 @@ def test_plug_ins_of_others_work(
 
 
 def test_the_standard_library_is_nobodys_plug_in(fails: Callable[..., str]) -> None:
-    assert "os.system is none that a file may name" in fails("--model.task", "os.system", code=ExitCode.REFUSED)
+    assert "os.system is not one that a file may name" in fails("--model.task", "os.system", code=ExitCode.REFUSED)
     assert "torch.hub.load is none" in fails(yaml="model: {task: {class_path: torch.hub.load}}", code=ExitCode.REFUSED)
 
 
@@ -333,14 +333,14 @@ def test_a_tasks_own_tool_has_its_own_options(
     assert main(["vqa.score", "r.json", "a.json", "--run", "x", "--debug"]) == 3
     assert calls == [["r.json", "a.json", "--run", "x"]]
     for name, message in (
-        ("vqa.scoer", "vqa.scoer: no such tool (did you mean vqa.score?). There are: "),
+        ("vqa.scoer", "vqa.scoer: no such tool (did you mean vqa.score?). Available: "),
         ("vqa.task", "vqa.task: no such tool"),  # a module of a task, but no tool
-        ("os.path", "os.path: no such tool. There are: "),
+        ("os.path", "os.path: no such tool. Available: "),
     ):
         assert main([name]) == ExitCode.USAGE
         error = capsys.readouterr().err
         assert error.startswith(f"error: {message}")
-        assert "vqa.score" in error.split("There are: ")[1]
+        assert "vqa.score" in error.split("Available: ")[1]
         assert len(error.splitlines()) == 1
     monkeypatch.chdir(tmp_path)  # they are found from anywhere
     assert main(["vqa.score"]) == 3
@@ -360,7 +360,7 @@ def test_the_folder_of_an_installed_package_is_found(plugin: tuple[str, Path], t
 def test_data_without_labels_for_a_task_that_needs_some(fails: Callable[..., str]) -> None:
     message = fails("--model.task", "tasks.nlvr.task.Nlvr")
     todo = "Choose the task's own data; in a script give labels=data.labels."
-    assert message == f"data.source: it has no labels for the task to decide among. {todo}"
+    assert message == f"data.source: it has no labels for the task to predict. {todo}"
 
 
 def test_data_of_another_kind_than_the_task_reads(fails: Callable[..., str]) -> None:
@@ -368,7 +368,7 @@ def test_data_of_another_kind_than_the_task_reads(fails: Callable[..., str]) -> 
     pairs, examples = "pairs of images and captions", "examples of a downstream task"
     assert (
         message
-        == f"data.source: SceneQuestions gives {examples}, MaskedPretraining reads {pairs}. Choose data of the task."
+        == f"data.source: SceneQuestions gives {examples}, MaskedPretraining needs {pairs}. Choose data for the task."
     )
 
 
@@ -445,7 +445,7 @@ def test_a_bug_is_one_line_and_a_file(
     assert main(["fit", "--run", str(tmp_path / "run")]) == ExitCode.OUR_BUG
     where = f"{tmp_path}/run/crash.txt"
     stderr = capsys.readouterr().err  # it was raised by this file, which is none of the project's code
-    assert re.match(r"error: .*test_lightning\.py:\d+: ZeroDivisionError: division by zero\. Mend it there; ", stderr)
+    assert re.match(r"error: .*test_lightning\.py:\d+: ZeroDivisionError: division by zero\. Fix it there; ", stderr)
     assert "Traceback" in (tmp_path / "run" / "crash.txt").read_text()
     assert report(ZeroDivisionError("division\nby zero"), tmp_path / "run") == ExitCode.OUR_BUG
     message = f"error: ZeroDivisionError: division by zero. This is a bug; {where} has its traceback.\n"
@@ -476,7 +476,7 @@ def test_an_interrupt_is_clean(
     assert capsys.readouterr().err == f"interrupted before the first checkpoint of {tmp_path}\n"
     (tmp_path / "last.ckpt").touch()
     assert main(["fit", "--run", str(tmp_path)]) == 130
-    assert f"{tmp_path}/last.ckpt holds its latest checkpoint: the same command goes on" in capsys.readouterr().err
+    assert f"{tmp_path}/last.ckpt holds its latest checkpoint: the same command resumes" in capsys.readouterr().err
 
 
 class Simple(UserError):

@@ -111,8 +111,8 @@ def test_a_dry_run_tells_everything_and_uploads_nothing(outcomes: dict[str, Any]
     assert {line[1]: int(line[0].replace(",", "")) for line in lines[: len(sizes)]} == sizes
     assert "acme/toy: is free; the token is of ann\n" in out
     assert "trained on: drawn scenes (maskvlm.data.scenes.source.Scenes)" in out
-    assert "missing: the card's figures are of step 6, these weights of step 7\n" in out
-    assert "missing: the command that made it is not known" in out
+    assert "missing: the card's figures are from step 6, these weights from step 7\n" in out
+    assert "missing: the command that made it is unknown" in out
     assert "no metrics" not in out
     assert "no metrics" not in outcomes["up"][1]
 
@@ -141,7 +141,7 @@ def test_what_is_uploaded_arrives_with_its_name_in_its_card(outcomes: dict[str, 
     code, out, _, _, wrote = outcomes["again"]
     assert code == 0
     assert wrote
-    assert "acme/toy: is there already; an upload adds a commit to it" in out
+    assert "acme/toy: already exists; an upload adds a commit to it" in out
 
 
 def test_a_fine_tuned_model_goes_up_private_and_comes_down_the_same(outcomes: dict[str, Any]) -> None:
@@ -158,17 +158,17 @@ def test_a_fine_tuned_model_goes_up_private_and_comes_down_the_same(outcomes: di
     ("name", "status", "message"),
     [
         ("no token", 69, "acme/toy: is free; there is no token to upload with. Log in (hf auth login)"),
-        ("wrong token", 69, "acme/toy: the hub refuses the token, or cannot be reached ("),
-        ("theirs", 69, "other/toy: is there already; the token is of ann, who is neither other nor a member of it."),
+        ("wrong token", 69, "acme/toy: the hub rejects the token, or cannot be reached ("),
+        ("theirs", 69, "other/toy: already exists; the token is of ann, who is neither other nor a member of it."),
         ("free, not yours", 69, "other/new: is free; the token is of ann, who is neither"),
         ("may only read", 69, "acme/toy: is free; the token of ann may only read."),
         ("too large", 73, "large.ckpt: --dtype: float16 cannot hold numbers of backbone.text."),
         ("no owner", 2, "to=toy: names no owner. Give owner/name."),
-        ("no name", 2, "to=a b/toy: is no name on the hub ("),
+        ("no name", 2, "to=a b/toy: is not a valid hub name ("),
         ("no target", 2, "the following arguments are required: --to"),
         ("no such file", 66, "none.ckpt"),
         ("no such dtype", 2, "--dtype"),
-        ("folder there", 73, "is there already. Name another one."),
+        ("folder there", 73, "already exists. Name another one."),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(

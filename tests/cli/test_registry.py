@@ -72,7 +72,7 @@ def test_methods_of_tasks_are_those_that_the_tasks_bring(capsys: pytest.CaptureF
     assert brought == TASK_METHODS
     assert main(["entail", "scene.png", "there is a star"]) == ExitCode.USAGE
     stderr = capsys.readouterr().err
-    assert "asks a model that was fine-tuned as entailment" in stderr
+    assert "needs a model fine-tuned on entailment" in stderr
     assert "maskvlm finetune entailment" in stderr
 
 
@@ -84,7 +84,7 @@ def test_a_file_where_a_command_belongs_is_told(
     assert "no such tool" in capsys.readouterr().err
     Path("scene.png").touch()
     assert main(["scene.png"]) == ExitCode.USAGE
-    assert "scene.png: a file, and no command. Write the command first" in capsys.readouterr().err
+    assert "scene.png: a file, not a command. Write the command first" in capsys.readouterr().err
 
 
 def complete(*words: str) -> list[str]:
@@ -203,7 +203,7 @@ def test_the_version_is_told_installed_or_not(
 
 def test_a_word_that_is_no_command_needs_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["answr", "x.png"]) == 2
-    assert capsys.readouterr().err.startswith("error: answr: no such command. There are: pretrain, ")
+    assert capsys.readouterr().err.startswith("error: answr: no such command. Available: pretrain, ")
 
 
 @pytest.mark.parametrize("words", ["--model.backbone.image.feature_cache null", "--model.backbone.text.tokenizer=null"])

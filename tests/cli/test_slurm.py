@@ -27,7 +27,7 @@ def test_the_batch_script_is_the_command_with_a_task_for_every_card(
     monkeypatch.setenv("STREAM", "s3://bucket/*.tar")
     assert main(["submit", "--run", str(tmp_path / "a run"), *words, "--allow-import", "plug"]) == 0
     script = (tmp_path / "a run" / "job.sh").read_text()
-    assert "written; there is no sbatch here" in capsys.readouterr().out
+    assert "written; sbatch was not found here" in capsys.readouterr().out
     wanted = ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=12")
     assert all(f"#SBATCH --{line}\n" in script for line in wanted)
     assert "export DATA_ROOT='/data/all photos'\nexport STREAM='s3://bucket/*.tar'\n" in script
@@ -69,12 +69,12 @@ def test_a_second_submission_says_that_the_run_goes_on_and_the_data_are_looked_a
     assert main(["submit", "--run", str(run), *cluster]) == 0
     assert "submitted before" not in capsys.readouterr().out
     assert main(["submit", "--run", str(run), *cluster]) == 0  # it may wait still
-    assert f"{run} was submitted before and has begun nothing" in capsys.readouterr().out
+    assert f"{run} was submitted before but has not started" in capsys.readouterr().out
     saved(run / "last.ckpt")
     config = run_command(Parsed, ["fit", "--run", str(run), *cluster]).composed()
     (run / "config-fit.yaml").write_text(config)
     assert main(["submit", "--run", str(run), *cluster]) == 0
-    message = f"{tmp_path / 'run'} holds a run already: the job goes on from {tmp_path / 'run' / 'last.ckpt'}"
+    message = f"{tmp_path / 'run'} already holds a run: the job resumes from {tmp_path / 'run' / 'last.ckpt'}"
     assert message in capsys.readouterr().out
     prepared = ["--data.source", "maskvlm.data.prepared.source.Prepared", "--data.source.root", str(tmp_path / "none")]
     assert main(["submit", "--run", str(tmp_path / "other"), *cluster, *prepared]) == ExitCode.MISSING_INPUT
@@ -94,7 +94,7 @@ def test_a_job_that_its_folder_would_refuse_is_not_submitted(
     assert "already holds a run with other settings (model.task.image_mask_ratio" in capsys.readouterr().err
     assert not (run / "job.sh").exists()
     assert main([*words, "--ckpt_path", str(tmp_path / "other" / "last.ckpt")]) == ExitCode.CANNOT_CREATE
-    assert "already holds a run, which did not begin from " in capsys.readouterr().err
+    assert "already holds a run, which did not start from " in capsys.readouterr().err
     assert main([*words, "--ckpt_path", "last"]) == 0  # asked for
 
 
@@ -106,4 +106,4 @@ def test_a_refusal_of_sbatch_is_one_line(
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert main(["submit", "--run", str(tmp_path / "run"), *cluster]) == ExitCode.UNAVAILABLE
-    assert "sbatch: invalid partition. Mend " in capsys.readouterr().err
+    assert "sbatch: invalid partition. Fix " in capsys.readouterr().err

@@ -53,7 +53,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "toy.yaml", "--jobs", "2", "--page", "page"]) == 0
     output = capfd.readouterr().out
-    assert "2 runs, 2 to make, 2 at once" in output
+    assert "2 runs, 2 to do, 2 at a time" in output
     assert "wrote page/README.md (2 of 2 runs)" in output
     runs = place / "checkpoints" / "toy"
     steps = yaml.safe_load((runs / "contrast@flops-of-all-s3" / "config-fit.yaml").read_text())["data"]["init_args"][
@@ -63,7 +63,7 @@ def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureF
     assert "More is better." in (place / "page" / "README.md").read_text()
     before = {file: file.stat().st_mtime_ns for file in runs.rglob("*.ckpt")}
     assert main(["study", "toy.yaml"]) == 0
-    assert "2 runs, 0 to make, 1 at once" in capfd.readouterr().out
+    assert "2 runs, 0 to do, 1 at a time" in capfd.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in runs.rglob("*.ckpt")} == before
     (runs / "README.md").unlink()
     assert main(["study", "toy.yaml", "--page-only", "--page", "elsewhere"]) == 0
@@ -91,7 +91,7 @@ def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureF
     # another option of a run that is there
     (place / "toy.yaml").write_text(yaml.safe_dump(STUDY | {"options": SMALL | {"model.lr": 0.1}}))
     assert main(["study", "toy.yaml"]) == ExitCode.CANNOT_CREATE
-    assert "holds a run of this name with other options" in capfd.readouterr().err
+    assert "holds a run with this name and other options" in capfd.readouterr().err
 
 
 def test_operations_are_counted_for_the_runs_that_are_made(
@@ -182,7 +182,7 @@ def test_a_study_is_an_array_of_jobs(
     monkeypatch.setenv("BATCH_OF_THIS_TEST", "4 ")
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["study", "toy.yaml", "--submit", "--jobs", "2", "--only", "all", "--where", "gpu1"]) == 0
-    assert "checkpoints/toy/job.sh: written; there is no sbatch here" in capsys.readouterr().out
+    assert "checkpoints/toy/job.sh: written; sbatch was not found here" in capsys.readouterr().out
     script = (plain / "checkpoints" / "toy" / "job.sh").read_text()
     assert "#SBATCH --array=0-1%2\n" in script
     assert "export BATCH_OF_THIS_TEST='4 '\n" in script
@@ -197,7 +197,7 @@ def test_an_array_makes_first_what_the_others_start_from(
     (plain / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["study", "toy.yaml", "--submit", "--only", "all"]) == 0
-    assert "the other 2 start from these: submit again once they are finished" in capsys.readouterr().out
+    assert "the other 2 start from these: submit again when they are finished" in capsys.readouterr().out
     assert "#SBATCH --array=0-1%1\n" in (plain / "checkpoints" / "toy" / "job.sh").read_text()
     assert main(["study", "toy.yaml", "--only", "all", "--task", "2"]) == ExitCode.USAGE
     assert "all-s0: first-s0, which it starts from, is not finished" in capsys.readouterr().err
@@ -263,7 +263,7 @@ def test_a_run_that_would_measure_nothing_is_told_before_a_run(
     study = yaml.safe_load((plain / "toy.yaml").read_text()) | {"first": first, "arms": arms}
     (plain / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     assert main(["study", "toy.yaml"]) == ExitCode.USAGE
-    assert capsys.readouterr().err.startswith(f"error: {cell}: trainer.limit_val_batches: 0: its run would measure ")
+    assert capsys.readouterr().err.startswith(f"error: {cell}: trainer.limit_val_batches: 0 turns evaluation off")
     assert not (plain / "checkpoints" / "toy" / "first-s0").exists()
 
 
@@ -272,7 +272,7 @@ def test_two_studies_of_one_name_do_not_meet(plain: Path, capsys: pytest.Capture
     lock.take(plain / "checkpoints" / "toy")
     try:
         assert main(["study", "toy.yaml"]) == ExitCode.CANNOT_CREATE
-        assert "another process trains here" in capsys.readouterr().err
+        assert "another process is training here" in capsys.readouterr().err
     finally:
         lock.release()
 
@@ -313,8 +313,8 @@ def test_a_missing_package_is_told_before_any_run(
     ("words", "message", "code"),
     [
         (["nothing"], "nothing: no such study. Give a YAML file, or one of ", ExitCode.MISSING_INPUT),
-        (["toy.yaml", "--only", "some"], "--only: there is no some. There are: all, contrast", ExitCode.USAGE),
-        (["toy.yaml", "--seeds", "9"], "--seeds: no run has these. There are: 0, 1", ExitCode.USAGE),
+        (["toy.yaml", "--only", "some"], "--only: there is no some. Available: all, contrast", ExitCode.USAGE),
+        (["toy.yaml", "--seeds", "9"], "--seeds: no run has these. Available: 0, 1", ExitCode.USAGE),
         (["toy.yaml", "--task", "4"], "--task: there is no run 4. Give 0 to 3", ExitCode.USAGE),
         (["toy.yaml", "--jobs", "0"], "--jobs", ExitCode.USAGE),
         ([], "FILE", ExitCode.USAGE),

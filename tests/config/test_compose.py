@@ -50,7 +50,7 @@ def test_training_images_are_searched_under_their_own_name() -> None:
     argv = composed("index data=flickr8k from=x.ckpt split=train")
     assert argv[:7] == ["index", "--from", "x.ckpt", "--split", "train", "--out", "checkpoints/index-flickr8k-train"]
     for words in ("--split train", "split=val --split=train"):
-        with pytest.raises(UserError, match="index: --split: is a word of this command"):
+        with pytest.raises(UserError, match="index: --split: is given without dashes"):
             composed(f"index data=flickr8k from=x.ckpt {words}")
 
 
@@ -61,7 +61,7 @@ def test_vectors_of_a_set_by_its_name() -> None:
     assert argv[-1] == "--no-captions"
     assert argv[5:7] == ["--out", "checkpoints/vectors-flickr8k-train"]
     assert "--out" not in composed("embed from=x.ckpt --out x")[:6]
-    with pytest.raises(UserError, match="embed: --split: is a word of this command"):
+    with pytest.raises(UserError, match="embed: --split: is given without dashes"):
         composed("embed from=x.ckpt --split val")
 
 
@@ -120,44 +120,44 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("pretrain model=nope", "model=nope: no such model. There are: base, compact, large, small, tiny."),
+        ("pretrain model=nope", "model=nope: no such model. Available: base, compact, large, small, tiny."),
         ("pretrain model=../base", "model=../base: no such model"),
-        ("pretrain recipe=theirs", "recipe=theirs: no such recipe. There are: ours."),
+        ("pretrain recipe=theirs", "recipe=theirs: no such recipe. Available: ours."),
         ("pretrain recipe=", "recipe=: no such recipe"),
         ("finetune vqa recipe=ours", "finetune: recipe=ours: no such word"),
-        ("config vqa recipe=ours", "recipe=ours: is one of pre-training; a task has its own. Leave it out"),
+        ("config vqa recipe=ours", "recipe=ours: applies to pre-training only; a task has its own. Leave it out"),
         ("pretrain where=here", "where=here: no such where"),
         ("pretrain data=", "data=: no such data set"),
         ("pretrain data=a/../coco", "no such data set"),
-        ("pretrain data=scenez", "data=scenez: no such data set (did you mean scenes?). There are: "),
+        ("pretrain data=scenez", "data=scenez: no such data set (did you mean scenes?). Available: "),
         ("finetune vqa from=x data=daqar", "data=daqar: no such data set of vqa (did you mean daquar?)"),
         ("pretrain data=photos/pairs.csv",
          "data=photos/pairs.csv: no such data set. Prepare it first: maskvlm data csv raw=photos/pairs.csv name=NAME."),
-        ("pretrain modle=tiny", "pretrain: modle=tiny: no such word. There are: model= recipe= data= where= run="),
+        ("pretrain modle=tiny", "pretrain: modle=tiny: no such word. Available: model= recipe= data= where= run="),
         ("pretrain tiny", "pretrain: tiny: no such word"),
         ("pretrain model=tiny model=base", "model is given twice"),
-        ("finetune", "finetune: no task is named. Give one of captioning, entailment, nlvr, retrieval, vqa"),
-        ("finetune nope from=x", "task nope: no such task. There are: captioning, entailment, nlvr, retrieval, vqa"),
+        ("finetune", "finetune: no task was given. Give one of captioning, entailment, nlvr, retrieval, vqa"),
+        ("finetune nope from=x", "task nope: no such task. Available: captioning, entailment, nlvr, retrieval, vqa"),
         ("finetune acme.nothing from=x", "task acme.nothing: no such task"),
-        ("evaluate from=random", "from=random: has learned nothing to be measured"),
-        ("evaluate vqa from=x split=train", "split=train: no such split. There are: val, test."),
-        ("finetune vqa from=x data=coco", "data=coco: no such data set of vqa. There are: daquar, scenes, vqav2."),
+        ("evaluate from=random", "from=random: has no training to evaluate"),
+        ("evaluate vqa from=x split=train", "split=train: no such split. Available: val, test."),
+        ("finetune vqa from=x data=coco", "data=coco: no such data set of vqa. Available: daquar, scenes, vqav2."),
         ("finetune nlvr from=x data=conf", "data=conf: no such data set of nlvr"),
         ("pretrain run=x --run y", "run=x: the folder is also given as an option"),
         ("pretrain run=x --folder=y", "run=x: the folder is also given as an option"),
-        ("data", "data: no set is named"),
+        ("data", "data: no set was given"),
         ("data coco", "data: raw= is missing. maskvlm data coco raw=FOLDER."),
         ("data csv name=b8", "data: raw= is missing. maskvlm data csv raw=FILE.csv."),
         ("data coco x y", "data: y: no such word"),
-        ("data csv x name=a/b", "name=a/b: is no name of a set"),
-        ("data csv x name=..", "name=..: is no name of a set"),
-        ("data-check", "data-check: no set is named. Give one of those prepared in "),
+        ("data csv x name=a/b", "name=a/b: is not a valid name for a set"),
+        ("data csv x name=..", "name=..: is not a valid name for a set"),
+        ("data-check", "data-check: no set was given. Give one of those prepared in "),
         ("index from=x split=dev", "split=dev: no such split"),
         ("pretrain encoders=nowhere", "encoders=nowhere: has no folder of image weights"),
-        ("finetune vqa from=x encoders=e", "encoders=e: changes nothing: the encoders are those of the checkpoint"),
-        ("pretrain from=x encoders=e", "encoders=e: changes nothing: the encoders are those of the checkpoint"),
-        ("evaluate vqa from=random encoders=e", "encoders=e: changes nothing: from=random is the model with random"),
-        *((f"{name} run={run}", f"run={run}: is no folder name") for name in ("pretrain", "config")
+        ("finetune vqa from=x encoders=e", "encoders=e: has no effect: the encoders are those of the checkpoint"),
+        ("pretrain from=x encoders=e", "encoders=e: has no effect: the encoders are those of the checkpoint"),
+        ("evaluate vqa from=random encoders=e", "encoders=e: has no effect: from=random is the model with random"),
+        *((f"{name} run={run}", f"run={run}: is not a valid folder name") for name in ("pretrain", "config")
           for run in ("", "../x", "/tmp/x", ".", "a/../../x")),
     ],
 )  # fmt: skip
@@ -173,7 +173,9 @@ def test_a_place_where_a_set_belongs_is_told(tmp_path: Path) -> None:
     for place, kind in ((tmp_path / "five.csv", "csv"), (tmp_path, "folder")):
         with pytest.raises(UserError) as error:
             composed(f"data {place}")
-        assert f"data: {place} is no set, but a place. maskvlm data {kind} raw={place} name=NAME." in str(error.value)
+        assert f"data: {place} is a path, not a set's name. maskvlm data {kind} raw={place} name=NAME." in str(
+            error.value
+        )
 
 
 def test_a_folder_here_may_have_the_name_of_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +191,7 @@ def test_a_task_without_yaml_files_is_told(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "bare_task" / "counting").mkdir()
     (tmp_path / "bare_task" / "counting" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=r"no data is known to the task bare_task\.counting: there is no YAML file"):
+    with pytest.raises(UserError, match=r"the task bare_task\.counting has no data sets: there is no YAML file"):
         composed("finetune bare_task.counting from=x")
 
 

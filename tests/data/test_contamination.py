@@ -103,7 +103,7 @@ def test_leaks_are_refused_with_counts_and_ids(root: Path) -> None:
         without_leaks(Prepared(str(root / "vg")).split("train"), places(root, "coco/val", "coco/test"), "refuse")
     message = str(raised.value)
     assert raised.value.code == ExitCode.BAD_DATA
-    assert "3 of 13 training rows show held-out images (by id and look)" in message
+    assert "3 of 13 training rows show held-out images (by id and appearance)" in message
     assert "coco/test, same id: 1; coco/test, same look: 2; first coco 30, vg 31, vg 32" in message
     assert "\n" not in message
     assert "data.contamination to drop" in message
@@ -143,7 +143,7 @@ def test_where_nothing_is_held_out_the_split_stays_as_it_is(root: Path, capsys: 
     pairs = Prepared(str(root / "coco")).split("train")
     assert without_leaks(pairs, [], "refuse") is pairs
     assert without_leaks(pairs, places(root, "coco/val", "coco/test"), "refuse") is pairs
-    assert "no training image is held out (by id and look: " in capsys.readouterr().out
+    assert "no training image is held out (by id and appearance: " in capsys.readouterr().out
 
 
 def test_a_set_without_hashes_is_compared_by_id_and_that_is_said(
@@ -161,12 +161,12 @@ def test_a_set_that_is_all_held_out_is_refused_in_any_case(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("place", "message"),
-    [("coco", "'coco' names no split"), ("nowhere/test", "nowhere"), ("coco/dev", "no split 'dev'")],
+    [("coco", "'coco' does not name a split"), ("nowhere/test", "nowhere"), ("coco/dev", "no split 'dev'")],
 )
 def test_a_held_out_split_that_is_not_there_is_one_line(root: Path, place: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         held_out(place if "/" not in place else str(root / place), "x")
-    with pytest.raises(UserError, match="'ignore' is no way"):
+    with pytest.raises(UserError, match="'ignore' is not a valid value"):
         without_leaks(None, [], "ignore")
 
 

@@ -113,7 +113,7 @@ def other_columns(root: Path) -> None:
     [
         (flip, [f"{SHARD}: sha256 is "]),
         (shorten, [f"{SHARD}: has "]),
-        (lambda root: (root / SHARD).unlink(), [f"{SHARD}: is not there"]),
+        (lambda root: (root / SHARD).unlink(), [f"{SHARD}: is missing"]),
         (exchange, ["train: the rows' hash is "]),
         (spoil, [f"{SHARD} row 1 (toy.csv:1): bad image, truncated", "train: the rows' hash is "]),
         (drop, [f"{SHARD}: 3 rows, the manifest says 4", "train: 5 images, the manifest says 6", "train: 10 capt"]),
@@ -125,8 +125,8 @@ def other_columns(root: Path) -> None:
             lambda root: (root / "val" / "state.json").write_text('{"_data_files": []}'),
             ["val/state.json: does not list the shards"],
         ),
-        (lambda root: (root / "val" / "dataset_info.json").unlink(), ["val/dataset_info.json: is not there"]),
-        (lambda root: (root / "dataset_dict.json").unlink(), ["dataset_dict.json: is not there"]),
+        (lambda root: (root / "val" / "dataset_info.json").unlink(), ["val/dataset_info.json: is missing"]),
+        (lambda root: (root / "dataset_dict.json").unlink(), ["dataset_dict.json: is missing"]),
     ],
     ids=[
         *("bit", "short", "shard gone", "caption", "image", "row", "columns", "annotations", "skipped", "state"),

@@ -76,13 +76,13 @@ def test_a_spreadsheet_becomes_a_set(
     later = (tmp_path / "sets" / "mine" / "manifest.json").stat().st_mtime + 2
     os.utime(pairs, (later, later))
     assert main(command, []) == 0
-    assert f"warning: {pairs} was written after this set; to make the set anew, delete" in capsys.readouterr().err
+    assert f"warning: {pairs} was written after this set; to prepare the set again, delete" in capsys.readouterr().err
     pairs.unlink()  # what is complete needs its raw files no more
     assert main(command, []) == 0
-    assert "is prepared already (6 images); nothing to do" in capsys.readouterr().out
+    assert "already prepared (6 images); nothing to do" in capsys.readouterr().out
     monkeypatch.chdir(pairs.parent)
     assert main(["csv", pairs.name, *command[2:]], []) == 0  # also where its place was typed otherwise
-    assert "is prepared already (6 images); nothing to do" in capsys.readouterr().out
+    assert "already prepared (6 images); nothing to do" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "sets" / "mine" / "manifest.json").read_text())
     assert manifest["settings"]["columns"] == {"image": "ding", "caption": "spruch"}
     assert maskvlm(["data-check", str(tmp_path / "sets" / "mine"), "--workers", "1"]) == 0
@@ -100,7 +100,7 @@ def test_a_name_that_is_a_word_of_its_own_is_told(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["csv", str(pairs), "--out", str(tmp_path / "coco"), "--workers", "1", *COLUMNS], []) == 0
-    note = "note: data=coco still means the set of conf/data/coco.yaml, not this one"
+    note = "note: data=coco still refers to the set of conf/data/coco.yaml, not this one"
     assert note in capsys.readouterr().out
 
 
@@ -122,15 +122,15 @@ def test_the_folder_of_sets_is_named_by_the_environment(
         (["csv", "RAW", "--side", "big"], "maskvlm data: argument --side: invalid int value"),
         (
             ["csv", "RAW", "--columns", "image"],
-            "--columns: 'image' is not ROLE=COLUMN. Roles are: image, caption, id, split",
+            "--columns: 'image' is not ROLE=COLUMN. Available roles: image, caption, id, split",
         ),
         (["csv", "RAW", "--columns", "picture=x"], "--columns: 'picture=x' is not ROLE=COLUMN"),
         (["csv"], "data: raw= is missing. maskvlm data csv raw=FILE.csv."),
         (["csv", "RAW", "--colums", "a"], "unrecognized arguments: --colums a (did you mean --columns?)"),
         (["csv", "RAW", "--workers", "0"], "--workers: 0 is not from 1 to 1024"),
-        (["csv", "RAW", "--out", "PARENT"], "RAW lies in the folder that is to be made"),
-        (["folder", "PARENT", "--out", "PARENT/set"], "lies in RAW and would be read as a part of it"),
-        (["folder", "PARENT", "--out", "PARENT"], "RAW lies in the folder that is to be made"),
+        (["csv", "RAW", "--out", "PARENT"], "RAW is inside the folder to be created"),
+        (["folder", "PARENT", "--out", "PARENT/set"], "is inside RAW and would be read as part of it"),
+        (["folder", "PARENT", "--out", "PARENT"], "RAW is inside the folder to be created"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -187,11 +187,11 @@ def test_a_prepared_set_needs_no_file_of_its_own(
     assert "conf/data/coco.yaml" in stack(DATA="coco")
     assert "--data.source.root" not in stack(DATA="coco")
     with pytest.raises(
-        UserError, match=f"data=half: no such data set. There are: .*prepared in {tmp_path}/s p: coco, mine"
+        UserError, match=f"data=half: no such data set. Available: .*prepared in {tmp_path}/s p: coco, mine"
     ):
         stack(DATA="half")
     (tmp_path / "s p" / "half" / "first-look.png").touch()
-    with pytest.raises(UserError, match=r"data=half: was only looked at \(.*\. Prepare it: the same `maskvlm data"):
+    with pytest.raises(UserError, match=r"data=half: was only previewed \(.*\. Prepare it: the same `maskvlm data"):
         stack(DATA="half")
     (tmp_path / "s p" / "half" / ".making").mkdir()
     with pytest.raises(UserError, match=r"data=half: is not finished\. Run the same `maskvlm data` again"):

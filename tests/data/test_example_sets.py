@@ -231,7 +231,7 @@ def test_a_label_outside_the_classes_names_its_row(collate: CollateExamples) -> 
     with pytest.raises(UserError) as caught:
         collate([data[0], data[1]])
     assert str(caught.value) == (
-        "toy.json:1: label 'pink' is none of the 3 classes (red, green, blue). Mend or remove the row."
+        "toy.json:1: label 'pink' is none of the 3 classes (red, green, blue). Fix or remove the row."
     )
     assert caught.value.code == ExitCode.BAD_DATA
     many = CollateExamples(collate.captioner, Questions(names=tuple(f"l{n}" for n in range(20))))

@@ -67,8 +67,8 @@ def test_lines_are_numbered_as_an_editor_does(tmp_path: Path) -> None:
         (b'{"a": "\xff"}', "x.jsonl:2: not UTF-8 text (byte 7)"),
         (b"[" * 200_000, "x.jsonl:2: nested too deeply for JSON data"),
         (b'{"a": ' + b"1" * 5000 + b"}", "x.jsonl:2: not JSON (a number is too long)"),
-        (b"[1]", "x.jsonl:2: list where a JSON object belongs. One object a line is needed."),
-        (b"null", "x.jsonl:2: NoneType where"),
+        (b"[1]", "x.jsonl:2: list instead of a JSON object. Write one object per line."),
+        (b"null", "x.jsonl:2: NoneType instead of"),
         (b"{} {}", "x.jsonl:2: not JSON (column 4: Extra data)"),
     ],
 )
@@ -118,7 +118,7 @@ def test_the_digest_follows_contents_and_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "kind", "message"),
     [
-        ([], int, "list where an object with 'key' belongs"),
+        ([], int, "list instead of an object with 'key'"),
         ({}, int, "key 'key' is missing"),
         ({"key": "3"}, int, "'key' is str instead of int"),
         ({"key": True}, int, "'key' is bool instead of int"),

@@ -78,7 +78,7 @@ def test_columns_and_ids_follow_the_rows(root: Path) -> None:
 def test_what_two_sets_share_is_told_and_kept(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = mixed(root, coco=1.0, vg=1.0)
     output = capsys.readouterr().out
-    assert "mix of 35 rows an epoch: coco 20, vg 15" in output
+    assert "mix of 35 rows per epoch: coco 20, vg 15" in output
     assert "5 images are in coco and in vg: kept in both" in output
     assert pairs.shared() == {("coco", "vg"): 5}
 
@@ -119,9 +119,9 @@ def test_a_weight_that_shows_nothing_is_refused(weight: float) -> None:
 
 
 def test_a_weight_too_small_for_its_set_is_refused(root: Path) -> None:
-    with pytest.raises(UserError, match=r"sets.vg: weight 0.01 leaves none"):
+    with pytest.raises(UserError, match=r"sets.vg: weight 0.01 leaves it no images"):
         mixed(root, coco=1.0, vg=0.01)
-    with pytest.raises(UserError, match="no data set is named"):
+    with pytest.raises(UserError, match="no data set was given"):
         Mix({}, "coco")
 
 

@@ -144,7 +144,7 @@ def test_evaluation_never_skips() -> None:
     data = evaluation({"image": b"no image"}, {"captions": ["", "\n"]})
     with pytest.raises(BadImage, match="toy:0"):
         data[0]
-    with pytest.raises(UserError, match="toy:1: no caption with words") as raised:
+    with pytest.raises(UserError, match="toy:1: no caption has any words") as raised:
         data[1]
     assert raised.value.code == ExitCode.BAD_DATA
 

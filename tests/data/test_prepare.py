@@ -366,7 +366,7 @@ def test_who_is_refused_leaves_the_plan_of_the_one_at_work(tmp_path: Path) -> No
     make_room(root)
     with locked(root):
         claim_set(root, plan())
-        with pytest.raises(UserError, match="another process prepares this set"):
+        with pytest.raises(UserError, match="another process is preparing this set"):
             make(root, ROWS, side=40)
         assert json.loads((root / MAKING / "plan.json").read_text()) == plan().card()
 
@@ -383,7 +383,7 @@ def test_an_unfinished_set_of_other_settings_is_not_gone_on_with(tmp_path: Path)
 
 def test_a_folder_with_other_files_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="holds other files than a prepared set"):
+    with pytest.raises(UserError, match="holds files that are not part of a prepared set"):
         make(tmp_path, ROWS)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
     (tmp_path / "thesis.txt").rename(tmp_path / "first-look.png")  # of a first look
@@ -410,7 +410,7 @@ def test_nothing_usable_says_why_and_leaves_nothing(tmp_path: Path) -> None:
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     (tmp_path / MAKING).mkdir()
-    with locked(tmp_path), pytest.raises(UserError, match="another process prepares this set"), locked(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match="another process is preparing this set"), locked(tmp_path):
         pass
     with locked(tmp_path):
         pass
@@ -466,7 +466,7 @@ def test_a_process_that_is_killed_is_one_line(tmp_path: Path) -> None:
             yield from ROWS[4:]
 
     with pytest.raises(
-        UserError, match="a process of the preparation was killed, perhaps for want of memory"
+        UserError, match="a process of the preparation was killed, perhaps because memory ran out"
     ) as caught:
         prepare(Killing(ROWS), plan(), tmp_path / "toy", 1, lambda line: None)
     assert caught.value.code == ExitCode.IO_ERROR

@@ -165,7 +165,7 @@ def test_an_unfinished_set_says_how_to_go_on(tmp_path: Path) -> None:
 
 def test_a_split_that_is_not_there_lists_those_that_are(toy: Path) -> None:
     error = error_of(toy, "test")
-    assert f"{toy}: no split 'test' (there is train with 11 images, val with 2 images)" in str(error)
+    assert f"{toy}: no split 'test' (available: train with 11 images, val with 2 images)" in str(error)
     assert "or name another split" in str(error)
     assert error.code == ExitCode.MISSING_INPUT
 
@@ -206,7 +206,7 @@ def test_a_changed_shard_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data-00000\.arrow: cannot be read"):
         Prepared(str(root)).split("train")[0]
     shard.unlink()
-    assert "data-00000.arrow: is not there, but in the manifest" in str(error_of(root))
+    assert "data-00000.arrow: is missing, but the manifest lists it" in str(error_of(root))
 
 
 # ------------------------------------------------------------------ held out
@@ -215,11 +215,14 @@ def test_a_changed_shard_is_named(tmp_path: Path) -> None:
 def test_a_set_without_validation_holds_a_part_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "toy"
     make(root, [row(number) for number in range(40)])
-    assert "set data.source.hold_out to take a part of train for it" in str(error_of(root, "val"))
+    assert "set data.source.hold_out to hold out part of train for it" in str(error_of(root, "val"))
     source = Prepared(str(root), hold_out=1000)
     train, val = source.split("train"), source.split("val")
     assert (len(train), len(val)) == (38, 2)  # a twentieth
-    assert f"{root} has no val split: 2 of its 40 images are held out of training for it" in capsys.readouterr().out
+    assert (
+        f"{root} has no val split: 2 of its 40 images are held out of training as its validation split"
+        in capsys.readouterr().out
+    )
     ids = [*train.image_ids(), *val.image_ids()]
     assert sorted(ids) == sorted(f"toy {number}" for number in range(40))
     assert [val[index]["image_id"] for index in range(2)] == [*val.image_ids()]
@@ -228,7 +231,7 @@ def test_a_set_without_validation_holds_a_part_out(tmp_path: Path, capsys: pytes
     make(tmp_path / "more", [row(number) for number in range(39, -1, -1)])
     again = Prepared(str(tmp_path / "more"), hold_out=1000).split("val")
     assert {*again.image_ids()} == {*val.image_ids()}
-    with pytest.raises(UserError, match=r"no split 'test'.* or take val, a part of train that is held out"):
+    with pytest.raises(UserError, match=r"no split 'test'.* or use val, which is held out of train"):
         source.split("test")
     assert pickle.loads(pickle.dumps(val))[1] == val[1]
 

@@ -479,7 +479,7 @@ def test_a_set_that_the_hub_does_not_have_is_one_line(tmp_path: Path, own_cache:
 
 
 def test_a_set_that_there_is_not_is_suggested() -> None:
-    with pytest.raises(UserError, match=r"there is no set 'flickr30'\. Did you mean flickr30k\? Take one of coco, "):
+    with pytest.raises(UserError, match=r"there is no set 'flickr30'\. Did you mean flickr30k\? Use one of coco, "):
         open_raw("flickr30", ".")
 
 

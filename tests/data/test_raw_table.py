@@ -242,23 +242,23 @@ def test_why_a_name_is_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "x.csv: is empty. It needs a header and a row for each text."),
+        (b"", "x.csv: is empty. It needs a header and one row per text."),
         (b"\n\n", "is empty"),
         (b"\xff\xfei\x00m\x00", "UTF-16 text. Save it as UTF-8"),
-        (b"a,b\xe9\nx,y\n", "x.csv:1: not UTF-8 text (byte 3 is no UTF-8). Save the file as UTF-8."),
+        (b"a,b\xe9\nx,y\n", "x.csv:1: not UTF-8 text (byte 3 is not UTF-8). Save the file as UTF-8."),
         (b"a\x00b\n", "x.csv:1: null bytes"),
         (b'"image,caption\n', "x.csv:1: the names of the columns cannot be read"),
         (
             b"name,words\na,b\n",
-            "no column for the image and none for the caption (there are 'name', 'words'). Name one of them 'image' "
-            "and another 'caption', or say which it is: --columns image=NAME,caption=NAME (make: ARGS=).",
+            "no column for the image and none for the caption (available: 'name', 'words'). Name one of them 'image' "
+            "and another 'caption', or give it: --columns image=NAME,caption=NAME (make: ARGS=).",
         ),
         (
             b"Datei;Worte\na.jpg;Stra\xdfe\n",
-            "x.csv:2: is not UTF-8 text; and no column for the image and none for the caption (there are 'Datei', "
+            "x.csv:2: is not UTF-8 text; and no column for the image and none for the caption (available: 'Datei', "
             "'Worte'). Save the file as UTF-8. Name one of them",
         ),
-        (b"image,words\na,b\n", "no column for the caption (there are 'image', 'words')"),
+        (b"image,words\na,b\n", "no column for the caption (available: 'image', 'words')"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -271,7 +271,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, content: bytes, 
 
 def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg")
-    with pytest.raises(UserError, match=r"no column 'captoin' \(there are 'image', 'caption'\)\. Take 'caption'"):
+    with pytest.raises(UserError, match=r"no column 'captoin' \(available: 'image', 'caption'\)\. Take 'caption'"):
         read(tmp_path / "x.csv", "image,caption\na.jpg,one\n", caption="captoin")
     (row,) = read(tmp_path / "x.csv", "photo,caption,note\na.jpg,one,two\n", caption="note")
     assert isinstance(row, RawRow)
@@ -318,7 +318,7 @@ def test_json_lines_with_one_caption_or_several(tmp_path: Path) -> None:
 
 
 def test_json_without_a_caption_anywhere_lists_its_keys(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"x\.jsonl:1: no column for the caption \(there are 'image', 'words'\)"):
+    with pytest.raises(UserError, match=r"x\.jsonl:1: no column for the caption \(available: 'image', 'words'\)"):
         read(tmp_path / "x.jsonl", '{"image": "a.jpg", "words": "one"}\n' * 3, "jsonl")
 
 

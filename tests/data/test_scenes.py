@@ -257,7 +257,7 @@ def test_counts_and_sizes_must_be_positive(arguments: dict[str, int], where: str
 
 
 def test_an_unknown_split_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"no split 'dev'\. The splits are train, val, test"):
+    with pytest.raises(UserError, match=r"no split 'dev'\. Available: train, val, test"):
         Scenes().split("dev")
 
 

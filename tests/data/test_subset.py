@@ -142,11 +142,11 @@ def test_a_set_that_names_each_image_once_for_all_its_rows_has_no_ids_by_row() -
 @pytest.mark.parametrize(
     ("pairs", "fraction", "message"),
     [
-        (known(4), 0.0, "data.fraction: 0.0 is no part"),
-        (known(4), 1.5, "1.5 is no part"),
-        (known(4), float("nan"), "nan is no part"),
-        (known(4), 0.1, "0.1 of 4 images is none"),
-        (Rows([row(0)]), 0.5, "does not tell its images' ids"),
+        (known(4), 0.0, "data.fraction: 0.0 is out of range"),
+        (known(4), 1.5, "1.5 is out of range"),
+        (known(4), float("nan"), "nan is out of range"),
+        (known(4), 0.1, "0.1 of 4 images leaves none"),
+        (Rows([row(0)]), 0.5, "cannot list its image ids"),
     ],
 )
 def test_a_part_that_cannot_be_taken_is_one_line(pairs: Any, fraction: float, message: str) -> None:

@@ -87,7 +87,7 @@ def test_an_id_must_not_stand_there_twice() -> None:
     with pytest.raises(UserError) as caught:
         rows.add(place=7, id="e1", images=[], text="c", answers=[])
     assert str(caught.value) == (
-        "folder/toy.jsonl:7: pairID 'e1' stands there twice, first at toy.jsonl:2. Keep one of the two rows."
+        "folder/toy.jsonl:7: pairID 'e1' appears twice, first at toy.jsonl:2. Keep one of the two rows."
     )
     assert "e1" in rows
     assert "e2" not in rows
@@ -171,7 +171,7 @@ def test_images_none_of_which_is_named_are_an_error_whatever_is_allowed(tmp_path
 
 def test_nothing_left_says_why(tmp_path: Path) -> None:
     drop = {"too easy": np.array([True, False])}
-    with pytest.raises(UserError, match=r"no example is left \(empty text: 1, too easy: 1\)"):
+    with pytest.raises(UserError, match=r"no examples are left \(empty text: 1, too easy: 1\)"):
         choose_rows(stored(rows_of("a", ""), tmp_path), ORIGIN, "train", images_of("0-0", "1-0"), 1.0, drop)
 
 

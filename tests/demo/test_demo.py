@@ -149,7 +149,7 @@ def test_every_word_is_escaped(models: Models) -> None:
 
 @pytest.mark.parametrize("number", [None, "1", [1, 1], -1, 9, 1e9, 1.0, True, float("nan")])
 def test_a_click_beside_the_image_is_a_mistake(number: Any) -> None:
-    with pytest.raises(UserError, match="no place of the image"):
+    with pytest.raises(UserError, match="not a patch of the image"):
         answers.turned(answers.empty((3, 3)), number)
 
 
@@ -414,8 +414,8 @@ def test_strange_texts_are_answered_or_refused_in_one_line(asker: Asker) -> None
     assert "1,000" in line_of(asker.ask("match", image=image, texts=many))
     assert "lines" in line_of(asker.ask("match", image=image, texts="a\n" * 100))
     assert "no word" in line_of(asker.ask("find", query="\u200b"))
-    assert "no place of the image" in line_of(asker.ask("board", "click", {"index": 10**6}))
-    assert "none of that number" in line_of(asker.ask("examples", "click", {"index": 10**6}))
+    assert "not a patch of the image" in line_of(asker.ask("board", "click", {"index": 10**6}))
+    assert "no such example" in line_of(asker.ask("examples", "click", {"index": 10**6}))
     for strange in (None, 5, {"a": 1}, ["x"], "\ud83d", "\x00"):
         assert "Traceback" not in asker.ask("match", image=image, texts=strange)
 

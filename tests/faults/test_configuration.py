@@ -158,9 +158,9 @@ def test_a_tag_that_asks_for_more_than_plain_values_is_refused(build: Build, tex
     [
         ("a: 1\na: 2", "the key a is given twice"),
         ("1: a\n0x1: b", "the key 1 is given twice"),
-        ("b: [0.9, 0.9:]", "the key 0.9 is no text"),
-        ("[a]: 1", "the key that is a sequence is no text"),
-        ("true: 1", "the key true is no text"),
+        ("b: [0.9, 0.9:]", "the key 0.9 is not text"),
+        ("[a]: 1", "the key that is a sequence is not text"),
+        ("true: 1", "the key true is not text"),
     ],
 )
 def test_a_key_is_a_text_given_once(build: Build, text: str, message: str) -> None:
@@ -176,7 +176,7 @@ def test_a_key_is_a_text_given_once(build: Build, text: str, message: str) -> No
         ("a: !!bool maybe", "maybe is not what its tag bool says"),
         ("a: !!null x", "x is not what its tag null says"),
         ("a: !!seq {b: 1}", "does not fit its value"),
-        ("a: 0b_", "0b_ is no number"),
+        ("a: 0b_", "0b_ is not a number"),
         ("a: 1e999", "the number 1e999 is out of range"),
         ("a: " + "9" * 5000, r"the number 9{60}\.\.\. \(5000 characters\) is out of range"),
         ("a: " + ":".join(["1"] * 5000), "is out of range"),
@@ -268,7 +268,7 @@ def test_a_pipe_a_device_and_a_folder_are_no_configuration(build: Build, tmp_pat
             read_config_file(name)
         end.cancel()
         assert (caught.value.where, caught.value.code) == (name, ExitCode.MISSING_INPUT)
-        assert caught.value.what == "is no file but a folder, pipe or device"
+        assert caught.value.what == "is a folder, pipe or device, not a file"
 
 
 def test_files_that_are_not_there_too_large_or_no_text(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_files_that_are_not_there_too_large_or_no_text(tmp_path: Path) -> None:
 def test_keys_that_the_parser_keeps_for_itself_are_refused(build: Build, tmp_path: Path) -> None:
     for number, text in enumerate(("__path__: x", "a:\n  - {b.__class__: 1}", "model: {class_path: [x]}")):
         (tmp_path / f"{number}.yaml").write_text(text)
-        with pytest.raises(UserError, match=r"is not for files|class_path is no text"):
+        with pytest.raises(UserError, match=r"is not allowed in files|class_path is not text"):
             read_config_file(str(tmp_path / f"{number}.yaml"))
 
 
@@ -318,7 +318,7 @@ def test_keys_that_the_parser_keeps_for_itself_are_refused(build: Build, tmp_pat
 )
 def test_only_the_environment_is_filled_in(build: Build, fails: Callable[..., UserError], text: str) -> None:
     error = fails(text=f"ckpt_path: '{text}'\n")
-    assert "asks for more than an environment variable" in error.what
+    assert "uses more than an environment variable" in error.what
     assert error.code == ExitCode.REFUSED
 
 
@@ -375,8 +375,8 @@ def test_the_environment_sets_no_key(
 
 @pytest.mark.guard("maskvlm.config.given_options:check_words")
 def test_words_that_no_file_could_hold_are_refused(build: Build, fails: Callable[..., UserError]) -> None:
-    assert fails("--run", "\udcff").what == "is no plain UTF-8 text"
-    assert fails("--run", "a\x1b[2J").what == "is no plain UTF-8 text"
+    assert fails("--run", "\udcff").what == "is not plain UTF-8 text"
+    assert fails("--run", "a\x1b[2J").what == "is not plain UTF-8 text"
     assert fails("--run", "x" * 100_001).code == ExitCode.REFUSED
 
 

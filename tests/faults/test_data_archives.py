@@ -60,7 +60,7 @@ def test_packed_archives_that_were_joined_too(pack: Callable[[bytes], bytes]) ->
 @pytest.mark.guard("maskvlm.data.raw.archive:Forward.rest", gives="(0, b'')")
 def test_what_follows_the_end_marker_and_is_no_archive_is_told_with_its_size(build: Build) -> None:
     names, (entry,) = read(ONE + b"x" * 1300)
-    what = f"1,300 bytes that are no archive follow its end, from byte {len(ONE):,} on; what is before it was read"
+    what = f"1,300 bytes that are not an archive follow its end, from byte {len(ONE):,} on; what is before it was read"
     assert (names, entry.problem) == (["a1", "a2", "a3"], ("data after the end marker", what))
 
 

@@ -53,7 +53,7 @@ def test_a_set_that_is_no_file_is_one_line(name: str, tmp_path: Path, capsys: Ca
     ):
         words = ["data", name, str(tmp_path / place), "--out", str(tmp_path / "out"), "--workers", "1"]
         assert main(words) == ExitCode.MISSING_INPUT
-        assert f"is {kind}, no file" in line(capsys)
+        assert f"is {kind}, not a file" in line(capsys)
     address.close()
 
 
@@ -229,7 +229,7 @@ def test_names_that_nothing_can_have_are_one_line(name: str, tmp_path: Path, cap
 def test_a_set_is_called_by_a_plain_name(name: str, tmp_path: Path, capsys: Captured) -> None:
     raw = write(tmp_path / "raw", TOYS["csv"][1]())
     assert main(["data", "csv", str(raw), "--out", str(tmp_path / name)]) == ExitCode.CANNOT_CREATE
-    assert "is no plain name" in line(capsys)
+    assert "is not a plain name" in line(capsys)
 
 
 def test_a_name_that_is_no_text_is_one_line(tmp_path: Path, capsys: Captured) -> None:

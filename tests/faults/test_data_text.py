@@ -86,7 +86,7 @@ def test_a_row_with_a_doubled_key_is_told_and_the_next_is_read(tmp_path: Path, b
 def test_doubled_keys_of_documents_members_and_annotations_are_told(tmp_path: Path, build: Build) -> None:
     twice = b'{"images": [], "images": []}'
     write(tmp_path / "coco", {"dataset_coco.json": twice})
-    with pytest.raises(UserError, match="key 'images' stands there twice") as raised:
+    with pytest.raises(UserError, match="key 'images' appears twice") as raised:
         rows("coco", tmp_path / "coco")
     assert raised.value.code == ExitCode.BAD_DATA
     good = TOYS["flickr8k"][1]()
@@ -95,7 +95,7 @@ def test_doubled_keys_of_documents_members_and_annotations_are_told(tmp_path: Pa
     files = {"0.jpg": IMAGES[0], "0.txt": b"a", "0.json": b'{"key": "0", "key": "1"}'}
     assert rows("webdataset", write(tmp_path / "w", files)) == ([], ["not JSON"])
     (tmp_path / "a.json").write_text('{"annotations": [{"question_id": 1, "question_id": 2}]}')
-    with pytest.raises(UserError, match=r"annotations\[0\]: key 'question_id' stands there twice"):
+    with pytest.raises(UserError, match=r"annotations\[0\]: key 'question_id' appears twice"):
         [*read_annotations(tmp_path / "a.json")]
 
 
@@ -104,7 +104,7 @@ def test_what_is_no_number_of_json_is_none(build: Build) -> None:
     for name in ("NaN", "Infinity", "-Infinity"):
         value = parse_json(f'{{"a": {name}}}')["a"]
         assert isinstance(value, BadJson)
-        assert str(value) == f"{name} is no number of JSON"
+        assert str(value) == f"{name} is not a JSON number"
 
 
 @pytest.mark.guard("maskvlm.data.strict_json:checked", gives="args[0]")
@@ -118,7 +118,7 @@ def test_depth_is_one_line_before_the_stack_ends(build: Build) -> None:
 def test_many_keys_of_which_one_is_doubled_take_no_time() -> None:
     text = json.dumps({f"k{number}": 0 for number in range(200_000)})[:-1] + ', "k0": 1}'
     started = time.monotonic()
-    assert str(parse_json(text)) == "key 'k0' stands there twice"
+    assert str(parse_json(text)) == "key 'k0' appears twice"
     assert time.monotonic() - started < 5
 
 

@@ -57,7 +57,7 @@ def test_it_is_told_and_stops_above_the_bound(
     output = capsys.readouterr().out
     assert output.startswith("unknown words in the training texts: mine 45.5 % (")
     assert "كلب" in output
-    assert output.endswith("); they stay unknown, as the tokenizer is the model's\n")
+    assert output.endswith("); they remain unknown, because the tokenizer comes from the model\n")
     with pytest.raises(
         UserError, match=r"data.source \(mine\): the tokenizer does not know 45 % of 11 words"
     ) as raised:
@@ -81,7 +81,7 @@ def test_words_that_are_only_spelt_are_told(captioner: Captioner, capsys: pytest
     split = Two({"coco": [ENGLISH] * 3, "mine": [ENGLISH, "gods tend"]})
     assert spelt_shares(split, captioner, unknown_shares(split, captioner)) == {"coco": 0.0, "mine": 2 / 8}
     check_unknown(split, captioner, 0.5)
-    message = "words of the training texts that the tokenizer only spells, letter by letter: mine 25 %\n"
+    message = "words of the training texts that the tokenizer splits into single letters: mine 25 %\n"
     assert capsys.readouterr().out == message
 
 

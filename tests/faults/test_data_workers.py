@@ -57,12 +57,12 @@ def test_a_worker_that_meets_a_bus_error(forks: Forks, tmp_path: Path, build: Bu
     code, lines = run(forks, tmp_path, build, "bus error")
     assert code == ExitCode.IO_ERROR
     assert SAMPLE in lines[-1]
-    assert "/dev/shm is full, or a file became shorter" in lines[-1]
+    assert "/dev/shm is full, or a file was truncated" in lines[-1]
 
 
 @pytest.mark.guard(LOST)
 def test_a_worker_that_hangs(forks: Forks, tmp_path: Path, build: Build) -> None:
-    one_line(run(forks, tmp_path, build, "hangs"), "no batch came within 2 s", "has been at")
+    one_line(run(forks, tmp_path, build, "hangs"), "no batch arrived within 2 s", "has been at")
 
 
 HANGS = """
@@ -106,7 +106,7 @@ def test_the_signal_is_told_where_torch_hides_it_in_the_cause() -> None:
     hidden.__cause__ = RuntimeError(message)
     line = user_line(hidden)
     assert line is not None
-    assert "met a bus error at an unknown sample: /dev/shm is full, or a file became shorter" in line.text
+    assert "met a bus error at an unknown sample: /dev/shm is full, or a file was truncated" in line.text
 
 
 @pytest.mark.guard("maskvlm.data.workers:end_workers")
@@ -123,7 +123,7 @@ def test_a_process_ends_though_a_worker_hangs(tmp_path: Path, build: Build) -> N
         except subprocess.TimeoutExpired:
             code = None
             process.kill()
-    assert line.startswith("data workers: no batch came within 2 s; process ")
+    assert line.startswith("data workers: no batch arrived within 2 s; process ")
     assert code == 7
 
 
@@ -186,7 +186,7 @@ def test_shared_memory_that_is_full_in_mid_run(confined: Forks, tmp_path: Path, 
     ("why", "what", "todo"),
     [
         ("unable to allocate shared memory(shm) for file </torch_1>", "/dev/shm is full", LARGER),
-        ("Too many open files", "it could not hand over a batch: Too many open files", ALONE),
+        ("Too many open files", "it could not pass on a batch: Too many open files", ALONE),
     ],
 )
 def test_a_batch_that_cannot_be_handed_over(why: str, what: str, todo: str, monkeypatch: pytest.MonkeyPatch) -> None:

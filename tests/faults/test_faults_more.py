@@ -70,8 +70,8 @@ def test_a_run_does_not_go_on_with_another_tokenizer_of_the_same_size(
     ("version", "message"),
     [
         ("9.9.9", "its state was written by Lightning 9.9.9, this is "),
-        ("not a version", "tells no version of Lightning ('not a version')"),
-        (None, "tells no version of Lightning ('')"),
+        ("not a version", "does not give a version of Lightning ('not a version')"),
+        (None, "does not give a version of Lightning ('')"),
     ],
 )
 def test_the_state_of_a_later_lightning_is_refused(

@@ -106,7 +106,7 @@ def test_lightnings_own_launcher_says_who_was_lost(tmp_path: Path, build: Build)
     assert code == ExitCode.UNAVAILABLE
     assert output.count("error: ") == 1
     assert "rank 1 (" in output
-    assert "was lost: killed" in output
+    assert "was lost: it was killed" in output
 
 
 SRUN = """#!{python}

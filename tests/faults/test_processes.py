@@ -72,8 +72,8 @@ def one_is_killed(forks: Forks, tmp_path: Path, build: Build, whom: int) -> None
     assert codes[1 - whom] == ExitCode.UNAVAILABLE
     lines = other.output_lines("error: ")
     assert len(lines) == 1
-    assert f"rank {whom} ({socket.gethostname()}, process {pid}): was lost: killed" in lines[0]
-    assert lines[0].endswith(f"The same command goes on from {tmp_path / 'run' / 'last.ckpt'}.")
+    assert f"rank {whom} ({socket.gethostname()}, process {pid}): was lost: it was killed" in lines[0]
+    assert lines[0].endswith(f"The same command resumes from {tmp_path / 'run' / 'last.ckpt'}.")
 
 
 @pytest.mark.guard("maskvlm.training.process_watch:watch")
@@ -138,7 +138,7 @@ def test_a_main_thread_that_stands_still_is_named(forks: Forks, tmp_path: Path) 
     lines = [line for child in started for line in child.output_lines("error: ")]
     assert len(lines) == 1
     assert "rank 1 (" in lines[0]
-    assert "stands still after batch " in lines[0]
+    assert "is stuck after batch " in lines[0]
     assert "in <lambda>" in (tmp_path / "run" / "stacks-rank1.txt").read_text()
 
 
@@ -211,7 +211,7 @@ def test_a_card_whose_cuda_does_not_start_is_told_of(
     for built, accelerator, warned in (("12.8", "auto", True), ("12.8", "cpu", False), (None, "auto", False)):
         monkeypatch.setattr(torch.version, "cuda", built)
         check_cards(Namespace(accelerator=accelerator, devices="auto"))
-        assert ("CUDA does not start" in capsys.readouterr().err) == warned
+        assert ("CUDA cannot be initialised" in capsys.readouterr().err) == warned
 
 
 # ---------------------------------------------------------------------- what is judged, without processes
@@ -237,7 +237,7 @@ def test_who_stands_still_is_he_that_others_wait_for(tmp_path: Path) -> None:
     lost = first.judge(3, 6)
     assert lost is not None
     assert (lost.rank, lost.code) == (1, ExitCode.UNAVAILABLE)
-    assert "stands still forward in batch 6" in str(lost)
+    assert "is stuck forward in batch 6" in str(lost)
     second.move(5, 2, "backward in batch 6")  # all at one place: nobody waits for another
     second.write()
     first.look(first.everyone())

@@ -34,7 +34,7 @@ def test_of_two_commands_one_trains_and_one_says_so(outcomes: Outcomes) -> None:
     assert two["codes"] == [0, 73]
     assert two["said"].count("\n") == 1
     assert two["said"].startswith("error: ")
-    assert f"run: another process trains here (process {two['first']} on " in two["said"]
+    assert f"run: another process is training here (process {two['first']} on " in two["said"]
     assert two["steps"] == [*range(60)]
 
 
@@ -83,7 +83,7 @@ def test_a_step_that_always_dies_is_not_tried_for_ever(outcomes: Outcomes) -> No
 def test_after_two_failures_it_goes_on_from_the_checkpoint_before(outcomes: Outcomes) -> None:
     from_last = outcomes["crashing"]["from_last"]
     assert from_last["codes"] == [70, 70, 0]
-    assert "died 2 times in step 11; going on from previous.ckpt" in from_last["said"][2][0]
+    assert "died 2 times in step 11; resuming from previous.ckpt" in from_last["said"][2][0]
     assert from_last["steps"] == [*range(12)]
 
 
@@ -107,7 +107,7 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(outcomes: Outcomes) -> N
     """Row 22."""
     code, lines = outcomes["damaged"]["all torn"]
     assert code == 77
-    assert "none of its 2 checkpoints is whole" in lines[-1]
+    assert "all 2 checkpoints are damaged" in lines[-1]
 
 
 def test_damaged_records_and_a_torn_checkpoint_do_not_stop_a_run(outcomes: Outcomes) -> None:
@@ -115,7 +115,7 @@ def test_damaged_records_and_a_torn_checkpoint_do_not_stop_a_run(outcomes: Outco
     code, lines = outcomes["damaged"]["records"]
     assert code == 0
     assert "last.ckpt: truncated" in lines[0]
-    assert "going on after step " in lines[1]
+    assert "resuming after step " in lines[1]
     assert lines[1].endswith("previous.ckpt)")
     assert len(lines) == 2
     assert outcomes["damaged"]["finished"] == 40

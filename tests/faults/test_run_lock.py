@@ -75,7 +75,7 @@ def test_the_second_is_told_who_the_first_is(
     pid, line = hold(started, tmp_path, build)
     assert line.startswith(f"held {pid} ")
     _, line = hold(started, tmp_path, build)
-    assert line.startswith(f"73 {tmp_path}: another process trains here (process {pid} on ")
+    assert line.startswith(f"73 {tmp_path}: another process is training here (process {pid} on ")
     _, line = hold(started, tmp_path / "another", build)
     assert line.startswith("held ")
 
@@ -170,7 +170,7 @@ def test_a_holder_elsewhere_that_gives_signs_of_life_is_believed(build: Build, t
         thread.join()
         mine.release()
     assert caught.value.code == ExitCode.CANNOT_CREATE
-    assert caught.value.what == "another process trains here (process 17 on far)"
+    assert caught.value.what == "another process is training here (process 17 on far)"
 
 
 def test_a_silent_holder_elsewhere_is_taken_for_dead(tmp_path: Path, quick: None) -> None:
@@ -205,7 +205,7 @@ def test_without_locks_of_the_kernel_signs_of_life_decide(tmp_path: Path, quick:
     first, second = RunLock(), RunLock()
     with without("maskvlm.utils.lock:flock", "None"):
         first.take(tmp_path)
-        with pytest.raises(UserError, match=f"another process trains here .process {os.getpid()} on "):
+        with pytest.raises(UserError, match=f"another process is training here .process {os.getpid()} on "):
             second.take(tmp_path)
         first.release()
         second.take(tmp_path)
@@ -232,7 +232,7 @@ def test_who_was_taken_for_dead_and_wakes_stops(build: Build, tmp_path: Path, qu
     until = time.monotonic() + 5
     while mine.rival is None and time.monotonic() < until:
         time.sleep(0.02)
-    with pytest.raises(UserError, match=r"another process trains here \(process 17 on far\)"):
+    with pytest.raises(UserError, match=r"another process is training here \(process 17 on far\)"):
         mine.check()
     mine.release()
     assert read_holder(tmp_path / NAME) == elsewhere(tmp_path)  # the other's statement stays
@@ -265,7 +265,7 @@ def test_a_file_that_was_withdrawn_locks_nothing(tmp_path: Path, monkeypatch: py
     second.take(tmp_path)
     monkeypatch.setattr(os, "open", original)
     assert len(opened) >= 2
-    with pytest.raises(UserError, match="another process trains here"):
+    with pytest.raises(UserError, match="another process is training here"):
         third.take(tmp_path)
     second.withdraw()
     assert [*tmp_path.iterdir()] == []

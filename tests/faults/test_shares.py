@@ -33,7 +33,9 @@ def test_training_batches_are_even_in_all_processes(world: int, each: int, size:
 @pytest.mark.guard("maskvlm.data.sampler:check_share")
 @pytest.mark.parametrize(("batch", "passes", "world"), [(8, 1, 3), (8, 3, 2), (2, 2, 2), (6, 4, 1)])
 def test_a_batch_that_cannot_be_shared_is_refused(batch: int, passes: int, world: int, build: Build) -> None:
-    with pytest.raises(UserError, match=f"{batch} pairs cannot be shared by {world} processes x {passes} accumulated"):
+    with pytest.raises(
+        UserError, match=f"{batch} pairs cannot be split evenly among {world} processes x {passes} accumulated"
+    ):
         check_share(batch, passes, world)
 
 

@@ -303,7 +303,7 @@ def test_a_difference_leaves_nothing(
     monkeypatch.setattr(export, "save_program", lambda part, example, longest, path, *_: path.write_text("half"))
     monkeypatch.setattr(export, "difference", lambda *_: wrong)
     message = (
-        f"image_encoder.onnx: differs from torch by {wrong:.1e}, more than 1e-04, and nothing is written. "
+        f"image_encoder.onnx: differs from torch by {wrong:.1e}, more than 1e-04; nothing was written. "
         "Try another --format or --opset."
     )
     refused(ExitCode.CANNOT_CREATE, message, lambda: export.export(model, tmp_path / "new"))
@@ -326,7 +326,7 @@ def test_a_checkpoint_without_these_heads(tmp_path: Path) -> None:
     saved(tmp_path / "tuned.ckpt", "entailment")
     message = (
         f"{tmp_path / 'tuned.ckpt'}: this checkpoint, of Entailment, has heads neither for contrast nor for matching. "
-        "Take one of pre-training or of retrieval."
+        "Use one of pre-training or of retrieval."
     )
     refused(ExitCode.BAD_DATA, message, lambda: command(tmp_path / "tuned.ckpt", tmp_path / "new"))
     assert [each.name for each in tmp_path.iterdir() if each.suffix != ".sha256"] == ["tuned.ckpt"]
@@ -346,7 +346,7 @@ def test_heads_that_are_not_there_are_left_out(tmp_path: Path) -> None:
 
 def test_a_folder_with_something_in_it_is_left_alone(path: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    message = "is there already. Name another one."
+    message = "already exists. Name another one."
     refused(ExitCode.CANNOT_CREATE, f"{tmp_path}: {message}", lambda: command(path, tmp_path))
     file = tmp_path / "notes.txt"
     refused(ExitCode.CANNOT_CREATE, f"{file}: {message}", lambda: command(path, file))
@@ -383,7 +383,7 @@ def test_without_onnxruntime_it_says_that_nothing_was_measured(
     report["files"]["image_encoder"]["max_difference"] = difference
     first, *_ = export.export_lines(onnx_folder, report)
     assert first == (
-        f"{onnx_folder / 'image_encoder.onnx'}: not compared with torch, as onnxruntime is not installed "
+        f"{onnx_folder / 'image_encoder.onnx'}: not compared with torch, because onnxruntime is not installed "
         "(pip install onnxruntime)"
     )
 
@@ -391,7 +391,7 @@ def test_without_onnxruntime_it_says_that_nothing_was_measured(
 def test_another_precision(path: Path, parts: Any, tmp_path: Path) -> None:
     half = PretrainedMaskVLM.from_pretrained(path, dtype=torch.bfloat16)
     message = (
-        "export: torch.bfloat16 on cpu, but float32 on the CPU alone is exported. "
+        "export: torch.bfloat16 on cpu, but only float32 on the CPU can be exported. "
         "Load the model without dtype and device."
     )
     refused(ExitCode.USAGE, message, lambda: export.export(half, tmp_path / "new"))
@@ -400,8 +400,8 @@ def test_another_precision(path: Path, parts: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--opset 17", "--opset: 17 is not written. Give 18 to 22."),
-        ("--opset 23", "--opset: 23 is not written. Give 18 to 22."),
+        ("--opset 17", "--opset: 17 is not supported. Give 18 to 22."),
+        ("--opset 23", "--opset: 23 is not supported. Give 18 to 22."),
         ("--opset 18 --format torch", "--opset: torch.export has none. Leave it out, or give --format onnx."),
         ("--format tflite", "maskvlm export: argument --format: invalid choice: 'tflite'"),
         ("--half", "maskvlm export: unrecognized arguments: --half. See maskvlm export --help."),
@@ -423,5 +423,5 @@ def test_the_model_that_comes_along_is_exported_where_none_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export.main([str(tmp_path / "new"), "--format", "torch"], []) == 0
-    assert capsys.readouterr().err.startswith("no from=: scenes-tiny is exported")
+    assert capsys.readouterr().err.startswith("no from= given: the bundled model scenes-tiny is exported")
     assert {path.stem for path in (tmp_path / "new").glob("*.pt2")} >= {"image_encoder", "text_encoder"}

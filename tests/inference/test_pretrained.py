@@ -341,7 +341,7 @@ def test_masked_words_stand_where_they_are_written(words: list[str]) -> None:
         (lambda m: m.encode_image(np.full((9, 9, 3), 3.0)), "not normalised"),
         (lambda m: m.encode_image(torch.full((3, 9, 9), float("nan"))), "not normalised"),
         (lambda m: m.encode_text(""), "no word"),
-        (lambda m: m.encode_text(7), "int is no text"),
+        (lambda m: m.encode_text(7), "int is not text"),
         (lambda m: m.match(IMAGES[:2], TEXTS), "2 images and 3 texts"),
         (lambda m: m.rank(IMAGES[0], IMAGES), "images on both sides"),
         (lambda m: m.rank("a", TEXTS), "texts on both sides"),
@@ -353,7 +353,7 @@ def test_masked_words_stand_where_they_are_written(words: list[str]) -> None:
         (lambda m: m.explain(IMAGES, TEXTS, ["a", "two"]), "2 words for 3 texts"),
         (lambda m: m.reconstruct(IMAGES[0], np.zeros((3, 3), bool), "a"), r"a mask of shape \[3, 3\]"),
         (lambda m: m.inpaint(IMAGES[0], np.zeros((4, 4), bool), "a", steps=0), "steps is 0"),
-        (lambda m: m.caption(IMAGES[0], lengths=[99]), "no length from 1 to 22"),
+        (lambda m: m.caption(IMAGES[0], lengths=[99]), "the length is not from 1 to 22"),
         (lambda m: m.rank(IMAGES[0], TEXTS, -1), "k is -1"),
     ],
 )  # fmt: skip
@@ -489,11 +489,11 @@ def test_from_pretrained_takes_device_and_precision(path: Path) -> None:
 def test_a_device_or_precision_that_is_not_there_is_one_line(path: Path) -> None:
     for settings, message, code in (
         ({"device": "nonsense"}, "device nonsense: cannot be used here", ExitCode.UNAVAILABLE),
-        ({"dtype": "nonsense"}, "dtype nonsense: is no precision", ExitCode.USAGE),
-        ({"dtype": "int8"}, "dtype int8: is no precision", ExitCode.USAGE),
-        ({"dtype": "float8_e4m3fn"}, "dtype float8_e4m3fn: is no precision", ExitCode.USAGE),
+        ({"dtype": "nonsense"}, "dtype nonsense: is not a supported precision", ExitCode.USAGE),
+        ({"dtype": "int8"}, "dtype int8: is not a supported precision", ExitCode.USAGE),
+        ({"dtype": "float8_e4m3fn"}, "dtype float8_e4m3fn: is not a supported precision", ExitCode.USAGE),
         ({"device": "meta"}, "device meta: holds no numbers", ExitCode.UNAVAILABLE),
-        ({"dtype": "nn"}, "dtype nn: is no precision", ExitCode.USAGE),
+        ({"dtype": "nn"}, "dtype nn: is not a supported precision", ExitCode.USAGE),
         ({"device": "cuda:99"}, "device cuda:99: cannot be used here", ExitCode.UNAVAILABLE),
     ):
         with pytest.raises(UserError, match=message) as caught:

@@ -240,7 +240,7 @@ def test_a_damaged_file_is_refused_before_it_is_read(copy: Path, name: str) -> N
     whole = bytearray((copy / name).read_bytes())
     whole[len(whole) // 2] ^= 1
     (copy / name).write_bytes(whole)
-    refused(lambda: SearchIndex.load(copy), ExitCode.BAD_DATA, "a file is not the one that index.json knows")
+    refused(lambda: SearchIndex.load(copy), ExitCode.BAD_DATA, "a file does not match index.json")
 
 
 def test_what_is_no_index_is_refused(copy: Path, index_dir: Path) -> None:
@@ -269,7 +269,7 @@ def test_images_that_are_gone_are_one_line(model: PretrainedMaskVLM, tmp_path: P
     photos.path(1).unlink()
     index = SearchIndex.load(tmp_path, tmp_path / "photos")
     assert len(search_index(index, model, "a circle", 3)) == 3
-    message = f"{photos.path(1)}: the images are not on disk. Bring it back, or search without --rerank and --show."
+    message = f"{photos.path(1)}: the images are not on disk. Restore it, or search without --rerank and --show."
     refused(lambda: search_index(index, model, "a circle", 3, rerank=True), ExitCode.MISSING_INPUT, message)
 
 
@@ -294,7 +294,7 @@ def test_the_commands_index_and_search_a_configured_set(
     out, named = tmp_path / "index", ["--from", str(checkpoint)]
     data = [*stack(WHERE="cpu"), "--data.source.val", "7"]
     assert make([*named, "--out", str(out), "--device", "cpu", *data], []) == 0
-    assert f"{out}: 7 images, Flat, made in " in capsys.readouterr().out
+    assert f"{out}: 7 images, Flat, built in " in capsys.readouterr().out
     assert main([*named, "--index", str(out), "a red circle", "--k", "3", "--rerank", "--json"], []) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     model, pairs = PretrainedMaskVLM.from_pretrained(checkpoint), Scenes(val=7).split("val")
@@ -325,8 +325,8 @@ def test_the_commands_index_and_search_a_configured_set(
     about = json.loads((out / "index.json").read_text())
     for spoilt, code, message in (
         ({"data": "other"}, ExitCode.BAD_DATA, "the data set is not the one of the index"),
-        ({"source": {"class_path": "stranger.Mine"}}, ExitCode.REFUSED, "is not opened unasked"),
-        ({"source": None}, ExitCode.REFUSED, "is not opened unasked"),
+        ({"source": {"class_path": "stranger.Mine"}}, ExitCode.REFUSED, "is not opened without your consent"),
+        ({"source": None}, ExitCode.REFUSED, "is not opened without your consent"),
     ):
         (out / "index.json").write_text(json.dumps(about | spoilt))
         refused(lambda: search_index(SearchIndex.load(out), model, "a red circle", 2, rerank=True), code, message)
@@ -335,7 +335,7 @@ def test_the_commands_index_and_search_a_configured_set(
     refused(lambda: main([*named, "gone.jpg"], []), ExitCode.MISSING_INPUT, "gone.jpg: no such file")
     refused(lambda: main([], []), ExitCode.USAGE, "maskvlm search: the following arguments are required")
     beside = ["--vectors", str(out / "vectors"), "--out", str(out), "--data.source.val", "8"]
-    refused(lambda: make(beside, []), ExitCode.USAGE, "--data.source.val: is of no use beside --vectors")
+    refused(lambda: make(beside, []), ExitCode.USAGE, "--data.source.val: has no effect with --vectors")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(lambda: make([*named, *data], []), ExitCode.USAGE, "index: several processes")
@@ -355,7 +355,7 @@ def test_of_several_indexes_the_newest_is_searched_and_named(
         when = (folder / "index.json").stat().st_mtime - 100 * age
         os.utime(folder / "index.json", (when, when))
         assert main(words, []) == 0
-        notes = [] if age == 0 else ["no --index: checkpoints/index-new is searched, the newest of 2"]
+        notes = [] if age == 0 else ["no --index: searching checkpoints/index-new, the newest of 2"]
         # A word of the query that the toy does not know is told, too.
         assert [line for line in capsys.readouterr().err.splitlines() if "index" in line] == notes
     assert main([*words, "--index", "checkpoints/index-old"], []) == 0
@@ -390,14 +390,16 @@ def test_all_images_of_a_set_without_splits_are_indexed(
         assert (f"note: {40 - count} images of {tmp_path / 'mine'} are in split=" in printed.err) == (split != "all")
     assert main(["--index", str(tmp_path / "all"), "a dog", "--rerank", "--images", str(tmp_path / "mine")], []) == 0
     of_files = ["--index", str(tmp_path / "all"), "a dog", "--rerank", "--images", str(tmp_path)]
-    refused(lambda: main(of_files, []), ExitCode.USAGE, "--images: is a folder of files, and the index names rows of")
+    refused(lambda: main(of_files, []), ExitCode.USAGE, "--images: is a folder of files, but the index names rows of")
     printed = capsys.readouterr()
-    assert printed.err.startswith("no from=: checkpoints/mine/best.ckpt is asked, which the index was made with\n")
+    assert printed.err.startswith(
+        "no from= given: using checkpoints/mine/best.ckpt, the checkpoint that the index was built with\n"
+    )
     assert len(printed.out.splitlines()) == 10
     refused(
         lambda: make([*named, "--split", "all", *world], []),
         ExitCode.USAGE,
-        "all is for a prepared set that has",
+        "all applies only to a prepared set that has",
     )
 
 
@@ -412,7 +414,7 @@ def test_no_place_that_an_index_names_is_opened_but_a_run_of_one_s_own(
     about = json.loads((copy / "index.json").read_text())
     (copy / "index.json").write_text(json.dumps(about | {"checkpoint": named}))
     assert checkpoint_of_index(SearchIndex.load(copy)) == "scenes-tiny"
-    assert capsys.readouterr().err.startswith("no from=: scenes-tiny is asked")
+    assert capsys.readouterr().err.startswith("no from= given: the bundled model scenes-tiny is used")
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,10 +444,10 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--split", "train"], "--split: is of no use beside --vectors"),
-        (["--no-captions"], "--no-captions: is of no use beside --vectors"),
-        (["--from", "a.ckpt"], "--from: is of no use beside --vectors"),
-        (["--exact-share", "7"], "--exact-share: 7.0 is no share"),
+        (["--split", "train"], "--split: has no effect with --vectors"),
+        (["--no-captions"], "--no-captions: has no effect with --vectors"),
+        (["--from", "a.ckpt"], "--from: has no effect with --vectors"),
+        (["--exact-share", "7"], "--exact-share: 7.0 is out of range"),
     ],
 )
 def test_what_embedding_was_told_is_not_asked_again(tmp_path: Path, words: list[str], message: str) -> None:

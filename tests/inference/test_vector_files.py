@@ -195,7 +195,7 @@ def test_two_processes_make_what_one_makes(model: PretrainedMaskVLM, photos: Pho
     start(model, photos, tmp_path / "one")
     report = start(model, photos, tmp_path / "two", (0, 2))
     assert "2 of 3 shards" in report
-    assert "the others are other processes'" in report
+    assert "the rest belong to other processes" in report
     assert photos.read[10:] == [0, 1, 2, 3, 8, 9]
     assert "3 of 3 shards" in start(model, photos, tmp_path / "two", (1, 2))
     assert content(tmp_path / "two") == content(tmp_path / "one")
@@ -253,7 +253,7 @@ def test_a_broken_image_is_left_out_counted_and_listed(
         photos.path(index).unlink()
     photos.skipped = {"no caption": ["photos 99"]}
     report = start(model, photos, folder)
-    assert "left out or mended (truncated: 1, missing: 4, no caption: 1): listed in" in report
+    assert "left out or repaired (truncated: 1, missing: 4, no caption: 1): listed in" in report
     assert rows_of(folder)["row"].to_pylist() == [0, 1, 3, 8, 9]
     assert vector_of(rows_of(folder)).shape == (5, 8)
     assert torch.allclose(vector_of(rows_of(folder))[2], model.encode_image(photos.path(3)), atol=1e-6)
@@ -302,7 +302,7 @@ def test_parts_and_streams_of_the_training_images(
     out = tmp_path / "vectors"
     words = ["--from", str(checkpoint), "--out", str(out), "--device", "cpu", "--no-captions", "--split", "train"]
     assert main([*words, *stack(WHERE="cpu"), "--data.source.train", "6", "--data.fraction", "0.5"], []) == 0
-    assert "all images of split=train are embedded" in capsys.readouterr().err
+    assert "embedding all images of split=train;" in capsys.readouterr().err
     assert rows_of(out)["row"].to_pylist() == [*range(6)]
     (tmp_path / "shard.tar").touch()
     source = {"class_path": "maskvlm.data.streaming.source.Stream"}

@@ -511,13 +511,13 @@ def test_a_given_tokenizer_sizes_the_random_model(tmp_path: Path, tokenizer: Pre
 @pytest.mark.parametrize(
     ("name", "config", "where", "words"),
     [
-        ("gpt2", {}, "model.backbone.text.name", "no encoder trained by masking words"),
-        ("bart", {}, "model.backbone.text.name", "no encoder trained by masking words"),
+        ("gpt2", {}, "model.backbone.text.name", "is not an encoder trained as a masked language"),
+        ("bart", {}, "model.backbone.text.name", "is not an encoder trained as a masked language"),
         ("bert", {"hiden_size": 32}, "model.backbone.text.config.hiden_size", "Did you mean hidden_size"),
         ("bert", {"num_attention_heads": 5}, "model.backbone.text.config", "32.*5"),
         ("bert", {"hidden_size": "wide"}, "model.backbone.text", "hidden_size"),
         ("./nowhere/roberta", {}, "./nowhere/roberta", "no such folder"),
-        ("layoutlm", BERT, "model.backbone.text.name", "gives no features of a text alone"),
+        ("layoutlm", BERT, "model.backbone.text.name", "cannot encode text alone"),
         (
             "some-org/some-model",
             {},

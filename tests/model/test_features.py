@@ -216,10 +216,10 @@ def test_more_blocks_than_there_are() -> None:
 
 
 def test_features_of_what_is_not_frozen_are_not_kept(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="only of a plain ViT with frozen blocks"):
+    with pytest.raises(UserError, match="only for a plain ViT with frozen blocks"):
         tower(0, tmp_path)
     rotary = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    with pytest.raises(UserError, match="only of a plain ViT"):
+    with pytest.raises(UserError, match="only for a plain ViT"):
         ImageEncoder(
             "eva02_tiny_patch14_224", 64, random_init=True, config=rotary, frozen=1, feature_cache=str(tmp_path)
         )

@@ -62,15 +62,15 @@ def test_encoders_of_one_width_are_left_as_they_are() -> None:
 
 
 def test_heads_that_do_not_divide_the_width() -> None:
-    with pytest.raises(UserError, match=r"cross_heads: 5 do not divide width 16\. give a divisor of 16"):
+    with pytest.raises(UserError, match=r"cross_heads: 5 does not divide width 16\. give a divisor of 16"):
         toy_backbone(cross_heads=5)
 
 
 @pytest.mark.parametrize("share", [1.5, -0.1, float("nan")])
 def test_shares_that_are_none_are_named(share: float) -> None:
-    with pytest.raises(UserError, match=f"model.backbone.dropout: {share} is no share"):
+    with pytest.raises(UserError, match=f"model.backbone.dropout: {share} is out of range"):
         toy_backbone(dropout=share)
-    with pytest.raises(UserError, match=f"model.backbone.image.drop_path: {share} is no share"):
+    with pytest.raises(UserError, match=f"model.backbone.image.drop_path: {share} is out of range"):
         ImageEncoder("vit_tiny_patch16_224", 32, random_init=True, drop_path=share)
 
 
@@ -99,7 +99,7 @@ def test_cross_encoders_start_small_but_for_cross_attention_and_encoders_from_xa
 
 
 def test_a_width_without_positions_is_named() -> None:
-    with pytest.raises(UserError, match=r"embed_dim 90 is no multiple of 4.*Set it to 92"):
+    with pytest.raises(UserError, match=r"embed_dim 90 is not a multiple of 4.*Set it to 92"):
         init_positions(torch.nn.Parameter(torch.zeros(1, 5, 90)), (2, 2))
 
 

@@ -232,11 +232,11 @@ def test_levels_card_and_settings() -> None:
 @pytest.mark.parametrize(
     ("settings", "where"),
     [
-        ({"labels": None}, "data.source: it has no labels for the task to decide among"),
+        ({"labels": None}, "data.source: it has no labels for the task to predict"),
         ({"images_per_example": 0}, "model.task.images_per_example: 0 is too small"),
         ({"hidden": 0}, "model.task.hidden: 0 is too small"),
-        ({"dropout": -0.5}, "model.task.dropout: -0.5 is no share"),
-        ({"dropout": 1.5}, "model.task.dropout: 1.5 is no share"),
+        ({"dropout": -0.5}, "model.task.dropout: -0.5 is out of range"),
+        ({"dropout": 1.5}, "model.task.dropout: 1.5 is out of range"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], where: str) -> None:
@@ -251,7 +251,7 @@ def test_another_number_of_images_is_one_line(set_to: int, has: int) -> None:
     with pytest.raises(UserError) as caught:
         task(backbone, noise(2, has))
     assert str(caught.value) == (
-        f"model.task.images_per_example: the data has {has} images an example, the task is set to {set_to}. "
+        f"model.task.images_per_example: the data has {has} images per example, but the task is set to {set_to}. "
         f"Set it to {has}."
     )
 

@@ -242,11 +242,11 @@ def test_a_part_of_a_word_is_no_phrase() -> None:
 
 def test_shares_that_are_none_are_refused_by_every_masking() -> None:
     for make, message in (
-        (lambda: RandomTokens(30), "text_masking.ratio: 30 is no share"),
+        (lambda: RandomTokens(30), "text_masking.ratio: 30 is out of range"),
         (lambda: RandomTokens(0.6, 0.2), "text_masking: most 0.2 is below ratio 0.6"),
         (lambda: ChosenPhrases(["above"], ratio=0.5, most=0.3), "text_masking: most 0.3 is below"),
-        (lambda: RandomBlocks(60), "image_masking.ratio: 60 is no share"),
-        (lambda: RandomBlocks(0.6, whole=math.nan), "image_masking.whole: nan is no share"),
+        (lambda: RandomBlocks(60), "image_masking.ratio: 60 is out of range"),
+        (lambda: RandomBlocks(0.6, whole=math.nan), "image_masking.whole: nan is out of range"),
     ):
         with pytest.raises(UserError, match=f"model.task.{message}"):
             make()
@@ -313,12 +313,12 @@ def test_no_more_is_masked_than_is_read(rows: list[list[int]], ratio: float) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"phrases": []}, ": phrases \\[\\] are no list of words"),
-        ({"phrases": "above"}, ": phrases 'above' are no list of words"),
-        ({"phrases": ["above", " "]}, ": phrases .* are no list of words"),
-        ({"phrases": ["above"], "share": 1.5}, ".share: 1.5 is no share"),
-        ({"phrases": ["above"], "weight": 0.0}, ": weight 0.0 is no weight above 0"),
-        ({"phrases": ["above"], "weight": math.nan}, ": weight nan is no weight above 0"),
+        ({"phrases": []}, ": phrases \\[\\] are not a list of words"),
+        ({"phrases": "above"}, ": phrases 'above' are not a list of words"),
+        ({"phrases": ["above", " "]}, ": phrases .* are not a list of words"),
+        ({"phrases": ["above"], "share": 1.5}, ".share: 1.5 is out of range"),
+        ({"phrases": ["above"], "weight": 0.0}, ": weight 0.0 is not above 0"),
+        ({"phrases": ["above"], "weight": math.nan}, ": weight nan is not above 0"),
     ],
 )
 def test_phrases_and_shares_that_are_none_are_refused(options: dict[str, Any], message: str) -> None:
@@ -329,7 +329,7 @@ def test_phrases_and_shares_that_are_none_are_refused(options: dict[str, Any], m
 @pytest.mark.parametrize("shares", [(0.5, 0.4, 0.3), (-0.1, 0.4, 0.3), (0.1, 1.1, 0.3), (0.1, 0.4, 1.5)])
 def test_shares_out_of_order_are_refused(shares: tuple[float, float, float]) -> None:
     for kind, key in ((DrawnBlocks, "image_masking"), (DrawnTokens, "text_masking")):
-        with pytest.raises(UserError, match=f"model.task.{key}: low .* are no shares in order"):
+        with pytest.raises(UserError, match=f"model.task.{key}: low .* are not shares in order"):
             kind(*shares)
 
 

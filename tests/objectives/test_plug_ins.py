@@ -60,7 +60,7 @@ def test_they_are_named_in_a_file_trained_measured_and_loaded(
     assert main([*words, "--allow-import", "acme", *SHORT.split()]) == 0, capsys.readouterr().err
     # The last line's command can be pasted: without the package it would be refused.
     assert (
-        f"ask it: maskvlm fill --allow-import acme --from {tmp_path / 'run' / 'best.ckpt'} " in capsys.readouterr().err
+        f"try it: maskvlm fill --allow-import acme --from {tmp_path / 'run' / 'best.ckpt'} " in capsys.readouterr().err
     )
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("train/length")]
@@ -189,7 +189,7 @@ class Twin(TextLength):
     ("losses", "message"),
     [
         ([Again()], "two losses are called itc"),
-        ([TextLength(), Twin()], "its head length is there already"),
+        ([TextLength(), Twin()], "its head length already exists"),
     ],
 )
 def test_names_are_told_apart(losses: list[PretrainingLoss], message: str) -> None:
@@ -357,7 +357,7 @@ def test_a_mistake_in_a_plug_in_is_told_with_its_place(
         module.fails()
     assert report(caught.value, tmp_path) == ExitCode.OUR_BUG
     stderr = capsys.readouterr().err
-    assert stderr.startswith(f"error: {tmp_path}/strange_of_this_test.py:2: KeyError: 'nothing'. Mend it there; ")
+    assert stderr.startswith(f"error: {tmp_path}/strange_of_this_test.py:2: KeyError: 'nothing'. Fix it there; ")
 
 
 # ---------------------------------------------------------------------- a data format
@@ -380,7 +380,11 @@ def test_a_reader_of_somebody_elses_prepares_a_set(tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("acme.birds.Nothing", "cannot be imported"), ("acme.lengths.TextLength", "reads no set"), ("x.y", "imported")],
+    [
+        ("acme.birds.Nothing", "cannot be imported"),
+        ("acme.lengths.TextLength", "does not read a set"),
+        ("x.y", "imported"),
+    ],
 )
 def test_what_is_no_reader_is_one_line(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as error:

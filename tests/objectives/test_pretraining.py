@@ -292,7 +292,7 @@ def test_a_loss_that_needs_pairs_has_them_whether_matching_is_trained_or_not(wei
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
 def test_what_is_no_weight_is_refused(weight: float) -> None:
-    with pytest.raises(UserError, match=r"model\.task\.weight_itc: .* is no weight"):
+    with pytest.raises(UserError, match=r"model\.task\.weight_itc: .* is not a valid weight"):
         build(weight_itc=weight)
 
 
@@ -596,7 +596,7 @@ def test_the_mean_patch_is_one_of_the_patches_that_contrast_sees() -> None:
 def test_patches_are_left_out_of_a_plain_vit_alone() -> None:
     backbone = toy_backbone()
     backbone.image.vit.__class__ = type("Other", (type(backbone.image.vit),), {})
-    with pytest.raises(UserError, match=r"model\.task\.contrast_patches: patches can be left out of a plain ViT"):
+    with pytest.raises(UserError, match=r"model\.task\.contrast_patches: patches can only be left out of a plain ViT"):
         build(backbone, contrast_patches=0.5)
 
 
@@ -937,15 +937,15 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
     [
         ({"image_mask_ratio": 1.2}, "model.task.image_mask_ratio: 1.2"),
         ({"fully_masked_share": -0.1}, "model.task.fully_masked_share: -0.1"),
-        ({"contrast_patches": 0.0}, "model.task.contrast_patches: 0.0 is no share above 0"),
+        ({"contrast_patches": 0.0}, "model.task.contrast_patches: 0.0 is not a share above 0"),
         ({"masks_per_text": 0}, "model.task.masks_per_text: 0"),
-        ({"text_mask_most": 0.2}, r"model.task.text_mask_most: 0.2 is no share from text_mask_ratio \(0.3\) to 1"),
-        ({"text_mask_most": 1.2}, "model.task.text_mask_most: 1.2 is no share"),
-        ({"masked_image_share": 0.0}, "model.task.masked_image_share: 0.0 is no share"),
-        ({"masked_image_share": 1.5}, "model.task.masked_image_share: 1.5 is no share"),
+        ({"text_mask_most": 0.2}, r"model.task.text_mask_most: 0.2 is not from text_mask_ratio \(0.3\) to 1"),
+        ({"text_mask_most": 1.2}, "model.task.text_mask_most: 1.2 is not from"),
+        ({"masked_image_share": 0.0}, "model.task.masked_image_share: 0.0 is not a share above 0"),
+        ({"masked_image_share": 1.5}, "model.task.masked_image_share: 1.5 is not a share above 0, up to 1"),
         ({"masked_image_share": 0.5, "mask_both": True}, "model.task.masked_image_share: mask_both masks every image"),
-        ({"contrast_first": 1.0}, "model.task.contrast_first: 1.0 is no share below 1"),
-        ({"image_learns": 0.0}, "model.task.image_learns: 0.0 is no share above 0"),
+        ({"contrast_first": 1.0}, "model.task.contrast_first: 1.0 is not a share below 1"),
+        ({"image_learns": 0.0}, "model.task.image_learns: 0.0 is not a share above 0"),
         ({"image_learns": 0.5, "contrast_first": 0.5}, "model.task.image_learns: contrast_first has phases of its own"),
         ({"contrast_first": 0.5, "weight_itc": 0.0}, "model.task.contrast_first: there is no contrast"),
         ({"freeze_aligned": True}, "model.task.freeze_aligned: nothing is aligned first: contrast_first is 0"),
@@ -967,7 +967,7 @@ def test_matching_may_leave_the_encoders_to_the_other_losses(wanted: dict[str, f
             {"exchanged_share": 0.5, "weight_itm": 0.0},
             "model.task.exchanged_share: 0.5, but there is no matching: weight_itm is 0",
         ),
-        ({"exchanged_share": 1.5}, "model.task.exchanged_share: 1.5 is no share"),
+        ({"exchanged_share": 1.5}, "model.task.exchanged_share: 1.5 is out of range"),
         ({"rerank_contrast": -1.0}, "model.task.rerank_contrast: -1.0"),
         ({"text_mask_ratio": -0.1}, "model.task.text_mask_ratio: -0.1"),
         ({"text_mask_ratio": math.nan}, "model.task.text_mask_ratio: nan"),

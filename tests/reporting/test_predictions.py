@@ -460,5 +460,6 @@ def test_more_images_than_the_task_is_set_to_is_one_line(
     assert main(["fit", "--run", str(tmp_path / "run"), *words]) == ExitCode.USAGE
     (error,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error")]
     assert error == (
-        "error: model.task.images_per_example: the data has 2 images an example, the task is set to 3. Set it to 2."
+        "error: model.task.images_per_example: the data has 2 images per example, but the task is set to 3. "
+        "Set it to 2."
     )

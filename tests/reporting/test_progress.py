@@ -184,7 +184,7 @@ def test_a_stuck_loss_is_told_once_and_only_past_warm_up(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING, logger="maskvlm"):
         train(Module(losses, warmup=4), [stuck], 20, tmp_path)
     assert [record.getMessage() for record in caplog.records if record.name == "maskvlm.reporting.progress"] == [
-        "warning: itm sits at 0.637 since step 6 (now step 12); its chance level is 0.637, its class "
+        "warning: itm has stayed at 0.637 since step 6 (now step 12); its chance level is 0.637, its class "
         "prior: no match is told from a mismatch; let itc learn first, warm up longer or lower the learning "
         "rate, look for mispaired data"
     ]
@@ -223,8 +223,8 @@ def test_a_loss_that_comes_down_from_far_above_its_level_does_not_sit(caplog: py
 
 def test_the_warning_of_an_unknown_loss_is_one_line_too() -> None:
     assert stuck_line("vqa", 8.05, 8.049, 300, 600, PretrainingLoss.stuck_hint) == (
-        "warning: vqa sits at 8.05 since step 300 (now step 600); its chance level is 8.05, "
-        "what is paid without any knowledge; look at the learning rate and the data"
+        "warning: vqa has stayed at 8.05 since step 300 (now step 600); its chance level is 8.05, "
+        "the loss of a model that has learned nothing; check the learning rate and the data"
     )
 
 

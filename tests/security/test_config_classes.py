@@ -115,7 +115,7 @@ def test_a_callable_in_a_file_does_not_run(build: Build, fit: Callable[..., Any]
     ids=str,
 )
 def test_what_is_not_on_the_list_is_refused(fit: Callable[..., Any], content: Any) -> None:
-    with pytest.raises(UserError, match=r"is none that a file may name\. Add --allow-import") as caught:
+    with pytest.raises(UserError, match=r"is not one that a file may name\. Add --allow-import") as caught:
         fit(content)
     assert caught.value.code == ExitCode.REFUSED
 
@@ -176,7 +176,7 @@ def test_nothing_is_imported_before_it_is_allowed(
 
 def test_a_typed_path_allows_itself_and_not_its_package(fit: Callable[..., Any], foreign: SimpleNamespace) -> None:
     typed, other = f"{foreign.name}.more.Hello", f"{foreign.name}.more.Other"
-    with pytest.raises(UserError, match=f"class {other} is none that a file may name"):
+    with pytest.raises(UserError, match=f"class {other} is not one that a file may name"):
         fit(callback(other), "--trainer.callbacks+", typed)
     for words in (
         ["--trainer.callbacks+", typed],  # it is passed on by the module that is named, and defined in another
@@ -189,7 +189,7 @@ def test_a_typed_path_allows_itself_and_not_its_package(fit: Callable[..., Any],
         fit({}, *words)
     assert len(fit(callback(other), allowed=(foreign.name,)).settings.trainer.callbacks) > 1
     fit(callback(other), allowed=(f"{foreign.name}.more",))
-    with pytest.raises(UserError, match=r"inner\.Hello is none that a file may name"):
+    with pytest.raises(UserError, match=r"inner\.Hello is not one that a file may name"):
         fit(callback(f"{foreign.name}.inner.Hello"), allowed=(f"{foreign.name}.more",))
 
 
@@ -227,7 +227,7 @@ def test_a_new_folder_of_a_task_needs_nothing_else(
     assert settings.model.task.class_path == f"tasks.{name}.task.Counting"
     assert len(built_source(settings).split("train")) == 8
     for wrong in ("Tool", "make"):
-        with pytest.raises(UserError, match=rf"task\.{wrong} is none that a file may name"):
+        with pytest.raises(UserError, match=rf"task\.{wrong} is not one that a file may name"):
             fit({"model": {"task": f"tasks.{name}.task.{wrong}"}})
     with pytest.raises(UserError, match=r"cannot be used .*no attribute 'Cuonting'"):
         fit({"model": {"task": f"tasks.{name}.task.Cuonting"}})
@@ -235,7 +235,7 @@ def test_a_new_folder_of_a_task_needs_nothing_else(
         fit({"model": {"task": f"tasks.{name}.broken.X"}})
     # The line to mend is the file's own, not that of the library in which it went wrong.
     (tmp_path / name / "wrong.py").write_text("from fractions import Fraction\n\nHALF = Fraction('half')\n")
-    with pytest.raises(UserError, match=r"wrong\.X: cannot be imported .ValueError.*Mend .*/wrong\.py:3"):
+    with pytest.raises(UserError, match=r"wrong\.X: cannot be imported .ValueError.*Fix .*/wrong\.py:3"):
         fit({"model": {"task": f"tasks.{name}.wrong.X"}})
 
 

@@ -144,7 +144,7 @@ def test_a_shard_that_is_cut_while_it_is_read_is_one_line(root: Path, keep: bool
     pairs = Prepared(str(root)).split("train")
     first = pairs[0]
     os.truncate(shard_of(root), 1600)
-    with pytest.raises(UserError, match=r"data-00000\.arrow: is shorter than it was") as raised:
+    with pytest.raises(UserError, match=r"data-00000\.arrow: is shorter than before") as raised:
         assert [pairs[index] for index in range(ROWS)]
     assert raised.value.code == ExitCode.BAD_DATA
     assert first["captions"] == ["number 0", "ein Fuß"]

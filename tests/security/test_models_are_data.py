@@ -343,7 +343,9 @@ def test_an_optimisers_settings_are_of_the_form_that_the_run_has(value: Any) -> 
     state["param_groups"][0]["betas"] = (0.8, 0)  # other numbers of the same form
     check_optimizer([state], optimizer, "x.ckpt")
     state["param_groups"][0]["betas"] = value
-    with pytest.raises(UserError, match=r"groups\[0\]\.betas.*: holds no state of a run that can go on \(expected a "):
+    with pytest.raises(
+        UserError, match=r"groups\[0\]\.betas.*: holds no state that a run can resume from \(expected a "
+    ):
         check_optimizer([state], optimizer, "x.ckpt")
 
 
@@ -650,7 +652,7 @@ def test_a_link_out_of_an_encoders_folder_is_not_followed(
 def test_an_index_of_weights_names_files_beside_it(encoder: Path, name: str) -> None:
     (encoder / "model.safetensors").unlink()
     (encoder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
-    with pytest.raises(UserError, match="which is no file of weights beside it") as caught:
+    with pytest.raises(UserError, match="which is not a weights file beside it") as caught:
         TextEncoder(str(encoder), 12).load_pretrained()
     assert caught.value.code == ExitCode.REFUSED
 

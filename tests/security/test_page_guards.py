@@ -445,7 +445,7 @@ def test_an_own_image_is_known_by_its_name_and_nothing_is_opened_by_it(page: Liv
     before = page.uploads
     assert "%" in page.asker.ask("match", texts=TEXT)
     answer = page.asker.ask("match", image={"path": f"own-{'a' * 64}"}, texts=TEXT)
-    assert "is here no more" in answer
+    assert "has expired" in answer
     assert "%" not in answer
     assert page.uploads == before
 

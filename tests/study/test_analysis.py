@@ -245,7 +245,7 @@ def test_runs_of_a_page_that_was_made_elsewhere_count(tmp_path: Path, capsys: py
     others = [run._replace(cell=replace(run.cell, options=(("model.lr", "1"),))) for run in here]
     capsys.readouterr()
     assert earlier_runs(page, others) == {}
-    assert "runs.csv: 4 of 4 rows are of other commands" in capsys.readouterr().err
+    assert "runs.csv: 4 of 4 rows come from other commands" in capsys.readouterr().err
     assert earlier_runs(tmp_path / "none", here) == {}
 
 
@@ -253,9 +253,9 @@ def test_runs_of_a_page_that_was_made_elsewhere_count(tmp_path: Path, capsys: py
     ("text", "message"),
     [
         ("a,b\n1,2\n", "has no column run"),
-        ("run,hours,run_sha256,metrics_sha256,a\nfew-s0,,SHA,,x\n", "runs.csv:2: a: 'x' is no number"),
+        ("run,hours,run_sha256,metrics_sha256,a\nfew-s0,,SHA,,x\n", "runs.csv:2: a: 'x' is not a number"),
         ("run,hours,run_sha256,metrics_sha256,a\nfew-s0,,SHA,,1\nall-s0,0.1\n", "runs.csv:3: expected 5 fields"),
-        (b"run,hours\xff\n", "is no table of runs"),
+        (b"run,hours\xff\n", "is not a table of runs"),
     ],
 )
 def test_what_is_no_table_of_runs_is_one_line(tmp_path: Path, text: str | bytes, message: str) -> None:

@@ -143,7 +143,7 @@ def test_the_environment_is_filled_in_for_the_runs_and_not_for_the_page(
     ],
 )
 def test_no_variable_stands_on_the_page(tmp_path: Path, change: dict[str, Any], key: str) -> None:
-    with pytest.raises(UserError, match=r"study\.yaml: .*would stand on the page") as error:
+    with pytest.raises(UserError, match=r"study\.yaml: .*would appear on the page") as error:
         read_study(written(tmp_path, STUDY | change))
     assert error.value.where.endswith(f"study.yaml: {key}")
     assert error.value.code == ExitCode.REFUSED
@@ -166,7 +166,7 @@ def test_options_take_the_environment(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_budget_of_operations_needs_the_steps_of_the_other(tmp_path: Path) -> None:
     study = {**STUDY, "options": {}, "questions": []}
-    with pytest.raises(UserError, match=r"flops_of: all: does not say how many steps it makes\. Give it data\.steps"):
+    with pytest.raises(UserError, match=r"flops_of: all: does not set its number of steps\. Give it data\.steps"):
         runs_of(read_study(written(tmp_path, study)), tmp_path)
 
 
@@ -212,36 +212,45 @@ def test_metrics_are_means_and_differences() -> None:
         ({"name": "A study"}, "study.yaml: name: expected a text"),
         ({"arms": {}}, "study.yaml: arms: expected names with values"),
         ({"arms": {"few": {"option": {}}, "all": None}}, "study.yaml: arms.few: the key 'option' is not known here"),
-        ({"arms": {"few/er": None}}, "study.yaml: arms: 'few/er' is no name of a folder"),
-        ({"grid": [{"arms": ["fwe"]}]}, "study.yaml: grid 1: there is no fwe. There are: few, all"),
-        ({"grid": [{"arms": ["few", "few"]}]}, "study.yaml: grid 1: few is there twice"),
+        ({"arms": {"few/er": None}}, "study.yaml: arms: 'few/er' is not a valid folder name"),
+        ({"grid": [{"arms": ["fwe"]}]}, "study.yaml: grid 1: there is no fwe. Available: few, all"),
+        ({"grid": [{"arms": ["few", "few"]}]}, "study.yaml: grid 1: few appears twice"),
         ({"grid": [{"arms": ["few"], "fraction": 2}]}, "study.yaml: grid 1: fraction: expected a number from 0 to 1"),
         ({"metrics": {"R@1": {"mean": []}}}, "study.yaml: metrics.R@1: mean: expected a list of 1 to 20"),
-        ({"columns": ["R@2"]}, "study.yaml: columns: there is no R@2. There are: R@1, nats"),
+        ({"columns": ["R@2"]}, "study.yaml: columns: there is no R@2. Available: R@1, nats"),
         ({"seeds": []}, "study.yaml: seeds: expected a whole number"),
         ({"questions": [{"claim": "x"}]}, "study.yaml: question 1: the key better is missing"),
         (
             {"questions": [{"claim": "x", "better": "all", "than": "none", "metric": "R@1"}]},
-            "study.yaml: question 1: there is no none. There are: few, all, few@flops-of-all, all@0.25",
+            "study.yaml: question 1: there is no none. Available: few, all, few@flops-of-all, all@0.25",
         ),
-        ({"grid": [{"arms": ["few"], "fraction": 0}]}, "study.yaml: grid 1: no images are no training set"),
-        ({"run": "demo --host 0.0.0.0"}, "study.yaml: run: begins with no command of a study (pretrain, finetune)"),
-        ({"run": "pretrain --allow-import evil"}, "study.yaml: run: --allow-import is not for a study's file"),
-        ({"options": {"allow-import": "evil"}}, "study.yaml: grid 1: few: allow-import is not for a study's file"),
-        ({"options": {"allow-import=evil": 1}}, "grid 1: few: allow-import=evil is not for a study's file"),
-        ({"options": {"model.lr --debug": 1}}, "grid 1: few: model.lr --debug is not for a study's file"),
+        ({"grid": [{"arms": ["few"], "fraction": 0}]}, "study.yaml: grid 1: a fraction of 0 leaves no training images"),
+        (
+            {"run": "demo --host 0.0.0.0"},
+            "study.yaml: run: does not begin with a command of a study (pretrain, finetune)",
+        ),
+        ({"run": "pretrain --allow-import evil"}, "study.yaml: run: --allow-import is not allowed in a study's file"),
+        (
+            {"options": {"allow-import": "evil"}},
+            "study.yaml: grid 1: few: allow-import is not allowed in a study's file",
+        ),
+        ({"options": {"allow-import=evil": 1}}, "grid 1: few: allow-import=evil is not allowed in a study's file"),
+        ({"options": {"model.lr --debug": 1}}, "grid 1: few: model.lr --debug is not allowed in a study's file"),
         (
             {"options": {"trainer.max_time": "00:01:00:00"}},
-            "grid 1: few: trainer.max_time is no budget: a run that its",
+            "grid 1: few: trainer.max_time cannot limit a run of a study",
         ),
-        ({"options": {"folder": "/elsewhere"}}, "grid 1: few: folder is not for a study's file"),
-        ({"run": "pretrain run=x"}, "study.yaml: run: run=x is not for a study's file"),
+        ({"options": {"folder": "/elsewhere"}}, "grid 1: few: folder is not allowed in a study's file"),
+        ({"run": "pretrain run=x"}, "study.yaml: run: run=x is not allowed in a study's file"),
         ({"run": "pretrain 'x"}, "study.yaml: run: No closing quotation"),
-        ({"run": "finetune vqa from=x"}, "study.yaml: grid 2: flops_of counts the operations of pretrain alone"),
+        ({"run": "finetune vqa from=x"}, "study.yaml: grid 2: flops_of counts the operations of pretrain only"),
         ({"arms": {8: None}}, "study.yaml: arms: expected a mapping"),
         ({"metrics": {"R@1": {"mean": ["a"], "as": "gaussian nats"}}}, "metric R@1: as: gaussian nats compares two"),
         ({"first": {"options": {}}}, "study.yaml: first: the key label is missing"),
-        ({"first": {"label": "x", "options": {"folder": "y"}}}, "study.yaml: first: folder is not for a study's file"),
+        (
+            {"first": {"label": "x", "options": {"folder": "y"}}},
+            "study.yaml: first: folder is not allowed in a study's file",
+        ),
         (
             {"first": {"label": "x", "options": {}}, "run": "pretrain from=best.ckpt"},
             "study.yaml: first: few has a from= of its own",
@@ -252,7 +261,7 @@ def test_metrics_are_means_and_differences() -> None:
         ),
         (
             {"first": {"label": "x", "options": {}}, "arms": {"first": None}, "grid": [{"arms": ["first"]}]},
-            "study.yaml: first: an arm has this name, too",
+            "study.yaml: first: another arm has this name",
         ),
         ({"run": "pretrain encoders=${oc.env:NOT_THERE_AT_ALL}"}, "Environment variable 'NOT_THERE_AT_ALL' not found"),
     ],

@@ -84,7 +84,7 @@ def test_a_run_that_diverged_is_told_and_not_made_again(tmp_path: Path) -> None:
     other = run(tmp_path / "other", ENDS)._replace(start=one)
     (ended,) = Runner(1).make([one, other])
     assert ended.code == ExitCode.BAD_DATA
-    assert ended.why.startswith(f"diverged at step 77, and is not made again while {one.folder} is there: ")
+    assert ended.why.startswith(f"diverged at step 77; not repeated as long as {one.folder} exists: ")
     assert list(Runner(1).make([one, other])) == []
     assert not one.finished
     assert other.lost == "starts from all-s0, which diverged at step 77"
@@ -132,7 +132,7 @@ def test_a_folder_of_another_run_is_not_taken(tmp_path: Path) -> None:
     list(Runner(1).make([run(tmp_path, ENDS)]))
     check_same_run(run(tmp_path, ENDS))
     check_same_run(run(tmp_path, ENDS, 5))  # not there yet
-    with pytest.raises(UserError, match="holds a run of this name with other options") as error:
+    with pytest.raises(UserError, match="holds a run with this name and other options") as error:
         check_same_run(run(tmp_path, FAILS))
     assert error.value.code == ExitCode.CANNOT_CREATE
     assert json.loads((tmp_path / "all-s0" / ABOUT).read_text())["seed"] == 0

@@ -268,12 +268,12 @@ def test_aro_reads_both_tests_with_boxes_and_ids_of_coco(tmp_path: Path) -> None
     rows = Aro().read(tmp_path, None)
     assert not rows.ids_known  # of "vg 2343" nobody can tell whether it is COCO's
     (tmp_path / "visual_genome_relation.json").unlink()
-    assert Aro().read(tmp_path, None).notes == ["visual_genome_relation.json is not there"]
+    assert Aro().read(tmp_path, None).notes == ["visual_genome_relation.json is missing"]
 
 
 @pytest.mark.parametrize("suite", [Aro(), SugarCrepe()])
 def test_a_folder_with_none_of_several_files_is_refused(suite: Suite, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none of the files of this suite") as caught:
+    with pytest.raises(UserError, match="none of this suite's files") as caught:
         suite.read(tmp_path, None)
     assert caught.value.code == ExitCode.MISSING_INPUT
 
@@ -337,7 +337,7 @@ def test_zeroshot_takes_folders_for_classes(tmp_path: Path) -> None:
     rows = read("zeroshot", tmp_path)
     assert rows.items[0].texts == ("a photo of a blue star", "a photo of a red circle", "a photo of a ring")
     assert [item.truth for item in rows.items] == [0, 0, 1, 1, 1, 2]
-    assert rows.skipped == {"in no class": [f"{tmp_path}/stray.png: it lies in no folder of a class"]}
+    assert rows.skipped == {"in no class": [f"{tmp_path}/stray.png: it is not in a folder of a class"]}
     names = tmp_path / "names.json"
     names.write_text('{"ring": "hollow circle"}')
     lines = tmp_path / "templates.txt"
@@ -400,7 +400,7 @@ ROWS = [
         "sugarcrepe",
         change("swap_att.json", '"a green square"', '" "'),
         "malformed row",
-        "item 1: 'caption' holds no word",
+        "item 1: 'caption' has no words",
     ),
     ("aro", change("visual_genome_relation.json", '"bbox_w": 10', '"bbox_w": 0'), "malformed row", "a box of 0 by 8"),
     *(
@@ -445,10 +445,10 @@ ROWS = [
         "malformed row",
         ":3: '0 0 0'",
     ),
-    ("flickr8k_judgements", change("ExpertAnnotations.txt", "#1", "#9"), "malformed row", "#9' is no caption of"),
+    ("flickr8k_judgements", change("ExpertAnnotations.txt", "#1", "#9"), "malformed row", "#9' is not a caption of"),
     ("cxc", change("data/sits_test.csv", ",4.9,", ",5.9,"), "malformed row", "sits_test.csv:2: agg_score '5.9'"),
     ("cxc", change("data/sits_test.csv", ",4.9,", ",nan,"), "malformed row", "agg_score 'nan'"),
-    ("cxc", change("data/sits_test.csv", "sentid:0", "sentid:77"), "malformed row", "sentid:77' is no caption"),
+    ("cxc", change("data/sits_test.csv", "sentid:0", "sentid:77"), "malformed row", "sentid:77' is not a caption"),
     (
         "cxc",
         change("annotations/captions_val2014.json", '"caption": "a red thing 1"', '"x": 1'),
@@ -487,14 +487,14 @@ def test_a_bad_row_is_left_out_counted_and_named(
 
 
 FILES = [
-    ("sugarcrepe", "swap_att.json", "[]", 65, "list where an object of numbered items belongs"),
+    ("sugarcrepe", "swap_att.json", "[]", 65, "list instead of an object of numbered items"),
     ("sugarcrepe", "swap_att.json", "{", 65, "not JSON"),
-    ("aro", "visual_genome_relation.json", "{}", 65, "dict where a list of items belongs"),
+    ("aro", "visual_genome_relation.json", "{}", 65, "dict instead of a list of items"),
     ("cxc", "data/sits_test.csv", "image,caption\n", 65, "the first line is 'image,caption'"),
     ("cxc", "annotations/captions_val2014.json", "{}", 65, "key 'images' is missing"),
-    ("flickr8k_judgements", "Flickr8k.token.txt", None, 66, "none of the files"),
-    ("vsr", "data/splits/zeroshot/test.jsonl", None, 66, "none of the files"),
-    ("pointing", "test.txt", None, 66, "none of the files"),
+    ("flickr8k_judgements", "Flickr8k.token.txt", None, 66, "none of this suite's files"),
+    ("vsr", "data/splits/zeroshot/test.jsonl", None, 66, "none of this suite's files"),
+    ("pointing", "test.txt", None, 66, "none of this suite's files"),
 ]
 
 
@@ -535,7 +535,7 @@ def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
         (lambda: AroOrder(set="nope").read(Path(), None), "no set 'nope'"),
         (lambda: SugarCrepe().read(Path("nowhere"), None), "no such file or folder"),
         (lambda: suite_class("sugar"), "no such suite"),
-        (lambda: suite_class("json.loads"), "is no suite"),
+        (lambda: suite_class("json.loads"), "is not a suite"),
         (lambda: suite_class("acme.nowhere.Mine"), "cannot be imported"),
     ],
 )
@@ -920,7 +920,7 @@ def test_eccv_caption_needs_its_whole_gallery(small_judge: Any, tmp_path: Path, 
     with pytest.raises(UserError, match="needs all its items"):
         run_suite(EccvCaption(), model, EccvCaption().read(root, None))
     small_judge.coco_ids = np.array([0, 77])
-    with pytest.raises(UserError, match="1 of 2 captions are not there, the first is 77"):
+    with pytest.raises(UserError, match="1 of 2 captions are missing, the first is 77"):
         EccvCaption().read(root, None)
 
 
@@ -1010,7 +1010,7 @@ def test_a_run_counts_and_lists_what_it_leaves_out(model: PretrainedMaskVLM, tmp
         (root / "images" / name).write_bytes(b"")
     with pytest.raises(UserError, match="no item can be used"):
         run_suite(SugarCrepe(), model, SugarCrepe().read(root, None))
-    with pytest.raises(UserError, match="not asked by nope"):
+    with pytest.raises(UserError, match="cannot be scored by nope"):
         run_suite(SugarCrepe(), model, SugarCrepe().read(root, None), ways=["nope"])
 
 
@@ -1097,7 +1097,7 @@ def test_the_model_that_comes_along_is_asked_where_none_is_named(
     (root / "data/splits/zeroshot/test.jsonl").write_text(lines)
     assert main(["suite", "vsr", "--path", str(root), "--out", str(out)]) == 0
     output = capsys.readouterr()
-    assert output.err.startswith("no from=: scenes-tiny is asked")
+    assert output.err.startswith("no from= given: the bundled model scenes-tiny is used")
     assert len(output.err.splitlines()) == 1  # strange words and images are no Python warnings
     assert "words that the model's tokenizer does not know, of some of the texts: giraffe, zebra\n" in output.out
     assert json.loads((out / "result.json").read_text())["options"]["source"] == "scenes-tiny"
@@ -1109,8 +1109,8 @@ def test_the_model_that_comes_along_is_asked_where_none_is_named(
         (["nope"], 2, "no such suite"),
         (["vsr"], 2, "--path is missing"),
         (["vsr", "from=x.ckpt"], 2, "--path is missing"),
-        (["vsr", "from=x.ckpt", "--path", "."], 66, "none of the files of this set"),
-        (["vsr", "from=x.ckpt", "--path", ".", "--by", "score"], 2, "not asked by score"),
+        (["vsr", "from=x.ckpt", "--path", "."], 66, "none of this set's files"),
+        (["vsr", "from=x.ckpt", "--path", ".", "--by", "score"], 2, "cannot be scored by score"),
         (["eccv_caption", "from=x.ckpt", "--path", ".", "--limit", "3"], 2, "ranks all its items"),
         (["vsr", "from=x.ckpt", "--path", ".", "--limit", "0"], 2, "--limit"),
         ([], 2, "NAME"),

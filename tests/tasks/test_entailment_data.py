@@ -124,7 +124,7 @@ def test_corrections_for_none_of_the_pairs_are_warned_of(
         corrections(tmp_path, "none.csv", ("x", "neutral"), ("y", "neutral")),
         corrections(tmp_path, "z.jsonl", ("z", "-")),
     ]
-    message = f"none of the 3 pairIDs of {files[0]}, {files[1]} is in snli_ve_dev.jsonl; its labels stay as they are"
+    message = f"none of the 3 pairIDs of {files[0]}, {files[1]} is in snli_ve_dev.jsonl; its labels are unchanged"
     for _ in range(2):  # the second time from the cache
         caplog.clear()
         source = snli([row("a"), row("b", "-")], corrected=files)
@@ -151,15 +151,15 @@ def test_training_needs_no_correction_and_each_evaluated_split_one(
     assert caplog.records == []
     snli([row("b")], "test", corrected=files).split("test")
     assert [record.getMessage() for record in caplog.records] == [
-        f"warning: none of the 1 pairID of {files} is in snli_ve_test.jsonl; its labels stay as they are"
+        f"warning: none of the 1 pairID of {files} is in snli_ve_test.jsonl; its labels are unchanged"
     ]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"id,text\n1,b\n", "a.csv:2: no columns 'pairID' and 'gold_label' (there is 'id', 'text')"),
-        ("a.csv", b"pairID,text\n1,b\n", "a.csv:2: no columns 'pairID' and 'gold_label' (there is 'pairID', 'text')"),
+        ("a.csv", b"id,text\n1,b\n", "a.csv:2: no columns 'pairID' and 'gold_label' (found: 'id', 'text')"),
+        ("a.csv", b"pairID,text\n1,b\n", "a.csv:2: no columns 'pairID' and 'gold_label' (found: 'pairID', 'text')"),
         ("a.csv", b"pairID,gold_label\nx,maybe\n", "a.csv:2: 'gold_label' is 'maybe', the classes are entailment, "),
         ("a.csv", b"pairID,gold_label\nx\n", "a.csv:2: not comma-separated text (missing column: "),
         (
@@ -171,8 +171,8 @@ def test_training_needs_no_correction_and_each_evaluated_split_one(
         ("a.csv", b"pairID,gold_label\nx,neutral\ny,\xff\n", "a.csv:3: not comma-separated text (not UTF-8 text: "),
         ("a.csv", b"", "a.csv: is empty"),
         ("a.csv", b"pairID,gold_label\n", "a.csv: no label in this file"),
-        ("a.jsonl", b'{"pairID": "x"}', "a.jsonl:1: no columns 'pairID' and 'gold_label' (there is 'pairID')"),
-        ("a.jsonl", b"{}", "(there is nothing)"),
+        ("a.jsonl", b'{"pairID": "x"}', "a.jsonl:1: no columns 'pairID' and 'gold_label' (found: 'pairID')"),
+        ("a.jsonl", b"{}", "(found: nothing)"),
         ("a.jsonl", b"pairID,gold_label\n", "a.jsonl:1: not JSON"),
     ],
 )
@@ -205,7 +205,7 @@ def test_a_missing_file_of_corrections_is_named(snli: Any, tmp_path: Path) -> No
         (row("x", text=" "), ":2: the text is empty"),
         (row("x", photo="../11"), ":2: file name '../11' leads out of the folder"),
         (row("x", photo="33"), "snli_ve_dev.jsonl:2: 1 of 2 examples of split 'val' lacks an image in "),
-        (row(), ":2: pairID '11.jpg#0r1e' stands there twice, first at snli_ve_dev.jsonl:1"),
+        (row(), ":2: pairID '11.jpg#0r1e' appears twice, first at snli_ve_dev.jsonl:1"),
     ],
 )
 def test_a_wrong_line_is_named(snli: Any, line: Any, message: str) -> None:
@@ -232,7 +232,7 @@ def test_missing_files_and_splits_are_named(snli: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"/no/snli_ve_dev\.jsonl: no such file \(there is no folder .*/no\)\. {todo}"):
         SnliVe(str(tmp_path / "no")).split("val")
     for name in ("val", "validation"):
-        with pytest.raises(UserError, match=rf"data\.source\.{name}: no file is named for this split"):
+        with pytest.raises(UserError, match=rf"data\.source\.{name}: no file was given for this split"):
             snli([row()], "train", val=None).split(name)
 
 

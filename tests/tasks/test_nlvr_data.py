@@ -102,7 +102,7 @@ def test_evaluation_names_the_missing_image(nlvr: Any) -> None:
     ("line", "message"),
     [
         ("{", "dev.json:2: not JSON"),
-        ("[]", "dev.json:2: list where a JSON object belongs"),
+        ("[]", "dev.json:2: list instead of a JSON object"),
         ({"sentence": "a", "label": "True"}, "dev.json:2: key 'identifier' is missing"),
         ({"identifier": "dev-1-1-0", "label": "True"}, "dev.json:2: key 'sentence' is missing"),
         ({"identifier": "dev-1-1-0", "sentence": "a"}, "dev.json:2: key 'label' is missing"),
@@ -114,7 +114,7 @@ def test_evaluation_names_the_missing_image(nlvr: Any) -> None:
         (row("dev-1--0"), "dev.json:2: identifier 'dev-1--0' is not split-set-pair-sentence"),
         (row("../dev-1-1-0"), "dev.json:2: file name '../dev-1-1-0' leads out of the folder"),
         (row("dev-\ud800-1-0"), "dev.json:2: 'identifier' is 'dev-\\ud800-1-0': empty, or not plain text"),
-        (row(), "dev.json:2: identifier 'dev-1-0-0' stands there twice, first at dev.json:1"),
+        (row(), "dev.json:2: identifier 'dev-1-0-0' appears twice, first at dev.json:1"),
     ],
 )
 def test_a_wrong_line_is_named(nlvr: Any, line: Any, message: str) -> None:
@@ -138,7 +138,7 @@ def test_missing_files_and_splits_are_named(nlvr: Any, tmp_path: Path) -> None:
     assert caught.value.code == ExitCode.MISSING_INPUT
     with pytest.raises(UserError, match=r"/no/dev\.json: no such file \(there is no folder .*/no\)\. .*maskvlm data"):
         Nlvr2(str(tmp_path / "no")).split("val")
-    with pytest.raises(UserError, match=r"data\.source\.test: no file is named for this split"):
+    with pytest.raises(UserError, match=r"data\.source\.test: no file was given for this split"):
         nlvr([row()], test=None).split("test")
     (tmp_path / "dev.json").write_text("\n")
     with pytest.raises(UserError, match=r"dev\.json: no example in this file"):

@@ -108,7 +108,7 @@ def test_an_image_that_was_left_out_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         Nlvr2(str(root), cache=str(tmp_path / "cache")).split("val")
     assert f"1 of 3 examples of split 'val' lacks an image in {root}: nlvr2 dev-1-0-img1. " in str(caught.value)
-    assert f"{root / 'skipped.jsonl'} tells which were left out" in str(caught.value)
+    assert f"{root / 'skipped.jsonl'} lists the rows left out" in str(caught.value)
 
 
 def test_the_photos_of_a_prepared_set_of_pairs_serve_snli_ve(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_truth_and_numbers_are_as_often(train: list[PlannedExample], val: list[P
 
 
 def test_a_count_that_breaks_a_set_is_refused() -> None:
-    with pytest.raises(UserError, match=r"SceneComparisons\.val: 10 examples\. Ask for a multiple of 4"):
+    with pytest.raises(UserError, match=r"SceneComparisons\.val: 10 examples\. Use a multiple of 4"):
         SceneComparisons(val=10)
 
 

@@ -100,7 +100,7 @@ def test_what_cannot_be_served_is_refused(source: type, arguments: dict[str, int
 
 @each_source
 def test_an_unknown_split_and_index_are_refused(source: type) -> None:
-    with pytest.raises(UserError, match=r"no split 'dev'\. The splits are train, val, test"):
+    with pytest.raises(UserError, match=r"no split 'dev'\. Available: train, val, test"):
         source().split("dev")
     for index in (-1, 2000):
         with pytest.raises(IndexError, match=str(index)):

@@ -122,7 +122,7 @@ def test_a_vocabulary_of_some_of_the_questions_is_refused(source: Any, tmp_path:
     with pytest.raises(UserError) as caught:
         source().split("train")
     assert str(caught.value) == (
-        f"{tmp_path / ANNOTATIONS}: 2 questions have no multiple_choice_answer, which the vocabulary is made of; "
+        f"{tmp_path / ANNOTATIONS}: 2 questions have no multiple_choice_answer, which the vocabulary is built from; "
         "the first is 7. Take the annotations as distributed, or set data.source.answers."
     )
     assert caught.value.code == ExitCode.BAD_DATA
@@ -146,7 +146,7 @@ def test_a_part_outside_the_vocabulary_says_how_to_change_that(source: Any, tmp_
             "Lower data.source.min_count, or set data.source.answers",
         )
     )
-    assert caught.value.what == f"no example is left (answer outside the vocabulary: {number})"
+    assert caught.value.what == f"no examples are left (answer outside the vocabulary: {number})"
     assert caught.value.todo == todo
 
 
@@ -273,7 +273,7 @@ def test_missing_files_are_named(source: Any, tmp_path: Path) -> None:
     message = r"_questions\.json: no such file \(there is no folder .*/no\)\. .*maskvlm data"
     with pytest.raises(UserError, match=message):
         VqaV2(str(tmp_path / "no")).split("val")
-    with pytest.raises(UserError, match=r"data\.source\.val: no part is named for this split"):
+    with pytest.raises(UserError, match=r"data\.source\.val: no part was given for this split"):
         source(val=None).split("val")
     with pytest.raises(UserError, match=r"answers\.txt: no such file"):
         _ = source(answers=str(tmp_path / "answers.txt")).labels
@@ -282,7 +282,7 @@ def test_missing_files_are_named(source: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("questions", "message"),
     [
-        ([question(), question(2), question(1)], "questions[2]: question_id '1' stands there twice, first at"),
+        ([question(), question(2), question(1)], "questions[2]: question_id '1' appears twice, first at"),
         ([question(), question(2), question(3)], "questions[2]: question 3 has no annotation in "),
         ([question()], f"{ANNOTATIONS} annotations[1]: question 2 is not in "),
         ([question(), {"question_id": 2, "question": "a"}], "questions[1]: key 'image_id' is missing"),
@@ -291,7 +291,7 @@ def test_missing_files_are_named(source: Any, tmp_path: Path) -> None:
         ([question(), question("2")], "questions[1]: 'question_id' is str instead of int"),
         ([question(), question(2, "../9")], "questions[1]: 'image_id' is str instead of int"),
         ([question(), question(2, 9, None)], "questions[1]: 'question' is NoneType instead of str"),
-        ([question(), 3], "questions[1]: int where an object with 'question_id' belongs"),
+        ([question(), 3], "questions[1]: int instead of an object with 'question_id'"),
         ({}, f"{QUESTIONS}: 'questions' is dict instead of list"),
         ([], f"{QUESTIONS}"),
     ],
@@ -334,7 +334,7 @@ def test_an_annotation_of_another_image_is_named(source: Any, tmp_path: Path, im
         source().split("train")
     assert str(caught.value) == (
         f"{tmp_path / ANNOTATIONS} annotations[1]: image_id of question 2 is {image!r} here and 9 in "
-        f"{tmp_path / QUESTIONS} questions[1]. Take questions and annotations of the same part."
+        f"{tmp_path / QUESTIONS} questions[1]. Use questions and annotations of the same part."
     )
     assert caught.value.code == ExitCode.BAD_DATA
 
@@ -429,14 +429,14 @@ def test_visual_genome_may_add_nothing(source: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "vg.json: dict where a list of images with `qas` belongs"),
-        ([3], "vg.json [0]: int where an object with 'id' belongs"),
+        ({}, "vg.json: dict instead of a list of images with `qas`"),
+        ([3], "vg.json [0]: int instead of an object with 'id'"),
         ([{"id": 1}], "vg.json [0]: key 'qas' is missing"),
         ([{"id": 1, "qas": [{}]}], "vg.json [0].qas[0]: key 'qa_id' is missing"),
         ([{"id": 1, "qas": [{"qa_id": 1, "question": "a"}]}], "vg.json [0].qas[0]: key 'answer' is missing"),
         (
             [{"id": 1, "qas": [{"qa_id": 1, "question": "a", "answer": "b"}] * 2}],
-            "question 1: qa_id 'vg 1' stands there",
+            "question 1: qa_id 'vg 1' appears twice",
         ),
         ([], "vg.json: no example in this file"),
     ],
@@ -460,7 +460,7 @@ def test_visual_genomes_photos_of_coco_have_their_ids_there(source: Any, tmp_pat
     assert [examples[row]["image_ids"] for row in range(3)] == [["coco 42"], ["coco 42"], ["vg 9"]]
     assert examples[1]["images"] == [str(tmp_path / "vg" / "VG_100K" / "8.jpg")]
     (file.parent / "image_data.json").unlink()
-    with pytest.raises(UserError, match=r"image_data\.json is missing: which images are also COCO's"):
+    with pytest.raises(UserError, match=r"image_data\.json is missing: only this file says which images are also"):
         source(visual_genome=str(file)).split("train")
 
 

@@ -349,7 +349,7 @@ def test_labels_with_the_same_tokens_are_named_and_counted(caplog: pytest.LogCap
     token_KS, _ = task.vocabulary(backbone)
     task.vocabulary(backbone)
     (record,) = caplog.records
-    what = "4 of 5 answers have the tokens of another one, and cannot be told from it: 'red' = 'Red'; '二' = '☃'"
+    what = "4 of 5 answers have the same tokens as another one, so they cannot be told apart: 'red' = 'Red'; '二' = '☃'"
     assert record.getMessage() == f"warning: {what}"
     assert task.card()["labels with the tokens of another"] == 4
     assert task.words(token_KS[2].tolist(), tokenizer.sep_token_id, tokenizer) == "red"

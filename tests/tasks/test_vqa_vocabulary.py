@@ -157,17 +157,17 @@ def test_an_empty_answer_in_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "where", "what"),
     [
-        ("a.json", ["yes", "no", "yes"], "a.json answer 2", "'yes' stands there twice, first at 0"),
-        ("a.txt", "yes\nno\nno\n", "a.txt:3", "'no' stands there twice, first at 2"),
+        ("a.json", ["yes", "no", "yes"], "a.json answer 2", "'yes' appears twice, first at 0"),
+        ("a.txt", "yes\nno\nno\n", "a.txt:3", "'no' appears twice, first at 2"),
         ("a.json", {"yes": 0, "no": 2}, "a.json", "index 2 of 'no' is not one of 0 to 1"),
         ("a.json", {"yes": -1, "no": 0}, "a.json", "index -1 of 'yes' is not"),
         ("a.json", {"yes": 0, "no": True}, "a.json", "index True of 'no' is not"),
         ("a.json", {"yes": 0, "no": "1"}, "a.json", "index '1' of 'no' is not"),
         ("a.json", {"yes": 0, "no": 0}, "a.json", "'yes' and 'no' have the same index 0"),
-        ("a.json", b'{"yes": 0, "no": 1, "yes": 2}', "a.json", "key 'yes' stands there twice"),
-        ("a.json", ["yes", 2], "a.json answer 1", "int where an answer belongs"),
+        ("a.json", b'{"yes": 0, "no": 1, "yes": 2}', "a.json", "key 'yes' appears twice"),
+        ("a.json", ["yes", 2], "a.json answer 1", "int instead of an answer"),
         ("a.json", b'["yes", "\\ud800"]', "a.json answer 1", "half a surrogate pair"),
-        ("a.json", 3, "a.json", "int where a list of answers"),
+        ("a.json", 3, "a.json", "int instead of a list of answers"),
         ("a.json", [], "a.json", "no answers"),
         ("a.json", {}, "a.json", "no answers"),
         ("a.json", '["yes",\n', "a.json:2", "not JSON"),
@@ -215,7 +215,7 @@ def test_types_and_majority_may_be_absent(shared_data: Path) -> None:
     [
         ([annotation(1, None), {"question_id": 2}], "annotations[1]", "key 'answers' is missing"),
         ([{"question_id": 2, "answers": []}], "annotations[0]", "a question without answers"),
-        ([{"question_id": 2, "answers": ["x"]}], "annotations[0].answers[0]", "str where an object with 'answer'"),
+        ([{"question_id": 2, "answers": ["x"]}], "annotations[0].answers[0]", "str instead of an object with 'answer'"),
         (
             [{"question_id": 2, "answers": [{"answer": 2}]}],
             "annotations[0].answers[0]",
@@ -230,7 +230,7 @@ def test_types_and_majority_may_be_absent(shared_data: Path) -> None:
         ),
         ([annotation(1, None, "\ud800")], "annotations[0].answers[0]", "half a surrogate pair"),
         ([{**annotation(1, None), "answer_type": 3}], "annotations[0]", "'answer_type' is int instead of str"),
-        ([[]], "annotations[0]", "list where an object with 'answers' belongs"),
+        ([[]], "annotations[0]", "list instead of an object with 'answers'"),
     ],
 )
 def test_refused_annotations(tmp_path: Path, entries: list[Any], where: str, what: str) -> None:

@@ -59,7 +59,7 @@ def test_the_best_weights_are_measured_where_the_score_no_longer_rises(
     stderr = capsys.readouterr().err
     assert (finished(tmp_path / "run"), asked_for(tmp_path / "run")) == (9, 12)
     assert "not finished" not in stderr
-    assert f"the score no longer rose: the run ends at step 9, {tmp_path / 'run' / 'best.ckpt'} is measured" in stderr
+    assert f"the score no longer rose: stopped early at step 9; evaluating {tmp_path / 'run' / 'best.ckpt'}" in stderr
 
 
 @pytest.mark.parametrize("patience", [None, 3])
@@ -90,7 +90,7 @@ def test_a_score_that_was_reached_finishes_a_run(
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     fit(tmp_path / "run", stack, patience=3, threshold=-1.0)
     assert finished(tmp_path / "run") == 3
-    assert "the score reached -1.0: the run ends at step 3" in capsys.readouterr().err
+    assert "the score reached -1.0: stopped early at step 3" in capsys.readouterr().err
 
 
 def test_a_run_that_was_ending_does_not_train_on_when_it_is_started_again(

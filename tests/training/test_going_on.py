@@ -65,7 +65,7 @@ def test_a_run_that_its_time_ended_goes_on_with_more(
     with monkeypatch.context() as patch:
         end_time_at(5, patch)
         assert fit("run", trainer__max_time="00:01:00:00")["global_step"] == 5
-        assert "stopped at step 5 of 12, as trainer.max_time is over; the same" in capsys.readouterr().err
+        assert "stopped at step 5 of 12: trainer.max_time was reached; repeat the" in capsys.readouterr().err
         # Without more time it stays where it is.
         assert fit("run", trainer__max_time="00:01:00:00")["global_step"] == 5
     assert finished(tmp_path / "run") is None
@@ -89,7 +89,7 @@ def test_a_callback_that_stops_a_run_does_not_finish_it(
     with monkeypatch.context() as patch:
         patch.setattr(KeepState, "on_train_batch_end", stops)
         assert fit("run")["global_step"] == 6
-    assert "stopped at step 6 of 12 by a callback; the same command goes on" in capsys.readouterr().err
+    assert "stopped at step 6 of 12 by a callback; repeat the command to resume" in capsys.readouterr().err
     assert fit("run")["global_step"] == 12
 
 
@@ -144,7 +144,7 @@ def test_a_part_of_the_batches_is_no_finished_run(
     fit: Callable[..., dict[str, object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fit("run", trainer__limit_train_batches=4)["global_step"] == 4
-    assert "stopped at step 4 of 12, as trainer.limit_train_batches or overfit" in capsys.readouterr().err
+    assert "stopped at step 4 of 12: limited by trainer.limit_train_batches or overfit" in capsys.readouterr().err
     assert finished(tmp_path / "run") is None
 
 
@@ -243,7 +243,7 @@ def test_a_checkpoint_of_another_run_is_not_mixed_into_a_folder(
     fit("one", data__steps=3)
     fit("two", data__steps=3, seed_everything=1)
     before = content_of_files(tmp_path / "two")
-    with pytest.raises(UserError, match="already holds a run, which did not begin from /") as caught:
+    with pytest.raises(UserError, match="already holds a run, which did not start from /") as caught:
         fit("two", ckpt_path=tmp_path / "one" / "last.ckpt")
     assert caught.value.code == ExitCode.CANNOT_CREATE
     assert content_of_files(tmp_path / "two") == before

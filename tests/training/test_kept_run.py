@@ -80,7 +80,7 @@ def test_what_changes_features_has_files_of_its_own(
 
 
 def test_images_that_are_augmented_are_not_kept(fit: Callable[..., dict[str, list[float]]], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"feature_cache: an image that is augmented looks different each time"):
+    with pytest.raises(UserError, match=r"feature_cache: an augmented image looks different each time"):
         fit("augmented", **{"model.backbone.image.feature_cache": str(tmp_path / "features"), "data.augment": True})
     assert not (tmp_path / "features").exists()
 

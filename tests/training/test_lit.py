@@ -167,7 +167,8 @@ def test_accumulated_passes_say_what_contrast_is_among(caplog: pytest.LogCapture
     notes = [record.message for record in caplog.records if "contrast" in record.message]
     assert len(notes) == 1
     assert re.search(
-        r"note: gradients of 2 passes .* among the \d+ pairs of a pass, not \d+; with model.chunk", notes[0]
+        r"note: gradients are accumulated over 2 passes, .* only the \d+ pairs of each pass, not all \d+; with model",
+        notes[0],
     )
     caplog.clear()
     make_trainer(limit_val_batches=0).fit(make_model(), make_data(steps=1))
@@ -422,7 +423,7 @@ def test_a_loss_without_gradient_is_told_once(caplog: pytest.LogCaptureFixture) 
 
 
 def test_lightnings_way_to_load_says_what_loads_a_checkpoint() -> None:
-    with pytest.raises(UserError, match=r"first\.ckpt: is data alone: .* MaskVLM\.from_pretrained\(path\) builds it"):
+    with pytest.raises(UserError, match=r"first\.ckpt: holds only data: .* MaskVLM\.from_pretrained\(path\) builds it"):
         LitModel.load_from_checkpoint("first.ckpt")
 
 

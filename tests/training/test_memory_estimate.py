@@ -150,7 +150,7 @@ def test_a_task_that_knows_no_chunks_gets_another_advice() -> None:
 
 def test_the_line_says_what_is_needed_what_is_there_and_what_to_do() -> None:
     estimate = MemoryEstimate(512, 34 * GIB, 5 * GIB, 24 * GIB, 32)
-    assert str(estimate) == "a step of 512 pairs needs about 34.0 GiB (simulated), the card has 24.0"
+    assert str(estimate) == "a step of 512 pairs needs about 34.0 GiB (simulated), the GPU has 24.0"
     assert estimate.todo == "add --model.chunk 32"
     estimate.check()
     assert estimate._replace(needed=20 * GIB).todo == ""

@@ -145,7 +145,7 @@ def test_the_stable_share_is_one_of_the_steps_of_each_group_after_its_rise() -> 
     assert [early(step) for step in (1, 2, 7)] == pytest.approx([1.0] * 3)
     assert early(8) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 5))
     assert [late(step) for step in range(7, 13)] == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0, 0.0])
-    with pytest.raises(UserError, match=r"model\.stable: 1\.0 is no share"):
+    with pytest.raises(UserError, match=r"model\.stable: 1\.0 is out of range"):
         LitModel(*build(), stable=1.0)
 
 

@@ -242,7 +242,7 @@ def test_a_signal_is_noted_and_nothing_else(capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr().err == ""
     os.kill(os.getpid(), signal.SIGINT)  # the first Ctrl-C is like any other; the second one is impatient
     assert caught.count == 2
-    assert "stopping: the run is saved first; Ctrl-C again ends it now" in capfd.readouterr().err
+    assert "stopping: saving the run first; Ctrl-C again ends it now" in capfd.readouterr().err
     caught.restore()
     assert {each: signal.getsignal(each) for each in SIGNALS} == before
     assert caught.count == 0  # what was asked of one training is not asked of the next in this process
@@ -301,7 +301,7 @@ def test_usr1_under_slurm_saves_queues_and_goes_on(
     assert stderr.rstrip().endswith("job 17 is queued again")
     assert load(tmp_path / "run" / "last.ckpt")["global_step"] == 2
     assert main(command) == 0
-    assert f"going on after step 2 ({tmp_path / 'run' / 'last.ckpt'})" in capsys.readouterr().out
+    assert f"resuming after step 2 ({tmp_path / 'run' / 'last.ckpt'})" in capsys.readouterr().out
     facts = json.loads((tmp_path / "run" / "versions.json").read_text())
     assert facts["finished"]["step"] == 6
     assert len(facts["earlier"]) == 1
@@ -423,7 +423,7 @@ def test_other_data_or_batches_are_refused() -> None:
     from maskvlm.data.module import PairData
 
     data: Any = SimpleNamespace(share=8, trainer=None, splits={"train": SimpleNamespace(fingerprint="abc")})
-    with pytest.raises(UserError, match="a pass has 8 pairs, in the checkpoint 6"):
+    with pytest.raises(UserError, match="a pass has 8 pairs, but in the checkpoint 6"):
         PairData.load_state_dict(data, {"share": 6, "batches": 1, "data": "abc", "rows": {}})
     with pytest.raises(UserError, match=r"the training data \(abc\) are not those that the .* trained on \(xyz\)"):
         PairData.load_state_dict(data, {"share": 8, "batches": 1, "data": "xyz", "rows": {}})

@@ -71,7 +71,7 @@ def test_the_last_line_is_a_command_that_asks_the_run(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     *_, line = (finished.parent / "told.txt").read_text().splitlines()
-    where, command = line.split(": finished; ask it: maskvlm ")
+    where, command = line.split(": finished; try it: maskvlm ")
     assert where == str(finished)
     Image.new("RGB", (48, 48)).save(tmp_path / "grey.png")
     words = [str(tmp_path / "grey.png") if word == "IMAGE" else word for word in shlex.split(command)]
@@ -158,7 +158,7 @@ SKIPPED = {"missing image": ["toy.json:3", "toy.json:5"], "empty text": []}
 def test_what_an_evaluation_leaves_out_is_said_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record, module, path = RunRecord(), SimpleNamespace(metrics={}), tmp_path / "bad_samples.json"
     record.on_validation_end(evaluation(tmp_path, SKIPPED), module)  # type: ignore[arg-type]
-    line = f"samples skipped or mended (val, 7 rows): missing image: 2; listed in {path}\n"
+    line = f"samples skipped or repaired (val, 7 rows): missing image: 2; listed in {path}\n"
     assert capsys.readouterr().out == line
     assert json.loads(path.read_text())["left_out"] == {"val": SKIPPED}
     record.on_test_end(evaluation(tmp_path, {}), module)  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ def test_measuring_in_a_trainings_folder_keeps_its_list(tmp_path: Path, capsys: 
     assert (tmp_path / "bad_samples.json").read_text() == "the training's"
     for split in ("val", "test"):
         assert json.loads((tmp_path / f"bad_samples-{split}.json").read_text())["left_out"] == {split: SKIPPED}
-    assert capsys.readouterr().out.count("samples skipped or mended") == 2
+    assert capsys.readouterr().out.count("samples skipped or repaired") == 2
 
 
 def test_a_training_says_it_once_and_a_trial_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +266,9 @@ def test_a_second_run_is_refused(finished: Path, words: list[str], capsys: pytes
     """The same command has nothing to do, another one would mix two runs."""
     before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
     assert main(["fit", "--run", str(finished), *words]) == 0
-    assert capsys.readouterr().out == f"{finished}: finished at step 4; another RUN begins anew\n"
+    assert (
+        capsys.readouterr().out == f"{finished}: already finished at step 4; use another folder (run=) for a new run\n"
+    )
     assert main(["fit", "--run", str(finished), *words, "--data.steps=5"]) == ExitCode.CANNOT_CREATE
     error = capsys.readouterr().err
     assert f"error: {finished}: already holds a run with other settings (data.steps was 4, is 5). Choose" in error
@@ -315,9 +317,9 @@ def test_a_checkpoint_does_not_change_the_settings(words: list[str], tmp_path: P
 
 def test_words_for_checkpoints(tmp_path: Path) -> None:
     assert find_checkpoint(None, tmp_path, "fit") is None
-    with pytest.raises(UserError, match="no checkpoint is named"):
+    with pytest.raises(UserError, match="no checkpoint was given"):
         find_checkpoint(None, tmp_path, "test")
-    with pytest.raises(UserError, match="holds no checkpoint to go on from"):
+    with pytest.raises(UserError, match="holds no checkpoint to resume from"):
         find_checkpoint("last", tmp_path, "fit")  # Lightning would start from scratch without a word
     with pytest.raises(UserError, match="is an address"):
         find_checkpoint("https://x/y.ckpt", tmp_path, "fit")
@@ -369,7 +371,7 @@ def test_two_processes_tell_a_mistake_once(words: list[str], tmp_path: Path) -> 
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
-    assert "data.batch_size: 7 pairs cannot be shared by 2 processes" in errors[0]
+    assert "data.batch_size: 7 pairs cannot be split evenly among 2 processes" in errors[0]
     assert "Traceback" not in done.stderr
     assert done.returncode == ExitCode.USAGE
 

@@ -141,12 +141,12 @@ def check_parts(content: Any, path: str | Path) -> None:
         if isinstance(value, dict) and not all(
             type(name) in (str, int, float, bool, type(None), tuple) for name in value
         ):
-            raise UserError(f"{path}: {key[1:]}", "a key that is no text and no number", TODO, ExitCode.BAD_DATA)
+            raise UserError(f"{path}: {key[1:]}", "a key that is neither text nor a number", TODO, ExitCode.BAD_DATA)
         # All parts are counted, so this container can be.
         if ready:
             sizes[id(value)] = 1 + sum(sizes.get(id(part), 1) for part in parts)
             if sizes[id(value)] > MOST_PARTS:
-                what = f"unfolds to more than {MOST_PARTS:,} values"
+                what = f"expands to more than {MOST_PARTS:,} values"
                 raise UserError(f"{path}: {key[1:] or 'content'}", what, TODO, ExitCode.REFUSED)
         elif id(value) not in sizes:
             sizes[id(value)] = MOST_PARTS  # until it is known: a container that holds itself is too large
@@ -186,7 +186,7 @@ def check_state(state: Any, path: str | Path) -> None:
         raise UserError(f"{path}: state_dict", what, TODO, ExitCode.BAD_DATA)
     for name, value in state.items():
         if type(name) is not str or len(name) > MOST_NAME or not name.isprintable():
-            raise UserError(f"{path}: state_dict", f"{describe_value(name)} is no name", TODO, ExitCode.BAD_DATA)
+            raise UserError(f"{path}: state_dict", f"{describe_value(name)} is not a name", TODO, ExitCode.BAD_DATA)
         if not isinstance(value, Tensor):
             what = f"expected a tensor, found {describe_value(value)}"
             raise UserError(f"{path}: state_dict.{name}", what, TODO, ExitCode.BAD_DATA)

@@ -58,7 +58,7 @@ def read_folder(path: Path) -> dict[str, Any]:
     for file in (path / WEIGHTS, *(file for file in (lineage_file, known_file) if file.is_file())):
         check_file(file)
         if not is_safetensors(file):  # intact, but of another kind
-            raise UserError(file, "is no safetensors file", AGAIN, ExitCode.BAD_DATA)
+            raise UserError(file, "is not a safetensors file", AGAIN, ExitCode.BAD_DATA)
     check_sums(path)
     # Hashes of image ids are in a file beside the lineage, by the entry's number.
     ids = load_file(lineage_file) if lineage_file.is_file() else {}
@@ -76,7 +76,7 @@ def read_folder(path: Path) -> dict[str, Any]:
     }
     # Entries that are not mappings were left out above.
     if len(content["lineage"]) < len(lineage):
-        raise UserError(path / CONFIG, "an entry of its lineage is no mapping", AGAIN, ExitCode.BAD_DATA)
+        raise UserError(path / CONFIG, "an entry of its lineage is not a mapping", AGAIN, ExitCode.BAD_DATA)
     if config.get("task"):
         content["task"] = _yaml(config["task"])
     if config.get("labels") is not None:
@@ -123,15 +123,15 @@ def check_sums(path: Path) -> None:
         there = os.path.lexists(path / name)
         if name not in sums:
             if there and every:
-                raise UserError(path / name, f"is none of the files that {SUMS} knows", AGAIN, ExitCode.BAD_DATA)
+                raise UserError(path / name, f"is not listed in {SUMS}", AGAIN, ExitCode.BAD_DATA)
         elif not (path / name).is_file():
             # These may be left out when a folder is copied.
             if name in FOR_PEOPLE:
                 continue
-            raise UserError(path / name, f"is missing, and {SUMS} knows it", AGAIN, ExitCode.BAD_DATA)
+            raise UserError(path / name, f"is missing, but {SUMS} lists it", AGAIN, ExitCode.BAD_DATA)
         elif sha256_of(path / name) != sums[name]:
             todo = f"{AGAIN}; if you changed it yourself, remove {SUMS}"
-            raise UserError(path / name, f"damaged or changed: not the file that {SUMS} knows", todo, ExitCode.BAD_DATA)
+            raise UserError(path / name, f"damaged or changed: its hash differs from {SUMS}", todo, ExitCode.BAD_DATA)
 
 
 def read_model_config(path: Path) -> dict[str, Any]:

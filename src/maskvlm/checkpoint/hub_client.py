@@ -92,7 +92,7 @@ def from_cache_or_hub(name: str, fetch: Callable[[bool], T], where: str = "model
             raise UserError(where, what, "Check the name", ExitCode.MISSING_INPUT) from error
         if any(isinstance(e, LocalEntryNotFoundError | ConnectionError | TimeoutError) for e in chain):
             raise Unreachable(name) from error
-        what = f"{name} is of no use ({first_line(error)})"
+        what = f"{name} cannot be used ({first_line(error)})"
         raise UserError(where, what, "Choose another one", ExitCode.BAD_DATA) from error
 
 
@@ -205,20 +205,20 @@ def check_publishable(repository: str) -> OnHub:
         UserError: there is no token, or it is rejected, read-only or of a user other than the owner; or the hub cannot
             be reached (69).
     """
-    api, log_in = HfApi(), "Log in (hf auth login) or set HF_TOKEN, with a token that may write"
+    api, log_in = HfApi(), "Log in (hf auth login) or set HF_TOKEN, with a token that has write access"
     try:
         account = api.whoami()
     except LocalTokenNotFoundError:
         # Without a token only public repositories are visible.
-        state = "is there already" if repo_there(api, repository) else "is free"
+        state = "already exists" if repo_there(api, repository) else "is free"
         raise UserError(
             repository, f"{state}; there is no token to upload with", log_in, ExitCode.UNAVAILABLE
         ) from None
     except Exception as error:  # as above, of many libraries
-        what = f"the hub refuses the token, or cannot be reached ({first_line(error)})"
+        what = f"the hub rejects the token, or cannot be reached ({first_line(error)})"
         raise UserError(repository, what, log_in, ExitCode.UNAVAILABLE) from error
     there, user, owner = repo_there(api, repository), str(account["name"]), repository.partition("/")[0]
-    state = "is there already" if there else "is free"
+    state = "already exists" if there else "is free"
     if owner.lower() not in {name.lower() for name in (user, *(each["name"] for each in account.get("orgs", ())))}:
         what = f"{state}; the token is of {user}, who is neither {owner} nor a member of it"
         raise UserError(repository, what, f"Name {user}/{repository.partition('/')[2]}", ExitCode.UNAVAILABLE)
@@ -233,7 +233,7 @@ def repo_there(api: HfApi, repository: str) -> bool:
     try:
         return api.repo_exists(repository)
     except Exception as error:  # as above, of many libraries
-        what = f"the hub cannot be asked for it ({first_line(error)})"
+        what = f"the hub cannot be queried for it ({first_line(error)})"
         raise UserError(repository, what, "Check the connection", ExitCode.UNAVAILABLE) from error
 
 
@@ -242,7 +242,7 @@ def check_repository(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"to={name}", f"is no name on the hub ({first_line(error)})", "Give owner/name") from None
+        raise UserError(f"to={name}", f"is not a valid hub name ({first_line(error)})", "Give owner/name") from None
     if "/" not in name:
         raise UserError(f"to={name}", "names no owner", "Give owner/name")
 

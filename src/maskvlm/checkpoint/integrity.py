@@ -68,12 +68,12 @@ def newest_valid(folder: str | Path, warn: Callable[[str], None] = print) -> Pat
         try:
             verify_checkpoint(path)
         except UserError as error:
-            warn(f"{error} Passed over.")
+            warn(f"{error} Skipped.")
         else:
             return path
     if candidates:
-        what = f"none of its {len(candidates)} checkpoints is whole"
-        raise bad(folder, what, "Start afresh in another folder (--folder), or restore a copy", ExitCode.REFUSED)
+        what = f"all {len(candidates)} checkpoints are damaged"
+        raise bad(folder, what, "Start a new run in another folder (--folder), or restore a backup", ExitCode.REFUSED)
     return None
 
 

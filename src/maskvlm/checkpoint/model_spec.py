@@ -46,7 +46,7 @@ CLASS_PATH = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
 MOST_SIDE = 4096  # pixels on each side of an image
 TODO = "Take a checkpoint from somebody you trust"
 SPEC_TODO = (
-    "Put that file of its run beside it; the model of a script is built there, with MaskVLM(..., start=this file)"
+    "Put that file from its run beside it; if a script built the model, build it there: MaskVLM(..., start=this file)"
 )
 NOT_READ = frozenset({
     "model_type", "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "id2label",
@@ -124,7 +124,9 @@ def _beside(file: Path, path: str | Path, bounds: Bounds) -> ModelSpec:
     config = read_yaml(read_small(file), str(file))
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict) or not {"backbone", "task"} <= model.keys():
-        raise UserError(file, "tells no model", "Put the one of the checkpoint's run there", ExitCode.BAD_DATA)
+        raise UserError(
+            file, "does not describe a model", f"Put the {file.name} of the checkpoint's run there", ExitCode.BAD_DATA
+        )
     backbone = read_backbone(model["backbone"], f"{file}: model.backbone", bounds)
     return ModelSpec(backbone, read_task(model["task"], f"{file}: model.task"))
 

@@ -117,7 +117,7 @@ def _walk(content: bytes) -> str | None:
                 return f"calls {called.called.replace(' ', '.')[:80]!r}, which no checkpoint needs"
             # Encodes bytes given as text. On the result of another call it would grow: "hex" doubles the length.
             if called is not None and called.called == "_codecs encode" and (given is None or given.kind != TWO_TEXTS):
-                return "encodes what is no text of its own, which no checkpoint needs"
+                return "encodes the result of another call, which no checkpoint needs"
             del stack[-TAKE[name] :]
             stack.append(Value())
         elif name in DROP:

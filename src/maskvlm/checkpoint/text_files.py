@@ -100,8 +100,8 @@ def config_of(folder: Path, name: str, settings: dict[str, Any]) -> PreTrainedCo
         if isinstance(content, dict) and "auto_map" in content:
             what = "its configuration comes with program code of its own"
             raise UserError(name, what, "Choose a model that needs none", ExitCode.REFUSED)
-        what = f"its configuration cannot be read ({describe_value(kind)} is no type of model that is known here)"
-        raise UserError(name, what, "Mend it, or name another one", ExitCode.BAD_DATA)
+        what = f"its configuration cannot be read ({describe_value(kind)} is not a known model type)"
+        raise UserError(name, what, "Fix it, or name another one", ExitCode.BAD_DATA)
     # The type's own settings are checked in full; only numbers are taken from all others.
     known = CONFIG_MAPPING[kind]().to_dict().keys() - NOT_READ
     known_settings = {key: content[key] for key in content.keys() & known}
@@ -110,7 +110,7 @@ def config_of(folder: Path, name: str, settings: dict[str, Any]) -> PreTrainedCo
         try:
             check_text_config(kind, known_settings, str(file), ANY_SIZE)
         except UserError as error:
-            raise UserError(error.where, error.what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
+            raise UserError(error.where, error.what, "Fix it, or name another one", ExitCode.BAD_DATA) from error
     others = {
         k: v for k, v in content.items() if type(v) in (bool, int, float) and k not in known and k not in NOT_READ
     }
@@ -126,7 +126,7 @@ def for_type(kind: str, settings: dict[str, Any], where: str) -> PreTrainedConfi
         return AutoConfig.for_model(kind, **settings)
     except Exception as error:  # each model raises its own type
         what = f"its configuration cannot be read ({first_line(error)})"
-        raise UserError(where, what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
+        raise UserError(where, what, "Fix it, or name another one", ExitCode.BAD_DATA) from error
 
 
 def check_memory(config: PreTrainedConfig, folder: Path) -> None:
@@ -141,7 +141,7 @@ def check_memory(config: PreTrainedConfig, folder: Path) -> None:
         with torch.device("meta"):
             numbers = sum(value.numel() for value in AutoModel.from_config(config).parameters())
     except Exception as error:  # contradictory settings: each model raises its own type
-        raise UserError(f"{WHERE}.config", first_line(error), "Mend the settings") from error
+        raise UserError(f"{WHERE}.config", first_line(error), "Fix the settings") from error
     # A parameter takes at least one byte.
     if there and numbers > there + 10_000_000:
         what = f"its configuration asks for {numbers:,} numbers, its weights are {there:,} bytes"
@@ -171,7 +171,7 @@ def is_folder(name: str) -> bool:
 
 def _check_config(name: str, config: PreTrainedConfig, settings: dict[str, Any]) -> None:
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or config.is_encoder_decoder:
-        what = f"{name} (type {config.model_type}) is no encoder trained by masking words"
+        what = f"{name} (type {config.model_type}) is not an encoder trained as a masked language model"
         raise UserError(f"{WHERE}.name", what, "Choose one such as roberta-base")
     fresh = type(config)()
     for key in settings:
@@ -216,7 +216,7 @@ def read_text_state(name: str, config: PreTrainedConfig) -> State:
             )  # fmt: skip
     except Exception as error:  # each model of the library raises its own type
         what = f"its weights cannot be read ({first_line(error)})"
-        raise UserError(name, what, "Mend it, or name another one", ExitCode.BAD_DATA) from error
+        raise UserError(name, what, "Fix it, or name another one", ExitCode.BAD_DATA) from error
     # The model's own initial values must not be taken for the file's.
     state = dict(model.state_dict())
     for key in info["missing_keys"]:

@@ -99,13 +99,13 @@ def _read_parts(folder: Path, index: Path) -> State:
     content = load_json(file_text(index).encode(), index)
     parts = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
-        raise UserError(index, "names no files of weights", "Get the file again", ExitCode.BAD_DATA)
+        raise UserError(index, "names no weights files", "Get the file again", ExitCode.BAD_DATA)
     names = sorted(set(parts.values()))
     # Only weight files in this very folder.
     if strange := [
         name for name in names if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin")
     ]:
-        what = f"names {describe_value(strange[0])}, which is no file of weights beside it"
+        what = f"names {describe_value(strange[0])}, which is not a weights file beside it"
         raise UserError(index, what, "Get the folder from somebody you trust", ExitCode.REFUSED)
     tensors: dict[str, Tensor] = {}
     for name in names:
@@ -145,7 +145,7 @@ def _read(path: Path) -> dict[str, Any]:
         what = f"holds more than weights, and that could run code ({refused_imports(error)})"
         raise UserError(path, what, "Store its tensors with safetensors", ExitCode.REFUSED) from error
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
-        what = f"holds a {type(content).__name__}, no state dict"
+        what = f"holds a {type(content).__name__}, not a state dict"
         raise UserError(path, what, "Store a state dict of tensors", ExitCode.BAD_DATA)
     check_parts(content, path)
     return dict(content)

@@ -48,7 +48,7 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
         allowed: packages that the model's classes may come from.
     """
     named = options.source is not None
-    options.source = options.source or default_model("asked")
+    options.source = options.source or default_model("used")
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     # The methods that a task adds are known only once its checkpoint is loaded.
     ask = ASKS.get(method) or task_ask(model, method)
@@ -170,9 +170,9 @@ def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
     # Index into the flattened map -> (row, column)
     rows, columns = explanation.gradcam.shape
     row, column = divmod(int(explanation.gradcam.argmax()), columns)
-    peak = f"'{word}' is seen most in row {row + 1}, column {column + 1}, counted from 1 in {rows} x {columns}"
+    peak = f"'{word}' is seen most strongly in row {row + 1}, column {column + 1}, counted from 1 in {rows} x {columns}"
     if not explanation.gradcam.any():
-        peak = f"no patch speaks for '{word}' (Grad-CAM is 0 everywhere; --json has the attention)"
+        peak = f"no patch supports '{word}' (Grad-CAM is 0 everywhere; --json gives the attention)"
     answer = {"written": save_image(explanation.image, options.out)} | (
         {"word": word, "attention": explanation.attention.tolist(), "gradcam": explanation.gradcam.tolist()}
         if options.json
@@ -248,7 +248,7 @@ def task_ask(model: PretrainedMaskVLM, method: str) -> Ask:
         near = nearest(method, COMMANDS, 0.6)
         meant = f"; did you mean {near}?" if near else ""
         raise UserError(
-            method, f"no method of this checkpoint ({type(model.task).__name__}{meant})", f"There are: {known}"
+            method, f"not a method of this checkpoint ({type(model.task).__name__}{meant})", f"Available: {known}"
         )
 
     def answers(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:

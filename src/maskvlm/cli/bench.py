@@ -52,12 +52,12 @@ class BenchSpeed(NamedTuple):
 
     def __str__(self) -> str:
         use = f", {100 * self.flops_per_second / self.peak_flops:.1f} % of its peak" if self.peak_flops else ""
-        memory = f", {self.memory_gib:.2f} GiB at most" if self.memory_gib is not None else ""
+        memory = f", {self.memory_gib:.2f} GiB at peak" if self.memory_gib is not None else ""
         each = ", then ".join(f"{phase.share:.0%} of {1000 * phase.seconds:.0f}" for phase in self.phases)
         kinds = f" ({each})" if len(self.phases) > 1 else ""
         return (
             f"{self.device}, {self.precision}: {self.pairs_per_second:.1f} pairs/s, "
-            f"{self.milliseconds:.0f} ms a step{kinds}, {self.flops_per_second / 1e12:.3f} TFLOP/s{use}{memory}"
+            f"{self.milliseconds:.0f} ms per step{kinds}, {self.flops_per_second / 1e12:.3f} TFLOP/s{use}{memory}"
         )
 
 

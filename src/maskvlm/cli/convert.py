@@ -31,9 +31,11 @@ def convert(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     options = parser.parse_args(arguments)
     source, target = options.source, options.target
     if target.exists() and (target.is_file() or any(target.iterdir())):
-        raise UserError(target, "is there already", "Name another one", ExitCode.CANNOT_CREATE)
+        raise UserError(target, "already exists", "Name another one", ExitCode.CANNOT_CREATE)
     if target.suffix == ".ckpt" and options.dtype:
-        raise UserError("convert: --dtype", "is of folders alone", "Leave it out: a checkpoint keeps what it is given")
+        raise UserError(
+            "convert: --dtype", "applies to Hugging Face folders only", "Leave it out: a checkpoint keeps its precision"
+        )
     if target.suffix == ".ckpt":
         content = read_content(source)
         # A folder includes its card and metrics; a checkpoint has them in files beside it.

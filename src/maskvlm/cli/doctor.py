@@ -72,11 +72,9 @@ def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
     description = "Takes the words and options of `maskvlm pretrain`, and these:"
     parser = OptionParser("maskvlm doctor", description=description, allow_abbrev=False)
     parser.add_argument(
-        "--peak", type=float, help="bfloat16 TFLOP/s of a card (default: the card's own, or an A100's 312)"
+        "--peak", type=float, help="bfloat16 TFLOP/s of a GPU (default: the GPU's own, or an A100's 312)"
     )
-    parser.add_argument(
-        "--memory", type=float, help="GiB of memory of a card (default: the card's own, or an A100's 80)"
-    )
+    parser.add_argument("--memory", type=float, help="GiB of memory of a GPU (default: the GPU's own, or an A100's 80)")
     options, rest = parser.parse_known_args(arguments)
     settings = run_command(Parsed, ["fit", *rest], allowed).settings
     failed = False
@@ -113,7 +111,7 @@ def findings(settings: Namespace, peak: float | None = None, memory: float | Non
     yield examined("weights", lambda: check_weights(settings))
     data = None
     if simulation is None:
-        yield Finding("data", LOOK, "not looked at, as the model tells the size of images", "Mend the model first")
+        yield Finding("data", LOOK, "not checked, because the image size depends on the model", "Fix the model first")
     else:
         try:
             with contextlib.redirect_stdout(io.StringIO()) as output:  # goes into the finding's line, not before it
@@ -163,7 +161,7 @@ def check_machine(trainer: Namespace) -> Finding:
     here = machine()
     cards = f"{len(here['gpus'])} x {here['gpus'][0]}" if here["gpus"] else "no GPU"
     check_cards(trainer)
-    on_processor = "The run would be on the processor, whose speed `maskvlm bench` measures; what follows is of a card"
+    on_processor = "The run would use the CPU (measure it with `maskvlm bench`); the predictions below are for a GPU"
     todo = "" if on_cards(trainer) else on_processor
     return Finding("machine", OK if not todo else LOOK, f"{here['processor']}, {here['cores']} cores, {cards}", todo)
 
@@ -182,10 +180,10 @@ def check_torch(trainer: Namespace) -> Finding:
             return Finding("torch", LOOK if todo else OK, message, todo)
         return Finding("torch", OK, message)
     if driver and built:
-        todo = "CUDA does not start: no card is free, or the driver is older than that CUDA (nvidia-smi tells its own)"
+        todo = "CUDA cannot be initialised: no GPU is free, or the driver is older than that CUDA (see nvidia-smi)"
         return Finding("torch", FAILS if on_cards(trainer) else LOOK, message, todo)
     if driver:
-        todo = "There is a card here: install a torch with CUDA (pytorch.org, Get started)"
+        todo = "This machine has a GPU: install a torch with CUDA (pytorch.org, Get started)"
         return Finding("torch", FAILS if on_cards(trainer) else LOOK, message, todo)
     return Finding("torch", OK, message)
 
@@ -211,14 +209,14 @@ def check_disk(folder: Path, state: int | None) -> Finding:
     need = CHECKPOINTS * state
     message += f", {CHECKPOINTS} checkpoints take {need / GIB:.1f}"
     if free < need:
-        return Finding("disk", FAILS, message, "Make room there, or name a --folder on a larger disk")
+        return Finding("disk", FAILS, message, "Free some space there, or name a --folder on a larger disk")
     return Finding("disk", OK, message)
 
 
 def check_data_disk() -> Finding:
     """Disk space where data sets are prepared."""
     free, place = free_space(data_root())
-    todo = "" if free >= GIB else "There is no room to prepare a set: make some, or set DATA_ROOT to a larger disk"
+    todo = "" if free >= GIB else "No room to prepare a set: free some space, or set DATA_ROOT to a larger disk"
     return Finding("data disk", LOOK if todo else OK, f"{place}: {free / GIB:.1f} GiB free", todo)
 
 
@@ -264,7 +262,7 @@ def check_network(trainer: Namespace) -> Finding:
             float(fabric.all_reduce(numbers, reduce_op="sum").sum())  # type: ignore[union-attr]  # waits for the device
             seconds.append(time.perf_counter() - began)
     except (RuntimeError, ValueError) as error:
-        todo = "Start as many processes as devices and num_nodes say, and see that the machines reach each other"
+        todo = "Start as many processes as devices and num_nodes say, and check that the machines can reach each other"
         return Finding("network", FAILS, str(error).splitlines()[0], todo)
     best = min(seconds[1:])  # the first opens the connections
     # A ring passes each number on twice, except a process's own part.
@@ -321,7 +319,7 @@ def check_weights(settings: Namespace) -> Finding:
         if local is None and not is_cached(repository, WEIGHT_FILES):
             absent[encoder] = repository
     if not absent:
-        return Finding("weights", OK, "both encoders' are on this machine")
+        return Finding("weights", OK, "both encoders' weights are on this machine")
     if not hub_reachable():
         raise Unreachable(*absent)
     return Finding("weights", LOOK, f"{' and '.join(absent)}: on the hub", "The run fetches them at its start")
@@ -353,12 +351,12 @@ def contents(data: PairData) -> str:
 
 def described(peak: float | None, memory: float | None) -> Card:
     """The card that predictions are for: this machine's, or a described or assumed one."""
-    card = Card("a card (A100 assumed)", int(CARD_GIB * GIB), CARD_TFLOPS * 1e12)
+    card = Card("a GPU (A100 assumed)", int(CARD_GIB * GIB), CARD_TFLOPS * 1e12)
     if torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
         card = Card(facts.name, facts.total_memory, get_available_flops(torch.device("cuda"), torch.bfloat16))
     elif peak is not None or memory is not None:
-        card = card._replace(name="the card described")
+        card = card._replace(name="the GPU described")
     if memory is not None:
         card = card._replace(memory=int(memory * GIB))
     return card if peak is None else card._replace(peak=peak * 1e12)
@@ -385,20 +383,20 @@ def predicted_lines(
         return
     yield memory
     if card.peak is None:
-        yield Finding("speed", LOOK, f"{card.name}: its peak is not known", "Give --peak TFLOPS, or maskvlm bench")
+        yield Finding("speed", LOOK, f"{card.name}: its peak speed is unknown", "Give --peak TFLOPS, or maskvlm bench")
         return
     # Seconds of the mean step: in each phase computing or launching, whichever takes longer.
     computed_P = [pairs * each.flops / (UTILISATION * card.peak) for each in phases]
     launched_P = [each.launched * LAUNCH for each in phases]
     slower_P = [max(seconds) for seconds in zip(computed_P, launched_P, strict=True)]
     rate = pairs / sum(each.share * seconds for each, seconds in zip(phases, slower_P, strict=True))
-    line = f"predicted: {rate:,.0f} pairs/s a card, assuming "
+    line = f"predicted: {rate:,.0f} pairs/s per GPU, assuming "
     if computed_P == slower_P:
-        line += f"{100 * UTILISATION:.0f} % of {card.peak / 1e12:,.0f} TFLOP/s for {format_flops(phases)} GFLOP a pair"
+        line += f"{100 * UTILISATION:.0f} % of {card.peak / 1e12:,.0f} TFLOP/s for {format_flops(phases)} GFLOP/pair"
     else:
         most = max(each.launched for each in phases)
-        line += f"{1e6 * LAUNCH:.0f} us for each of up to {most:,} kernels a step, which is small for a card"
-    todo = "On a card `maskvlm bench` measures it"
+        line += f"{1e6 * LAUNCH:.0f} us for each of up to {most:,} kernels per step, which is small for a GPU"
+    todo = "On a GPU, `maskvlm bench` measures it"
     if data is not None:
         hours = data.total_steps * data.batch_size / (cards * rate) / 3600
         line += f"; {data.total_steps:,} steps in {hours:,.2f} hours on {cards} of them, without evaluation"
@@ -412,7 +410,7 @@ def memory_line(settings: Namespace, simulation: StepSimulation, card: Card) -> 
     strategy = settings.trainer.strategy
     if str(getattr(strategy, "class_path", "")).endswith(f".{ShardedStrategy.__name__}"):
         # A prediction for the whole model would say that a model sharded for lack of memory does not fit.
-        return Finding("memory", LOOK, "not predicted where cards share the weights", "See docs/gpus.md, When to shard")
+        return Finding("memory", LOOK, "not predicted where GPUs share the weights", "See docs/gpus.md, When to shard")
     copied = processes(settings.trainer) * settings.trainer.num_nodes > 1 and copies_gradients(strategy)
     memory = estimate_memory(simulation, pairs_of(settings), settings.model.chunk, card.memory, copied)
     worse = FAILS if memory.needed > card.memory else LOOK
@@ -433,11 +431,11 @@ def check_workers(settings: Namespace, data: PairData, rate: float) -> Finding:
     """Whether the data workers of a process keep up with a card. rate: pairs per second that the card needs."""
     read, workers = images_per_second(data), workers_of(settings)
     needed, each = math.ceil(rate / read), processes(settings.trainer)
-    message = f"one reads {read:,.0f} images/s (measured here): a card needs {needed}, {workers} are configured"
+    message = f"one reads {read:,.0f} images/s (measured here): a GPU needs {needed}, {workers} are configured"
     if not on_cards(settings.trainer):
         return Finding("data workers", OK, message)
     if needed * each > cores():
-        todo = f"This machine has {cores()} cores, not {each} x {needed}: cards would wait. Augment less, or more cores"
+        todo = f"This machine has {cores()} cores, not {each} x {needed}: GPUs would wait. Augment less or add cores"
         return Finding("data workers", LOOK, message, todo)
     if needed > workers:
         return Finding("data workers", LOOK, message, f"Set --data.workers {needed}")

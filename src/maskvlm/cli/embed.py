@@ -58,13 +58,13 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     Raises:
         UserError: the data are not images with captions, the split is streamed, or the folder holds other vectors.
     """
-    options.source = options.source or default_model("asked")
+    options.source = options.source or default_model("used")
     check_least(1, {"shard": options.shard})
     # Parsed as `fit` would read them; nothing is built yet.
     settings = run_command(Parsed, ["fit", *rest], allowed).settings
     reader, chosen = built_source(settings), settings.data.init_args.source
     if not isinstance(reader, Source):
-        todo = "Name a set of images with captions (-c conf/data/NAME.yaml)"
+        todo = "Use a set of images with captions (-c conf/data/NAME.yaml)"
         raise UserError("data.source", f"{chosen.class_path} has no captions of images", todo)
     if options.split == "all":
         reader = undivided(reader)
@@ -72,13 +72,13 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     pairs = reader.split(options.split)
     if hasattr(pairs, "stream"):
         todo = "Set data.source.streaming to false, or name another split"
-        raise UserError("--split", f"{options.split} is streamed: its images have no places", todo)
+        raise UserError("--split", f"{options.split} is streamed, so its images have no row numbers", todo)
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
     device = options.device or device_of_process(str(settings.trainer.accelerator), local)
     model = PretrainedMaskVLM.from_pretrained(options.source, device=device, allow_import=allowed)
     tell_rest(reader, options.split)
     if options.split == "train" and settings.data.init_args.get("fraction", 1.0) != 1:
-        print("note: all images of split=train are embedded; data.fraction is of a training alone", file=sys.stderr)
+        print("note: embedding all images of split=train; data.fraction applies to training only", file=sys.stderr)
     tell_far(model, pairs)
     args = chosen.get("init_args")
     plain = {"class_path": chosen.class_path, "init_args": args.as_dict() if args else {}}
@@ -95,7 +95,7 @@ def undivided(source: Source) -> Prepared:
     """
     there = read_manifest(source.root)["splits"] if isinstance(source, Prepared) else {}
     if not isinstance(source, Prepared) or list(there) != ["train"]:
-        what = "all is for a prepared set that has no splits of its own"
+        what = "all applies only to a prepared set that has no splits of its own"
         raise UserError("--split", what, f"Name one of {', '.join(there) or 'train, val, test'}")
     return Prepared(str(source.root))
 
@@ -118,7 +118,7 @@ def tell_far(model: PretrainedMaskVLM, pairs: Pairs) -> None:
             images.append(safe_open(pairs[row]["image"], pairs[row]["origin"]))
     far = sum(line is not None for line in model.far(images))
     if 2 * far > len(images):
-        line = f"{far} of {len(images)} images looked at are unlike those that the model was trained on"
+        line = f"{far} of {len(images)} images checked are unlike those that the model was trained on"
         print(f"warning: {line}; take its vectors with care", file=sys.stderr, flush=True)
 
 

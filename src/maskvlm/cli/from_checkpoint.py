@@ -102,7 +102,7 @@ def recipe_of_another(start: ModelSpec, arguments: Sequence[str]) -> str | None:
     # A user's own file may have such a name, too.
     if not own or recipe in own or recipe not in sizes:
         return None
-    return f"the recipe is that of model={recipe}, the checkpoint a model={own[0]}: give model={own[0]} beside from="
+    return f"the recipe is for model={recipe}, but the checkpoint is model={own[0]}: add model={own[0]} to the command"
 
 
 def _size_in(file: str) -> tuple[str, int | None] | None:

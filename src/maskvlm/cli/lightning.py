@@ -312,7 +312,7 @@ class LightningCommand(LightningCLI):
                 self._best_knows_as_much(folder)
             if best is not None:
                 why = ", ".join(filter(None, map(ended_by_score, self.trainer.callbacks)))  # type: ignore[attr-defined]
-                warn(f"{why}: the run ends at step {self.trainer.global_step}, {best} is measured")
+                warn(f"{why}: stopped early at step {self.trainer.global_step}; evaluating {best}")
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
             # Save once more if these weights know more images now. The first save must not wait for the evaluation,
             # which may take long: if it is stopped, the last steps must not be lost.
@@ -349,7 +349,7 @@ class LightningCommand(LightningCLI):
         best = folder / best.name if best.parent == folder.resolve() else best
         if best.is_file():  # false if checkpoints are turned off
             how = how_to_ask(self.model.task, best)
-            print(f"{folder}: finished; {f'ask it: {how}' if how else best}", file=sys.stderr, flush=True)
+            print(f"{folder}: finished; {f'try it: {how}' if how else best}", file=sys.stderr, flush=True)
 
     def _run_subcommand(self, subcommand: str) -> None:
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
@@ -385,7 +385,7 @@ def refuse_linked(typed: Collection[str]) -> None:
     """Raises UserError for a typed option that would have no effect, as another option sets it."""
     for key in LINKED:
         if key in typed:
-            raise UserError(f"--{key}", "changes nothing: another option sets it", f"Give {LINKED[key]}")
+            raise UserError(f"--{key}", "has no effect: another option sets it", f"Give {LINKED[key]}")
 
 
 IDLE = {
@@ -404,8 +404,10 @@ def refuse_idle(typed: Collection[str], task: Namespace) -> None:
         for name in names:
             # null turns off an unused option: a study's arms share such options.
             if kind and f"model.task.{name}" in typed and arguments.get(name) is not None:
-                what = f"changes nothing: {masking} is {kind['class_path'].rpartition('.')[2]}, which masks by its own"
-                raise UserError(f"--model.task.{name}", what, f"Give it to that: --model.task.{masking}.NAME")
+                what = (
+                    f"has no effect: {masking} is {kind['class_path'].rpartition('.')[2]}, which has its own settings"
+                )
+                raise UserError(f"--model.task.{name}", what, f"Set it there: --model.task.{masking}.NAME")
 
 
 def stopped_before_its_end(trainer: L.Trainer) -> str | None:
@@ -418,10 +420,12 @@ def stopped_before_its_end(trainer: L.Trainer) -> str | None:
     where = f"stopped at step {step} of {steps}"
     remaining = [each.time_remaining() for each in callbacks if isinstance(each, Timer)]
     if any(seconds is not None and seconds <= 0 for seconds in remaining):
-        return f"{where}, as trainer.max_time is over; the same command with a larger one goes on from there"
+        return f"{where}: trainer.max_time was reached; repeat the command with a larger value to resume"
     if trainer.num_training_batches < steps * trainer.accumulate_grad_batches:
-        return f"{where}, as trainer.limit_train_batches or overfit_batches says; without them it is another run"
-    return f"{where} by a callback; the same command goes on from there"
+        return (
+            f"{where}: limited by trainer.limit_train_batches or overfit_batches; without them it counts as another run"
+        )
+    return f"{where} by a callback; repeat the command to resume"
 
 
 def best_of(trainer: L.Trainer) -> str | None:
@@ -493,7 +497,7 @@ def check_cards(trainer: Namespace) -> None:
     """
     asleep = torch.version.cuda is not None and not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
     if asleep and trainer.accelerator == "auto":
-        warn("CUDA does not start, though NVIDIA's tools are here: the processor is used; `maskvlm doctor` looks why")
+        warn("CUDA cannot be initialised although NVIDIA's tools are here: using the CPU; `maskvlm doctor` says why")
     if trainer.accelerator not in ("gpu", "cuda"):
         return
     count, devices = torch.cuda.device_count(), trainer.devices
@@ -516,8 +520,8 @@ def check_strategy(strategy: Any) -> None:
     """Raises UserError for a strategy that spawns or forks its processes from this one: objects built by then cannot be
     copied, and such processes could not be watched."""
     if isinstance(strategy, str) and re.search(r"_(spawn|fork|notebook)(_|$)", strategy):
-        what = "starts its processes as copies of this one, which training here does not support"
-        raise UserError(f"trainer.strategy={strategy}", what, "Give ddp, or where=gpu8 or the like")
+        what = "spawns or forks its processes, which is not supported here"
+        raise UserError(f"trainer.strategy={strategy}", what, "Use ddp, or a where= such as gpu8")
 
 
 def find_checkpoint(name: str | None, folder: Path, command: str) -> str | None:
@@ -529,7 +533,7 @@ def find_checkpoint(name: str | None, folder: Path, command: str) -> str | None:
     if name is None:
         if command == "fit":
             return None
-        raise UserError(command, "no checkpoint is named", "Give --ckpt_path FILE, or `last` or `best` of --folder")
+        raise UserError(command, "no checkpoint was given", "Give --ckpt_path FILE, or `last` or `best` of --folder")
     # Lightning would open a URL with fsspec and download the file.
     if "://" in name:
         raise UserError("--ckpt_path", f"{name} is an address", "Download the file first")
@@ -537,7 +541,7 @@ def find_checkpoint(name: str | None, folder: Path, command: str) -> str | None:
         newest = newest_valid(folder, warn)
         if newest is None:
             todo = "Check --folder, or leave --ckpt_path out"
-            raise UserError(folder, "holds no checkpoint to go on from", todo, ExitCode.MISSING_INPUT)
+            raise UserError(folder, "holds no checkpoint to resume from", todo, ExitCode.MISSING_INPUT)
         return str(newest)
     return str(folder / "best.ckpt") if name == "best" else name
 

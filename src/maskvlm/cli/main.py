@@ -121,7 +121,7 @@ def common(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     try:
         options, rest = front.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        raise UserError(error.argument_name, error.message, "Write the option and then its value") from None
+        raise UserError(error.argument_name, error.message, "Write the option, then its value") from None
     options.allow_import += [name for name in os.environ.get("MASKVLM_ALLOW_IMPORT", "").split(",") if name]
     takes_words = bool(rest) and rest[0] in COMMANDS and bool(COMMANDS[rest[0]].words)
     # Everything after -- is text, whatever it looks like.
@@ -144,13 +144,13 @@ def ask_task_method(arguments: list[str], allowed: list[str]) -> int:
     if not any(word == "--from" or word.startswith("--from=") for word in arguments):
         if name in TASK_METHODS and not {"-h", "--help"} & {*arguments}:
             task = TASK_METHODS[name]
-            todo = f"Give --from CHECKPOINT of a run of: maskvlm finetune {task} from=scenes-tiny"
-            raise UserError(name, f"asks a model that was fine-tuned as {task}, and none is named", todo)
+            todo = f"Give --from CHECKPOINT; to make one: maskvlm finetune {task} from=scenes-tiny"
+            raise UserError(name, f"needs a model fine-tuned on {task}, but no checkpoint was given", todo)
         near = nearest(name, COMMANDS, 0.5)
         if {"-h", "--help"} & {*arguments} and not nearest(name, COMMANDS, 0.7):
             return show_method_help(name)
         what = "no such command" + (f" (did you mean {near}?)" if near else "")
-        todo = f"There are: {', '.join(COMMANDS)}; methods of tasks need from=CHECKPOINT"
+        todo = f"Available: {', '.join(COMMANDS)}; methods of tasks need from=CHECKPOINT"
         raise UserError(cut(name), what, todo)
     from maskvlm.cli.ask import main as answer
 
@@ -184,7 +184,7 @@ def interrupted(folder: Path | None) -> int:
     """Print what is left of an interrupted training run; returns 130, as shells expect after Ctrl-C."""
     message = "interrupted"
     if folder is not None and folder.joinpath("last.ckpt").is_file():
-        message += f"; {folder / 'last.ckpt'} holds its latest checkpoint: {same_command(folder)} goes on from it"
+        message += f"; {folder / 'last.ckpt'} holds its latest checkpoint: {same_command(folder)} resumes from it"
     elif folder is not None:
         message += f" before the first checkpoint of {folder}"
     print(message, file=sys.stderr)
@@ -201,9 +201,9 @@ def tool(name: str) -> Callable[[list[str]], int]:
     if name not in names:
         near = nearest(name, names, 0.5)
         what = "no such tool" + (f" (did you mean {near}?)" if near else "")
-        todo = f"There are: {', '.join(names)}"
+        todo = f"Available: {', '.join(names)}"
         if Path(name).is_file():
-            what, todo = "a file, and no command", "Write the command first: maskvlm caption FILE (maskvlm --help)"
+            what, todo = "a file, not a command", "Write the command first: maskvlm caption FILE (maskvlm --help)"
         raise UserError(cut(name), what, todo)
     main: Callable[[list[str]], int] = importlib.import_module(f"tasks.{task}.{module}").main
     return main

@@ -50,13 +50,13 @@ def main(arguments: list[str], allowed: Iterable[str] = ()) -> int:
     check_repository(options.to)
     folder = options.folder
     if folder is not None and folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise UserError(folder, "is there already", "Name another one", ExitCode.CANNOT_CREATE)
+        raise UserError(folder, "already exists", "Name another one", ExitCode.CANNOT_CREATE)
     with TemporaryDirectory() as temporary:
         model_folder = folder or Path(temporary) / "model"
         for line in write_release(options.source, model_folder, options.to, options.dtype, allowed):
             print(line, flush=True)
         hub = check_publishable(options.to)
-        state = "is there already; an upload adds a commit to it" if hub.there else "is free"
+        state = "already exists; an upload adds a commit to it" if hub.there else "is free"
         print(f"{options.to}: {state}; the token is of {hub.user}", flush=True)
         if options.dry_run:
             print("nothing was uploaded (--dry-run)", flush=True)
@@ -169,13 +169,13 @@ def missing(config: MaskVLMConfig) -> Iterator[str]:
     if not metrics:
         yield "no metrics came with the checkpoint (metrics.json beside it): the card has no figures"
     elif metrics.get("step") not in (None, config.step):
-        yield f"the card's figures are of step {metrics['step']}, these weights of step {config.step}"
+        yield f"the card's figures are from step {metrics['step']}, these weights from step {config.step}"
     for key in ("command", "commit"):
         if not versions.get(key):
-            yield f"the {key} that made it is not known (card.json beside the checkpoint tells it)"
+            yield f"the {key} that made it is unknown (card.json beside the checkpoint would say)"
     if str(versions.get("commit")).endswith("+"):
-        yield f"the run's code differed from its commit ({versions['commit']}): nobody else has it"
+        yield f"the run's code differed from its commit ({versions['commit']}): that code is not available to others"
     if is_unknown(config.lineage or []):
-        yield "a part of what it was trained on is unknown: nobody can say under which terms it may be passed on"
+        yield "part of its training data is unknown, so the terms under which it may be shared cannot be determined"
     if name := shape_of_pretrained(config):
         yield f"what the encoders started from: their shape is that of {name}, whose weights have their licence"

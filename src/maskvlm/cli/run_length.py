@@ -50,7 +50,7 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
     if trainer.max_steps > 0 and passes != 1:
         raise UserError("trainer.max_steps", f"beside {passes} trainer.max_epochs", "Give one of the two")
     if passes < 1:
-        what, todo = f"{passes} passes over the data", "Give a number from 1 on, or data.steps"
+        what, todo = f"{passes} passes over the data", "Give 1 or more, or set data.steps"
         raise UserError("trainer.max_epochs", what, todo)
     if trainer.max_steps > 0:
         data.steps, data.epochs = trainer.max_steps, None

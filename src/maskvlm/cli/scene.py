@@ -27,7 +27,7 @@ def scene(arguments: list[str], allowed: list[str]) -> str:
     check_ending(options.out)
     split = Scenes().split("val")
     if not 0 <= options.number < len(split):
-        raise UserError("scene", f"{options.number} is none of them", f"Give a number from 0 to {len(split) - 1}")
+        raise UserError("scene", f"there is no scene {options.number}", f"Give a number from 0 to {len(split) - 1}")
     row, there = split[options.number], options.out.exists()
     save_image(open_image(row["image"]), options.out)
     print(f"{'replaced' if there else 'wrote'} {options.out}", file=sys.stderr, flush=True)

@@ -50,18 +50,18 @@ def make(arguments: list[str], allowed: list[str]) -> int:
         own = ("vectors", "out", "kind", "exact_share")
         names = [name for name, value in vars(options).items() if value != parser.get_default(name) and name not in own]
         for name in (*(OPTION_OF.get(name, f"--{name}") for name in names), *rest):
-            raise UserError(name, "is of no use beside --vectors", "Leave it out")
+            raise UserError(name, "has no effect with --vectors", "Leave it out")
     if not 0 < options.exact_share <= 1:
-        raise UserError("--exact-share", f"{options.exact_share} is no share", "Give a number above 0, up to 1")
+        raise UserError("--exact-share", f"{options.exact_share} is out of range", "Give a number above 0, up to 1")
     vectors = options.vectors or options.out / "vectors"
     if options.vectors is None:
         print(embed_data(options, rest, allowed, vectors, (0, 1)), flush=True)
     about = index_folder(vectors, options.out, options.kind, options.exact_share)
-    message = "{count} images, {factory} {knob} {value}, made in {build_seconds} s; finds {share_of_exact_10} of the 10"
-    message += " nearest that exact search finds, asked with {queries} {asked}; {median_ms} ms a query"
+    message = "{count} images, {factory} {knob} {value}, built in {build_seconds} s; finds {share_of_exact_10} of the"
+    message += " 10 nearest that exact search finds, for {queries} {asked}; {median_ms} ms per query"
     # A flat index has no knob and no value.
     message = message.format(**about).replace(" None", "")
-    low = "; the share asked for is not reached: --kind flat misses nothing"
+    low = "; below the requested share: --kind flat finds all of them"
     print(f"{options.out}: {message}{low if about['share_of_exact_10'] < options.exact_share else ''}", flush=True)
     return 0
 
@@ -74,8 +74,8 @@ def checkpoint_of_index(index: SearchIndex) -> str:
     # The path is looked up among the runs' files; the one that the index names is never opened itself.
     own = next((file for file in runs.glob("*/*.ckpt") if file.is_file() and str(file) == named), None)
     if own is None:
-        return default_model("asked")
-    print(f"no from=: {own} is asked, which the index was made with", file=sys.stderr, flush=True)
+        return default_model("used")
+    print(f"no from= given: using {own}, the checkpoint that the index was built with", file=sys.stderr, flush=True)
     return str(own)
 
 
@@ -98,7 +98,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     check_absent([options.query])
     files = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
     if options.index is None and len(files) > 1:
-        print(f"no --index: {files[-1].parent} is searched, the newest of {len(files)}", file=sys.stderr, flush=True)
+        print(f"no --index: searching {files[-1].parent}, the newest of {len(files)}", file=sys.stderr, flush=True)
     newest = files[-1].parent if files else Path("checkpoints/index")
     index = SearchIndex.load(options.index or newest, options.images)
     source = options.source or checkpoint_of_index(index)

@@ -119,7 +119,7 @@ def check_options(method: str, words: list[str]) -> None:
         typed = next((word for word in words if word.partition("=")[0] in (name, *others)), None)
         if typed is not None and name not in own:
             takers = [each for each, known in METHODS.items() if name in known.options]
-            what = f"{method} has no such option; it is of {', '.join(takers)}"
+            what = f"not an option of {method}, only of {', '.join(takers)}"
             raise UserError(typed.partition("=")[0], what, f"Leave it out, or see maskvlm {method} --help")
 
 
@@ -138,7 +138,7 @@ def check_typed(method: str, options: argparse.Namespace) -> None:
         check_images(method, inputs if known.form == "IMAGE ..." else inputs[:1], inputs[1:])
     # A tokenizer may have its own mask token; whatever it is called, it is in brackets.
     if method == "fill" and not any(sign in inputs[1] for sign in "[<") and "mask" not in inputs[1].lower():
-        raise UserError("text", "no word in it is masked", "Write [MASK] in the place of one")
+        raise UserError("text", "no word in it is masked", "Replace one with [MASK]")
     for name, least in (("k", 0), ("top", 1)):
         if getattr(options, name, least) < least:
             raise UserError(f"--{name}", f"{getattr(options, name)} is too few", f"Give {least} or more")
@@ -148,7 +148,7 @@ def check_typed(method: str, options: argparse.Namespace) -> None:
             for name, value in (("--mask-ratio", options.mask_ratio), ("--seed", options.seed)):
                 if value != OPTIONS[name][1]["default"]:
                     raise UserError(
-                        name, "is of no use beside --box, which says what is masked", "Leave out one of them"
+                        name, "has no effect with --box, which says what is masked", "Leave out one of them"
                     )
         check_masked_share(options.mask_ratio)
     if "--out" in known.options:
@@ -177,7 +177,7 @@ def check_images(method: str, images: list[str], rest: list[str]) -> None:
         return
     after = next((each for each in rest if os.path.isfile(each)), None)
     if len(images) == 1 and after is not None:
-        what = f"'{cut(absent)}' is no file, and {after} after it is one"
+        what = f"'{cut(absent)}' is not a file, but {after} after it is one"
         raise UserError(method, what, "Give the image before the text")
     from maskvlm.data.images import BadImage
 
@@ -187,7 +187,7 @@ def check_images(method: str, images: list[str], rest: list[str]) -> None:
 def check_masked_share(share: float) -> None:
     """Raises UserError unless it is a number from 0 to 1."""
     if not 0 <= share <= 1:
-        raise UserError("--mask-ratio", f"{share} is no share", "Give a number from 0 to 1")
+        raise UserError("--mask-ratio", f"{share} is out of range", "Give a number from 0 to 1")
 
 
 def read_box(box: str) -> tuple[float, float, float, float]:
@@ -195,7 +195,9 @@ def read_box(box: str) -> tuple[float, float, float, float]:
     try:
         left, top, right, bottom = (float(part) for part in box.split(","))
     except ValueError:
-        raise UserError("--box", f"'{box}' is no box", "Give left,top,right,bottom such as 0.2,0.2,0.7,0.7") from None
+        raise UserError(
+            "--box", f"'{box}' is not a box", "Give left,top,right,bottom such as 0.2,0.2,0.7,0.7"
+        ) from None
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
         raise UserError("--box", f"{box} is outside of the image or empty", "Give shares of 0 to 1, left before right")
     return left, top, right, bottom
@@ -204,7 +206,7 @@ def read_box(box: str) -> tuple[float, float, float, float]:
 def check_out(image: str, out: Path) -> None:
     """Raises UserError if the output would overwrite the input image or has no extension of an image format."""
     if out.exists() and os.path.exists(image) and out.samefile(image):
-        raise UserError(out, "is the image itself, which would be lost", "Name another file: --out filled.png")
+        raise UserError(out, "is the input image, which would be overwritten", "Name another file: --out filled.png")
     check_ending(out)
 
 
@@ -214,5 +216,5 @@ def check_ending(out: Path) -> None:
 
     # Some formats can only be read.
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
-        what = f"'{out.suffix}' is the ending of no image" if out.suffix else "has no ending"
+        what = f"'{out.suffix}' is not an image file extension" if out.suffix else "it has no extension"
         raise UserError(out, f"cannot be written ({what})", "Name a file such as out.png")

@@ -69,10 +69,10 @@ def submit(arguments: list[str], allowed: Iterable[str] = ()) -> str:
     goes_on, waits = newest_valid(folder), (folder / "job.sh").exists()
     message = hand_over(folder / "job.sh", batch_script(settings, ["fit", *arguments], allowed))
     if goes_on:
-        return f"{message}\n{folder} holds a run already: the job goes on from {goes_on}"
+        return f"{message}\n{folder} already holds a run: the job resumes from {goes_on}"
     if waits:
         name = shlex.quote(folder.name)
-        line = "was submitted before and has begun nothing: if that job still waits, scancel one of the two"
+        line = "was submitted before but has not started: if that job is still queued, scancel one of the two"
         return f"{message}\n{folder} {line} (squeue --name {name})"
     return message
 
@@ -124,10 +124,10 @@ def hand_over(path: Path, script: str) -> str:
     """
     write_text(path, script)
     if shutil.which("sbatch") is None:
-        return f"{path}: written; there is no sbatch here, submit it where there is: sbatch {path}"
+        return f"{path}: written; sbatch was not found here; submit it where SLURM is installed: sbatch {path}"
     done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True)
     if done.returncode:
-        raise UserError("sbatch", " ".join(done.stderr.split()), f"Mend {path}", ExitCode.UNAVAILABLE)
+        raise UserError("sbatch", " ".join(done.stderr.split()), f"Fix {path}", ExitCode.UNAVAILABLE)
     return f"{path}: {done.stdout.strip()}"
 
 
@@ -149,7 +149,7 @@ def batch_script(
     if workers is None:  # as the run will choose: none on a CPU
         workers = 0 if settings.trainer.accelerator == "cpu" else READERS
     if not str(devices).isdigit():
-        what = f"a batch job needs a number of devices a node, not {devices}"
+        what = f"a batch job needs a number of devices per node, not {devices}"
         raise UserError("trainer.devices", what, "Choose where=slurm4x8 or give --trainer.devices 8")
     task = ' --task "$SLURM_ARRAY_TASK_ID"' if array else ""
     allow = [word for name in allowed for word in ("--allow-import", name)]

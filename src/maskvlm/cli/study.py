@@ -98,7 +98,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         told = submit_array(root, composed_run(ready[0]), words, numbers, options.jobs, allowed, variables)
         print(told, flush=True)
         if len(ready) < len(unfinished):
-            print(f"the other {len(unfinished) - len(ready)} start from these: submit again once they are finished")
+            print(f"the other {len(unfinished) - len(ready)} start from these: submit again when they are finished")
         return ExitCode.DONE
     if options.page_only:  # also works while the study is running
         tell_page(study, every, options.page or root, options.file, allowed, earlier)
@@ -199,11 +199,11 @@ def chosen_runs(
     names = [cell.name for cell in study.cells]
     for name in cells:
         if name not in names:
-            raise UserError("--only", f"there is no {name}", f"There are: {', '.join(names)}")
+            raise UserError("--only", f"there is no {name}", f"Available: {', '.join(names)}")
     matches = [run for run in runs if (not cells or run.cell.name in cells) and (not seeds or run.seed in seeds)]
     if not matches:
         known = ", ".join(map(str, sorted({run.seed for run in runs})))
-        raise UserError("--seeds", "no run has these", f"There are: {known}")
+        raise UserError("--seeds", "no run has these", f"Available: {known}")
     starts = {run.start for run in matches}
     return [run for run in runs if run in matches or run in starts]
 
@@ -233,9 +233,11 @@ def check_cells(runs: Sequence["StudyRun"], allowed: list[str]) -> None:
         except UserError as error:
             raise UserError(f"{run.cell.name}: {error.where}", error.what, error.todo, error.code) from error
         if settings.trainer.limit_val_batches == 0:
-            what = "0: its run would measure nothing, and so never count as finished"
+            what = "0 turns evaluation off, so the run would never count as finished"
             raise UserError(
-                f"{run.cell.name}: trainer.limit_val_batches", what, "Leave it out; all is measured at the end"
+                f"{run.cell.name}: trainer.limit_val_batches",
+                what,
+                "Leave it out; the whole split is evaluated at the end",
             )
 
 
@@ -245,7 +247,7 @@ def make_runs(study: Study, runs: Sequence["StudyRun"], jobs: int, allowed: list
 
     console = Console()
     missing = [run for run in runs if not run.over]
-    console.print(f"{len(runs)} runs, {len(missing)} to make, {jobs} at once", highlight=False)
+    console.print(f"{len(runs)} runs, {len(missing)} to do, {jobs} at a time", highlight=False)
     worst, spent, warned = 0, 0.0, False
     runner = Runner(jobs, allowed)
     for done, ended in enumerate(runner.make(missing), 1):
@@ -257,7 +259,7 @@ def make_runs(study: Study, runs: Sequence["StudyRun"], jobs: int, allowed: list
             for line in unknown_keys(study.metrics.values(), metrics):
                 print(f"warning: {line}", file=sys.stderr, flush=True)
     if runner.stopping.is_set():
-        console.print("stopped; the same command goes on", highlight=False)
+        console.print("stopped; repeat the command to resume", highlight=False)
         return ExitCode.REQUEUE
     return worst
 

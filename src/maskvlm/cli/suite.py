@@ -59,7 +59,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     # Problems with the files are reported before a large model is loaded.
     check_ways(suite, ways, options.limit)
     item_rows = suite.read(options.path, options.images)
-    options.source = options.source or default_model("asked")
+    options.source = options.source or default_model("used")
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     report = run_suite(suite, model, item_rows, ways, options.limit, options.seed)
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}

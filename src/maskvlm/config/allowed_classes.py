@@ -139,7 +139,7 @@ def _find(path: str, load: bool) -> Any:
             absent = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
             if absent is None or not f"{module}.".startswith(f"{absent}."):
                 what = f"cannot be imported ({type(error).__name__}: {cut(str(error), 200)})"
-                raise UserError(path, what, f"Mend {_place_of(error)}") from error
+                raise UserError(path, what, f"Fix {_place_of(error)}") from error
             # `module.Class.method` is found too, and is not a class
             outer = _find(module, True) if "." in module else _Missing
             return _Missing if outer is _Missing else getattr(outer, name, _Missing)

@@ -121,7 +121,7 @@ def read_words(command: str, arguments: Sequence[str], names: Sequence[str], pla
             words.places.append(word)
         elif not equals or name not in names:
             known = " ".join(f"{each}=" for each in names)
-            raise UserError(f"{command}: {word}", "no such word", f"There are: {known}; options begin with --")
+            raise UserError(f"{command}: {word}", "no such word", f"Available: {known}; options begin with --")
         elif name in words.values:
             raise UserError(f"{command}: {word}", f"{name} is given twice", "Keep one of them")
         else:
@@ -140,7 +140,7 @@ def choices(kind: str) -> list[str]:
 def chosen(kind: str, value: str) -> Path:
     """The file in conf/KIND with this name. Raises UserError, which lists the available names."""
     if value not in choices(kind):
-        raise UserError(f"{kind}={value}", f"no such {kind}", f"There are: {', '.join(choices(kind))}")
+        raise UserError(f"{kind}={value}", f"no such {kind}", f"Available: {', '.join(choices(kind))}")
     return home() / "conf" / kind / f"{value}.yaml"
 
 
@@ -186,13 +186,13 @@ def no_data(name: str) -> UserError:
     where, folder = f"data={name}", data_root() / name
     # only a plain name; os.path accepts any text
     if name and "/" not in name and os.path.isdir(folder / ".making"):
-        return UserError(where, "is not finished", "Run the same `maskvlm data` again: it goes on where it stopped")
+        return UserError(where, "is not finished", "Run the same `maskvlm data` again: it resumes where it stopped")
     if name and "/" not in name and os.path.isfile(folder / "first-look.png"):
-        what = f"was only looked at ({folder / 'first-look.png'})"
+        what = f"was only previewed ({folder / 'first-look.png'})"
         return UserError(where, what, "Prepare it: the same `maskvlm data` without --look")
     kind = next((kind for kind, ends in TABLES.items() if name.lower().endswith(ends)), None)
     own = ", ".join(prepared()) or "none"
-    todo = f"There are: {', '.join(choices('data'))}; prepared in {data_root()}: {own}"
+    todo = f"Available: {', '.join(choices('data'))}; prepared in {data_root()}: {own}"
     if kind:
         return UserError(where, "no such data set", f"Prepare it first: maskvlm data {kind} raw={name} name=NAME")
     near = nearest(name, [*choices("data"), *prepared()], 0.6)
@@ -216,9 +216,9 @@ def encoder_options(folder: str) -> list[str]:
 def refuse_encoders(words: CommandWords) -> None:
     """Raises UserError if `encoders=` is given, which would change nothing: the encoders are those of `from=`."""
     if words.get("encoders"):
-        what = "changes nothing: the encoders are those of the checkpoint that the run starts from"
+        what = "has no effect: the encoders are those of the checkpoint that the run starts from"
         if words.get("from") == "random":
-            what = "changes nothing: from=random is the model with random weights"
+            what = "has no effect: from=random is the model with random weights"
         raise UserError(f"encoders={words.get('encoders')}", what, "Leave it out")
 
 
@@ -249,14 +249,14 @@ def downstream(task: str, words: CommandWords) -> list[str]:
     folder = task_folder(task)
     data, start = words.get("data", "scenes"), words.get("from")
     if not sets_of(task):
-        what = f"no data is known to the task {task}: there is no YAML file"
+        what = f"the task {task} has no data sets: there is no YAML file"
         raise UserError(folder, what, "Write one, such as tasks/vqa/daquar.yaml", ExitCode.MISSING_INPUT)
     if data not in sets_of(task):
         near = nearest(data, sets_of(task), 0.6)
         what = f"no such data set of {task}" + (f" (did you mean {near}?)" if near else "")
-        todo = f"There are: {', '.join(sets_of(task))}"
+        todo = f"Available: {', '.join(sets_of(task))}"
         if "prepared" in sets_of(task) and data in prepared():
-            what, todo = "is a set of your own", f"Give data=prepared --data.source.root {data_root() / data}"
+            what, todo = "is one of your own sets", f"Give data=prepared --data.source.root {data_root() / data}"
         raise UserError(f"data={data}", what, todo)
     file = folder / ("conf.yaml" if data == "scenes" else f"{data}.yaml")
     refuse_encoders(words)
@@ -301,7 +301,7 @@ def task_folder(task: str) -> Path:
         if spec is not None and spec.origin is not None:
             return Path(spec.origin).parent
     known = ", ".join(tasks()) or "none yet"
-    todo = f"There are: {known}, and package.task of a package that is installed or lies here (with __init__.py)"
+    todo = f"Available: {known}, and package.task of a package that is installed or in this folder (with __init__.py)"
     near = nearest(task, tasks(), 0.6)
     what = "no such task" + (f" (did you mean {near}?)" if near else "")
     raise UserError(f"task {task}", what, todo, ExitCode.MISSING_INPUT if "." in task else ExitCode.USAGE)
@@ -328,7 +328,7 @@ def run_options(words: CommandWords, kind: str) -> list[str]:
     # the name must be a single folder below checkpoints/
     elif not name or name in (".", "..") or "/" in name or len(name.split()) != 1:
         todo = "Give one word such as run=first; it is made under checkpoints/"
-        raise UserError(f"run={name}", "is no folder name", todo)
+        raise UserError(f"run={name}", "is not a valid folder name", todo)
     return ["--folder", str(Path("checkpoints") / name)]
 
 
@@ -369,7 +369,7 @@ def pretrain_command(words: CommandWords) -> Composed:
 def finetune_command(words: CommandWords) -> Composed:
     """`finetune vqa data=daquar from=checkpoints/first/best.ckpt`."""
     if not words.places:
-        raise UserError("finetune", "no task is named", f"Give one of {', '.join(tasks())}, such as finetune vqa")
+        raise UserError("finetune", "no task was given", f"Give one of {', '.join(tasks())}, such as finetune vqa")
     task, words = words.places[0], with_model(words, "fine-tuned")
     run = run_options(words, f"finetune-{task}{data_of(task, words)}")
     return ["fit", *run, *downstream(task, words), *words.options]
@@ -381,8 +381,8 @@ def evaluate_command(words: CommandWords) -> Composed:
     # Lightning's names of the two
     command = {"val": "validate", "test": "test"}[split(words)]
     if not task and words.get("from") == "random":
-        raise UserError("from=random", "has learned nothing to be measured", "Name a checkpoint, or a task beside it")
-    words = with_model(words, "measured")
+        raise UserError("from=random", "has no training to evaluate", "Name a checkpoint, or also name a task")
+    words = with_model(words, "evaluated")
     run = run_options(words, f"evaluate-{task or 'pretraining'}{data_of(task, words)}")
     # Losses, masking and fine-tuning settings are the checkpoint's own: with others it would be evaluated on something
     # it never learned.
@@ -414,7 +414,7 @@ def pretrain_or_finetune(words: CommandWords) -> Composed:
     """Compose `finetune` if a task is given, else `pretrain`."""
     recipe = words.values.get("recipe")
     if words.places and recipe is not None:
-        raise UserError(f"recipe={recipe}", "is one of pre-training; a task has its own", "Leave it out")
+        raise UserError(f"recipe={recipe}", "applies to pre-training only; a task has its own", "Leave it out")
     return finetune_command(words) if words.places else pretrain_command(words)
 
 
@@ -438,10 +438,10 @@ def doctor_command(words: CommandWords) -> Composed:
 
 def index_command(words: CommandWords) -> Composed:
     """`index data=coco from=checkpoints/first/best.ckpt`: a search index of the images of a split."""
-    words = with_model(words, "asked")
+    words = with_model(words, "used")
     if any(option.partition("=")[0] == "--split" for option in words.options):
         # The folder is named after the split: a later option would write one split under the name of another.
-        raise UserError("index: --split", "is a word of this command", "Write split=train, val, test or all")
+        raise UserError("index: --split", "is given without dashes", "Write split=train, val, test or all")
     part, data = split(words, ("train", *SPLITS, "all")), words.get("data", "scenes")
     out = f"checkpoints/index-{data}-{part}"
     return ["index", "--from", words.get("from"), "--split", part, "--out", out, *data_alone(words), *words.options]
@@ -449,11 +449,11 @@ def index_command(words: CommandWords) -> Composed:
 
 def embed_command(words: CommandWords) -> Composed:
     """`embed data=coco from=checkpoints/first/best.ckpt split=train`: the vectors of a split."""
-    words = with_model(words, "asked")
+    words = with_model(words, "used")
     part, data = split(words, ("train", *SPLITS, "all")), words.get("data", "scenes")
     option_names = {option.partition("=")[0] for option in words.options}
     if "--split" in option_names:
-        raise UserError("embed: --split", "is a word of this command", "Write split=train, val, test or all")
+        raise UserError("embed: --split", "is given without dashes", "Write split=train, val, test or all")
     out = [] if "--out" in option_names else ["--out", f"checkpoints/vectors-{data}-{part}"]
     return ["embed", "--from", words.get("from"), "--split", part, *out, *data_alone(words), *words.options]
 
@@ -484,15 +484,13 @@ def data_command(words: CommandWords) -> Composed:
             table = next((kind for kind, ends in TABLES.items() if end in ends), "SET")
             kind = "folder" if Path(places[0]).is_dir() else table
             raise UserError(
-                "data", f"{places[0]} is no set, but a place", f"maskvlm data {kind} raw={places[0]} name=NAME"
+                "data", f"{places[0]} is a path, not a set's name", f"maskvlm data {kind} raw={places[0]} name=NAME"
             )
         if words.places and len(places) == 1:
             place = f"FILE.{places[0]}" if places[0] in TABLES else "FOLDER"
             raise UserError("data", "raw= is missing", f"maskvlm data {places[0]} raw={place}")
-        what = "no set is named" if not words.places else f"{len(places) - 1} folders or files are named"
-        todo = (
-            "Give a set (`maskvlm data --help` lists them) and where it lies as distributed: data flickr8k raw=FOLDER"
-        )
+        what = "no set was given" if not words.places else f"{len(places) - 1} folders or files were given"
+        todo = "Give a set (`maskvlm data --help` lists them) and its path as distributed: data flickr8k raw=FOLDER"
         raise UserError("data", what, todo)
     name = set_name(words, places[0].rpartition(".")[2].lower())  # a third-party reader is named by its class
     out = [] if "--out" in words.options else ["--out", str(data_root() / name)]
@@ -505,7 +503,7 @@ def data_check_command(words: CommandWords) -> Composed:
     named = words.get("name") or "".join(words.places)
     if not named:
         own = ", ".join(prepared()) or "none"
-        raise UserError("data-check", "no set is named", f"Give one of those prepared in {data_root()} ({own})")
+        raise UserError("data-check", "no set was given", f"Give one of those prepared in {data_root()} ({own})")
     folder = Path(named) if "/" in named else data_root() / set_name(words, named)
     return ["data-check", str(folder), *words.options]
 
@@ -516,7 +514,7 @@ def set_name(words: CommandWords, otherwise: str) -> str:
     if not name or "/" in name or name in (".", "..") or len(name.split()) != 1:
         own = ", ".join(prepared()) or "none"
         todo = f"Give one word; the set is a folder of that name in DATA_ROOT (prepared in {data_root()}: {own})"
-        raise UserError(f"name={name}", "is no name of a set", todo)
+        raise UserError(f"name={name}", "is not a valid name for a set", todo)
     return name
 
 
@@ -524,5 +522,5 @@ def split(words: CommandWords, among: Sequence[str] = SPLITS) -> str:
     """The split that a command evaluates or indexes."""
     part = words.get("split", "val")
     if part not in among:
-        raise UserError(f"split={part}", "no such split", f"There are: {', '.join(among)}")
+        raise UserError(f"split={part}", "no such split", f"Available: {', '.join(among)}")
     return part

@@ -71,9 +71,9 @@ def config_text(name: str) -> str:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)  # it may have grown since
     except OSError as error:
-        raise UserError(name, f"cannot be read ({error.strerror})", "Mend it", ExitCode.MISSING_INPUT) from None
+        raise UserError(name, f"cannot be read ({error.strerror})", "Fix it", ExitCode.MISSING_INPUT) from None
     if len(content) > MOST_BYTES:
-        what = f"{kind.st_size} bytes are no configuration file"
+        what = f"{kind.st_size} bytes are too many for a configuration file"
         raise UserError(name, what, f"Keep it under {MOST_BYTES} bytes", ExitCode.REFUSED)
     try:
         # "-sig" drops a byte order mark
@@ -85,7 +85,7 @@ def config_text(name: str) -> str:
 def check_plain_file(name: str, kind: os.stat_result) -> None:
     """Raise UserError for anything but a regular file: a pipe blocks its reader, a device may never end."""
     if not stat.S_ISREG(kind.st_mode):
-        raise UserError(name or "-c", "is no file but a folder, pipe or device", "Give a file", ExitCode.MISSING_INPUT)
+        raise UserError(name or "-c", "is a folder, pipe or device, not a file", "Give a file", ExitCode.MISSING_INPUT)
 
 
 def _beside(path: Path) -> list[Path]:
@@ -101,10 +101,10 @@ def check_names(node: yaml.Node, where: str) -> None:
         for key, part in node.value:
             # jsonargparse keeps metadata such as `__path__` next to the values: a file could forge it
             if any(name.startswith("__") for name in key.value.split(".")):
-                what = f"the key {cut(key.value)} is not for files"
+                what = f"the key {cut(key.value)} is not allowed in files"
                 raise UserError(at_line(where, key.start_mark), what, "Remove it", ExitCode.REFUSED)
             if key.value == "class_path" and part.tag != TAG + "str":
-                what = "class_path is no text"
+                what = "class_path is not text"
                 raise UserError(at_line(where, key.start_mark), what, "Give the path of a class")
             check_names(part, where)
     elif isinstance(node, yaml.SequenceNode):
@@ -121,9 +121,9 @@ def check_words(arguments: list[str]) -> None:
     """
     for word in arguments:
         if len(word) > MOST_BYTES:
-            raise UserError(cut(word), "is no option or value", "Put long values into a file", ExitCode.REFUSED)
+            raise UserError(cut(word), "is too long", "Put long values into a file", ExitCode.REFUSED)
         if yaml.reader.Reader.NON_PRINTABLE.search(word):
-            raise UserError(f"command line: {cut(word)}", "is no plain UTF-8 text", "Write it anew, or rename the file")
+            raise UserError(f"command line: {cut(word)}", "is not plain UTF-8 text", "Retype it, or rename the file")
 
 
 def config_files(arguments: list[str]) -> list[str]:
@@ -224,7 +224,7 @@ def fill_environment(value: Any, where: str, typed: bool = False, nested: int = 
         # the variable's name, and whether a default follows
         name = re.match(r"\$\{oc\.env:([A-Za-z_]\w*)[,}]", value[start:])
         if name is None or end < 0 or nested > MOST_NESTED:
-            what = f"{cut(value)} asks for more than an environment variable"
+            what = f"{cut(value)} uses more than an environment variable"
             raise UserError(where, what, "Write ${oc.env:NAME} or ${oc.env:NAME,default}", ExitCode.REFUSED)
         content = os.environ.get(name[1])
         # the file's own text: a variable itself may well contain an address
@@ -240,7 +240,7 @@ def fill_environment(value: Any, where: str, typed: bool = False, nested: int = 
             todo = "Set it, or give a default: ${oc.env:NAME,default}"
             raise UserError(where, f"Environment variable '{cut(name[1])}' not found", todo)
         if not content.isprintable() or "${" in content:
-            raise UserError(where, f"the environment variable {name[1]} holds {cut(content)}", "Set it to a plain text")
+            raise UserError(where, f"the environment variable {name[1]} holds {cut(content)}", "Set it to plain text")
         done, value = done + value[:start] + content, value[end + 1 :]
         start = value.find("${")
     return done + value

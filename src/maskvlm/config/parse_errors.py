@@ -71,7 +71,7 @@ def _unknown(match: re.Match[str], context: MessageContext) -> UserError:
     key = match["key"].lstrip("-").partition("=")[0]
     place = find_place(key, context.places) or KeyPlace("configuration", key, "")
     if todo := ELSEWHERE.get(key.partition(".")[0]):
-        return UserError(_where(place), "no key of this command", todo)
+        return UserError(_where(place), "not a key of this command", todo)
     # neighbours of the key: the arguments of its class, else all keys of the command
     parent = place.key.rpartition(".")[0]
     here = {f"{parent}.{name}" for name in context.siblings} or context.known
@@ -105,7 +105,7 @@ def _some(names: set[str]) -> str:
 def _denied(match: re.Match[str], context: MessageContext) -> UserError:
     path = match["path"]
     place = next((place for place in reversed(context.places) if place.value == path), None)
-    what = f"class {cut(path)} is none that a file may name"
+    what = f"class {cut(path)} is not one that a file may name"
     todo = f"Add --allow-import {cut(path)} if you trust it"
     return UserError(_where(place) if place else "configuration", what, todo, ExitCode.REFUSED)
 

@@ -105,7 +105,7 @@ def check_yaml(text: str, where: str) -> yaml.Node | None:
         unclosed = ("while parsing a flow", "while scanning a quoted", "while scanning a simple")
         begun = str(error.context).startswith(unclosed)
         mark = error.context_mark if begun and error.context_mark else error.problem_mark
-        raise NotPlain(at_line(where, mark), what, "Mend the line, or put the value in quotes") from None
+        raise NotPlain(at_line(where, mark), what, "Fix the line, or put the value in quotes") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         # a character not allowed in YAML: its position is in characters, not lines
@@ -179,7 +179,7 @@ def _check_keys(node: yaml.MappingNode, where: str) -> None:
         # `type`: true as a key is an int for isinstance
         if not isinstance(name, str) and type(name) is not int:
             description = cut(key.value) if isinstance(key, yaml.ScalarNode) else f"that is a {key.id}"
-            raise NotPlain(at_line(where, key.start_mark), f"the key {description} is no text", "Quote it")
+            raise NotPlain(at_line(where, key.start_mark), f"the key {description} is not text", "Quote it")
         if name in names:
             raise NotPlain(
                 at_line(where, node.start_mark), f"the key {cut(str(name))} is given twice", "Keep one of them"
@@ -209,7 +209,7 @@ def _scalar(node: yaml.ScalarNode, where: str) -> Any:
         # long numbers are rejected unparsed, as parsing them into an int is quadratic in their length
         value = None if len(text) > MOST_SHOWN else yaml.constructor.SafeConstructor().construct_object(node)
     except (ValueError, OverflowError):  # such as 0b_
-        raise NotPlain(place, f"{cut(text)} is no number", "Put it in quotes if it is a text") from None
+        raise NotPlain(place, f"{cut(text)} is not a number", "Put it in quotes if it is a text") from None
     # 1e999 is parsed as infinity, for which only .inf is allowed
     infinite = isinstance(value, float) and abs(value) == float("inf") and "inf" not in text.lower()
     if len(text) > MOST_SHOWN or infinite or (isinstance(value, int) and abs(value) > LARGEST):

@@ -62,7 +62,9 @@ def held_out(place: str, name: str) -> HeldOut:
 
     folder, _, split = place.rstrip("/").rpartition("/")
     if not folder:
-        raise UserError("data.held_out", f"'{place}' names no split", "Give FOLDER/SPLIT, such as data/coco/test")
+        raise UserError(
+            "data.held_out", f"'{place}' does not name a split", "Give FOLDER/SPLIT, such as data/coco/test"
+        )
     pairs = Prepared(folder).split(split)
     id_NP, hash_N = row_ids(pairs), row_hashes(pairs)
     assert id_NP is not None
@@ -106,16 +108,16 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
             its images' ids.
     """
     if leaks not in ("refuse", "drop"):
-        raise UserError("data.contamination", f"'{leaks}' is no way to deal with them", "Give refuse or drop")
+        raise UserError("data.contamination", f"'{leaks}' is not a valid value", "Use refuse or drop")
     if not places:
         return pairs
     id_NP, hash_N = row_ids(pairs), row_hashes(pairs)
     if id_NP is None:
-        what = "this data set does not tell its images' ids without opening them"
+        what = "this data set cannot list its image ids without opening the images"
         raise UserError("data.held_out", what, "Prepare the data (maskvlm data), or leave data.held_out empty")
     leaked_rows = find_leaks(id_NP, hash_N, [held_out(*named) for named in split_names(places).items()])
     count, names = sum(map(len, leaked_rows.values())), ", ".join(places)
-    by = "by id and look" if hash_N is not None else "by id alone, as this data set has no hashes"
+    by = "by id and appearance" if hash_N is not None else "by id alone, as this data set has no hashes"
     # reported even so, to show that the search took place
     if not leaked_rows:
         _tell(f"no training image is held out ({by}: {names})")
@@ -125,7 +127,7 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
     # name three rows, so that users can look at them
     if leaks == "refuse":
         first = ", ".join(_id(pairs[int(row)]) for row in np.concatenate([*leaked_rows.values()])[:3])
-        todo = "Set data.contamination to drop, which leaves them out, or take another data set"
+        todo = "Set data.contamination to drop, which leaves them out, or use another data set"
         raise UserError("data.held_out", f"{message}; first {first}", todo, ExitCode.BAD_DATA)
     if count == len(pairs):
         raise UserError("data.held_out", f"{message}; nothing is left", "Train on another data set", ExitCode.BAD_DATA)

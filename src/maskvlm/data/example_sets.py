@@ -92,7 +92,7 @@ class EvalExamples(Dataset[ExampleSample]):
         example = self.examples[index]
         at(example["origin"])
         if not clean_caption(example["text"])[0]:
-            raise UserError(example["origin"], "no words in its text", "Mend or remove the row", ExitCode.BAD_DATA)
+            raise UserError(example["origin"], "no words in its text", "Fix or remove the row", ExitCode.BAD_DATA)
         images = [self.transform(image) for image in opened_images(example)]
         return ExampleSample(image_PCHW=torch.stack(images), example=example, index=index, valid=True, problem=None)
 
@@ -141,7 +141,7 @@ class CollateExamples:
                 if label not in self.column:
                     choices = ", ".join(list(self.column)[:8]) + (", ..." if len(self.column) > 8 else "")
                     what = f"label '{label}' is none of the {len(self.column)} classes ({choices})"
-                    raise UserError(example["origin"], what, "Mend or remove the row", ExitCode.BAD_DATA)
+                    raise UserError(example["origin"], what, "Fix or remove the row", ExitCode.BAD_DATA)
                 target_BK[row, self.column[label]] = weight
         return target_BK
 

@@ -81,19 +81,19 @@ def json_lines(file: Path, todo: str = TODO) -> Iterator[JsonLine]:
         for number, content, problem in byte_lines(stream):
             where = f"{file}:{number}"
             if problem:
-                raise UserError(where, f"{problem[0]} ({problem[1]})", "Mend this line", ExitCode.BAD_DATA)
+                raise UserError(where, f"{problem[0]} ({problem[1]})", "Fix this line", ExitCode.BAD_DATA)
             # skip lines of white space
             if content.strip():
                 record = load_json(content, file, number)
                 if not isinstance(record, dict):
                     what = not_an_object(record)
-                    raise UserError(where, what, "One object a line is needed", ExitCode.BAD_DATA)
+                    raise UserError(where, what, "Write one object per line", ExitCode.BAD_DATA)
                 yield JsonLine(where, number, record)
 
 
 def not_an_object(record: Any) -> str:
     """What is wrong with a record that is not an object, for messages."""
-    return f"{json_kind(record)} where a JSON object belongs"
+    return f"{json_kind(record)} instead of a JSON object"
 
 
 def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
@@ -103,7 +103,7 @@ def get(record: Any, key: str, kind: type[T], where: str, layout: str) -> T:
         layout: name of the expected layout, for the message ("Karpathy", "VQA v2").
     """
     if not isinstance(record, dict):
-        what = f"{json_kind(record)} where an object with '{key}' belongs"
+        what = f"{json_kind(record)} instead of an object with '{key}'"
     elif isinstance(record.get(key), BadJson):
         what = f"'{key}': {record[key]}"
     elif key not in record:
@@ -260,7 +260,7 @@ def check_missing(
     way = "raise data.source.max_missing" if split == "train" else "fetch them: evaluation leaves nothing out"
     todo = f"Set data.source.images to their folder, or {way}"
     if (skipped := folder / "skipped.jsonl").is_file():  # of a prepared set
-        todo = f"{skipped} tells which were left out; mend and prepare them again, or {way}"
+        todo = f"{skipped} lists the rows left out; fix and prepare them again, or {way}"
     raise UserError(where, what, todo, ExitCode.MISSING_INPUT)
 
 

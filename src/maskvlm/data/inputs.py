@@ -65,12 +65,12 @@ def open_image(image: ImageInput, name: str = "image") -> Image.Image:
     if isinstance(image, bytearray | memoryview):
         image = bytes(image)
     if isinstance(image, TextIOBase):
-        raise UserError(name, "a file that is open as text", "Open it with 'rb'")
+        raise UserError(name, "a file opened in text mode", "Open it with 'rb'")
     image = read_once(image)
     # everything else has become one of these by now
     if not isinstance(image, str | bytes | Image.Image):
         todo = "Give a path, encoded bytes, a Pillow image, an array or a tensor"
-        raise UserError(name, f"{type(image).__name__} is no image", todo)
+        raise UserError(name, f"{type(image).__name__} is not an image", todo)
     try:
         return safe_open(image, name)
     except BadImage as bad:
@@ -138,10 +138,10 @@ def check_whole(method: str, name: str, value: object, least: int) -> None:
 def check_text(value: object) -> str:
     """Clean a text. Raises UserError if it is not a string or has no word in it."""
     if not isinstance(value, str):
-        raise UserError("text", f"{type(value).__name__} is no text", "Give a string, or a list of strings")
+        raise UserError("text", f"{type(value).__name__} is not text", "Give a string, or a list of strings")
     text = clean_caption(value)[0]
     if not text:
-        raise UserError("text", "it holds no word", "Write one")
+        raise UserError("text", "it has no words", "Write one")
     return text
 
 
@@ -169,7 +169,7 @@ class MarkedTexts:
         # the text between the masked words: one more piece than there are masks
         pieces = check_text(text).replace(str(self.tokenizer.mask_token), MASK).split(MASK)
         if len(pieces) == 1:
-            raise UserError("text", "no word in it is masked", f"Write {MASK} in the place of one")
+            raise UserError("text", "no word in it is masked", f"Replace one with {MASK}")
         ids: list[int] = []
         for place, piece in enumerate(pieces):
             last = place == len(pieces) - 1

@@ -134,11 +134,11 @@ class Mix(Source):
 
     def __init__(self, sets: dict[str, float], evaluate: str, root: str = "data", seed: int = 0) -> None:
         if not sets:
-            raise UserError("data.source.sets", "no data set is named", "Name at least one, such as coco: 1.0")
+            raise UserError("data.source.sets", "no data set was given", "Name at least one, such as coco: 1.0")
         for name, weight in sets.items():
             if not 0 < weight < float("inf"):
                 todo = "Give a number above 0, or leave the set out"
-                raise UserError(f"data.source.sets.{name}", f"weight {weight} shows nothing", todo)
+                raise UserError(f"data.source.sets.{name}", f"weight {weight} selects nothing", todo)
         self.sets, self.evaluate, self.root, self.seed = sets, evaluate, Path(root).expanduser(), seed
 
     def split(self, name: str) -> "MixedPairs | PreparedPairs":
@@ -162,7 +162,7 @@ class Mix(Source):
         pairs = MixedPairs({each: Prepared(str(self.root / each)).split(name) for each in wanted}, self.sets, self.seed)
         for each, rows in zip(pairs.names, pairs.rows, strict=True):
             if not len(rows):
-                what = f"weight {self.sets[each]} leaves none of its images"
+                what = f"weight {self.sets[each]} leaves it no images"
                 raise UserError(f"data.source.sets.{each}", what, "Give a larger one, or leave the set out")
         self._tell(pairs)
         return pairs
@@ -170,6 +170,6 @@ class Mix(Source):
     def _tell(self, pairs: MixedPairs) -> None:
         if rank() == 0:
             counts = ", ".join(f"{name} {len(rows)}" for name, rows in zip(pairs.names, pairs.rows, strict=True))
-            print(f"mix of {len(pairs)} rows an epoch: {counts}", flush=True)
+            print(f"mix of {len(pairs)} rows per epoch: {counts}", flush=True)
             for (one, other), count in pairs.shared().items():
                 print(f"{count} images are in {one} and in {other}: kept in both, captions differ", flush=True)

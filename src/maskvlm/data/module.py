@@ -105,7 +105,7 @@ class PairData(L.LightningDataModule):
             raise UserError("data", f"steps is {steps} and epochs is {epochs}", todo)
         for name, value in (("batch_size", batch_size), ("steps", steps), ("epochs", epochs)):
             if value is not None and value <= 0:
-                raise UserError(f"data.{name}", f"{value} is not above 0", "Give a larger number")
+                raise UserError(f"data.{name}", f"{value} is not greater than 0", "Give a larger number")
         check_least(
             1, {"data.eval_batch_size": eval_batch_size, "data.accumulate": accumulate, "data.captions": captions}
         )
@@ -262,14 +262,15 @@ class PairData(L.LightningDataModule):
             raise UserError("data", what, todo, ExitCode.BAD_DATA)
         # the position is counted in passes, so it is meaningless for passes of another size
         if state_dict["share"] != self.share:
-            what = f"a pass has {self.share} pairs, in the checkpoint {state_dict['share']}"
-            todo = "Go on with the same batch_size and accumulate, or start a new run --from this checkpoint"
+            what = f"a pass has {self.share} pairs, but in the checkpoint {state_dict['share']}"
+            todo = "Use the same batch_size and accumulate, or start a new run --from this checkpoint"
             raise UserError("data.batch_size", what, todo)
         # not in checkpoints of older versions
         before, now = state_dict.get("dealt"), self._dealt()
         if before and now and before != now:
-            what = f"the stream is dealt out to {_parts(now)}, in the checkpoint to {_parts(before)}: other samples"
-            todo = "Go on with as many (--data.workers), or start a new run --from this checkpoint"
+            what = f"the stream is split among {_parts(now)}, in the checkpoint among {_parts(before)}"
+            what += ": the samples would differ"
+            todo = "Use the same numbers (--data.workers), or start a new run --from this checkpoint"
             raise UserError("data.workers", what, todo)
         self.start, rows = state_dict["batches"], state_dict["rows"]
         if rank() == 0:  # the counts are of all processes
@@ -406,7 +407,7 @@ class PairData(L.LightningDataModule):
         none = self.samples >= 16 and unread >= self.samples and self.max_bad_fraction < 1
         if batch.problems and (many or none):
             what = f"{unread} of {self.samples} samples could not be read, first: {batch.problems[0][1]}"
-            todo = "mend the data or raise data.max_bad_fraction"
+            todo = "fix the data or raise data.max_bad_fraction"
             raise UserError("training data", what, todo, ExitCode.BAD_DATA)
         return batch
 

@@ -144,7 +144,7 @@ class EvalPairs(Dataset[Sample]):
         # empty captions are left out here, as nothing could retrieve them
         captions = [text for text, _ in map(clean_caption, row["captions"]) if text]
         if not captions:
-            raise UserError(row["origin"], "no caption with words", "Mend or remove the row", ExitCode.BAD_DATA)
+            raise UserError(row["origin"], "no caption has any words", "Fix or remove the row", ExitCode.BAD_DATA)
         # only the built-in scenes know where their objects are
         object_mask = getattr(self.pairs, "object_mask", None)
         return Sample(

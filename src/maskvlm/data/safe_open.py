@@ -72,7 +72,7 @@ def _at_once(path: str, flags: int) -> int:
 def check_plain(file: Path, mode: int) -> None:
     """Raise UserError for anything but a regular file. mode: from `os.stat`."""
     if kind := special(mode):
-        raise UserError(file, f"is {kind}, no file", "Name a file, or write it to one first", ExitCode.MISSING_INPUT)
+        raise UserError(file, f"is {kind}, not a file", "Name a file, or write it to one first", ExitCode.MISSING_INPUT)
 
 
 # ------------------------------------------------------------------ lines

@@ -86,8 +86,8 @@ def check_share(batch_size: int, passes: int, world: int) -> None:
     """
     if batch_size % (passes * world):
         whom = f"{world} processes x {passes} accumulated passes"
-        what = f"{batch_size} pairs cannot be shared by {whom}"
-        raise UserError("data.batch_size", what, "choose a batch size they divide")
+        what = f"{batch_size} pairs cannot be split evenly among {whom}"
+        raise UserError("data.batch_size", what, "choose a batch size that they divide")
 
 
 def size_for_all(count: int, most: int, world: int) -> int:
@@ -100,7 +100,7 @@ def size_for_all(count: int, most: int, world: int) -> int:
         UserError: there are fewer rows than processes.
     """
     if count < world:
-        what = f"{count} images are fewer than the {world} processes that measure them"
+        what = f"{count} images are fewer than the {world} processes that evaluate them"
         raise UserError("data", what, "Start fewer processes, or set trainer.limit_val_batches to 0")
     if math.ceil(count / most) >= world:
         return most

@@ -68,12 +68,12 @@ def each_key_once(pairs: list[tuple[str, Any]]) -> Any:
     if len(record) == len(pairs):
         return record
     twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-    return BadJson(f"key {twice[:80]!r} stands there twice")
+    return BadJson(f"key {twice[:80]!r} appears twice")
 
 
 def no_number(name: str) -> Any:
     """The BadJson that replaces NaN and Infinity."""
-    return BadJson(f"{name} is no number of JSON")
+    return BadJson(f"{name} is not a JSON number")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=each_key_once, parse_constant=no_number)

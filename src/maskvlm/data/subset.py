@@ -169,15 +169,15 @@ def fraction_of(pairs: Any, fraction: float, seed: int) -> Any:
         UserError: it is out of range or leaves nothing, or the split does not know its images' ids.
     """
     if not 0 < fraction <= 1:
-        raise UserError("data.fraction", f"{fraction} is no part of the images", "Give a number above 0, at most 1")
+        raise UserError("data.fraction", f"{fraction} is out of range", "Give a number above 0, up to 1")
     if fraction == 1:
         return pairs
     ids_NP = row_ids(pairs)
     if ids_NP is None:
-        what = "this data set does not tell its images' ids without opening them"
+        what = "this data set cannot list its image ids without opening the images"
         raise UserError("data.fraction", what, "Set it to 1, or prepare the data (maskvlm data)")
     row_N = first_images(ids_NP[:, 0], fraction, seed, FRACTION)
     if not len(row_N):
-        what = f"{fraction} of {len(np.unique(ids_NP[:, 0]))} images is none"
-        raise UserError("data.fraction", what, "Give a larger part", ExitCode.USAGE)
+        what = f"{fraction} of {len(np.unique(ids_NP[:, 0]))} images leaves none"
+        raise UserError("data.fraction", what, "Give a larger fraction", ExitCode.USAGE)
     return Chosen(pairs, row_N, f"fraction {fraction} seed {seed}", {})

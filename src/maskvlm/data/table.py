@@ -82,7 +82,7 @@ def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[
         return Table(name, rows, json.loads((folder / "notes.json").read_text()))
     except Exception as error:
         what = f"the cached table cannot be read ({type(error).__name__})"
-        raise UserError(folder, what, "Delete this folder; it is made again", ExitCode.IO_ERROR) from error
+        raise UserError(folder, what, "Delete this folder; it will be created again", ExitCode.IO_ERROR) from error
 
 
 def _write(content: ParsedColumns, columns: Columns, folder: Path) -> None:
@@ -179,7 +179,7 @@ class TableRows:
         """Append a row. Raises UserError if the id already exists."""
         # a place identifies a row, so the same id at another place is a second row
         if (first := self._place_of.setdefault(id, place)) != place:
-            what = f"{self.id_key} '{id}' stands there twice, first at {self.origin.short(first)}"
+            what = f"{self.id_key} '{id}' appears twice, first at {self.origin.short(first)}"
             raise UserError(self.origin.full(place), what, "Keep one of the two rows", ExitCode.BAD_DATA)
         clean, note = clean_caption(text)
         if note and clean:
@@ -279,7 +279,7 @@ def choose_rows(
     empty_N = np.asarray(table.rows.data.column("text").to_numpy()) == ""
     place_N = table.rows.data.column("place").to_numpy()
     if split != "train" and empty_N.any():
-        where, todo = origin.full(place_N[empty_N][0]), "Mend the row: evaluation leaves nothing out"
+        where, todo = origin.full(place_N[empty_N][0]), "Fix the row: evaluation leaves nothing out"
         raise UserError(where, "the text is empty", todo, ExitCode.BAD_DATA)
     skipped = {reason: places for reason, places in table.notes.items() if places}
     kept_N = np.ones(len(empty_N), bool)
@@ -300,7 +300,7 @@ def choose_rows(
     if not len(row_N) and if_dropped:
         reasons = ", ".join(f"{reason}: {len(places)}" for reason, places in skipped.items() if places)
         todo = if_dropped if any(skipped[reason] for reason in drop or {}) else "Take the complete file"
-        raise UserError(origin.file, f"no example is left ({reasons})", todo, ExitCode.BAD_DATA)
+        raise UserError(origin.file, f"no examples are left ({reasons})", todo, ExitCode.BAD_DATA)
     examples = TableExamples(table, row_N, number_NP[row_N], images, origin)
     # row numbers become places that users can look up
     examples.skipped = {reason: [*map(origin.short, places)] for reason, places in skipped.items() if places}

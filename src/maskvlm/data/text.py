@@ -61,9 +61,9 @@ class Captioner:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             kind = type(tokenizer).__name__
-            raise UserError("tokenizer", f"{kind} is not a fast tokenizer", "Take one with a tokenizer.json")
+            raise UserError("tokenizer", f"{kind} is not a fast tokenizer", "Use one with a tokenizer.json")
         if tokenizer.pad_token_id is None:
-            raise UserError("tokenizer", "it has no padding token", "Take a tokenizer of a BERT-like model")
+            raise UserError("tokenizer", "it has no padding token", "Use the tokenizer of a BERT-like model")
         # False: for a single text, not a pair
         if text_length <= backend.num_special_tokens_to_add(False):
             raise UserError("text_length", f"{text_length} leaves no room for a word", "Set it to 3 or more")

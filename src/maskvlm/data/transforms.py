@@ -86,9 +86,9 @@ def check_augmentation(crop_scale: tuple[float, float], randaugment: tuple[int, 
     """Raise UserError for invalid settings of `TrainTransform`."""
     low, high = crop_scale
     if not 0 < low <= high <= 1:
-        raise UserError("data.crop_scale", f"[{low}, {high}] are no shares of an image", "Give 0 < low <= high <= 1")
+        raise UserError("data.crop_scale", f"[{low}, {high}] are not shares of an image", "Give 0 < low <= high <= 1")
     if randaugment is not None and (randaugment[0] < 0 or not 0 <= randaugment[1] <= 30):
-        what = f"[{randaugment[0]}, {randaugment[1]}] are no operations and magnitude"
+        what = f"[{randaugment[0]}, {randaugment[1]}] are not a number of operations and a magnitude"
         raise UserError("data.randaugment", what, "Give 0 or more operations and a magnitude of 0 to 30, or null")
 
 

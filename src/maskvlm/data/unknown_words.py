@@ -106,14 +106,14 @@ def check_unknown(split: Any, captioner: Captioner, most: float, texts_of: str =
         # without spelled words, which are reported below
         lost = (word for word, _ in often.most_common() if captioner.unknown in captioner([word]).token_CT)
         words = ", ".join(f"{word[:LONGEST]}..." if len(word) > LONGEST else word for word in islice(lost, MOST_WORDS))
-        stay = "; they stay unknown, as the tokenizer is the model's"
+        stay = "; they remain unknown, because the tokenizer comes from the model"
         print(f"unknown words in the {texts_of} texts: {figures}{f' ({words})' if words else ''}{stay}", flush=True)
     spelt = [(name, share) for name, share in spelt_shares(split, captioner, shares).items() if share > SPELT]
     if rank() == 0 and spelt:
         figures = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.0f} %" for name, share in spelt)
-        print(f"words of the {texts_of} texts that the tokenizer only spells, letter by letter: {figures}", flush=True)
+        print(f"words of the {texts_of} texts that the tokenizer splits into single letters: {figures}", flush=True)
     for name, (share, count) in shares.items():
         if share > most:
             what = f"the tokenizer does not know {100 * share:.0f} % of {count:,} words of the {texts_of} texts"
-            todo = "Take a tokenizer of their language (model.backbone.text.name), or raise data.max_unknown"
+            todo = "Use a tokenizer for their language (model.backbone.text.name), or raise data.max_unknown"
             raise UserError(f"data.source ({name})" if name else "data.source", what, todo, ExitCode.BAD_DATA)

@@ -124,7 +124,7 @@ def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackTy
 def cannot_hand_over(error: Exception, thing: object) -> None:
     """End a worker whose finished batch cannot be sent to the main process, and say why."""
     full = NO_SPACE in str(error)
-    NOTE(ENDS, NOTE.now.sample, FULL if full else f"it could not hand over a batch: {error}")
+    NOTE(ENDS, NOTE.now.sample, FULL if full else f"it could not pass on a batch: {error}")
     # exit at once, as this runs in the queue's own thread, where an exception would end nothing else
     os._exit(int(ExitCode.IO_ERROR))
 
@@ -269,8 +269,8 @@ def lost_worker(text: str) -> UserError | None:
         # the one that has spent the longest on its sample first
         slow = sorted((at for board in BOARDS for at in board.read() if at.state == READS), key=lambda at: at.since)
         each = [f"process {at.pid} has been at {at} for {now - at.since:.0f} s" for at in slow[:3]]
-        what = f"no batch came within {late[1]} s; {'; '.join(each) or 'none of them reads'}"
-        todo = "Look at these samples, and at the disk or network that they come from"
+        what = f"no batch arrived within {late[1]} s; {'; '.join(each) or 'none of them is reading'}"
+        todo = "Look at these samples, and at the disk or network they come from"
         return UserError("data workers", what, todo, ExitCode.IO_ERROR)
     return None
 
@@ -282,11 +282,11 @@ def cause_of(killed_by: str | None, fallen: list[At]) -> tuple[str, str]:
     if ended := next((at for at in fallen if at.state == ENDS), None):
         return f"{ended.text} (after sample {ended.sample})", LARGER if ended.text == FULL else ALONE
     if killed_by == "Killed":
-        what = f"was killed at {where}: by somebody, or by the system as memory ran out"
+        what = f"was killed at {where}, perhaps by the system because memory ran out"
         return what, f"{FEWER}, or give the job more memory"
     # SIGBUS: a page of mapped memory without a file or memory behind it
     if killed_by == "Bus error":
-        what = f"met a bus error at {where}: {FULL}, or a file became shorter while it was read"
+        what = f"met a bus error at {where}: {FULL}, or a file was truncated while it was read"
         return what, f"Check the data (maskvlm data-check). {LARGER}"
     how = f"was ended ({killed_by.lower()})" if killed_by else "ended by itself"
     return f"{how} at {where}", ALONE

@@ -259,7 +259,7 @@ def turned(mask: Mask, number: Any) -> Mask:
     """The mask with one patch toggled, counted row by row. Raises UserError: there is no such patch."""
     # The number comes from a browser and may be anything.
     if type(number) is not int or not 0 <= number < len(mask) * len(mask[0]):
-        raise UserError("patches", "that is no place of the image", "Click on the image")
+        raise UserError("patches", "that is not a patch of the image", "Click on the image")
     place = divmod(number, len(mask[0]))
     return [[masked != ((r, c) == place) for c, masked in enumerate(line)] for r, line in enumerate(mask)]
 

@@ -46,7 +46,7 @@ class Worker:
         if not done:
             # Cancels it if it is still waiting; if it is running, it continues to its end.
             future.cancel()
-            what, todo = f"no answer within {self.seconds:g} seconds", "Try again, with less at once"
+            what, todo = f"no answer within {self.seconds:g} seconds", "Try again with less input"
             raise UserError("model", what, todo, ExitCode.UNAVAILABLE)
         return future.result()
 
@@ -81,10 +81,10 @@ class Opener:
     def __call__(self, path: str | None, name: str = "image") -> Image.Image:
         """The image of a path or name. Raises BadImage, or UserError if there is none."""
         if not path:
-            raise UserError(name, "there is none", "Drop one in, or choose an example")
+            raise UserError(name, "there is none", "Upload one, or choose an example")
         file = Path(path)
         if path not in self.own and not file.is_file():
-            raise UserError(name, "is here no more", "Drop it in again", ExitCode.MISSING_INPUT)
+            raise UserError(name, "has expired", "Upload it again", ExitCode.MISSING_INPUT)
         data = self.own[path] if path in self.own else file.read_bytes()
         # Cached by content: the same image uploaded twice has two paths.
         key = hashlib.sha256(data).digest()
@@ -101,7 +101,7 @@ class Opener:
 def checked_text(value: object, name: str = "text") -> str:
     """Check that a text has a bounded length and at least one word; returns it. Raises UserError."""
     if not isinstance(value, str):
-        raise UserError(name, "is no text", "Write one")
+        raise UserError(name, "is not text", "Write one")
     if len(value) > MAX_TEXT:
         raise UserError(name, f"{len(value):,} characters", f"Write at most {MAX_TEXT:,}")
     return check_text(value)
@@ -110,7 +110,7 @@ def checked_text(value: object, name: str = "text") -> str:
 def lines_of(value: object) -> list[str]:
     """Texts, one per line. Raises UserError."""
     if not isinstance(value, str):
-        raise UserError("texts", "are no texts", "Write some")
+        raise UserError("texts", "are not texts", "Write some")
     # First bound the whole, before it is split.
     if len(value) > MAX_LINES * MAX_TEXT:
         todo = f"Write at most {MAX_LINES} lines of at most {MAX_TEXT:,}"

@@ -361,7 +361,7 @@ def of_pretraining(desk: Desk) -> None:
     def exemplary(number: int, place: Any) -> dict[Any, Any]:
         chosen = desk.chosen(number)
         if type(place) is not int or not 0 <= place < len(chosen.samples):
-            raise UserError("example", "there is none of that number", "Click one of those that are shown")
+            raise UserError("example", "there is no such example", "Click one of those shown")
         return {**desk.example(number, place), desk.compared: chosen.texts_of(chosen.samples[place])}
 
     # Gradio passes the event because of the annotation `gr.EventData`, which `desk.on` would hide.

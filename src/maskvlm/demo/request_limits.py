@@ -126,13 +126,13 @@ def check_url(scope: Scope, calls: Calls) -> None:
     if method == "POST":
         allowed = {"upload_id"} if path == UPLOAD else set()
         if path not in POST:
-            raise Refused(405, "There is nothing of that kind here.")
+            raise Refused(405, "Method not allowed.")
     elif method not in ("GET", "HEAD"):
-        raise Refused(405, "There is nothing of that kind here.")
+        raise Refused(405, "Method not allowed.")
     elif path.startswith(FILE):
         allowed = set()
         if not is_of_page(path.removeprefix(FILE), calls.folder):
-            raise Refused(403, "That file is not of this page.")
+            raise Refused(403, "That file does not belong to this page.")
     else:
         allowed = GET.get(path, set())
         # Names may contain dots, but none may lead upwards.
@@ -142,7 +142,7 @@ def check_url(scope: Scope, calls: Calls) -> None:
     query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
     names = [name for name, _ in query]
     if len(set(names)) < len(names) or not allowed.issuperset(names) or not all(VALUE.fullmatch(v) for _, v in query):
-        raise Refused(400, "That is more than this page is asked.")
+        raise Refused(400, "Unexpected query parameters.")
 
 
 def most_of(scope: Scope) -> int:
@@ -154,7 +154,7 @@ def check_head_size(size: int, most: int) -> None:
     """Raises Refused if a body is too large."""
     if size > most:
         limit = f"{most // 2**20} MB" if most >= 2**20 else f"{most // 2**10} KB"
-        raise Refused(413, f"That is too large: at most {limit} at once.")
+        raise Refused(413, f"That is too large: at most {limit} per request.")
 
 
 def check_open(count: int) -> None:

@@ -69,7 +69,7 @@ def check_host(head: Head, served: str) -> None:
     if is_loopback(name):
         return
     if is_loopback(served):
-        raise Refused(421, "This page answers to 127.0.0.1 and localhost only.")
+        raise Refused(421, "This page is served at 127.0.0.1 and localhost only.")
     # An address has no name to rebind. A name must be the one the page was started with, or the machine's own.
     if not is_address(name) and name not in {served.lower(), socket.gethostname().lower()}:
         raise Refused(421, "This page has another name. Open it by its address, or start it with --host NAME.")
@@ -132,7 +132,7 @@ def check_media_type(scope: Scope, head: Head, wanted: str) -> None:
     """
     kind = header_text(head, b"content-type").partition(";")[0].strip().lower()
     if scope["method"] == "POST" and kind != wanted:
-        raise Refused(415, f"Only {wanted} is taken here.")
+        raise Refused(415, f"Only {wanted} is accepted here.")
 
 
 def header_text(head: Head, name: bytes) -> str:

@@ -117,7 +117,7 @@ class Calls:
             call = Call.model_validate_json(body)
         except ValidationError as error:
             is_json = error.errors(include_input=False)[0]["type"] != "json_invalid"
-            raise (no_question() if is_json else Refused(400, "That is no JSON.")) from None
+            raise (no_question() if is_json else Refused(400, "Invalid JSON.")) from None
         adapters = self.input_types.get(call.fn_index)
         if adapters is None or len(adapters) != len(call.data):
             raise no_question()
@@ -142,12 +142,12 @@ class Calls:
 
 def no_question() -> Refused:
     """The error for a call that the page does not make."""
-    return Refused(400, "That is no question of this page.")
+    return Refused(400, "Invalid request.")
 
 
 def not_ours() -> Refused:
     """The error for an image that was not uploaded here."""
-    return Refused(403, "An image must be uploaded: addresses and paths are not opened.")
+    return Refused(403, "Upload the image: URLs and paths are not opened.")
 
 
 def check_shape(adapter: TypeAdapter[Any], value: Any) -> Any:

@@ -116,7 +116,7 @@ def guarded(options: Any, allowed: list[str], folder: Path) -> Any:
 
     listing = find_models(RUNS, options.sources)
     if not listing.runs:
-        default_model("asked")  # prints that the bundled model is used
+        default_model("used")  # prints that the bundled model is used
     if DEFAULT not in options.sources:
         listing = listing._replace(runs=[*listing.runs, run_of(DEFAULT)])
     models = Models(listing, options.device, allowed)

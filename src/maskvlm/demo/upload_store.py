@@ -52,9 +52,9 @@ class Shelf:
                     (file,) = form.getlist("files")
                     path = await asyncio.to_thread(self.write, file.file)  # type: ignore[union-attr]
             except (MultiPartException, HTTPException, ValueError, AttributeError):
-                raise Refused(400, "That is no upload of one file.") from None
+                raise Refused(400, "Upload exactly one file.") from None
             except OSError as error:
-                raise Refused(507, f"The image cannot be kept here ({error.strerror}).") from None
+                raise Refused(507, f"The image cannot be stored ({error.strerror}).") from None
             # Gradio removes old files in this set.
             self.known.add(path)
             # Added to the totals of the last look at the folder.
@@ -88,7 +88,7 @@ class Shelf:
         count, size = self.held
         if count > MAX_FILES or size > MAX_BYTES:
             minutes = KEPT_SECONDS // 60
-            raise Refused(503, f"Too many images are here at the moment. Try again in {minutes} minutes.")
+            raise Refused(503, f"Too many images are stored at the moment. Try again in {minutes} minutes.")
 
 
 def held(folder: Path) -> tuple[int, int]:

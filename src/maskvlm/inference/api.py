@@ -213,7 +213,7 @@ class ModelMethods(nn.Module):
             check_whole("caption", "a length", length, 1)
         sizes = sorted({length for length in lengths if length <= longest})
         if not sizes:
-            raise UserError("caption", f"no length from 1 to {longest} is given", "Give one that the model reads")
+            raise UserError("caption", f"the length is not from 1 to {longest}", "Give one within the model's limit")
         parts = numbered(image_list, self.batch_size)
         captions = [one for part in parts for one in infill.best_captions(self, *part, sizes)]
         return captions[0] if single else captions
@@ -398,9 +398,9 @@ class ModelMethods(nn.Module):
             # The copy matters: torch rejects negative strides (a flipped mask) and warns about read-only arrays.
             tensor = torch.from_numpy(np.array(np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)))
         except (ValueError, TypeError) as error:
-            raise UserError("mask", f"{type(mask).__name__} is no mask", todo) from error
+            raise UserError("mask", f"{type(mask).__name__} is not a mask", todo) from error
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            raise UserError("mask", "holds what is no number", todo)
+            raise UserError("mask", "contains non-numbers", todo)
         mask_RC = tensor.bool()
         if tuple(mask_RC.shape) != (rows, columns):
             what = f"a mask of shape {list(mask_RC.shape)}, the model has {rows} rows of {columns} patches"
@@ -412,7 +412,7 @@ class ModelMethods(nn.Module):
         head = getattr(self.task, name, None)
         if head is None:
             what = f"this checkpoint, of {type(self.task).__name__}, has no head for it ({name})"
-            raise UserError(method, what, "Take the checkpoint of pre-training")
+            raise UserError(method, what, "Use the checkpoint of pre-training")
         return head
 
     def _parts(self, method: str, image: Any, text: Any) -> tuple[list[Part], bool]:

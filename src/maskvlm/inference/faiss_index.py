@@ -65,7 +65,7 @@ def trained_index(kind: IndexKind, vector_NE: Array) -> Any:
     try:
         index.train(vector_NE[np.sort(np.random.default_rng(0).choice(count, min(most, count), replace=False))])
     except RuntimeError:  # k-means needs more points than centres
-        raise UserError("index", f"{count} vectors are too few for {kind.factory}", "Take --kind flat") from None
+        raise UserError("index", f"{count} vectors are too few for {kind.factory}", "Use --kind flat") from None
     return index
 
 
@@ -132,6 +132,6 @@ def write_index(index: Any, path: Path) -> None:
     except (RuntimeError, OSError) as error:  # FAISS raises its own, which ends with the system's message
         full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
         reason = "disk full" if full else getattr(error, "strerror", None) or first_line(error)
-        todo = "Free some space, or choose another folder; whole files stay"
+        todo = "Free some space, or choose another folder; complete files are kept"
         code = ExitCode.IO_ERROR if full else ExitCode.CANNOT_CREATE
         raise UserError(path, f"cannot be written ({reason})", todo, code) from error

@@ -109,7 +109,7 @@ def parts_of(model: PretrainedMaskVLM) -> list[ExportPart]:
     projection, matching = getattr(task, "projection", None), getattr(task, "matching", None)
     if projection is None and matching is None:
         what = f"this checkpoint, of {type(task).__name__}, has heads neither for contrast nor for matching"
-        raise UserError(model.origin.path, what, "Take one of pre-training or of retrieval", ExitCode.BAD_DATA)
+        raise UserError(model.origin.path, what, "Use one of pre-training or of retrieval", ExitCode.BAD_DATA)
     pixels: Shapes = {"pixel_values": ["batch", 3, image.image_size, image.image_size]}
     words: Shapes = {"input_ids": ["batch", "length"], "attention_mask": ["batch", "length"]}
     image_shapes: Shapes = {"image_features": ["batch", 1 + image.num_patches, backbone.width]}
@@ -162,18 +162,18 @@ def export_lines(folder: Path, report: Mapping[str, Any]) -> Iterator[str]:
     """Summary lines of what was written."""
     for part in report["files"].values():
         largest = part["max_difference"]
-        unknown = "not compared with torch, as onnxruntime is not installed (pip install onnxruntime)"
+        unknown = "not compared with torch, because onnxruntime is not installed (pip install onnxruntime)"
         yield f"{folder / part['file']}: {unknown if largest is None else f'at most {largest:.1e} from torch'}"
 
 
 def check_export(folder: Path, kind: Format, opset: int | None) -> None:
     """Checks that do not need a model; raises the same errors as `export`."""
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise UserError(folder, "is there already", "Name another one", ExitCode.CANNOT_CREATE)
+        raise UserError(folder, "already exists", "Name another one", ExitCode.CANNOT_CREATE)
     if kind == "torch" and opset is not None:
         raise UserError("--opset", "torch.export has none", "Leave it out, or give --format onnx")
     if opset is not None and not OPSET <= opset <= NEWEST_OPSET:
-        raise UserError("--opset", f"{opset} is not written", f"Give {OPSET} to {NEWEST_OPSET}")
+        raise UserError("--opset", f"{opset} is not supported", f"Give {OPSET} to {NEWEST_OPSET}")
     if missing := [name for name in ("onnx", "onnxscript") if kind == "onnx" and find_spec(name) is None]:
         what, todo = f"{' and '.join(missing)} not installed", "pip install 'maskvlm[export]', or give --format torch"
         raise UserError("export", what, todo, ExitCode.UNAVAILABLE)
@@ -201,7 +201,7 @@ def export(
     check_export(folder, kind, opset)
     for parameter in model.parameters():
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
-            what = f"{parameter.dtype} on {parameter.device.type}, but float32 on the CPU alone is exported"
+            what = f"{parameter.dtype} on {parameter.device.type}, but only float32 on the CPU can be exported"
             raise UserError("export", what, "Load the model without dtype and device")
     parts, longest = parts_of(model.eval()), model.words.text_length
     inputs = [random_inputs(model, *size) for size in sizes(longest)]
@@ -229,7 +229,7 @@ def export(
     except OSError as error:
         message = f"cannot be written ({first_line(error)})"
         other = UserError(folder, message, "Choose another folder", ExitCode.CANNOT_CREATE)
-        raise (cannot_write(error, folder, "whole files stay") or other) from error
+        raise (cannot_write(error, folder, "complete files are kept") or other) from error
     return report
 
 
@@ -248,7 +248,7 @@ def write_part(
     except Exception as error:  # each library has its own errors, and some encoders cannot be traced
         raise UserError(path.name, f"fails ({first_line(error)})", todo, ExitCode.CANNOT_CREATE) from error
     if largest is not None and not largest <= LIMIT:  # also catches NaN
-        what = f"differs from torch by {largest:.1e}, more than {LIMIT:.0e}, and nothing is written"
+        what = f"differs from torch by {largest:.1e}, more than {LIMIT:.0e}; nothing was written"
         raise UserError(path.name, what, todo, ExitCode.CANNOT_CREATE)
     return {"file": path.name, "inputs": part.inputs, "outputs": part.outputs, "max_difference": largest}
 

@@ -287,7 +287,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         """
         folder = Path(save_directory)
         if other := next((key for key in to_hub if key not in TO_HUB), None):
-            raise UserError("save_pretrained", f"there is no argument {other}", f"There are: {', '.join(TO_HUB)}")
+            raise UserError("save_pretrained", f"there is no argument {other}", f"Available: {', '.join(TO_HUB)}")
         if folder.is_file():
             raise UserError(folder, "is a file", "Name a folder")
         # Checked before writing: a model without tokenizer could not be loaded again.
@@ -358,7 +358,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
     def _check_inputs(
         self, pixel_values: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None
     ) -> None:
-        todo = "Give what AutoProcessor makes"
+        todo = "Give the output of AutoProcessor"
         size, text = self.backbone.image.image_size, self.backbone.text
         if pixel_values is not None:
             shape = ", ".join(map(str, pixel_values.shape))
@@ -499,7 +499,7 @@ def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if precision is None and dtype in (None, "auto"):
         return None
     if precision not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"dtype {dtype}", "is no precision to compute in", "Give float32, bfloat16 or float16")
+        raise UserError(f"dtype {dtype}", "is not a supported precision", "Give float32, bfloat16 or float16")
     return precision
 
 

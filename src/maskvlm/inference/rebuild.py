@@ -235,7 +235,7 @@ def class_of(name: str, path: str, base: type[Instance], ours: Iterable[str], al
     is_trusted = any(name == each or name.startswith(f"{each}.") for each in trusted)
     kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", base.__name__).lower()  # PretrainingLoss -> pretraining loss
     if not (any(re.fullmatch(pattern, name) for pattern in ours) or is_trusted):
-        what = f"names {describe_value(name)}, which is no {kind} of this project"
+        what = f"names {describe_value(name)}, which is not a {kind} of this project"
         todo = f"If you trust the package, allow it: --allow-import {package} (in Python: allow_import=['{package}'])"
         raise UserError(path, what, todo, ExitCode.REFUSED)
     if package == "tasks" and importlib.util.find_spec("tasks") is None:

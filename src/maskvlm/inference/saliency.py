@@ -70,7 +70,7 @@ def word_places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
         inner = captioner.inner(spelt)
         # All unknown words map to one token, which would match any other unknown word.
         if captioner.unknown in inner:
-            raise UserError("word", f"the model's tokenizer does not know '{word}'", "Ask about another word")
+            raise UserError("word", f"the model's tokenizer does not know '{word}'", "Use another word")
         for start in range(len(whole) - len(inner) + 1):
             end = start + len(inner)
             if inner and whole[start:end] == inner and {start, end} <= borders:

@@ -135,7 +135,7 @@ class SearchIndex:
         try:
             # Checksums first: FAISS's C++ reader trusts its file.
             if any(sha256_of(place / name) != about["sha256"].get(name) for name in (VECTORS, IDS)):
-                raise ValueError(f"a file is not the one that {ABOUT} knows")
+                raise ValueError(f"a file does not match {ABOUT}")
             index, ids = faiss.read_index(str(place / VECTORS)), pq.read_table(place / IDS)
             if (
                 ids.schema.remove_metadata() != IMAGE_COLUMNS
@@ -156,7 +156,7 @@ class SearchIndex:
         query_QE = np.ascontiguousarray(np.atleast_2d(np.asarray(vector_QE, np.float32)))
         if query_QE.shape[1] != self.index.d:
             what = f"vectors of width {query_QE.shape[1]}, the index has {self.index.d}"
-            raise UserError("search", what, "Encode with the model that the index was made with")
+            raise UserError("search", what, "Encode with the model that the index was built with")
         hits: tuple[Array, Array] = self.index.search(query_QE, min(k, self.index.ntotal))
         return hits
 
@@ -178,13 +178,13 @@ class SearchIndex:
         root = os.path.realpath(self.images)
         for each in hits:
             if each.path is None:
-                todo = f"Name the prepared set that the index was made of, the folder of its {MANIFEST}"
-                raise UserError("--images", "is a folder of files, and the index names rows of a set", todo)
+                todo = f"Name the prepared set that the index was built from, the folder of its {MANIFEST}"
+                raise UserError("--images", "is a folder of files, but the index names rows of a set", todo)
             if not Path(os.path.realpath(each.path)).is_relative_to(root):
                 todo = "Name the folder that holds its images, or search without --rerank and --show"
                 raise UserError("--images", f"{describe_value(each.path)} is not in {root}", todo, ExitCode.REFUSED)
             if not Path(each.path).is_file():
-                todo = "Bring it back, or search without --rerank and --show"
+                todo = "Restore it, or search without --rerank and --show"
                 raise UserError(each.path, "the images are not on disk", todo, ExitCode.MISSING_INPUT)
         return [Path(str(each.path)) for each in hits]
 
@@ -204,8 +204,8 @@ class SearchIndex:
         else:
             root = args.get("root") if isinstance(args, dict) else None
             place = root or next((os.path.dirname(each.path) for each in hits if each.path), "a place it does not name")
-            what = f"the images lie in {describe_value(place)}, says {ABOUT}; what it names is not opened unasked"
-            todo = "If you trust that place, say so: --images FOLDER (a folder or a prepared set)"
+            what = f"the images are in {describe_value(place)}, says {ABOUT}; it is not opened without your consent"
+            todo = "If you trust it: --images FOLDER (a folder or a prepared set)"
             todo += "; or leave out --rerank and --show"
             raise UserError("search", what, todo, ExitCode.REFUSED)
         pairs = source.split(self.about["split"])
@@ -231,7 +231,7 @@ def search_index(
     index.model = model
     (query, *more), single = as_list(query)
     if more or not single:
-        raise UserError("search", "several queries", "Give one text or image; for more call it again")
+        raise UserError("search", "several queries", "Give one text or image per call")
     by_image = is_image(query)
     vector_E = model.encode_image(query) if by_image else model.encode_text(str(query))
     (similarity_K,), (position_K,) = index.search(vector_E.cpu(), k)

@@ -242,8 +242,10 @@ def close(folder: Path, pairs: Pairs, count: int) -> str:
             break
     reasons = [f"{reason}: {len(places)}" for reason, places in (*listed.items(), *left_out.items())]
     line = f"{folder}: {len(there)} of {count} shards, {len(pairs)} images in all"
-    line += f"; left out or mended ({', '.join(reasons)}): listed in {folder / BAD}" if reasons else ""
-    return line + ("; the others are other processes', or start the same again" if len(there) < count else "")
+    line += f"; left out or repaired ({', '.join(reasons)}): listed in {folder / BAD}" if reasons else ""
+    return line + (
+        "; the rest belong to other processes; if not, run the same command again" if len(there) < count else ""
+    )
 
 
 def write_file(path: Path, content: pa.Table | Facts) -> None:
@@ -262,4 +264,4 @@ def write_file(path: Path, content: pa.Table | Facts) -> None:
     except OSError as error:
         message = f"cannot be written ({first_line(error)})"
         other = UserError(path, message, "Choose another folder", ExitCode.CANNOT_CREATE)
-        raise (cannot_write(error, path, "whole files stay") or other) from error
+        raise (cannot_write(error, path, "complete files are kept") or other) from error

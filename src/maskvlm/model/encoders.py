@@ -195,11 +195,11 @@ class ImageEncoder(Encoder):
     def check_plain(self, where: str, todo: str) -> None:
         """Raises UserError if patches cannot be left out, as in a ViT that adds positions in every block."""
         if type(self.vit) is not VisionTransformer:
-            raise UserError(where, f"patches can be left out of a plain ViT alone, which {self.name} is not", todo)
+            raise UserError(where, f"patches can only be left out of a plain ViT, which {self.name} is not", todo)
 
     def _check_size(self) -> None:
         if self.image_size % self.patch_size or self.vit.patch_embed.patch_size[1] != self.patch_size:
-            what = f"{self.image_size} px do not hold whole square patches of {self.patch_size} px"
+            what = f"{self.image_size} px cannot be divided into square patches of {self.patch_size} px"
             todo = f"Set it to a multiple of {self.patch_size}"
             raise UserError("model.backbone.image.image_size", what, todo)
 

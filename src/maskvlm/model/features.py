@@ -50,7 +50,7 @@ class FrozenBlocks:
         self.cache: FeatureCache | None = None
         # Not isinstance: a subclass may pass positions to each block, and cannot be split between two of them.
         if folder is not None and (frozen == 0 or type(vit) is not VisionTransformer):
-            what = "features can be kept only of a plain ViT with frozen blocks"
+            what = "features can be kept only for a plain ViT with frozen blocks"
             raise UserError(
                 "model.backbone.image.feature_cache", what, "Set model.backbone.image.frozen, or leave it out"
             )
@@ -168,7 +168,7 @@ class FeatureCache:
                     file.truncate(size)  # a sparse file: it takes disk space as rows are written
             if path.stat().st_size != size:
                 what = f"has {path.stat().st_size:,} bytes, expected {size:,}"
-                raise UserError(path, what, "Remove it: it is made anew", ExitCode.BAD_DATA)
+                raise UserError(path, what, "Remove it: it will be created again", ExitCode.BAD_DATA)
         # (R, L, D) and (R,)
         self.features_RLD = np.memmap(self.file, np.float32, "r+", shape=(rows, *shape))
         self.written_R = np.memmap(self.mark, np.uint8, "r+", shape=(rows,))

@@ -19,7 +19,7 @@ def build_text_encoder(config: PreTrainedConfig, checkpointing: bool = False) ->
     try:
         model = AutoModel.from_config(config)
     except Exception as error:  # contradictory settings: each model raises its own error
-        raise UserError(f"{WHERE}.config", first_line(error), "Mend the settings") from error
+        raise UserError(f"{WHERE}.config", first_line(error), "Fix the settings") from error
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # unused, and DDP would wait for its gradients
     if checkpointing:  # renamed in transformers 5.24; the old name warns
@@ -44,7 +44,7 @@ def _try(model: Any) -> None:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(input_ids=token_BT, attention_mask=torch.ones_like(token_BT)).last_hidden_state.shape  # noqa: B018
     except Exception as error:  # each model raises its own error
-        what = f"{model.config.model_type} gives no features of a text alone ({first_line(error)})"
+        what = f"{model.config.model_type} cannot encode text alone ({first_line(error)})"
         raise UserError(f"{WHERE}.name", what, "Choose another encoder, such as bert or roberta") from error
 
 
@@ -91,7 +91,7 @@ def pretrained_tokenizer(name: str, other: str | None) -> PreTrainedTokenizerFas
         _no_tokenizer(other or name)
     if own is not None and own.get_vocab() != tokenizer.get_vocab():
         what = f"the weights in {name} were trained with another vocabulary ({len(own)} entries)"
-        todo = "Leave it out: the model brings its own"
+        todo = "Leave it out: the model has its own"
         raise UserError(f"{WHERE}.tokenizer", what, todo, ExitCode.BAD_DATA)
     return tokenizer
 
@@ -100,17 +100,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig
     """Raise UserError unless the model has a row for every entry, and both agree on the padding token."""
     if len(tokenizer) > config.vocab_size:
         what = f"{len(tokenizer)} entries, but the model has rows for {config.vocab_size}"
-        raise UserError("tokenizer", what, f"Set {WHERE}.vocab_size, or take the model's own tokenizer")
+        raise UserError("tokenizer", what, f"Set {WHERE}.vocab_size, or use the model's own tokenizer")
     highest = max((*tokenizer.get_vocab().values(), *tokenizer.backend_tokenizer.encode("a").ids), default=0)
     if highest >= config.vocab_size:  # ids with gaps, or start and end tokens outside the vocabulary
         what = f"it gives token {highest}, but the model has rows for {config.vocab_size}"
-        raise UserError("tokenizer", what, "Take the model's own tokenizer", ExitCode.BAD_DATA)
+        raise UserError("tokenizer", what, "Use the model's own tokenizer", ExitCode.BAD_DATA)
     if tokenizer.mask_token_id is None:
-        raise UserError("tokenizer", "it has no mask token", "Take one of a model trained by masking words")
+        raise UserError("tokenizer", "it has no mask token", "Use one of a masked language model")
     # RoBERTa numbers positions by non-padding tokens, and no model trains the row of the padding token.
     if tokenizer.pad_token_id != config.pad_token_id:
         what = f"its padding is token {tokenizer.pad_token_id}, the model's is {config.pad_token_id}"
-        raise UserError("tokenizer", what, f"Take the model's own, or set {WHERE}.config.pad_token_id")
+        raise UserError("tokenizer", what, f"Use the model's own, or set {WHERE}.config.pad_token_id")
 
 
 def fit_config(

@@ -51,10 +51,8 @@ def init_positions(position_1LD: nn.Parameter, grid: tuple[int, int]) -> None:
     """
     width = position_1LD.shape[-1]
     if width % 4:
-        what = f"embed_dim {width} is no multiple of 4, as positions of random weights need it (sine, cosine)"
-        raise UserError(
-            "model.backbone.image.config", what, f"Set it to {width + 4 - width % 4}, or take another model"
-        )
+        what = f"embed_dim {width} is not a multiple of 4, which the sine-cosine positions of random weights need"
+        raise UserError("model.backbone.image.config", what, f"Set it to {width + 4 - width % 4}, or use another model")
     # (N, D): the sines of row and column, then the cosines.
     table_ND = build_sincos2d_pos_embed(list(grid), dim=width, temperature=max(grid))
     # At the end, after prefix tokens. Factor sqrt(2): sine and cosine have mean square 1/2.

@@ -82,7 +82,7 @@ class MaskVLM(nn.Module):
         width = text.width if width is None else width
         if width % cross_heads:
             todo = f"give a divisor of {width}"
-            raise UserError("model.backbone.cross_heads", f"{cross_heads} do not divide width {width}", todo)
+            raise UserError("model.backbone.cross_heads", f"{cross_heads} does not divide width {width}", todo)
         self.image, self.text = image, text
         self._frozen_for_task: list[nn.Parameter] = []
         self.trained_on: tuple[LineageEntry, ...] | None = None

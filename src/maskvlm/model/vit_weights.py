@@ -39,11 +39,11 @@ def create_vit(name: str, settings: dict[str, Any]) -> Any:
         vit: Any = timm.create_model(name, num_classes=0, **settings)
     # timm also checks settings with asserts.
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        todo = "Mend its config, or choose a ViT with a class token such as vit_base_patch16_224"
+        todo = "Fix its config, or choose a ViT with a class token such as vit_base_patch16_224"
         raise UserError(WHERE, f"{name} cannot be built ({first_line(error)})", todo) from error
     # A PatchEmbed is a single convolution; timm's hybrids have a CNN instead.
     if getattr(vit, "cls_token", None) is None or not isinstance(getattr(vit, "patch_embed", None), PatchEmbed):
-        what = f"{name} is no ViT with plain patches and a class token"
+        what = f"{name} is not a ViT with plain patches and a class token"
         raise UserError(f"{WHERE}.name", what, "Choose one such as vit_base_patch16_224")
     # The norm after the blocks is kept: contrast compares its float32 output.
     keep_less(vit.blocks)

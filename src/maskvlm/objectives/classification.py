@@ -88,7 +88,7 @@ class Classification(Task):
     ) -> None:
         super().__init__()
         if labels is None:
-            what = "it has no labels for the task to decide among"
+            what = "it has no labels for the task to predict"
             raise UserError("data.source", what, "Choose the task's own data; in a script give labels=data.labels")
         check_least(1, {"model.task.images_per_example": images_per_example, "model.task.hidden": hidden})
         check_shares({"model.task.dropout": dropout})
@@ -157,7 +157,7 @@ class Classification(Task):
         """
         image = batch.image_BPCHW
         if image.shape[1] != self.images_per_example:
-            what = f"the data has {image.shape[1]} images an example, the task is set to {self.images_per_example}"
+            what = f"the data has {image.shape[1]} images per example, but the task is set to {self.images_per_example}"
             raise UserError("model.task.images_per_example", what, f"Set it to {image.shape[1]}")
         # Unreadable images are blank: do not cache their features.
         row_B = batch.index_B.masked_fill(~batch.valid_B, -1)

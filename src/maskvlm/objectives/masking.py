@@ -238,7 +238,7 @@ class RandomBlocks(ImageMasking):
         """Raises UserError if a block is not a whole number of patches of this size, in pixels."""
         if self.block < patch_size or self.block % patch_size:
             what, todo = (
-                f"{self.block} px do not hold whole {patch_size}-px patches",
+                f"{self.block} px is not a multiple of the {patch_size}-px patches",
                 f"set model.task.mask_block to a multiple of {patch_size}",
             )
             raise UserError("model.task.mask_block", what, todo)
@@ -284,7 +284,7 @@ class DrawnBlocks(RandomBlocks):
 def check_range(where: str, low: float, high: float, measured: float) -> None:
     """Raises UserError if a share is outside [0, 1], or `low` exceeds `high`."""
     if not (0 <= low <= high <= 1 and 0 <= measured <= 1):
-        what = f"low {low}, high {high}, measured {measured} are no shares in order"
+        what = f"low {low}, high {high}, measured {measured} are not shares in order"
         raise UserError(where, what, "Give 0 <= low <= high <= 1, and measured from 0 to 1")
 
 
@@ -380,11 +380,11 @@ class ChosenPhrases(RandomTokens):
         where = "model.task.text_masking"
         if isinstance(phrases, str) or not phrases or not all(phrase.strip() for phrase in phrases):
             raise UserError(
-                where, f"phrases {phrases!r} are no list of words", 'Give some, such as ["left of", "above"]'
+                where, f"phrases {phrases!r} are not a list of words", 'Give some, such as ["left of", "above"]'
             )
         check_shares({f"{where}.share": share})
         if not 0 < weight < math.inf:
-            raise UserError(where, f"weight {weight} is no weight above 0", "Give 1, or a larger number")
+            raise UserError(where, f"weight {weight} is not above 0", "Give 1, or a larger number")
         self.phrases, self.share, self.weight = list(phrases), share, weight
 
     def __call__(self, texts: Texts, vocabulary: Vocabulary, uniform: Uniform) -> TokenMask:

@@ -209,25 +209,25 @@ class MaskedPretraining(Task):
         self.image_masking = image_masking or RandomBlocks(image_mask_ratio, mask_block, fully_masked_share)
         # Checked here because the maskings do not know the names of these options.
         if text_mask_most is not None and not text_mask_ratio <= text_mask_most <= 1:
-            what = f"{text_mask_most} is no share from text_mask_ratio ({text_mask_ratio}) to 1"
-            todo = "Give such a share, or null, or a lower text_mask_ratio"
+            what = f"{text_mask_most} is not from text_mask_ratio ({text_mask_ratio}) to 1"
+            todo = "Give a share in that range, or null, or a lower text_mask_ratio"
             raise UserError("model.task.text_mask_most", what, todo)
         self.text_masking = text_masking or RandomTokens(text_mask_ratio, text_mask_most, whole_word, keep_and_swap)
         self.mask_both, self.masks_per_text = mask_both, masks_per_text
         # Interdependent settings; the error names the one to change.
         if not 0 < masked_image_share <= 1 or (mask_both and masked_image_share < 1):
             what = (
-                f"{masked_image_share} is no share above 0"
+                f"{masked_image_share} is not a share above 0, up to 1"
                 if not 0 < masked_image_share <= 1
                 else "mask_both masks every image"
             )
             raise UserError("model.task.masked_image_share", what, "Give 1, or a smaller share without mask_both")
         if not 0 < contrast_patches <= 1:
-            what = f"{contrast_patches} is no share above 0"
+            what = f"{contrast_patches} is not a share above 0, up to 1"
             raise UserError("model.task.contrast_patches", what, "Give 1, or a smaller share")
         self.contrast_patches = contrast_patches
         if not 0 <= contrast_first < 1 or (contrast_first and not weight_itc):
-            what = f"{contrast_first} is no share below 1" if weight_itc else "there is no contrast: weight_itc is 0"
+            what = f"{contrast_first} is not a share below 1" if weight_itc else "there is no contrast: weight_itc is 0"
             raise UserError("model.task.contrast_first", what, "Give 0, or a share below 1 with weight_itc above 0")
         self.masked_image_share, self.contrast_first = masked_image_share, contrast_first
         if freeze_aligned and not contrast_first:
@@ -241,7 +241,7 @@ class MaskedPretraining(Task):
             raise UserError("model.task.freeze_aligned", what, "Set it to false, or give another loss a weight")
         if not 0 < image_learns <= 1:
             todo = "Give 1, or a smaller share"
-            raise UserError("model.task.image_learns", f"{image_learns} is no share above 0", todo)
+            raise UserError("model.task.image_learns", f"{image_learns} is not a share above 0, up to 1", todo)
         if image_learns < 1 and contrast_first:
             what = "contrast_first has phases of its own, and freeze_aligned says what is frozen after the first"
             todo = "Set it to 1, or contrast_first to 0"
@@ -319,7 +319,7 @@ class MaskedPretraining(Task):
             for name, head in loss.build(backbone).items():
                 # add_module would silently replace a head of the same name.
                 if hasattr(self, name):
-                    raise UserError(f"model.task.losses: {loss.name}", f"its head {name} is there already", "Rename it")
+                    raise UserError(f"model.task.losses: {loss.name}", f"its head {name} already exists", "Rename it")
                 self.add_module(name, head)
 
     def _freeze_unused(self, backbone: MaskVLM) -> None:

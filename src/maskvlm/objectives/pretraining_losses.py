@@ -115,7 +115,7 @@ class PretrainingLoss(ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
     adds_up: ClassVar[bool] = False
-    stuck_hint: ClassVar[str] = "what is paid without any knowledge; look at the learning rate and the data"
+    stuck_hint: ClassVar[str] = "the loss of a model that has learned nothing; check the learning rate and the data"
 
     def __init__(self, weight: float = 1.0) -> None:
         # Classes of other packages pass here too: report a mistake in one as a one-line error.
@@ -127,7 +127,7 @@ class PretrainingLoss(ABC):
             todo = f"Give its class `needs`, a frozenset of some of {', '.join(f'Need.{need.name}' for need in Need)}"
             raise UserError(where, f"needs {needs!r:.80}", todo)
         if not 0 <= weight < math.inf:
-            raise UserError(f"model.task.weight_{self.name}", f"{weight} is no weight", "Give 0 (off) or more")
+            raise UserError(f"model.task.weight_{self.name}", f"{weight} is not a valid weight", "Give 0 (off) or more")
         self.weight = weight
 
     def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:

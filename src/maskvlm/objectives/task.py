@@ -152,7 +152,7 @@ class Task(nn.Module, ABC):
         """Compute a training batch `size` examples at a time, with the losses and gradients of the whole batch; called
         after `build`. Raises UserError if the task does not support it."""
         what = f"{type(self).__name__} does not compute a batch in chunks"
-        todo = "Where each example is judged by itself trainer.accumulate_grad_batches does the same"
+        todo = "If the loss of an example does not depend on others, trainer.accumulate_grad_batches does the same"
         raise UserError("model.chunk", what, todo)
 
     def use_token_counts(self, count: Callable[[], Tensor]) -> None:

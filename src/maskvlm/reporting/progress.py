@@ -276,14 +276,14 @@ class StuckLoss(Callback):
 
 def no_gradient_line(name: str) -> str:
     """One-line warning about a loss that is logged but trains nothing."""
-    todo = "compute it from the step's tensors without detach, item or no_grad, and leave what it reads unfrozen"
+    todo = "compute it from the step's tensors without detach, item or no_grad, and do not freeze its inputs"
     return f"warning: {name} has no gradient, so nothing is learned from it; {todo}"
 
 
 def stuck_line(name: str, loss: float, level: float, since: int, step: int, hint: str) -> str:
     """One-line warning about a loss that stays at its chance level."""
     return (
-        f"warning: {name} sits at {number(loss)} since step {since} (now step {step}); "
+        f"warning: {name} has stayed at {number(loss)} since step {since} (now step {step}); "
         f"its chance level is {number(level)}, {hint}"
     )
 

@@ -30,8 +30,8 @@ def budget_in_steps(study: Study, cell: Cell, folder: Path) -> int | None:
     other = spent_by(study.cells, cell)
     steps = dict(other.options).get(STEPS) if other is not None else None
     if other is None or steps is None:
-        todo = f"Give it {STEPS}, and a place in the grid without flops_of"
-        raise UserError(f"flops_of: {cell.flops_of}", "does not say how many steps it makes", todo)
+        todo = f"Give it {STEPS}, and an entry in the grid without flops_of"
+        raise UserError(f"flops_of: {cell.flops_of}", "does not set its number of steps", todo)
     if not steps.isdigit():
         raise UserError(f"flops_of: {cell.flops_of}", f"{STEPS} is {steps}", "Give a whole number")
     starts = study.first is not None
@@ -85,7 +85,7 @@ def _counted(words: Sequence[str]) -> int:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError("study", f"maskvlm bench {' '.join(words)}: {last.removeprefix('error: ')}"[:500], "Mend that")
+        raise UserError("study", f"maskvlm bench {' '.join(words)}: {last.removeprefix('error: ')}"[:500], "Fix that")
     report = json.loads(done.stdout.strip().splitlines()[-1])
     flops: int = report["flops"]
     return flops

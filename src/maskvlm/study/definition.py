@@ -239,7 +239,7 @@ def read_study(file: str, where: str | None = None) -> Study:
     arms = {name: ARM.read(each or {}, f"{file}: arms.{name}", TODO) for name, each in _mapping(content, "arms", file)}
     for name in arms:
         if not NAME.fits(name):
-            raise UserError(f"{file}: arms", f"{name!r} is no name of a folder", "Use a-z, 0-9 and - . _ +")
+            raise UserError(f"{file}: arms", f"{name!r} is not a valid folder name", "Use a-z, 0-9 and - . _ +")
     metrics = {
         name: _metric(name, METRIC.read(each, f"{file}: metrics.{name}", TODO))
         for name, each in _mapping(content, "metrics", file)
@@ -284,8 +284,8 @@ def _filled(value: Any, file: str, path: tuple[str, ...] = ()) -> Any:
         return [_filled(part, file, (*path, "")) for part in value]
     if isinstance(value, str) and "${" in value:
         where = ".".join(name for name in path if name)
-        what = f"{cut(value)} would stand on the page"
-        raise UserError(f"{file}: {cut(where)}", what, "The environment is for run and options", ExitCode.REFUSED)
+        what = f"{cut(value)} would appear on the page"
+        raise UserError(f"{file}: {cut(where)}", what, "Use the environment only in run and options", ExitCode.REFUSED)
     return value
 
 
@@ -296,7 +296,7 @@ def _words(run: str, where: str, machine: str | None) -> tuple[str, ...]:
     except ValueError as error:
         raise UserError(where, f"{error}", "Close the quotation") from None
     if not words or words[0] not in COMMANDS:
-        raise UserError(where, f"begins with no command of a study ({', '.join(COMMANDS)})", "Begin it with one")
+        raise UserError(where, f"does not begin with a command of a study ({', '.join(COMMANDS)})", "Begin it with one")
     for word in words:
         if word.partition("=")[0].lstrip("-") in NOT_IN_FILES:
             raise _not_for_files(where, word)
@@ -307,7 +307,7 @@ def _words(run: str, where: str, machine: str | None) -> tuple[str, ...]:
 
 
 def _not_for_files(where: str, option: str) -> UserError:
-    return UserError(where, f"{option} is not for a study's file", "Give it to `maskvlm study`, or leave it out")
+    return UserError(where, f"{option} is not allowed in a study's file", "Give it to `maskvlm study`, or leave it out")
 
 
 def _mapping(content: Mapping[str, Any], key: str, file: str) -> list[tuple[str, Any]]:
@@ -334,7 +334,7 @@ def _first(content: Mapping[str, Any], cells: tuple[Cell, ...], file: str, machi
     words = _words(content["run"], f"{file}: run", machine)
     for cell in cells:
         if cell.arm == FIRST:
-            raise UserError(where, "an arm has this name, too", "Give the arm another name")
+            raise UserError(where, "another arm has this name", "Give the arm another name")
         if any(word.startswith("from=") for word in cell.run):
             raise UserError(where, f"{cell.name} has a from= of its own", "Leave out one of the two")
         if cell.run[0] == words[0] == "pretrain" and _model(cell.run) != _model(words):
@@ -354,7 +354,7 @@ def _check_keys(options: Mapping[str, Any], where: str) -> None:
     """Raises UserError for an option that a file may not set."""
     for key in options:
         if key == "trainer.max_time":
-            what = "is no budget: a run that its time ends is not finished, and is gone on with each time"
+            what = "cannot limit a run of a study: a run that it stops is unfinished, and is resumed every time"
             raise UserError(where, f"{key} {what}", "Give data.steps, or flops_of")
         if key in NOT_IN_FILES or not re.fullmatch(KEY, key):
             raise _not_for_files(where, key)
@@ -371,9 +371,9 @@ def _cells(
         for arm in (*block["arms"], *([block["flops_of"]] if "flops_of" in block else [])):
             _known(arm, arms, where)
         if block.get("fraction") == 0:
-            raise UserError(where, "no images are no training set", "Give a fraction above 0")
+            raise UserError(where, "a fraction of 0 leaves no training images", "Give a fraction above 0")
         if "flops_of" in block and any(runs[arm][0] != "pretrain" for arm in (*block["arms"], block["flops_of"])):
-            raise UserError(where, "flops_of counts the operations of pretrain alone", "Give data.steps")
+            raise UserError(where, "flops_of counts the operations of pretrain only", "Give data.steps")
         for arm in block["arms"]:
             options = (content.get("options") or {}) | (block.get("options") or {}) | (arms[arm].get("options") or {})
             _check_keys(options, f"{where}: {arm}")
@@ -383,7 +383,7 @@ def _cells(
                 _seeds(block.get("seeds", content.get("seeds", 1))), runs[arm],
             )  # fmt: skip
             if cell.name in cells:
-                raise UserError(where, f"{cell.name} is there twice", "Keep one of them")
+                raise UserError(where, f"{cell.name} appears twice", "Keep one of them")
             cells[cell.name] = cell
             yield cell
 
@@ -420,4 +420,4 @@ def _question(content: Any, cells: tuple[Cell, ...], metrics: Mapping[str, Metri
 
 def _known(name: str, names: Mapping[str, Any], where: str) -> None:
     if name not in names:
-        raise UserError(where, f"there is no {name}", f"There are: {', '.join(names)}")
+        raise UserError(where, f"there is no {name}", f"Available: {', '.join(names)}")

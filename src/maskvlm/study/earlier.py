@@ -46,7 +46,7 @@ def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
     path = page / RUNS
     if not path.is_file():
         return {}
-    todo = "Take a runs.csv that a study has written, or another folder for the page"
+    todo = "Use a runs.csv that a study has written, or another folder for the page"
     if path.stat().st_size > MOST:
         raise UserError(path, f"is larger than {MOST // 10**6} MB", todo, ExitCode.BAD_DATA)
     wanted, others = {run.name: run.sha256 for run in runs}, list[str]()
@@ -70,10 +70,12 @@ def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:
                 else:
                     others.append(row["run"])
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(path, f"is no table of runs ({error})", todo, ExitCode.BAD_DATA) from None
+        raise UserError(path, f"is not a table of runs ({error})", todo, ExitCode.BAD_DATA) from None
     if others:
-        what = f"{len(others)} of {len(others) + len(outcomes)} rows are of other commands, of another study's file"
-        print(f"note: {path}: {what} or version: they are left out ({cut(', '.join(others))})", file=sys.stderr)
+        what = (
+            f"{len(others)} of {len(others) + len(outcomes)} rows come from other commands, or from another study file"
+        )
+        print(f"note: {path}: {what} or version, and are ignored ({cut(', '.join(others))})", file=sys.stderr)
     return outcomes
 
 
@@ -85,6 +87,6 @@ def _outcome(row: Mapping[str, str], where: str, todo: str) -> Outcome:
             try:
                 numbers[key] = int(value) if value.isdigit() else float(value)
             except ValueError:
-                raise UserError(where, f"{key}: {value[:40]!r} is no number", todo, ExitCode.BAD_DATA) from None
+                raise UserError(where, f"{key}: {value[:40]!r} is not a number", todo, ExitCode.BAD_DATA) from None
     # A table of an earlier version has no remarks.
     return Outcome(numbers.pop("hours", math.nan), numbers, row["metrics_sha256"], row.get(REMARK, ""))

@@ -183,7 +183,7 @@ def check_same_run(run: StudyRun) -> None:
     """
     if holds_another(run):
         todo = "Give the arm another name, or remove that folder"
-        raise UserError(run.folder, "holds a run of this name with other options", todo, ExitCode.CANNOT_CREATE)
+        raise UserError(run.folder, "holds a run with this name and other options", todo, ExitCode.CANNOT_CREATE)
 
 
 def holds_another(run: StudyRun) -> bool:
@@ -208,7 +208,7 @@ class Ended(NamedTuple):
         if self.code == ExitCode.REQUEUE:
             return "stopped and saved"
         if self.run.diverged:
-            return f"{self.run.diverged}, and is not made again while {self.run.folder} is there: {self.last_line}"
+            return f"{self.run.diverged}; not repeated as long as {self.run.folder} exists: {self.last_line}"
         return f"exit status {self.code}: {self.last_line}" if self.code else ""
 
 

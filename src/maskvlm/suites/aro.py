@@ -44,11 +44,11 @@ class Aro(Suite):
         coco_ids = {} if image_data is None else read_coco_ids(image_data)
         for test, name in FILES.items():
             if not (path / name).is_file():
-                rows.notes.append(f"{name} is not there")
+                rows.notes.append(f"{name} is missing")
                 continue
             file, content = rows.json_file(name)
             if not isinstance(content, list):
-                what = f"{type(content).__name__} where a list of items belongs"
+                what = f"{type(content).__name__} instead of a list of items"
                 raise UserError(file, what, f"A file in the {LAYOUT} layout is needed", ExitCode.BAD_DATA)
             for number, record in enumerate(content):
                 where = f"{file} [{number}]"
@@ -65,7 +65,7 @@ class Aro(Suite):
                     rows.items.append(SuiteItem((rows.image(image, where),), texts, 0, kind, where, ids, box))
         if not rows.files:
             todo = f"Looked for {' and '.join(FILES.values())}"
-            raise UserError(path, "none of the files of this suite is here", todo, ExitCode.MISSING_INPUT)
+            raise UserError(path, "none of this suite's files is here", todo, ExitCode.MISSING_INPUT)
         return rows
 
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
@@ -107,7 +107,7 @@ def _box(record: Any, where: str) -> tuple[int, int, int, int]:
     """Left, top, right and bottom in pixels of the part of the image that the sentence is about."""
     left, top, width, height = (_pixels(record, f"bbox_{key}", where) for key in ("x", "y", "w", "h"))
     if width < 1 or height < 1:
-        raise UserError(where, f"a box of {width} by {height} pixels", "Mend or remove the row", ExitCode.BAD_DATA)
+        raise UserError(where, f"a box of {width} by {height} pixels", "Fix or remove the row", ExitCode.BAD_DATA)
     return left, top, left + width, top + height
 
 
@@ -116,6 +116,6 @@ def _pixels(record: Any, key: str, where: str) -> int:
     # `not <=` is also true of NaN
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST_PIXELS:
         raise UserError(
-            where, f"'{key}' is no number of pixels", f"A file in the {LAYOUT} layout is needed", ExitCode.BAD_DATA
+            where, f"'{key}' is not a number of pixels", f"A file in the {LAYOUT} layout is needed", ExitCode.BAD_DATA
         )
     return round(value)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 KINDS = {"sits": ("caption", "image"), "sis": ("image1", "image2"), "sts": ("caption1", "caption2")}
 """Kind -> columns of its pairs: a text and an image, two images, two texts."""
 SAMPLES = 1000
-TODO = "Take the file as published"
+TODO = "Use the file as published"
 
 
 class Cxc(Suite):
@@ -60,7 +60,7 @@ class Cxc(Suite):
         for kind, columns in KINDS.items():
             names = (f"{kind}_{self.split}.csv", f"data/{kind}_{self.split}.csv", f"cxc_{kind}_{self.split}.csv")
             if not any((path / name).is_file() for name in names):
-                rows.notes.append(f"{names[0]} is not there")
+                rows.notes.append(f"{names[0]} is missing")
                 continue
             lines = rows.lines(*names)
             where, header = next(lines, (names[0], ""))
@@ -83,7 +83,7 @@ class Cxc(Suite):
         except ValueError:
             rated = -1.0
         if not 0 <= rated <= 5:
-            raise UserError(where, f"agg_score {fields[2][:20]!r} is none of 0 to 5", TODO, ExitCode.BAD_DATA)
+            raise UserError(where, f"agg_score {fields[2][:20]!r} is not from 0 to 5", TODO, ExitCode.BAD_DATA)
         captions, images, ids = [], [], []
         for column, field in zip(KINDS[kind], fields, strict=False):
             if column.startswith("caption"):
@@ -149,5 +149,5 @@ def _caption(texts: CocoTexts, field: str, column: str, where: str) -> str:
     """The caption with an id such as `COCO_val2014:sentid:648388`."""
     number = field.rpartition(":")[2]
     if not number.isdecimal() or int(number) not in texts.text:
-        raise UserError(where, f"{column} {field[:60]!r} is no caption of COCO val2014", TODO, ExitCode.BAD_DATA)
+        raise UserError(where, f"{column} {field[:60]!r} is not a caption of COCO val2014", TODO, ExitCode.BAD_DATA)
     return texts.text[int(number)]

@@ -46,8 +46,8 @@ class EccvCaption(Suite):
         texts = read_coco_texts(rows)
         wanted = [int(number) for number in official.coco_ids]
         if absent := [number for number in wanted if number not in texts.text]:
-            what = f"{len(absent):,} of {len(wanted):,} captions are not there, the first is {absent[0]}"
-            raise UserError(rows.files[0], what, "Take captions_val2014.json of COCO 2014", ExitCode.BAD_DATA)
+            what = f"{len(absent):,} of {len(wanted):,} captions are missing, the first is {absent[0]}"
+            raise UserError(rows.files[0], what, "Use captions_val2014.json of COCO 2014", ExitCode.BAD_DATA)
         captions_of: dict[int, list[int]] = {}
         for number in wanted:
             captions_of.setdefault(texts.image[number], []).append(number)

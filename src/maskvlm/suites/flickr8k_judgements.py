@@ -40,14 +40,14 @@ class Flickr8kJudgements(Suite):
         own = 0
         for file, kind, count in ((EXPERTS, "experts", 5), (CROWD, "crowd", 5)):
             if not (path / file).is_file():
-                rows.notes.append(f"{file} is not there")
+                rows.notes.append(f"{file} is missing")
                 continue
             for where, line in rows.lines(file):
                 with rows.row():
                     image, name, *numbers = _fields(line, count, where)
                     if name not in caption:
-                        todo = "Take the file of the same distribution"
-                        raise UserError(where, f"{name[:80]!r} is no caption of {TOKENS}", todo, ExitCode.BAD_DATA)
+                        todo = "Use the file of the same distribution"
+                        raise UserError(where, f"{name[:80]!r} is not a caption of {TOKENS}", todo, ExitCode.BAD_DATA)
                     # An image's own captions are the references of caption metrics.
                     if kind == "experts" and caption[name] in of_image.get(image, ()):
                         own += 1
@@ -80,15 +80,15 @@ def _fields(line: str, count: int, where: str) -> list[str]:
     fields = line.split("\t")
     if len(fields) != count:
         what = f"{len(fields)} fields between tabs instead of {count}"
-        raise UserError(where, what, "Take the file as published", ExitCode.BAD_DATA)
+        raise UserError(where, what, "Use the file as published", ExitCode.BAD_DATA)
     return fields
 
 
 def _judged(numbers: list[str], where: str) -> list[float]:
     """Three judgements, from 1 (does not describe the image at all) to 4 (describes it)."""
     if wrong := [each for each in numbers if each not in ("1", "2", "3", "4")]:
-        todo = "Take the file as published"
-        raise UserError(where, f"judgement {wrong[0][:20]!r} is none of 1 to 4", todo, ExitCode.BAD_DATA)
+        todo = "Use the file as published"
+        raise UserError(where, f"judgement {wrong[0][:20]!r} is not from 1 to 4", todo, ExitCode.BAD_DATA)
     return [float(each) for each in numbers]
 
 
@@ -100,6 +100,6 @@ def _share_of_yes(numbers: list[str], where: str) -> list[float]:
     except (ValueError, ZeroDivisionError):
         right = False
     if not right:
-        what = f"{' '.join(numbers)[:60]!r} is no share of yes with its counts"
-        raise UserError(where, what, "Take the file as published", ExitCode.BAD_DATA)
+        what = f"{' '.join(numbers)[:60]!r} is not a share of yes with its counts"
+        raise UserError(where, what, "Use the file as published", ExitCode.BAD_DATA)
     return [share]

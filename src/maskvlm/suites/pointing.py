@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PHRASE = re.compile(r"\[/EN#(\d+)((?:/[a-z]+)+) ([^\]]+)\]")
 MAX_XML_BYTES = 1_000_000
-TODO = "Take the file as published"
+TODO = "Use the file as published"
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom as fractions of the image's width and height, 0 to 1."""
 

@@ -25,7 +25,7 @@ def suite_class(name: str) -> type[Suite]:
         module = importlib.import_module(f"{__package__}.{name}")
         return next(each for each in vars(module).values() if _is_suite(each) and each.__module__ == module.__name__)
     if "." not in name:
-        todo = f"There are: {', '.join(suite_names())}, and the path of a class, such as acme.birds.BirdPairs"
+        todo = f"Available: {', '.join(suite_names())}, and the path of a class, such as acme.birds.BirdPairs"
         raise UserError(f"suite {name[:80]}", "no such suite", todo)
     module_name, _, kind = name.rpartition(".")
     try:
@@ -34,7 +34,7 @@ def suite_class(name: str) -> type[Suite]:
         todo = "Install the package that it is in, or correct the name"
         raise UserError(f"suite {name[:80]}", f"cannot be imported ({error})", todo, ExitCode.MISSING_INPUT) from error
     if not _is_suite(candidate):
-        raise UserError(f"suite {name[:80]}", "is no suite", "Name a class of maskvlm.suites.suite.Suite")
+        raise UserError(f"suite {name[:80]}", "is not a suite", "Name a class of maskvlm.suites.suite.Suite")
     suite: type[Suite] = candidate
     return suite
 

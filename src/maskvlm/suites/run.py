@@ -55,7 +55,7 @@ class SuiteReport(NamedTuple):
 def check_ways(suite: Suite, ways: Sequence[str], limit: int | None) -> None:
     """Checks that need no files; raises as `run_suite`."""
     if unknown := [way for way in ways if way not in suite.ways]:
-        raise UserError("--by", f"this suite is not asked by {unknown[0]}", f"There are: {', '.join(suite.ways)}")
+        raise UserError("--by", f"this suite cannot be scored by {unknown[0]}", f"Available: {', '.join(suite.ways)}")
     if suite.whole and limit is not None:
         raise UserError("--limit", "this suite ranks all its items among each other", "Leave it out")
 
@@ -86,7 +86,7 @@ def run_suite(
     if suite.whole and skipped:
         first = next(iter(skipped.values()))[0]
         what = f"{sum(map(len, skipped.values()))} rows cannot be used, the first: {first}"
-        raise UserError(path, what, "Mend them: this suite needs all its items", ExitCode.BAD_DATA)
+        raise UserError(path, what, "Fix them: this suite needs all its items", ExitCode.BAD_DATA)
     if not items:  # all images are bad, or there are none
         first = next(iter(skipped.values()), ["; ".join(notes) or "the files are empty"])[0]
         raise UserError(path, f"no item can be used: {first}", "Check --path and --images", ExitCode.BAD_DATA)
@@ -103,7 +103,7 @@ def run_suite(
     for way in ways:
         places = [row for row, each in enumerate(scores[way]) if len(each)]
         if missing := len(items) - len(places):
-            notes.append(f"by {way}: {missing} of {len(items)} items cannot be asked, and are left out")
+            notes.append(f"by {way}: {missing} of {len(items)} items cannot be scored, and are left out")
         metrics[way] = suite.metrics([items[row] for row in places], [scores[way][row] for row in places], way)
     seen_count = trained_on(model, items) if rows.ids_known else None
     return SuiteReport(metrics, scores, items, total, skipped, rows.files, notes, seen_count)

@@ -60,7 +60,7 @@ def pair_scores(model: "PretrainedMaskVLM", items: Sequence["SuiteItem"], way: s
         UserError: the checkpoint lacks the head, or there is no such way.
     """
     if way not in _SCORERS:
-        raise UserError("--by", f"there is no {way}", f"There are: {', '.join(_SCORERS)}")
+        raise UserError("--by", f"there is no {way}", f"Available: {', '.join(_SCORERS)}")
     rows_of: dict[tuple[str | bytes, tuple[int, int, int, int] | None], list[int]] = {}
     for row, item in enumerate(items):
         rows_of.setdefault((item.images[0], item.box), []).append(row)
@@ -89,5 +89,5 @@ def within(box: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, 
     left, top, right, bottom = max(0, box[0]), max(0, box[1]), min(size[0], box[2]), min(size[1], box[3])
     if left >= right or top >= bottom:
         what = f"the box {box} lies outside of the image of {size[0]} by {size[1]} pixels"
-        raise UserError("box", what, "Mend or remove the row", ExitCode.BAD_DATA)
+        raise UserError("box", what, "Fix or remove the row", ExitCode.BAD_DATA)
     return left, top, right, bottom

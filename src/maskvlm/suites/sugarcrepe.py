@@ -35,11 +35,11 @@ class SugarCrepe(Suite):
         for kind in KINDS:
             names = (f"{kind}.json", f"data/{kind}.json", f"sugarcrepe_{kind}.json")
             if not any((path / name).is_file() for name in names):
-                rows.notes.append(f"{kind}.json is not there")
+                rows.notes.append(f"{kind}.json is missing")
                 continue
             file, content = rows.json_file(*names)
             if not isinstance(content, dict):
-                what = f"{type(content).__name__} where an object of numbered items belongs"
+                what = f"{type(content).__name__} instead of an object of numbered items"
                 raise UserError(file, what, f"A file in the {LAYOUT} layout is needed", ExitCode.BAD_DATA)
             for number, record in content.items():
                 where = f"{file} item {number[:20]}"
@@ -53,7 +53,7 @@ class SugarCrepe(Suite):
                     rows.items.append(SuiteItem((image,), texts, 0, kind, where, (coco_id(name),)))
         if not rows.files:
             todo = f"Looked for {KINDS[0]}.json and six more"
-            raise UserError(path, "none of the files of this suite is here", todo, ExitCode.MISSING_INPUT)
+            raise UserError(path, "none of this suite's files is here", todo, ExitCode.MISSING_INPUT)
         return rows
 
     def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:

@@ -189,6 +189,6 @@ def plain_text(value: object, key: str, where: str) -> str:
     """A text from a file, cleaned like captions in training. Raises UserError if it is not a string or has no word."""
     text = clean_caption(value)[0] if isinstance(value, str) else ""
     if not text:
-        what = f"'{key}' is no text" if not isinstance(value, str) else f"'{key}' holds no word"
-        raise UserError(where, what, "Mend or remove the row", ExitCode.BAD_DATA)
+        what = f"'{key}' is not text" if not isinstance(value, str) else f"'{key}' has no words"
+        raise UserError(where, what, "Fix or remove the row", ExitCode.BAD_DATA)
     return text

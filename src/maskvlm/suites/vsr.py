@@ -50,7 +50,9 @@ class Vsr(Suite):
     def read(self, path: Path, images: Path | None) -> ItemRows:
         kind, _, part = self.split.partition("/")
         if kind not in ("zeroshot", "random") or part not in ("train", "dev", "test"):
-            raise UserError("--split", f"'{self.split}' is no split", "Give zeroshot/test, random/test, or their dev")
+            raise UserError(
+                "--split", f"'{self.split}' is not a split", "Give zeroshot/test, random/test, or their dev"
+            )
         rows, name = ItemRows(path, images), f"{self.split}.jsonl"
         places = (name, f"splits/{name}", f"data/splits/{name}", f"vsr_{kind}_{part}.jsonl")
         for where, line in rows.lines(*places):

@@ -65,7 +65,7 @@ class Zeroshot(Suite):
             lines = ((line.number, line.text.strip(), line.problem) for line in text_lines(templates))
             for number, text, problem in lines:
                 if problem:
-                    raise UserError(f"{templates}:{number}", problem[1], "Mend this line", ExitCode.BAD_DATA)
+                    raise UserError(f"{templates}:{number}", problem[1], "Fix this line", ExitCode.BAD_DATA)
                 self.templates += [text] if text else []
         self.templates = self.templates or [TEMPLATE]
         if wrong := [each for each in self.templates if each.count("{}") != 1]:
@@ -84,7 +84,9 @@ class Zeroshot(Suite):
             raise UserError(path, what, "Two or more are needed: CLASS/NAME.jpg", ExitCode.BAD_DATA)
         called = [plain_text(self.names.get(each, each.replace("_", " ")), each, str(path)) for each in classes]
         if twice := [name for name, count in Counter(called).items() if count > 1]:
-            raise UserError(path, f"two classes are called '{twice[0]}'", "Name them apart", ExitCode.BAD_DATA)
+            raise UserError(
+                path, f"two classes are called '{twice[0]}'", "Give them different names", ExitCode.BAD_DATA
+            )
         # All templates of the first class, then those of the next.
         texts = tuple(template.replace("{}", name) for name in called for template in self.templates)
         rows.notes.append(f"{len(classes)} classes; texts such as '{texts[0]}'")
@@ -94,7 +96,7 @@ class Zeroshot(Suite):
                 number = classes.index(label)
                 rows.items.append(SuiteItem((str(path / name),), texts, number, called[number], name))
             else:
-                rows.skip("in no class", f"{path}/{name}: it lies in no folder of a class")
+                rows.skip("in no class", f"{path}/{name}: it is not in a folder of a class")
         return rows
 
     def ask(self, model: "PretrainedMaskVLM", items: Sequence[SuiteItem], way: str) -> list[Tensor]:
@@ -134,5 +136,5 @@ class Zeroshot(Suite):
 def _names(file: Path) -> dict[str, str]:
     content = load_json(content_of(file, MAX_FILE_BYTES), file)
     if not isinstance(content, dict) or not all(isinstance(each, str) for each in content.values()):
-        raise UserError(file, "no object of folder and name", 'Write {"n01440764": "tench"}', ExitCode.BAD_DATA)
+        raise UserError(file, "not an object of folders and names", 'Write {"n01440764": "tench"}', ExitCode.BAD_DATA)
     return content

@@ -63,7 +63,7 @@ def check_attempts(folder: Path) -> Failures:
     past = failures(folder)
     if past.times >= MOST:
         what = f"the run died {past.times} times in step {past.step}"
-        todo = f"Look for the cause (crash.txt, the job's output), then delete {folder / NAME} to try again"
+        todo = f"Find the cause (crash.txt, the job's output), then delete {folder / NAME} to try again"
         raise UserError(folder, what, todo, ExitCode.REFUSED)
     return past
 

@@ -27,11 +27,11 @@ def check_version(content: Mapping[str, Any], path: str | Path) -> None:
         # A later patch release counts as the same.
         later = Version(written).release[:2] > Version(L.__version__).release[:2]
     except InvalidVersion as error:
-        what = f"tells no version of Lightning ({written!r})"
-        raise bad(path, what, "Start a new run --from this checkpoint, whose weights are whole") from error
+        what = f"does not give a version of Lightning ({written!r})"
+        raise bad(path, what, "Start a new run --from this checkpoint, whose weights are intact") from error
     if later:
         what = f"its state was written by Lightning {written}, this is {L.__version__}"
-        raise bad(path, what, "Update lightning, or start a new run --from this checkpoint: it takes the weights alone")
+        raise bad(path, what, "Update lightning, or start a new run --from this checkpoint: it takes only the weights")
 
 
 class SafeCheckpointIO(CheckpointIO):

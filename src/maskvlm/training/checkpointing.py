@@ -113,8 +113,8 @@ class KeepState(Checkpoint):
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            todo = "Give Trainer(plugins=[SafeCheckpointIO()]), of maskvlm.training.checkpoint_io"
-            raise UserError("KeepState", "the trainer's checkpoints are not those that it keeps", todo)
+            todo = "Use Trainer(plugins=[SafeCheckpointIO()]), from maskvlm.training.checkpoint_io"
+            raise UserError("KeepState", "the trainer does not write the checkpoints that this callback keeps", todo)
         replace_signal_handlers(trainer, CAUGHT.install)
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # it resumes exactly
 
@@ -138,7 +138,7 @@ class KeepState(Checkpoint):
         if any(ended_by_score(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.should_stop = True
         if trainer.ckpt_path and trainer.is_global_zero:
-            print(f"going on after step {trainer.global_step} ({trainer.ckpt_path})", flush=True)
+            print(f"resuming after step {trainer.global_step} ({trainer.ckpt_path})", flush=True)
         if self.unmeasured:  # it was due when the checkpoint was written; Lightning would skip it
             if self.attempt is not None:  # so that an evaluation that kills the process is recorded too
                 self.attempt.note(trainer.global_step)
@@ -234,7 +234,7 @@ class KeepState(Checkpoint):
         signum = CAUGHT.last or int(signal.SIGTERM)  # another process got it
         name, path = signal.Signals(signum).name, self.folder / LAST
         how = same_command(self.folder)
-        text = f"{name}: stopped after step {trainer.global_step}; {path} holds it: {how} goes on from there"
+        text = f"{name}: stopped after step {trainer.global_step}; {path} holds it: {how} resumes from there"
         return Stopped(text, signum)
 
     # ------------------------------------------------------------------ evaluation

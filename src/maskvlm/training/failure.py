@@ -92,7 +92,7 @@ def user_line(error: BaseException) -> ErrorLine | None:
         )
         return ErrorLine(f"device: out of memory ({text[:120]}). {todo}.", ExitCode.UNAVAILABLE)
     if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
-        todo = "Give --model.compile false, or what the compiler lacks (a C++ compiler, Triton)"
+        todo = "Give --model.compile false, or install what the compiler lacks (a C++ compiler, Triton)"
         return ErrorLine(f"model.compile: a block cannot be compiled ({text[:120]}). {todo}.", ExitCode.UNAVAILABLE)
     return None
 
@@ -155,7 +155,7 @@ def _bug(error: BaseException, folder: Path | None) -> ErrorLine:
         traceback.print_exception(error)
         return ErrorLine(text, ExitCode.OUR_BUG)
     if place := _of_others(error):
-        return ErrorLine(f"{place}: {text}. Mend it there; {path} has the traceback.", ExitCode.OUR_BUG)
+        return ErrorLine(f"{place}: {text}. Fix it there; {path} has the traceback.", ExitCode.OUR_BUG)
     return ErrorLine(f"{text}. This is a bug; {path} has its traceback.", ExitCode.OUR_BUG)
 
 

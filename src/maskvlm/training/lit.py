@@ -49,8 +49,8 @@ def check_length(trainer: L.Trainer, data: PairData) -> None:
         what = f"{trainer.accumulate_grad_batches}, and PairData(accumulate) is {data.accumulate}"
         raise UserError("Trainer(accumulate_grad_batches)", what, "Give both the same number")
     if trainer.max_epochs != 1:
-        what = f"{trainer.max_epochs}, but one epoch of Lightning is the whole run"
-        raise UserError("Trainer(max_epochs)", what, "Give 1, and the length to PairData: steps or epochs")
+        what = f"{trainer.max_epochs}, but a run is one epoch of Lightning"
+        raise UserError("Trainer(max_epochs)", what, "Give 1, and set the length in PairData: steps or epochs")
     if trainer.max_steps != -1:
         what = f"{trainer.max_steps}, but the length of a run is the data's"
         raise UserError("Trainer(max_steps)", what, "Leave it out, and give PairData(steps=...)")
@@ -65,8 +65,8 @@ def check_source(task: Task, data: PairData) -> None:
     kinds = {Source: "pairs of images and captions", ExampleSource: "examples of a downstream task"}
     read_kind, given_kind = task.source_kind, next((kind for kind in kinds if isinstance(data.source, kind)), None)
     if read_kind is not None and given_kind is not None and given_kind != read_kind:
-        what = f"{type(data.source).__name__} gives {kinds[given_kind]}, {type(task).__name__} reads {kinds[read_kind]}"
-        raise UserError("data.source", what, "Choose data of the task")
+        what = f"{type(data.source).__name__} gives {kinds[given_kind]}, {type(task).__name__} needs {kinds[read_kind]}"
+        raise UserError("data.source", what, "Choose data for the task")
 
 
 def check_labels(task: Task, theirs: Sequence[str] | None, path: str) -> None:
@@ -86,9 +86,9 @@ def check_labels(task: Task, theirs: Sequence[str] | None, path: str) -> None:
         return
     pairs = enumerate(zip_longest(theirs, labels), 1)
     place, own, other = next((place, own, other) for place, (own, other) in pairs if own != other)
-    what = f"its head decides among {len(theirs)} labels, which differ from the data's {len(labels)}: number {place} is"
-    what += f" {_shown(own)}, in the data {_shown(other)}"
-    todo = "Measure it on data with its own labels, such as the answers file in its run's folder"
+    what = f"its head predicts {len(theirs)} labels, which are not the data's {len(labels)}: label {place} is"
+    what += f" {_shown(own)} in the checkpoint and {_shown(other)} in the data"
+    todo = "Evaluate it on data with its own labels, such as the answers file in its run's folder"
     raise UserError(path, what, todo, ExitCode.BAD_DATA)
 
 
@@ -163,11 +163,11 @@ class LitModel(L.LightningModule):
         check_least(1, {"model.chunk": chunk})
         check_least(0, {"model.warmup": warmup, "model.min_lr": min_lr})
         if not 0 <= stable < 1:
-            raise UserError("model.stable", f"{stable} is no share", "Give a number from 0 to below 1")
+            raise UserError("model.stable", f"{stable} is out of range", "Give a number from 0 to below 1")
         if not 0 < layer_decay <= 1:
-            raise UserError("model.layer_decay", f"{layer_decay} is no share", "Give a number above 0, up to 1")
+            raise UserError("model.layer_decay", f"{layer_decay} is out of range", "Give a number above 0, up to 1")
         if not all(0 <= beta < 1 for beta in betas):
-            raise UserError("model.betas", f"{list(betas)} are no decay rates", "Give two numbers from 0 to below 1")
+            raise UserError("model.betas", f"{list(betas)} are not decay rates", "Give two numbers from 0 to below 1")
         if not isinstance(backbone, MaskVLM) or not isinstance(task, Task):
             what = f"{type(backbone).__name__} and {type(task).__name__} were given"
             raise UserError("LitModel", what, "Give a backbone (maskvlm.model.maskvlm.MaskVLM), then a task")
@@ -211,10 +211,8 @@ class LitModel(L.LightningModule):
         same_task = bool(origin.history) and origin.history[-1].task == class_path(type(self.task))
         unused = {name.partition(".")[0] for name in origin.heads} - {name for name, _ in self.task.named_children()}
         if same_task and unused and rank() == 0:
-            todo = "give their losses a weight, or list them (model.task.losses), to train on with them"
-            log.warning(
-                "%s", f"note: heads of the checkpoint that this run has no use for: {', '.join(sorted(unused))}; {todo}"
-            )
+            todo = "to keep training them, give their losses a weight or list them in model.task.losses"
+            log.warning("%s", f"note: unused heads of the checkpoint: {', '.join(sorted(unused))}; {todo}")
         return self.task.warm_start(heads)
 
     @property
@@ -240,7 +238,7 @@ class LitModel(L.LightningModule):
         elif self.trainer.global_step == 0 and self.history:  # weights trained by another run or trainer are evaluated
             self.measured_step = self.history[-1].steps
         if not isinstance(self.data, PairData):
-            raise UserError("trainer", "has no PairData", "Give it as the data: trainer.fit(model, PairData(...))")
+            raise UserError("trainer", "has no PairData", "Pass one: trainer.fit(model, PairData(...))")
         check_source(self.task, self.data)
         if stage == "fit":
             check_length(self.trainer, self.data)
@@ -267,7 +265,7 @@ class LitModel(L.LightningModule):
         if self.device_mesh is not None and not isinstance(self, FSDPModule):
             if self.compiled:
                 what = "blocks cannot be compiled while weights are sharded"
-                raise UserError("model.compile", what, "Set it to false, or take a `where` without shards")
+                raise UserError("model.compile", what, "Set it to false, or use a `where` without shards")
             shard(self, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
@@ -279,19 +277,24 @@ class LitModel(L.LightningModule):
             compile_blocks(self)
         passes, batch = self.data.accumulate, self.data.batch_size
         if passes > 1 and self.task.compares_examples and rank() == 0:
-            what = f"gradients of {passes} passes are added up: contrast and hard negatives are among the"
-            what += f" {batch // passes} pairs of a pass, not {batch}; with model.chunk they are among all"
+            what = f"gradients are accumulated over {passes} passes, so contrast and hard negatives use only the"
+            what += (
+                f" {batch // passes} pairs of each pass, not all {batch}; with model.chunk instead they use all of them"
+            )
             log.warning("%s", f"note: {what}")
 
     def _open_feature_cache(self) -> None:
         """Open the cache of the frozen blocks' features. Raises UserError if images are augmented or streamed."""
         if self.data.augments:
-            what = "an image that is augmented looks different each time, so that its features cannot be kept"
+            what = "an augmented image looks different each time, so its features cannot be cached"
             todo = "Set data.augment false, or model.backbone.image.feature_cache null"
             raise UserError("model.backbone.image.feature_cache", what, todo)
         train = self.data.splits["train"]
         if not len(train):
-            what, todo = "rows of a streamed set have no places", "Set it to null, or prepare the set with maskvlm data"
+            what, todo = (
+                "rows of a streamed set have no row numbers",
+                "Set it to null, or prepare the set with maskvlm data",
+            )
             raise UserError("model.backbone.image.feature_cache", what, todo)
         rows = len(train) * getattr(self.task, "images_per_example", 1)  # an example of NLVR has two
         image = self.backbone.image
@@ -422,7 +425,7 @@ class LitModel(L.LightningModule):
         Raises:
             UserError: always; the message says how to build a model from the file (2).
         """
-        what = "is data alone: LitModel.load_from_checkpoint has no arguments to build a model with"
+        what = "holds only data: LitModel.load_from_checkpoint has no arguments to build a model with"
         todo = "MaskVLM.from_pretrained(path) builds it: its .backbone and .task are those of LitModel(backbone, task)"
         raise UserError(str(checkpoint_path), what, todo)
 

@@ -279,7 +279,7 @@ class MemoryEstimate(NamedTuple):
         return self.needed <= SHARE * self.card
 
     def __str__(self) -> str:
-        sentence = f"a step of {self.pairs:,} pairs needs about {self.needed / GIB:.1f} GiB (simulated), the card has"
+        sentence = f"a step of {self.pairs:,} pairs needs about {self.needed / GIB:.1f} GiB (simulated), the GPU has"
         return f"{sentence} {self.card / GIB:.1f}"
 
     @property
@@ -289,14 +289,14 @@ class MemoryEstimate(NamedTuple):
             return ""
         if self.chunk is not None:
             return f"add --model.chunk {self.chunk}"
-        return "lower data.batch_size, take more cards, or recompute activations (checkpointing, see conf/model/large)"
+        return "lower data.batch_size, use more GPUs, or recompute activations (checkpointing, see conf/model/large)"
 
     def check(self) -> None:
         """Raise UserError (69) if the GPU cannot even hold the state that persists between steps."""
         if self.state > self.card:
             what = f"parameters, gradients and AdamW's moments take {self.state / GIB:.1f} GiB"
-            what += f", the card has {self.card / GIB:.1f}"
-            raise UserError("memory of the card", what, "Take a smaller model or a larger card", ExitCode.UNAVAILABLE)
+            what += f", the GPU has {self.card / GIB:.1f}"
+            raise UserError("GPU memory", what, "Use a smaller model or a larger GPU", ExitCode.UNAVAILABLE)
 
 
 def copies_gradients(strategy: Any) -> bool:

@@ -196,12 +196,12 @@ class Peers:
                 return None
             # A process that ends because of another is not to blame.
             first = record.rank if record.because is None else record.because
-            return 0, LostProcess(first, who, record.why or f"ended with {record.code}", "See its line", record.code)
+            return 0, LostProcess(first, who, record.why or f"exited with {record.code}", "See its line", record.code)
         if record.where == machine_id() and not alive(record.pid):
             now = self.read(record.rank)  # it may have ended well, or said why, before it was gone
             if now is None or now.code is not None:
                 return None
-            what = f"was lost: killed, or ended by the system as memory ran out (last seen {record.at})"
+            what = f"was lost: it was killed, perhaps because memory ran out (last seen {record.at})"
             return 1, self.lost(record, GRACE, what)
         if quiet >= silent:
             return 2, self.lost(record, 0.0, f"has shown no sign of life for {quiet:.0f} s (last seen {record.at})")
@@ -216,13 +216,13 @@ class Peers:
         ahead = max(each[0].place for each in self.records.values())
         if first[0].place == ahead or first[2] * every < still:
             return None
-        what = f"stands still {first[0].at}, and others wait for it"
+        what = f"is stuck {first[0].at}, and others are waiting for it"
         return self.lost(first[0], 0.0, what)
 
     def lost(self, record: PeerRecord, grace: float, what: str) -> LostProcess:
         """The verdict on a process: what happened, and how to continue the run."""
         last = self.folder / "last.ckpt"
-        goes_on = f"The same command goes on from {last}" if last.is_file() else "Start the same command again"
+        goes_on = f"The same command resumes from {last}" if last.is_file() else "Start the same command again"
         return LostProcess(record.rank, name(record), what, goes_on, ExitCode.UNAVAILABLE, grace)
 
     def everyone(self) -> range:
@@ -242,7 +242,7 @@ class Peers:
                 return lost
             if time.monotonic() > until:
                 what = "the connection between the processes broke, and none of them is known to be lost"
-                return LostProcess(None, "processes", what, "Look at the network, and start the same command again", 69)
+                return LostProcess(None, "processes", what, "Check the network, and start the same command again", 69)
             time.sleep(every)
 
 

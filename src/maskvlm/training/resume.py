@@ -64,7 +64,7 @@ def newest_of(folder: Path, composed: str, warn: Callable[[str], Any], origin: s
     # The newest checkpoint itself may be the cause of every failure.
     if failed.times >= BEFORE and newest is not None and newest.name == LAST and whole(folder / PREVIOUS):
         newest = folder / PREVIOUS
-        warn(f"{folder}: died {failed.times} times in step {failed.step}; going on from {PREVIOUS}, the one before")
+        warn(f"{folder}: died {failed.times} times in step {failed.step}; resuming from {PREVIOUS}, the one before")
     return None if newest is None else str(newest)
 
 
@@ -75,13 +75,13 @@ def may_go_on(folder: Path, composed: str, origin: str | None = None) -> bool:
     """
     record = folder / RECORD
     if origin is not None and has_begun(folder) and read_json(folder / "versions.json").get("origin") != origin:
-        what = f"already holds a run, which did not begin from {origin}"
-        todo = f"{CHOOSE}, or leave --ckpt_path out to go on with that run"
+        what = f"already holds a run, which did not start from {origin}"
+        todo = f"{CHOOSE}, or leave --ckpt_path out to resume that run"
         raise UserError(folder, what, todo, ExitCode.CANNOT_CREATE)
     if not record.exists() and not any(folder.glob("*.ckpt")):
         return False
     if not record.exists():
-        what = f"holds checkpoints and no {RECORD}: it is no run of this project"
+        what = f"holds checkpoints but no {RECORD}: it is not a run of this project"
         raise UserError(folder, what, CHOOSE, ExitCode.CANNOT_CREATE)
     # The same settings, except those in FREE?
     changed = differences(recorded(record), read_yaml(composed, "configuration"))
@@ -90,11 +90,11 @@ def may_go_on(folder: Path, composed: str, origin: str | None = None) -> bool:
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         what = f"already holds a run with other settings ({'; '.join(changed[:3])}{more})"
-        todo = f"{CHOOSE}, repeat the run's own command, or go on with these settings by --ckpt_path last"
+        todo = f"{CHOOSE}, repeat the run's own command, or resume with these settings: --ckpt_path last"
         raise UserError(folder, what, todo, ExitCode.CANNOT_CREATE)
     end = finished(folder)
     if end is not None:
-        raise Finished(f"{folder}: finished at step {end}; another RUN begins anew")
+        raise Finished(f"{folder}: already finished at step {end}; use another folder (run=) for a new run")
     return True
 
 
@@ -120,7 +120,7 @@ def recorded(record: Path) -> dict[str, Any]:
         why = "it holds no `key: value` lines"
     except UserError as error:
         why = error.what
-    todo = "Restore it, or go on without it, with the same settings: --ckpt_path last writes it anew"
+    todo = "Restore it, or resume with the same settings and --ckpt_path last, which writes it again"
     raise UserError(record, f"damaged ({why})", todo, ExitCode.BAD_DATA)
 
 

@@ -17,7 +17,7 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 LATER = ("dealt",)
 """Keys missing from the state of earlier versions; their readers do without them."""
-TODO = "Go on from another checkpoint of the run, or start a new run --from this one"
+TODO = "Resume from another checkpoint of the run, or start a new run --from this one"
 
 
 def check_resumable(content: Mapping[str, Any], trainer: L.Trainer, optimizer: Optimizer, scheduler: Any) -> None:
@@ -95,7 +95,7 @@ def check_optimizer(states: Any, optimizer: Optimizer, where: str) -> None:
     numbers = [number for group in groups for number in (group.get("params") or ())]
     sizes = [[len(group["params"]) for group in own], [len(group.get("params") or ()) for group in groups]]
     if sizes[0] != sizes[1] or not isinstance(state, dict) or not set(state) <= set(numbers):
-        raise _unfit(place, "", f"is of other parameters ({sizes[1]} in its groups, the model has {sizes[0]})")
+        raise _unfit(place, "", f"belongs to other parameters ({sizes[1]} in its groups, the model has {sizes[0]})")
     shapes = [value.shape for group in optimizer.param_groups for value in group["params"]]
     for number, shape in zip(numbers, shapes, strict=True):
         for name, value in (state.get(number) or {}).items():
@@ -131,4 +131,4 @@ def _size(value: Any) -> str:
 
 def _unfit(where: str, key: str, what: str) -> UserError:
     problem = f"{key} {what}" if key else what
-    return UserError(where, f"holds no state of a run that can go on ({problem})", TODO, ExitCode.BAD_DATA)
+    return UserError(where, f"holds no state that a run can resume from ({problem})", TODO, ExitCode.BAD_DATA)

@@ -298,7 +298,7 @@ def report_skipped(path: Path, of: str, counts: Mapping[str, int], listed: dict[
     """Print one line to standard output, and list the samples in `path`."""
     write_json(path, listed)
     reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
-    print(f"samples skipped or mended ({of}): {reasons}; listed in {path}", flush=True)
+    print(f"samples skipped or repaired ({of}): {reasons}; listed in {path}", flush=True)
 
 
 def folder_of(trainer: L.Trainer) -> Path:

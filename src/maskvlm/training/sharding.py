@@ -62,14 +62,14 @@ def shard(model: Any, mesh: DeviceMesh, passes: Iterable[str] = PASSES) -> None:
     """
     if mesh.size() != world_size():
         what = f"shares weights among {mesh.size()} of {world_size()} processes"
-        raise UserError("trainer.strategy", what, "Take maskvlm.training.sharding.ShardedStrategy (where=sharded8)")
+        raise UserError("trainer.strategy", what, "Use maskvlm.training.sharding.ShardedStrategy (where=sharded8)")
     if mesh.device_type == "cuda" and Version(torch.__version__) < Version(TORCH):
         # There FSDP2 fails on a hook without arguments (the evaluation's end), but only on a GPU.
-        what = f"torch {torch.__version__} cannot measure with sharded weights on a card"
-        raise UserError("trainer.strategy", what, f"Install torch {TORCH} or newer, or take a `where` without shards")
+        what = f"torch {torch.__version__} cannot evaluate with sharded weights on a GPU"
+        raise UserError("trainer.strategy", what, f"Install torch {TORCH} or newer, or use a `where` without shards")
     if model.backbone.image.feature_cache is not None:
         what = "features cannot be cached while weights are sharded"
-        raise UserError("model.backbone.image.feature_cache", what, "Set it to null, or take a `where` without shards")
+        raise UserError("model.backbone.image.feature_cache", what, "Set it to null, or use a `where` without shards")
     # With texts grouped by length, the number of times a process uses a block would depend on its own texts.
     for part in model.modules():
         if isinstance(part, CrossEncoder):

@@ -32,7 +32,7 @@ LATE = 4  # steps between a GPU's verdict and reading it
 MOST_LISTED = 1000
 REASONS = ("", "its loss is not finite", "a gradient is not finite", "its loss shot up")
 LOSS, GRADIENT, SPIKE = 1, 2, 3
-HOW_ON = "Look at the samples in bad_samples.json; lower model.lr, or go on --from an earlier checkpoint"
+HOW_ON = "Check the samples in bad_samples.json; lower model.lr, or start --from an earlier checkpoint"
 SAMPLES = "skipped_steps"  # the key in bad_samples.json
 
 

@@ -85,7 +85,7 @@ def check_shares(values: Mapping[str, float | None]) -> None:
     for key, value in values.items():
         # Not `value < 0`, which is false for NaN.
         if value is not None and not 0 <= value <= 1:
-            raise UserError(key, f"{value} is no share", "Give 0 to 1")
+            raise UserError(key, f"{value} is out of range", "Give 0 to 1")
 
 
 def check_least(least: float, values: Mapping[str, float | None]) -> None:

@@ -258,4 +258,4 @@ def folder_in_use(folder: Path, holder: Holder | None) -> UserError:
     """The error for a folder that is in use."""
     named = "" if holder is None else f" ({who(holder)})"
     todo = "Wait for it, or choose another folder (--folder, or run=)"
-    return UserError(folder, f"another process trains here{named}", todo, ExitCode.CANNOT_CREATE)
+    return UserError(folder, f"another process is training here{named}", todo, ExitCode.CANNOT_CREATE)

@@ -52,9 +52,9 @@ class Caught:
         self.last, self.count = signum, self.count + 1
         if signum == signal.SIGINT and not impatient and rank() == 0:
             # A handler may run in the middle of a print, so this one bypasses Python's buffers.
-            again = "Ctrl-C again ends it now, and all since its last checkpoint is lost"
+            again = "Ctrl-C again ends it now, losing everything since its last checkpoint"
             with suppress(OSError):
-                os.write(sys.stderr.fileno(), f"\nstopping: the run is saved first; {again}\n".encode())
+                os.write(sys.stderr.fileno(), f"\nstopping: saving the run first; {again}\n".encode())
         # A second Ctrl-C in a row: the user is at the terminal and does not want to wait for the end of the step.
         if impatient:
             raise KeyboardInterrupt

@@ -106,7 +106,9 @@ def open_no_link(path: str | Path, flags: int) -> int:
     except OSError as error:
         # Systems use different error numbers for it.
         if os.path.islink(path):
-            raise UserError(path, "is a link, and is written into", "Remove it", ExitCode.REFUSED) from error
+            raise UserError(
+                path, "is a symbolic link, and files are not written through links", "Remove it", ExitCode.REFUSED
+            ) from error
         raise
 
 

@@ -52,13 +52,15 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     columns = named_columns(options.columns)
     # the folder's name becomes the set's, which appears in messages and ids
     if clean_caption(root.resolve().name)[0] != root.resolve().name:
-        raise UserError("--out", f"{root.resolve().name!r} is no plain name", "Give it another", ExitCode.CANNOT_CREATE)
+        raise UserError(
+            "--out", f"{root.resolve().name!r} is not a plain name", "Use another one", ExitCode.CANNOT_CREATE
+        )
     settings = Settings(root.resolve().name, options.side, options.quality)
     plan = Plan(options.set, place, settings, columns, options.rows)
     # a name that is neither must get to `open_raw`, which reports it
     known = options.set in SETS or "." in options.set
     if known and not options.look and complete(root, plan) is not None:  # the raw files may be gone by now
-        print(f"{root}: is prepared already ({read_manifest(root)['coverage']}); nothing to do")
+        print(f"{root}: already prepared ({read_manifest(root)['coverage']}); nothing to do")
         tell_newer(Path(options.raw), root)
         return ExitCode.DONE
     raw = open_raw(options.set, options.raw, columns or None, settings.name)
@@ -71,7 +73,7 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     try:
         manifest = prepare(raw, plan, root, options.workers)
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on where {root} stands", file=sys.stderr)
+        print(f"interrupted; repeat the command to resume {root}", file=sys.stderr)
         # 128 + SIGINT, as in shells
         return 130
     left_out = sum(entry["count"] for entry in manifest["left_out"].values())
@@ -88,7 +90,7 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         print(f"left out: {rows} ({reasons}), listed in {root / SKIPPED}; for example {example}")
     # data=NAME would mean the file of that name, not this set
     if settings.name != options.set and settings.name in choices("data"):
-        message = f"data={settings.name} still means the set of conf/data/{settings.name}.yaml"
+        message = f"data={settings.name} still refers to the set of conf/data/{settings.name}.yaml"
         print(f"note: {message}, not this one: prepare it under another name to train on it")
     print(f"look at {root / LOOK}")
     return ExitCode.DONE
@@ -137,10 +139,10 @@ def check_places(name: str, raw: str, root: Path) -> str:
     todo = "Give the prepared set another folder (NAME= or DATA_ROOT=)"
     # preparing a set may delete files in its folder
     if source == target or target in source.parents:
-        raise UserError(raw, f"RAW lies in the folder that is to be made, {root}", todo, ExitCode.REFUSED)
+        raise UserError(raw, f"RAW is inside the folder to be created, {root}", todo, ExitCode.REFUSED)
     # only this reader walks through everything in RAW
     if name == "folder" and source in target.parents:
-        what = f"the folder that is to be made, {root}, lies in RAW and would be read as a part of it"
+        what = f"the folder to be created, {root}, is inside RAW and would be read as part of it"
         raise UserError(raw, what, todo, ExitCode.REFUSED)
     return str(source)
 
@@ -151,7 +153,7 @@ def named_columns(options: list[str]) -> dict[str, str]:
     for part in (each for words in options for each in words.split(",")):
         role, equals, column = part.partition("=")
         if role.strip() not in ROLES or not equals or not column.strip():
-            raise UserError("--columns", f"'{part}' is not ROLE=COLUMN", f"Roles are: {', '.join(ROLES)}")
+            raise UserError("--columns", f"'{part}' is not ROLE=COLUMN", f"Available roles: {', '.join(ROLES)}")
         columns[role.strip()] = column.strip()
     return columns
 
@@ -160,5 +162,5 @@ def tell_newer(raw: Path, root: Path) -> None:
     """Print a warning if the single file from which a set was made is newer than the set: a corrected table would
     otherwise be silently ignored."""
     if raw.is_file() and raw.stat().st_mtime > (root / MANIFEST).stat().st_mtime:
-        todo = f"to make the set anew, delete {root} first, or give it another name (NAME=)"
+        todo = f"to prepare the set again, delete {root} first, or give it another name (NAME=)"
         print(f"warning: {raw} was written after this set; {todo}", file=sys.stderr, flush=True)

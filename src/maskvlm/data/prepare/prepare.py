@@ -147,7 +147,7 @@ def check_same(root: Path, there: dict[str, Any], plan: Plan, what: str) -> None
         card["raw"] = there["raw"]
     if other := [name for name in card if there.get(name) != card[name]]:
         differences = ", ".join(f"{name} {there.get(name)!r} instead of {card[name]!r}" for name in other)
-        todo = "Delete this folder to make it anew, or give this one another name (NAME=)"
+        todo = "Delete this folder to prepare it again, or use another name (NAME=)"
         raise UserError(root, f"holds {what} made with {differences}", todo, ExitCode.CANNOT_CREATE)
 
 
@@ -156,8 +156,8 @@ def make_room(root: Path) -> None:
     try:
         begun = (root / MAKING / PLAN).is_file()
         if not begun and root.is_dir() and {each.name for each in root.iterdir()} - {LOOK, MAKING}:
-            todo = "Name another one (NAME=, DATA_ROOT=); it is made"
-            raise UserError(root, "holds other files than a prepared set", todo, ExitCode.CANNOT_CREATE)
+            todo = "Name another one (NAME=, DATA_ROOT=); it will be created"
+            raise UserError(root, "holds files that are not part of a prepared set", todo, ExitCode.CANNOT_CREATE)
         (root / MAKING).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write_set(root, error) from error
@@ -197,7 +197,7 @@ def locked(root: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             todo = "Wait for it, or stop it first"
-            raise UserError(root, "another process prepares this set", todo, ExitCode.CANNOT_CREATE) from error
+            raise UserError(root, "another process is preparing this set", todo, ExitCode.CANNOT_CREATE) from error
         except OSError:  # a file system without locks
             pass
         yield

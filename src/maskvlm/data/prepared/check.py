@@ -80,7 +80,7 @@ def report_kills(root: Path) -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:
-        what = "a process of the check was killed, perhaps for want of memory"
+        what = "a process of the check was killed, perhaps because memory ran out"
         raise UserError(root, what, "Run it again with fewer --workers", ExitCode.IO_ERROR) from error
 
 
@@ -149,6 +149,6 @@ def other_files(root: Path, manifest: dict[str, Any]) -> Iterator[str]:
             yield f"{error.where}: {error.what}"
     for name in manifest["splits"]:
         if not (root / name / "dataset_info.json").is_file():
-            yield f"{root / name / 'dataset_info.json'}: is not there"
+            yield f"{root / name / 'dataset_info.json'}: is missing"
     if not (root / "dataset_dict.json").is_file():
-        yield f"{root / 'dataset_dict.json'}: is not there"
+        yield f"{root / 'dataset_dict.json'}: is missing"

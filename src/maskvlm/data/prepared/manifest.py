@@ -105,10 +105,10 @@ def cannot_write_set(path: Path, error: OSError) -> UserError:
     """The error for an output that cannot be written."""
     # the disk is full, or the user's quota is used up
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    todo = "Free some space and run the same again" if full else "Check the folder, or name another one"
+    todo = "Free some space and run the same command again" if full else "Check the folder, or name another one"
     code = ExitCode.IO_ERROR if full or error.errno == errno.EIO else ExitCode.CANNOT_CREATE
     what = f"cannot be written ({error.strerror or error})"
-    return UserError(plain_name(path), what, f"{todo}; finished shards stay", code)
+    return UserError(plain_name(path), what, f"{todo}; finished shards are kept", code)
 
 
 def write_set_json(path: Path, content: Any, indent: int | None = 2) -> None:
@@ -147,10 +147,10 @@ def read_manifest(root: Path) -> dict[str, Any]:
     if not path.is_file():
         # the manifest is written last, `.making` is removed after it
         if (root / MAKING).is_dir():
-            todo = "Run the same `maskvlm data` again: it goes on where it stopped"
+            todo = "Run the same `maskvlm data` again: it resumes where it stopped"
             raise UserError(root, "this prepared set is unfinished", todo, ExitCode.MISSING_INPUT)
         what = "no prepared set here" if root.is_dir() else "no such folder of a prepared set"
-        own = f"of a table of yours: `maskvlm data csv raw=FILE name={root.name}`"
+        own = f"from your own table: `maskvlm data csv raw=FILE name={root.name}`"
         todo = f"Make it with `maskvlm data {root.name} FOLDER`; {own} (DATA_ROOT holds the sets)"
         raise UserError(path if root.is_dir() else root, what, todo, ExitCode.MISSING_INPUT)
     check_below(path, root)

@@ -184,6 +184,6 @@ def checked_manifest(content: bytes, path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = MANIFEST_KIND(document, DOCUMENT)
     except Wrong as error:
-        todo = "Fetch it again, or prepare the set anew"
+        todo = "Fetch it again, or prepare the set again"
         raise UserError(path, clean_caption(str(error))[0], todo, ExitCode.BAD_DATA) from error
     return manifest

@@ -38,7 +38,7 @@ class ShardSource:
             with self._opened() as file:
                 chunk = self._pread(file, size, offset)
         if len(chunk) < size:
-            raise damaged(self.path, "is shorter than it was: somebody changes it")
+            raise damaged(self.path, "is shorter than before: another process is changing it")
         return chunk
 
     def _pread(self, file: int, size: int, offset: int) -> bytes:
@@ -189,14 +189,14 @@ def check_shard_size(path: Path, size: int) -> None:
     try:
         status = os.stat(path)
     except OSError:
-        raise damaged(path, "is not there, but in the manifest", ExitCode.MISSING_INPUT) from None
+        raise damaged(path, "is missing, but the manifest lists it", ExitCode.MISSING_INPUT) from None
     if kind := special(status.st_mode):
-        raise damaged(path, f"is {kind}, no file")
+        raise damaged(path, f"is {kind}, not a file")
     if status.st_size != size:
         raise damaged(path, f"has {status.st_size:,} bytes instead of {size:,}")
 
 
 def damaged(path: Path, what: str, code: ExitCode = ExitCode.BAD_DATA) -> UserError:
     """The error for a damaged shard."""
-    todo = f"`maskvlm data-check {path.parent.parent}` tells what else is; fetch it again or prepare anew"
+    todo = f"`maskvlm data-check {path.parent.parent}` lists all damage; fetch the file again or prepare the set again"
     return UserError(path, what, todo, code)

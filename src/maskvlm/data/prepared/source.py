@@ -119,11 +119,11 @@ class Prepared(Source):
             return self._parted(PreparedPairs(self.root, "train", splits["train"]), name)
         if name not in splits:
             there = ", ".join(f"{other} with {splits[other]['pictures']:,} images" for other in splits)
-            what = f"no split '{name}' (there is {there or 'none'})"
+            what = f"no split '{name}' (available: {there or 'none'})"
             if name == "val":
-                way = "set data.source.hold_out to take a part of train for it"
+                way = "set data.source.hold_out to hold out part of train for it"
             elif self.hold_out and "train" in splits and "val" not in splits:
-                way = "take val, a part of train that is held out"
+                way = "use val, which is held out of train"
             else:
                 way = "name another split"
             todo = f"Name another set, or {way}"
@@ -149,9 +149,9 @@ class Prepared(Source):
             raise UserError(self.root, what, todo, ExitCode.BAD_DATA)
         # reported once, although both splits get here
         if name == "train" and rank() == 0:
-            message = f"{len(val_N):,} of its {len(pairs):,} images are held out of training for it"
+            message = f"{len(val_N):,} of its {len(pairs):,} images are held out of training as its validation split"
             if copies:
-                way = "kept, as all others do" if all_alike else "left out"
+                way = "kept, because all others do" if all_alike else "left out"
                 message += f", {copies:,} that look like one of them are {way}"
             print(f"{self.root} has no val split: {message}", flush=True)
         part = pairs.only(train_N if name == "train" else val_N)

@@ -83,11 +83,11 @@ def reader_of(path: str) -> type[RawSet]:
     try:
         reader = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        todo = "Install the package that it is in, or correct the name; sets that are known have no dot"
+        todo = "Install the package that it is in, or correct the name; names of known sets have no dot"
         raise UserError("SET", f"{path} cannot be imported ({error})", todo, ExitCode.MISSING_INPUT) from error
     if not (isinstance(reader, type) and issubclass(reader, RawSet)):
         todo = "Name a class of maskvlm.data.raw.base.RawSet"
-        raise UserError("SET", f"{path} reads no set", todo, ExitCode.MISSING_INPUT)
+        raise UserError("SET", f"{path} does not read a set", todo, ExitCode.MISSING_INPUT)
     return reader
 
 
@@ -109,12 +109,12 @@ def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name
     if kind is None and name not in SETS:
         near = difflib.get_close_matches(name, SETS, 1)
         todo = f"Did you mean {near[0]}? " if near else ""
-        raise UserError("SET", f"there is no set {name!r}", f"{todo}Take one of {', '.join(SETS)}")
+        raise UserError("SET", f"there is no set {name!r}", f"{todo}Use one of {', '.join(SETS)}")
     # names are checked before the files
     if columns and (wrong := [role for role in columns if role not in ROLES]):
-        raise UserError("columns", f"there is no role {wrong[0]!r}", f"Roles are {', '.join(ROLES)}")
+        raise UserError("columns", f"there is no role {wrong[0]!r}", f"Available roles: {', '.join(ROLES)}")
     if columns and name not in WITH_COLUMNS:
-        raise UserError("columns", f"set {name!r} has its own layout", "Leave the columns out, or take csv")
+        raise UserError("columns", f"set {name!r} has its own layout", "Leave the columns out, or use csv")
     path = Path(raw).expanduser()
     check_file_or_folder(path)
     # for hf it may be a name on the hub

@@ -190,7 +190,7 @@ def joined(source: Forward, packed: bool) -> Iterator[Member]:
             # only to check whether another archive starts here
             tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
         except tarfile.HeaderError:
-            what = f"{source.count(MAX_FILE_BYTES)} that are no archive follow its end, from byte {position:,} on"
+            what = f"{source.count(MAX_FILE_BYTES)} that are not an archive follow its end, from byte {position:,} on"
             yield Member("", b"", ("data after the end marker", f"{what}; what is before it was read"))
             return
 

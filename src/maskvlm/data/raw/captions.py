@@ -182,7 +182,7 @@ def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[CaptionRow |
     merged = Merged(file.name, "flickr", lambda name, _: flickr_id(name))
     image, caption = ("filename", "raw") if "raw" in table.columns else ("image_name", "comment")
     if missing := [name for name in (image, caption) if name not in table.columns]:
-        what = f"no column {missing[0]!r} (there are {', '.join(map(repr, table.columns))})"
+        what = f"no column {missing[0]!r} (available: {', '.join(map(repr, table.columns))})"
         raise UserError(file, one_line(what), "Fetch it again, or prepare it as csv", ExitCode.BAD_DATA)
     for record in table.records():
         values = dict(zip(table.columns, map(str.strip, record.fields), strict=False))
@@ -192,7 +192,7 @@ def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[CaptionRow |
         # the table's own split, else that of the split lists
         split = split_named(values["split"]) if values.get("split") else split_of(values.get(image, ""))
         if captions is None:
-            problem = ("malformed row", "the captions are no JSON list of texts")
+            problem = ("malformed row", "the captions are not a JSON list of texts")
         if split is None:
             problem = ("unknown split", f"split {one_line(values['split'], 40)!r}")
         if problem:

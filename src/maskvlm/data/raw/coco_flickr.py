@@ -39,7 +39,7 @@ def find_file(root: Path, *names: str) -> Path | None:
 
 def no_files(root: Path, *forms: str) -> UserError:
     """The error for missing files, which lists the files looked for."""
-    what = "none of the files of this set is here"
+    what = "none of this set's files is here"
     return UserError(root, what, f"Looked for {', '.join(forms)}", ExitCode.MISSING_INPUT)
 
 

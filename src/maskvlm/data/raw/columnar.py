@@ -57,7 +57,7 @@ def parquet_samples(file: Path | IO[bytes], columns: dict[str, str]) -> Iterator
             image = _image_column(parquet.schema_arrow, columns)
             # a dictionary of the row would only have one of the two
             if twice := [name for name in names if names.count(name) > 1]:
-                yield KeyedFiles("", "", {}, ("doubled column", f"column {one_line(twice[0])!r} stands there twice"))
+                yield KeyedFiles("", "", {}, ("doubled column", f"column {one_line(twice[0])!r} appears twice"))
                 return
             if image is None:
                 yield KeyedFiles("", "", {}, ("no image", "no column of images"))

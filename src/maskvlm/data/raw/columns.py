@@ -48,7 +48,7 @@ def find_columns(there: Sequence[str], given_columns: dict[str, str], where: obj
         if name not in there:
             near = difflib.get_close_matches(name, there, 1)
             todo = f"Take {near[0]!r}" if near else f"Name the column of the {role} as it is in the file"
-            raise UserError(where, f"no column {name!r} (there are {listed})", todo, ExitCode.BAD_DATA)
+            raise UserError(where, f"no column {name!r} (available: {listed})", todo, ExitCode.BAD_DATA)
     # reversed, so that the first of several similar columns is kept
     folded = {_folded(name): name for name in reversed(there)}
     # columns named by the user take precedence over guesses
@@ -59,12 +59,12 @@ def find_columns(there: Sequence[str], given_columns: dict[str, str], where: obj
             columns[role] = fitting[0]
     # all missing columns in one line, so that the user can fix them at once
     if lacking := [role for role in ("image", "caption") if role not in columns]:
-        what = f"no column for the {' and none for the '.join(lacking)} (there are {listed})"
+        what = f"no column for the {' and none for the '.join(lacking)} (available: {listed})"
         option = ",".join(f"{role}=NAME" for role in lacking)
         usual = " and another ".join(repr(ROLES[role][0]) for role in lacking)
-        todo = f"Name one of them {usual}, or say which it is: --columns {option} (make: ARGS=)"
+        todo = f"Name one of them {usual}, or give it: --columns {option} (make: ARGS=)"
         if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in there):
-            what = f"the first line is a row, not the names of the columns ({listed})"
+            what = f"the first line is a row, not column names ({listed})"
             todo = f"Write one above it: {','.join(lacking)}"
         raise UserError(where, what, todo, ExitCode.BAD_DATA)
     return columns

@@ -224,7 +224,7 @@ def _values(values: dict[str, Any], default: str) -> Values | tuple[str, str]:
     # a given split must be valid; an empty one is train
     split = default if split_name is None else split_named(split_name)
     if split is None:
-        return "unknown split", f"{short_value(split_name)} is none of train, val and test"
+        return "unknown split", f"{short_value(split_name)} is not train, val or test"
     # true is an int for Python
     named = isinstance(own, str | int) and not isinstance(own, bool)
     return Values(image.strip(), captions, split, str(own).strip() if named else "")
@@ -292,7 +292,9 @@ class FolderSet(RawSet):
     def _with_text(self, path: Path, name: str, within: Inside) -> RawRow | BadRow:
         split, beside = split_of_path(Path(name).parent.as_posix()), path.with_suffix(".txt")
         if not os.path.isfile(beside):
-            what = f"there is no {one_line(beside.name)} beside it, nor is it named in a metadata.csv or metadata.jsonl"
+            what = (
+                f"there is no {one_line(beside.name)} beside it, nor is it listed in a metadata.csv or metadata.jsonl"
+            )
             return BadRow("no caption", one_line(name), what, split)
         text, problem = read_text(beside) if within.holds(beside) else ("", leads_out(beside.name, self.root))
         if problem:
@@ -313,7 +315,7 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
     if path.is_file():
         return TableSet([path], name, columns)
     if not path.is_dir():
-        raise UserError(raw, "no file and no folder", "Name a file or a folder", ExitCode.MISSING_INPUT)
+        raise UserError(raw, "neither a file nor a folder", "Name a file or a folder", ExitCode.MISSING_INPUT)
     # only in the folder itself, not in subfolders
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds and not file.name.startswith("."))
     if not files:

@@ -47,7 +47,7 @@ class Genome(RawSet):
             # by number only, as the images are in two folders
             path, origin = index.find(str(number)), f"{where} ({number}.jpg)"
             if path is None:
-                yield BadRow("missing image", origin, f"{number}.jpg is nowhere in {one_line(self.root)}", "train")
+                yield BadRow("missing image", origin, f"{number}.jpg was not found in {one_line(self.root)}", "train")
             elif not phrases:
                 yield BadRow("no caption", origin, "no region of this image is described", "train")
             else:
@@ -58,7 +58,7 @@ def check_image_data(file: Path) -> None:
     """Raise UserError if `image_data.json` is missing: without it, images used to evaluate COCO's tasks could not be
     recognised."""
     if not file.is_file():
-        what = f"{file.name} is missing: which images are also COCO's stands there alone"
+        what = f"{file.name} is missing: only this file says which images are also COCO's"
         raise UserError(file.parent, what, "Fetch it from visualgenome.org and put it here", ExitCode.MISSING_INPUT)
 
 

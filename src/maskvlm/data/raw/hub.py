@@ -72,7 +72,7 @@ class HubSet(RawSet):
         if problem is None and captions is None:
             problem = ("no caption", f"the caption is {short_value(values['caption'])}")
         if problem is None and split is None:
-            problem = ("unknown split", f"{short_value(values['split'])} is none of train, val and test")
+            problem = ("unknown split", f"{short_value(values['split'])} is not train, val or test")
         if problem:
             return BadRow(problem[0], origin, problem[1], split or default)
         own = values.get("id")
@@ -190,7 +190,7 @@ def check_card(file: Path) -> None:
     # the YAML at the top of a README.md; the other kind of card is entirely YAML
     head = re.match(r"\ufeff?---\s*\n(.*?)\n---", text, re.DOTALL)
     yaml_text = head[1] if head else "" if file.suffix == ".md" else text
-    what, todo = "its settings cannot be read, and speak of files", "Remove them from the file, or take the data alone"
+    what, todo = "its settings cannot be read, and mention files", "Remove them from the file, or use only the data"
     try:
         settings = read_yaml(yaml_text, str(file))
     except UserError:
@@ -204,7 +204,7 @@ def check_card(file: Path) -> None:
     for one in _strings([settings]):
         if "::" in one or "://" in one or one.startswith(("/", "~")) or ".." in one.split("/"):
             what = f"names {short_value(one)}, which is not in this folder"
-            raise UserError(file, what, "Take the data alone, without this file", ExitCode.REFUSED)
+            raise UserError(file, what, "Use only the data, without this file", ExitCode.REFUSED)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -52,7 +52,7 @@ def decoded(content: bytes) -> tuple[str, tuple[str, str] | None]:
     try:
         return content.decode(), None
     except UnicodeDecodeError as error:
-        return "", (NOT_UTF8, f"byte {error.start} is no UTF-8; save the file as UTF-8")
+        return "", (NOT_UTF8, f"byte {error.start} is not UTF-8; save the file as UTF-8")
 
 
 def read_text(file: Path, limit: int = MAX_LINE_BYTES) -> tuple[str, tuple[str, str] | None]:

@@ -149,7 +149,7 @@ def tsv_links(file: Path) -> Iterator[Link]:
         problem = line.problem
         if not problem and len(fields) != 2:
             reason = "missing column" if len(fields) < 2 else "too many columns"
-            problem = (reason, f"{len(fields)} fields where a caption and an address belong")
+            problem = (reason, f"{len(fields)} fields instead of a caption and an address")
         if problem:
             yield Link(row, "", "", origin, problem=problem)
             continue
@@ -158,7 +158,7 @@ def tsv_links(file: Path) -> Iterator[Link]:
             first = next((n for n in (0, 1) if "://" in fields[n][:12]), None)
         if first is None or "://" not in fields[first]:
             yield Link(
-                row, "", "", origin, problem=("no address", f"{one_line(fields[first or 0], 60)!r} is no address")
+                row, "", "", origin, problem=("no address", f"{one_line(fields[first or 0], 60)!r} is not an address")
             )
         else:
             yield Link(row, fields[first].strip(), fields[1 - first], origin)
@@ -171,7 +171,7 @@ def text_links(urls: Path, captions: Path) -> Iterator[Link]:
         origin, line = f"{urls.name}:{row + 1}", url if caption is None or (url and url.problem) else caption
         problem = line.problem if line else None
         if url is None or caption is None:
-            problem = ("missing column", f"{urls.name} and {captions.name} do not have as many lines")
+            problem = ("missing column", f"{urls.name} and {captions.name} have different numbers of lines")
         yield Link(row, url.text.strip() if url else "", caption.text if caption else "", origin, problem=problem)
 
 
@@ -185,11 +185,11 @@ def json_links(file: Path) -> Iterator[Link]:
     records: Iterator[Any] = json_items(file)
     if document is not None:
         if doubled := flaw(document):
-            raise UserError(file, doubled, "Take sbu-captions-all.json as distributed", ExitCode.BAD_DATA)
+            raise UserError(file, doubled, "Use sbu-captions-all.json as distributed", ExitCode.BAD_DATA)
         urls, captions = document.get("image_urls"), document.get("captions")
         if not isinstance(urls, list) or not isinstance(captions, list) or len(urls) != len(captions):
             what = "'image_urls' and 'captions' are not lists of the same length"
-            raise UserError(file, what, "Take sbu-captions-all.json as distributed", ExitCode.BAD_DATA)
+            raise UserError(file, what, "Use sbu-captions-all.json as distributed", ExitCode.BAD_DATA)
         records = ({"url": url, "caption": caption} for url, caption in zip(urls, captions, strict=True))
     for row, record in enumerate(records):
         values = record if isinstance(record, dict) else {}

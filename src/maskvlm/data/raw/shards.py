@@ -65,7 +65,7 @@ class WebShards(RawSet):
             # downloaded images, usable or not, to compare with img2dataset's count
             images += isinstance(row, RawRow) or "image" in sample.parts
             if sample.key and sample.key in seen_keys:
-                row = BadRow("duplicate key", origin, f"key {one_line(sample.key)!r} stands there twice", split)
+                row = BadRow("duplicate key", origin, f"key {one_line(sample.key)!r} appears twice", split)
             seen_keys.add(sample.key)
             cut |= not sample.key
             yield row
@@ -179,7 +179,9 @@ def _meta(sample: KeyedFiles) -> tuple[dict[str, Any], tuple[str, str] | None]:
         meta, problem = {}, ("not JSON", "the .json member cannot be read")
     if wrong := flaw(meta):
         meta, problem = {}, ("not JSON", wrong)
-    return (meta, problem) if isinstance(meta, dict) else ({}, ("not an object", "the .json member is no JSON object"))
+    return (
+        (meta, problem) if isinstance(meta, dict) else ({}, ("not an object", "the .json member is not a JSON object"))
+    )
 
 
 def open_webdataset(raw: str, name: str, columns: dict[str, str]) -> RawSet:

@@ -40,7 +40,7 @@ class RawTable:
         # the first line that is not blank
         header = next((line for line in self._lines if line.text.strip() or line.problem), None)
         if header is None:
-            raise UserError(file, "is empty", "It needs a header and a row for each text", ExitCode.BAD_DATA)
+            raise UserError(file, "is empty", "It needs a header and one row per text", ExitCode.BAD_DATA)
         where, todo = f"{file}:{header.number}", "The first line must name the columns"
         if header.problem:
             reason, why = header.problem

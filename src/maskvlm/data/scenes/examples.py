@@ -238,11 +238,11 @@ class SceneSplits:
         # an incomplete set would not be balanced
         for name, count in counts.items():
             if count % multiple:
-                todo = f"Ask for a multiple of {multiple}: examples come in sets of {multiple}"
+                todo = f"Use a multiple of {multiple}: examples come in sets of {multiple}"
                 raise UserError(f"{task}.{name}", f"{count} examples", todo)
 
     def split(self, name: str) -> SceneExamples:
         """The examples of `train`, `val` or `test`. Raises UserError for any other name."""
         if name not in self.counts:
-            raise UserError(self.task, f"no split '{name}'", f"The splits are {', '.join(SPLITS)}")
+            raise UserError(self.task, f"no split '{name}'", f"Available: {', '.join(SPLITS)}")
         return SceneExamples(self.task, self.tell, name, self.counts[name], self.size, self.seed)

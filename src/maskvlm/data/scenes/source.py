@@ -130,14 +130,14 @@ class Scenes(Source):
         check_least(0, {"data.source.short": short, "data.source.relations": relations})
         for name, count in self.counts.items():
             if count < 1:
-                raise UserError(f"scenes.{name}", f"{count} images", "Ask for at least one")
+                raise UserError(f"scenes.{name}", f"{count} images", "Use at least one")
         if size < SMALLEST:
-            raise UserError("scenes.size", f"{size} pixels", f"Ask for at least {SMALLEST}")
+            raise UserError("scenes.size", f"{size} pixels", f"Use at least {SMALLEST}")
 
     def split(self, name: str) -> ScenePairs:
         """The pairs of `train`, `val` or `test`. Raises UserError for any other name."""
         if name not in self.counts:
-            raise UserError("scenes", f"no split '{name}'", f"The splits are {', '.join(SPLITS)}")
+            raise UserError("scenes", f"no split '{name}'", f"Available: {', '.join(SPLITS)}")
         # evaluation has no short captions, so that metrics are comparable whatever the training captions
         return ScenePairs(
             name, self.counts[name], self.size, self.seed, *((self.short, self.relations) if name == "train" else ())

@@ -138,8 +138,8 @@ class Pool:
         self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
-            what = "a process of the preparation was killed, perhaps for want of memory"
-            todo = "Run the same again (finished shards stay), with fewer --workers where memory is short"
+            what = "a process of the preparation was killed, perhaps because memory ran out"
+            todo = "Run the same command again (finished shards are kept), with fewer --workers if memory is short"
             raise UserError(self.root, what, todo, ExitCode.IO_ERROR) from error
 
     def submit(self, job: Job) -> Future[int]:

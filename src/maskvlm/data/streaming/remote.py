@@ -60,9 +60,9 @@ def list_shards(root: str | list[str]) -> dict[str, int]:
             what = f"cannot be listed ({type(error).__name__}: {one_line(error)})"
             raise UserError(place, what, "Check the address and the network", ExitCode.IO_ERROR) from error
     if others and rank() == 0:
-        print(f"{root}: shards named after another split than train, left out: {others}", flush=True)
+        print(f"{root}: shards of splits other than train are left out: {others}", flush=True)
     if not sizes:
-        what = "no shard of training here" if others else "no shard here (.tar, .parquet or .arrow)"
+        what = "no training shards here" if others else "no shards here (.tar, .parquet or .arrow)"
         raise UserError(root, what, "Correct data.source.root", ExitCode.MISSING_INPUT)
     # every process must get the same list
     return dict(sorted(sizes.items()))

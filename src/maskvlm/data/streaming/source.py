@@ -70,11 +70,11 @@ class StreamedPairs:
         if rank() == 0:
             # if it is not a multiple, the library lets each process read all shards and keep every n-th row
             if len(self.shards) % part.world:
-                print(f"every process reads all {len(self.shards)} shards: no multiple of {part.world} processes")
+                print(f"every process reads all {len(self.shards)} shards: not a multiple of {part.world} processes")
             if start and self.replay:
-                print(f"reading over the {start} batches that were consumed, to go on at the same place", flush=True)
+                print(f"skipping the {start} batches already used, to resume at the same place", flush=True)
             elif start:
-                print("the order of samples is another one after this resume (data.source.replay is false)", flush=True)
+                print("the order of samples differs after this resume (data.source.replay is false)", flush=True)
         # Lightning's warning is about loaders whose workers all read the same; these do not.
         warnings.filterwarnings("ignore", r"Your `IterableDataset` has `__len__` defined")
         return StreamSamples(self, reader, part, batches, start)
@@ -163,7 +163,7 @@ class StreamSamples(IterableDataset[Sample]):
                 yield row, epoch
             # the next pass would be empty too, and the loop would never end
             if empty:
-                where, what = self.pairs.shards[0], "a data worker found nothing to train on in its part of the shards"
+                where, what = self.pairs.shards[0], "a data worker found no training samples in its part of the shards"
                 raise UserError(where, what, "Check the shards, or use fewer data workers", ExitCode.BAD_DATA)
 
     def _sample(self, record: dict[str, Any], epoch: int) -> Sample:
@@ -217,6 +217,6 @@ class Stream(Source):
             return StreamedPairs(list_shards(self.root), self.name, self.buffer, self.replay)
         if not isinstance(self.root, str) or "*" in self.root or self.root.endswith(ENDINGS):
             todo = "Prepare it (maskvlm data webdataset FOLDER) and name the set's folder, or stream it"
-            what = f"{self.root} is no prepared set, and no other can be read from this disk"
+            what = f"{self.root} is not a prepared set, and only prepared sets can be read from this disk"
             raise UserError("data.source.root", what, todo)
         return Prepared(self.root).split(name)
