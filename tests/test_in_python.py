@@ -196,7 +196,7 @@ def test_a_task_of_pairs_is_not_trained_on_examples_nor_the_other_way_round() ->
             check_source(task, data)
             continue
         source_kind, task_kind = kinds[::-1] if source is examples else kinds
-        words = f"data.source: {type(source).__name__} gives {source_kind}, {type(task).__name__} reads {task_kind}"
+        words = f"data.source: {type(source).__name__} gives {source_kind}, {type(task).__name__} needs {task_kind}"
         with pytest.raises(UserError, match=words):
             check_source(task, data)
 

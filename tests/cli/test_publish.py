@@ -218,7 +218,7 @@ def test_a_set_is_known_by_its_hash_or_by_the_folder_of_the_run(
 
 def test_what_is_not_known_is_said() -> None:
     lines = [*missing(MaskVLMConfig(step=3))]
-    assert [line.partition(" ")[0] for line in lines] == ["no", "the", "the", "a"]
+    assert [line.partition(" ")[0] for line in lines] == ["no", "the", "the", "part"]
     versions = {"command": ["pretrain"], "commit": "abc+"}
     config = MaskVLMConfig(evaluation={"card": {"versions": versions}, "metrics": {"step": 3}}, step=3)
     assert "abc+" in next(missing(config))

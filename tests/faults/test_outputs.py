@@ -177,7 +177,7 @@ def test_no_link_in_a_runs_folder_is_written_through(name: str, there: bool, tmp
     link.symlink_to(target)
     write, refused = IN_A_RUN[name]
     if refused:
-        with pytest.raises(UserError, match=rf"{name}: is a link") as caught:
+        with pytest.raises(UserError, match=rf"{name}: is a symbolic link") as caught:
             write(tmp_path / "run")
         assert caught.value.code == ExitCode.REFUSED
     else:

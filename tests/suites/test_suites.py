@@ -492,9 +492,9 @@ FILES = [
     ("aro", "visual_genome_relation.json", "{}", 65, "dict instead of a list of items"),
     ("cxc", "data/sits_test.csv", "image,caption\n", 65, "the first line is 'image,caption'"),
     ("cxc", "annotations/captions_val2014.json", "{}", 65, "key 'images' is missing"),
-    ("flickr8k_judgements", "Flickr8k.token.txt", None, 66, "none of this suite's files"),
-    ("vsr", "data/splits/zeroshot/test.jsonl", None, 66, "none of this suite's files"),
-    ("pointing", "test.txt", None, 66, "none of this suite's files"),
+    ("flickr8k_judgements", "Flickr8k.token.txt", None, 66, "none of this set's files"),
+    ("vsr", "data/splits/zeroshot/test.jsonl", None, 66, "none of this set's files"),
+    ("pointing", "test.txt", None, 66, "none of this set's files"),
 ]
 
 
@@ -530,7 +530,7 @@ def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda: Zeroshot(template=["a photo"]), "no place for the class"),
-        (lambda: Vsr("zeroshot/all").read(Path(), None), "no split"),
+        (lambda: Vsr("zeroshot/all").read(Path(), None), "is not a split"),
         (lambda: Pointing().read(Path(), None), "no folder Sentences"),
         (lambda: AroOrder(set="nope").read(Path(), None), "no set 'nope'"),
         (lambda: SugarCrepe().read(Path("nowhere"), None), "no such file or folder"),
