@@ -75,7 +75,7 @@ def test_a_study_is_made_once_and_written_up(place: Path, capfd: pytest.CaptureF
         folder.rename(place / folder.name)
     assert main(["study", "toy.yaml", "--page", "page"]) == 0
     output = capfd.readouterr().out
-    assert "0 to make" in output
+    assert "0 to do" in output
     assert "wrote page/README.md (2 of 2 runs)" in output
     assert main(["study", "toy.yaml", "--page", "page", "--submit"]) == 0
     assert "nothing to submit: 2 runs are finished" in capfd.readouterr().out
