@@ -533,7 +533,7 @@ def test_a_folder_or_file_of_another_kind_is_one_line(folder: Path, path: Path, 
     evil["task"]["class_path"] = "subprocess.Popen"
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(evil))
-    refused(tmp_path, "no task of this project", ExitCode.REFUSED)
+    refused(tmp_path, "is not a task of this project", ExitCode.REFUSED)
     refused(tmp_path / "absent.ckpt", "not there", ExitCode.MISSING_INPUT)
 
 

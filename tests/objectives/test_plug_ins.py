@@ -81,7 +81,7 @@ def test_they_are_named_in_a_file_trained_measured_and_loaded(
         with pytest.raises(UserError) as refused:
             PretrainedMaskVLM.from_pretrained(path, allow_import=allowed)
         assert refused.value.code == ExitCode.REFUSED
-    with pytest.raises(UserError, match="which is no pretraining loss of this project") as refused:
+    with pytest.raises(UserError, match="which is not a pretraining loss of this project") as refused:
         PretrainedMaskVLM.from_pretrained(path)
     assert refused.value.code == ExitCode.REFUSED
     # Measured as it was trained, without the file that named them; a training from it says what it leaves behind.
