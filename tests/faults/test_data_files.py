@@ -62,7 +62,7 @@ def test_a_substituted_process_is_one_line(tmp_path: Path, build: Build) -> None
     command = " ".join(build.command("data", "csv", "<(echo image,caption)", "--out", tmp_path / "out"))
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.returncode == ExitCode.MISSING_INPUT
-    assert "is a pipe, no file" in done.stderr
+    assert "is a pipe, not a file" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -92,7 +92,7 @@ def test_no_file_of_a_task_is_a_pipe(tmp_path: Path, build: Build) -> None:
         lambda: Nlvr2(str(tmp_path), train="a.json", cache=str(tmp_path)).split("train"),
     )
     for read in reads:
-        with pytest.raises(UserError, match="is a pipe, no file"):
+        with pytest.raises(UserError, match="is a pipe, not a file"):
             read()
 
 
