@@ -38,7 +38,11 @@ help:  ## show this list
 	@echo "TASK    $(sort $(patsubst tasks/%/task.py,%,$(wildcard tasks/*/task.py)))   (DATA: scenes, or a YAML file in the task's folder)"
 	@echo "WHERE   $(call names,conf/where)   (default: auto, this machine's GPUs, or else its CPU)"
 
+.DEFAULT:
+	@echo "error: there is no target '$@'. make alone lists all targets" >&2; exit 2
+
 setup: $(call installed)  ## create .venv and install into it (other targets do this when needed)
+	@echo "ready: . .venv/bin/activate, then for example maskvlm scene 6"
 data:  ## prepare SET from its original files RAW, once, as DATA_ROOT/NAME (ARGS=--look: only look at it)
 data-check:  ## verify the prepared set SET (or NAME) against its manifest
 pretrain:  ## pre-train, evaluate and plot; everything is written to checkpoints/RUN (FROM=: start from a checkpoint)

@@ -102,6 +102,12 @@ def test_readme_s_make_targets_are_there() -> None:
     assert "RUN/" not in README
 
 
+def test_make_says_that_a_target_is_not_there() -> None:
+    done = subprocess.run(["make", "pretain"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: there is no target 'pretain'. make alone lists all targets" in done.stderr
+
+
 @pytest.mark.parametrize("word", ["task=vqa", "TAKS=vqa", "DATE=flickr8k"])
 def test_make_refuses_a_variable_that_it_does_not_know(word: str) -> None:
     done = subprocess.run(["make", "finetune", word], cwd=ROOT, capture_output=True, text=True)

@@ -306,7 +306,9 @@ def test_plug_ins_of_others_work(
 
 def test_the_standard_library_is_nobodys_plug_in(fails: Callable[..., str]) -> None:
     assert "os.system is not one that a file may name" in fails("--model.task", "os.system", code=ExitCode.REFUSED)
-    assert "torch.hub.load is not one" in fails(yaml="model: {task: {class_path: torch.hub.load}}", code=ExitCode.REFUSED)
+    assert "torch.hub.load is not one" in fails(
+        yaml="model: {task: {class_path: torch.hub.load}}", code=ExitCode.REFUSED
+    )
 
 
 def test_files_and_commands_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:

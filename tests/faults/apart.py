@@ -57,7 +57,9 @@ def take_messages(run: Path) -> list[str]:
     text = log_of(run).read_text()
     log_of(run).unlink()
     return [
-        line for line in text.splitlines() if line.startswith(("error", "warning", "resuming", "SIG", "Traceback", "Exc"))
+        line
+        for line in text.splitlines()
+        if line.startswith(("error", "warning", "resuming", "SIG", "Traceback", "Exc"))
     ]
 
 

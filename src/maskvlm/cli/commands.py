@@ -188,7 +188,8 @@ Options of commands that train or evaluate
   --folder FOLDER       folder of the run: everything is written here (also --run, but not under torchrun)
   --print_config        print the composed configuration and stop
 
-`maskvlm COMMAND --help` shows what a command takes; `maskvlm fit --help` lists all keys."""
+`maskvlm COMMAND --help` shows what a command takes; `maskvlm config` prints every key with its value;
+`maskvlm fit --help`, `fit --data.help` and `fit --model.task.help MaskedPretraining` explain them."""
 
 
 def overview() -> str:
@@ -221,7 +222,8 @@ WORDS: dict[str, tuple[str, Callable[[], Sequence[str]], str]] = {
 
 
 KEYS = (
-    "`maskvlm fit --help` lists all keys; keys override files. Your own files override the composed ones: -c FILE.yaml"
+    "`maskvlm config` prints every key with its value; `maskvlm fit --help`, `fit --data.help` and\n"
+    "`fit --model.task.help MaskedPretraining` explain them. Keys override files, -c FILE.yaml the composed ones."
 )
 
 

@@ -57,10 +57,10 @@ def make(arguments: list[str], allowed: list[str]) -> int:
     if options.vectors is None:
         print(embed_data(options, rest, allowed, vectors, (0, 1)), flush=True)
     about = index_folder(vectors, options.out, options.kind, options.exact_share)
-    message = "{count} images, {factory} {knob} {value}, built in {build_seconds} s; finds {share_of_exact_10} of the"
+    message = "{count} images, {factory} {knob} {value}, built in {build_seconds} s; finds {share} of the"
     message += " 10 nearest that exact search finds, for {queries} {asked}; {median_ms} ms per query"
     # A flat index has no knob and no value.
-    message = message.format(**about).replace(" None", "")
+    message = message.format(**about, share=f"{about['share_of_exact_10']:.1%}").replace(" None", "")
     low = "; below the requested share: --kind flat finds all of them"
     print(f"{options.out}: {message}{low if about['share_of_exact_10'] < options.exact_share else ''}", flush=True)
     return 0
