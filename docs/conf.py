@@ -11,7 +11,6 @@ from typing import Any
 
 import myst_nb.core.render
 from docutils import nodes
-from jupyter_client.connect import ConnectionFileMixin
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
@@ -76,8 +75,6 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_execution_show_tb = True
 logging.getLogger("traitlets").setLevel(logging.ERROR)  # which notebook is being run
-# Kernels are reached through sockets in this user's files instead of TCP ports, about which ipykernel warns.
-ConnectionFileMixin.transport.default_value = "ipc"
 TUTORIALS = "tutorials/"
 os.environ |= {
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
