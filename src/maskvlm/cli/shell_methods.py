@@ -40,7 +40,7 @@ METHODS: dict[str, ShellMethod] = {
     ),
     "match": ShellMethod(
         "IMAGE TEXT ...",
-        "probability that image and text match; a text that leaves things out gets about 0",
+        "probability that image and text match",
         2,
         None,
         head="matching",
