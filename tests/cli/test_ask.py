@@ -14,7 +14,7 @@ from PIL import Image
 from toy_pretrained import saved
 
 from maskvlm.checkpoint import io as checkpoint
-from maskvlm.cli.ask_model import ASKS, answer_line, ask_fill, box_mask, lot_mask
+from maskvlm.cli.ask_model import ASKS, answer_line, ask_fill, box_mask, inputs_of, lot_mask
 from maskvlm.cli.commands import ASK, REGISTRY
 from maskvlm.cli.convert import convert
 from maskvlm.cli.main import main
@@ -53,10 +53,11 @@ def test_words_and_numbers(place: Path, model: PretrainedMaskVLM, capsys: pytest
     source, one, two = ("--from", place / "best.ckpt"), place / "0.png", place / "1.png"
     (answer,) = lines(capsys, "fill", *source, one, "a [MASK] circle", "--top", 2)
     guesses: Any = model.fill_mask(one, "a [MASK] circle", 2)[0]
-    assert answer == {"words": {guess.word: guess.probability for guess in guesses}}
+    asked = {"image": str(one), "text": "a [MASK] circle"}
+    assert answer == {**asked, "words": {guess.word: guess.probability for guess in guesses}}
     matches = lines(capsys, "match", *source, one, TEXT, "two things")
     assert [line["match"] for line in matches] == model.match(one, [TEXT, "two things"])
-    assert [line["text"] for line in matches] == [TEXT, "two things"]
+    assert [(line["image"], line["text"]) for line in matches] == [(str(one), TEXT), (str(one), "two things")]
     scores = [line["score"] for line in lines(capsys, "score", *source, one, TEXT, "two things")]
     assert scores == pytest.approx([model.score(one, TEXT), model.score(one, "two things")], rel=1e-6)  # a batch of two
     assert [line["caption"] for line in lines(capsys, "caption", *source, one, two)] == model.caption([one, two])
@@ -80,7 +81,7 @@ def test_images_are_written(
     for method, function in (("reconstruct", model.reconstruct), ("inpaint", model.inpaint)):
         out = tmp_path / "new" / f"{method}.png"
         (answer,) = lines(capsys, method, *source, one, TEXT, "--box", "0,0,0.5,0.5", "--out", out)
-        assert answer == {"written": str(out), "masked": 4}
+        assert answer == {"image": str(one), "text": TEXT, "written": str(out), "masked": 4}
         wanted: Any = function(one, box_mask("0,0,0.5,0.5", (4, 4)), TEXT)
         assert np.array_equal(np.asarray(Image.open(out)), np.asarray(wanted))
     (answer,) = lines(capsys, "explain", *source, one, TEXT, "circle", "--out", tmp_path / "e.png")
@@ -102,7 +103,13 @@ def test_a_name_that_is_no_utf8_is_escaped(place: Path, capsys: pytest.CaptureFi
 def test_a_task_s_method(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (answer,) = lines(capsys, "answer", "--from", place / "vqa.ckpt", place / "0.png", "what colour")
     model = PretrainedMaskVLM.from_pretrained(place / "vqa.ckpt")
-    assert answer == {**model.answer(place / "0.png", "what colour")._asdict(), "unknown_words": ["what"]}
+    asked = {"image": str(place / "0.png"), "text": "what colour"}
+    assert answer == {**asked, **model.answer(place / "0.png", "what colour")._asdict(), "unknown_words": ["what"]}
+
+
+def test_several_inputs_of_one_answer_are_named() -> None:
+    assert inputs_of(["a.png", "b.png"], ["same?"]) == {"images": ["a.png", "b.png"], "text": "same?"}
+    assert inputs_of(["a.png"], []) == {"image": "a.png"}
 
 
 def test_which_patches_a_box_touches() -> None:

@@ -139,6 +139,7 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
         ("finetune", "finetune: no task was given. Give one of captioning, entailment, nlvr, retrieval, vqa"),
         ("finetune nope from=x", "task nope: no such task. Available: captioning, entailment, nlvr, retrieval, vqa"),
         ("finetune acme.nothing from=x", "task acme.nothing: no such task"),
+        ("config pretrain data=scenes", "pretrain: is not a task. Leave the word out"),
         ("evaluate from=random", "from=random: has no training to evaluate"),
         ("evaluate vqa from=x split=train", "split=train: no such split. Available: val, test."),
         ("finetune vqa from=x data=coco", "data=coco: no such data set of vqa. Available: daquar, scenes, vqav2."),

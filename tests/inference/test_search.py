@@ -301,6 +301,10 @@ def test_the_commands_index_and_search_a_configured_set(
     ranked: Any = model.rank("a red circle", [pairs[n]["image"] for n in range(7)], 3)
     assert [line["id"] for line in lines] == [pairs[each.place]["image_id"] for each in ranked[:3]]
     assert [line["match"] for line in lines] == pytest.approx([each.match for each in ranked[:3]], abs=1e-5)
+    assert [line["row"] for line in lines] == [each.place for each in ranked[:3]]
+    assert {(line["path"], line["origin"].rpartition(" ")[0]) for line in lines} == {
+        (None, "scenes (seed 0) val image")
+    }
     assert main([*named, "--index", str(out), "a red giraffe", "--k", "2", "--json"], []) == 0
     unknown_words = [json.loads(line)["unknown_words"] for line in capsys.readouterr().out.splitlines()]
     assert unknown_words == [["giraffe"], ["giraffe"]]

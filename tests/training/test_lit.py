@@ -175,6 +175,19 @@ def test_accumulated_passes_say_what_contrast_is_among(caplog: pytest.LogCapture
     assert not [record for record in caplog.records if "contrast" in record.message]
 
 
+def test_a_batch_larger_than_the_data_set_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    def larger(**settings: Any) -> list[str]:
+        caplog.clear()
+        make_trainer(limit_val_batches=0).fit(make_model(), make_data(**settings))
+        return [record.message for record in caplog.records if "larger than" in record.message]
+
+    rows = 24
+    (note,) = larger(batch_size=2 * rows, steps=None, epochs=2)
+    assert note.startswith(f"note: a batch of {2 * rows} is larger than the {rows} training images: ")
+    assert "each of them 2.0 times, and the run has 1 step; " in note
+    assert larger(batch_size=rows, steps=1) == []
+
+
 class Norms(L.Callback):
     """The norm of all gradients as the optimiser sees them."""
 

@@ -56,12 +56,25 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     with warn_afterwards(model):
         for answer, images, texts in ask(model, options.inputs, options):
             if options.json:
-                print(json_line(answer | cautions(model, images, texts, seen)), flush=True)
+                whole = inputs_of(images, texts) | answer | cautions(model, images, texts, seen)
+                print(json_line(whole), flush=True)
             else:
                 print(answer_line(answer), flush=True)
     if named:  # for the bundled model this was printed already
         print(f"{options.source}: {model.knows}", file=sys.stderr, flush=True)
     return 0
+
+
+def inputs_of(images: Sequence[str], texts: Sequence[str]) -> Answer:
+    """The inputs that an answer is about, so that a line of JSON can be read without its command: `image` and `text`,
+    or `images` and `texts` if there are several."""
+    entries: Answer = {}
+    for name, inputs in (("image", images), ("text", texts)):
+        if len(inputs) == 1:
+            entries[name] = inputs[0]
+        elif inputs:
+            entries[f"{name}s"] = [*inputs]
+    return entries
 
 
 def cautions(
@@ -153,7 +166,7 @@ def ask_caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
     """A caption for each image."""
     for image in inputs:
         answer = {"caption": model.caption(image)}
-        yield Asked({"image": image, **answer} if len(inputs) > 1 or options.json else answer, [image], [])
+        yield Asked({"image": image, **answer} if len(inputs) > 1 else answer, [image], [])
 
 
 def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:

@@ -112,7 +112,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         # For an image of a prepared set, the id holds the file's name as given in the user's table.
         place_of = each.origin if each.id in each.origin else f"{each.id}, {each.origin}"
         answer |= {"image": each.path or place_of, "caption": each.captions[0] if each.captions else None}
-        whole = {**answer, "id": each.id, "captions": each.captions, **care}
+        where = {"id": each.id, "row": each.row, "path": each.path, "origin": each.origin}
+        whole = {**answer, **where, "captions": each.captions, **care}
         print(json_line(whole) if options.json else answer_line(answer), flush=True)
     if options.show is not None:
         print(f"wrote {show(index, hits, options.show)}", file=sys.stderr, flush=True)

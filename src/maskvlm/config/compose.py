@@ -300,6 +300,9 @@ def task_folder(task: str) -> Path:
         # a namespace package has no file
         if spec is not None and spec.origin is not None:
             return Path(spec.origin).parent
+    # as in `config pretrain` or `submit pretrain`
+    if task == "pretrain":
+        raise UserError("pretrain", "is not a task", "Leave the word out: without a task, pre-training is meant")
     known = ", ".join(tasks()) or "none yet"
     todo = f"Available: {known}, and package.task of a package that is installed or in this folder (with __init__.py)"
     near = nearest(task, tasks(), 0.6)

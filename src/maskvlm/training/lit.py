@@ -269,8 +269,8 @@ class LitModel(L.LightningModule):
             shard(self, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
-        """Compile the blocks if requested. If a batch is split into passes, log a note that the contrastive loss only
-        compares the pairs of a pass, which changes the objective."""
+        """Compile the blocks if requested. Log a note if a batch is split into passes (the contrastive loss then
+        compares only the pairs of a pass), and one if a batch is larger than the data set."""
         if self.compiled:
             from maskvlm.training.compiled import compile_blocks  # it loads torch's compilers, which takes a second
 
@@ -282,6 +282,12 @@ class LitModel(L.LightningModule):
                 f" {batch // passes} pairs of each pass, not all {batch}; with model.chunk instead they use all of them"
             )
             log.warning("%s", f"note: {what}")
+        rows = len(self.data.splits["train"])  # 0 for a streamed set, whose size is not known
+        if 0 < rows < batch and rank() == 0:
+            kind, steps = "images" if self.data.labels is None else "examples", self.data.total_steps
+            what = f"a batch of {batch} is larger than the {rows} training {kind}: a step shows each of them"
+            what += f" {batch / rows:.1f} times, and the run has {steps} step{'' if steps == 1 else 's'}"
+            log.warning("%s", f"note: {what}; give a smaller --data.batch_size")
 
     def _open_feature_cache(self) -> None:
         """Open the cache of the frozen blocks' features. Raises UserError if images are augmented or streamed."""
