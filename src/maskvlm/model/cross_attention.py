@@ -83,7 +83,7 @@ class Attention(nn.Module):
         self, x_BLD: Tensor, context: KeyValue, mask: Tensor | None, position_LD: Tensor | None = None
     ) -> Tensor:
         """Attend from the queries [B, L, D] to S keys and values, [B, L, D]. mask: bool, broadcast to [B, H, L, S],
-        True where a query may attend. position_LD: added to the queries only."""
+        True where a query may attend. position_LD: added to the input of the query projection only."""
         asking_BLD = x_BLD if position_LD is None else x_BLD + position_LD
         mixed = attend(self._split(self.query(asking_BLD)), *context, mask, self.by_products)
         # (B, H, L, D/H) -> (B, L, D)

@@ -139,12 +139,13 @@ class ImageEncoder(Encoder):
     Attributes:
         width: D. grid: rows and columns of patches. num_patches: N. patch_size: side of a patch in pixels.
         mean, std: input normalisation by channel, for RGB in [0, 1].
-        vit: the timm model. mask_token: the learnable token, [1, 1, D].
+        vit: the timm model. mask_token: the learnable token, [1, 1, the ViT's own width].
         frozen_blocks: the part of the ViT that is not trained.
 
     Raises:
-        UserError: unknown model, no class token, an image_size that is not a whole number of patches, weights together
-            with random_init, a ViT that does not support left_out, or as `FrozenBlocks`.
+        UserError: unknown model, a setting in `config` that is not allowed (77), no class token, a drop_path outside
+            [0, 1], an image_size that is not a whole number of patches, weights together with random_init, a ViT that
+            does not support left_out, or as `FrozenBlocks`.
     """
 
     def __init__(
@@ -405,11 +406,12 @@ class TextEncoder(Encoder):
         checkpointing: recompute activations in the backward pass.
 
     Attributes:
-        width: D. text_length, vocab_size, tokenizer: as above; tokenizer is None until it is trained. model: the
-            Hugging Face model.
+        width: D. text_length, vocab_size, tokenizer: as above; tokenizer is None until it is loaded or trained. model:
+            the Hugging Face model.
 
     Raises:
-        UserError: unknown model, not a masked language model, or text_length beyond its positions.
+        UserError: unknown model or setting, not a masked language model, text_length beyond its positions, or, with
+            random_init, a tokenizer that is missing or does not fit.
     """
 
     def __init__(
@@ -461,7 +463,8 @@ class TextEncoder(Encoder):
 
     @property
     def word_embeddings(self) -> Tensor:
-        """One row per token of the vocabulary, [V, own width]."""
+        """One row per token of the vocabulary, [V, width of the embeddings]; in some encoders (ELECTRA, ALBERT) that is
+        narrower than the features."""
         table: Tensor = self.model.get_input_embeddings().weight
         return table
 

@@ -34,7 +34,8 @@ class FrozenBlocks:
         blocks: number of frozen blocks. all_frozen: whether the whole ViT is frozen.
 
     Raises:
-        UserError: more blocks than the ViT has, or a cache for a ViT that cannot be split after a block.
+        UserError: a number of blocks below 0 or above the ViT's, or a cache without frozen blocks, or for a ViT that
+            cannot be split after a block.
     """
 
     def __init__(self, vit: Any, frozen: Frozen, folder: str | None = None) -> None:

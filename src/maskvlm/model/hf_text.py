@@ -97,7 +97,8 @@ def pretrained_tokenizer(name: str, other: str | None) -> PreTrainedTokenizerFas
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig) -> None:
-    """Raise UserError unless the model has a row for every entry, and both agree on the padding token."""
+    """Raise UserError unless the model has a row for every entry, the tokenizer has a mask token, and both agree on the
+    padding token."""
     if len(tokenizer) > config.vocab_size:
         what = f"{len(tokenizer)} entries, but the model has rows for {config.vocab_size}"
         raise UserError("tokenizer", what, f"Set {WHERE}.vocab_size, or use the model's own tokenizer")

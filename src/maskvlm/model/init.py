@@ -48,6 +48,9 @@ def init_positions(position_1LD: nn.Parameter, grid: tuple[int, int]) -> None:
 
     Wavelengths range from 2 pi patches to 2 pi times the grid's side: with the usual 10,000, nearly all dimensions are
     constant over a small grid, and features hardly encode their position. The mean square is 1, like text features.
+
+    Raises:
+        UserError: the width is not a multiple of 4 (2).
     """
     width = position_1LD.shape[-1]
     if width % 4:

@@ -58,7 +58,9 @@ class MaskVLM(nn.Module):
         trained_on: data of all trainings so far, as recorded by the last one in this process; None before one.
 
     Raises:
-        UserError: the number of heads does not divide the width, or an encoder's weights are not available.
+        UserError: a number is out of range, the number of heads does not divide the width, a width is not a multiple of
+            4 where positions are initialised (`random_init`, `query_positions`), or the weights of an encoder or of
+            `start` are not available or do not fit.
     """
 
     def __init__(

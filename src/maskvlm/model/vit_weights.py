@@ -29,7 +29,7 @@ def create_vit(name: str, settings: dict[str, Any]) -> Any:
         settings: arguments for `timm.create_model`.
 
     Raises:
-        UserError: unknown model or tag, invalid settings, or no class token.
+        UserError: unknown model or tag, invalid settings, no class token, or no plain patch embedding (a hybrid).
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 3)

@@ -71,7 +71,8 @@ class Classification(Task):
         name: prefix of the metrics.
 
     Raises:
-        UserError: no labels, a share outside [0, 1], or `scores` from a checkpoint without the pre-training heads.
+        UserError: no labels, `images_per_example` or `hidden` below 1, a share outside [0, 1], or `scores` from a
+            checkpoint without the pre-training heads.
     """
 
     name = "classification"

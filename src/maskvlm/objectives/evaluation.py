@@ -176,7 +176,8 @@ class PretrainingMetrics:
         Chance levels end in `_chance`: a random order, word frequencies, the mean colour of a batch's masked patches.
         `score` selects the best checkpoint: the mean of the two R@1 and, with MLM, the masked-word accuracy. With few
         images, R@1 alone moves by points at random, and it does not change at all while contrast is frozen. Without
-        contrast, `score` is minus the sum of the losses; with none of the four losses, the run's progress.
+        contrast, `score` is minus the sum of `mlm/nats` and `mim/l1`, as far as they are measured. With neither
+        contrast nor MLM nor MIM, it is the run's progress, and outside a run there is none.
         """
         metrics = {}
         shards: list[Any] = gather_objects(dict(self.sums))  # a process may have had no batch at all

@@ -1,8 +1,8 @@
 """Loss functions: tensors in, scalar out, no parameters, no logging.
 
 Shapes: B rows of this process, G rows of all processes (C and H: captions, if images have several), D width,
-K masked positions, V vocabulary, P values of a patch. Weights are 0 or 1; a sum is divided by `count`, which the
-caller may average over processes.
+K masked positions, V vocabulary, P values of a patch. Weights are 0 or 1 (of masked tokens 0 or any number above it,
+see `masking.TokenMask`); a sum is divided by `count`, which the caller may average over processes.
 """
 
 from typing import Literal, NamedTuple

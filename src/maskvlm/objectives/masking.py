@@ -306,8 +306,8 @@ class RandomTokens(TextMasking):
 
     Args:
         ratio: share of the tokens, 0 to 1.
-        most: in training, each masking draws its share between `ratio` and this value; with several maskings per text,
-            the first keeps `ratio`.
+        most: in training, each masking draws its share between `ratio` and this value (None: `ratio`); with several
+            maskings per text, the first keeps `ratio`.
         whole_word: mask all pieces of a word together.
         keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
 

@@ -143,8 +143,10 @@ class MaskedPretraining(Task):
             captions' token frequencies (bias) instead of N(0, 0.02) and 0.
 
     Raises:
-        UserError: a ratio is outside [0, 1], a weight is negative, all weights are 0, or the block is not a multiple
-            of the patch size.
+        UserError: a share, a weight or another number is out of range; all weights are 0; settings contradict each
+            other; a loss or masking is not an object of its base class, or two losses have the same name; or, when the
+            heads are built, the block is not a multiple of the patch size, or `contrast_patches` is below 1 with a ViT
+            that is not plain.
     """
 
     source_kind = Source
@@ -355,7 +357,8 @@ class MaskedPretraining(Task):
         return loaded
 
     def compute_in_chunks(self, size: int) -> None:
-        """As `Task.compute_in_chunks`. Raises UserError for an additional loss that does not set `adds_up`."""
+        """As `Task.compute_in_chunks`. Raises UserError for an additional loss that needs more than features of whole
+        images and texts, and does not set `adds_up`."""
         names = [loss.name for loss in self.losses if not loss.adds_up and loss.needs - {Need.IMAGE, Need.TEXT}]
         if names:
             todo = "Say so in its class (`adds_up`, see PretrainingLoss), or leave model.chunk out"
@@ -731,7 +734,8 @@ def check_mask(masking: ImageMasking | TextMasking, mask: object, kind: type, sh
 
 def check_masks_some(masking: ImageMasking | TextMasking, mask: Tensor, could: Tensor, what: str) -> None:
     """Raises UserError if a plug-in masking masks nothing in a batch that could be masked. It synchronises host and
-    device, so only the first step calls it. The built-in maskings are exempt: their ratio may be 0."""
+    device, so only the first step calls it. `RandomBlocks`, `RandomTokens` and their subclasses are exempt: their ratio
+    may be 0. `DrawnTokens` is not."""
     if not isinstance(masking, RandomBlocks | RandomTokens) and bool(could) and not bool(mask.any()):
         where = f"model.task: {type(masking).__name__}"
         raise UserError(where, f"masks no {what} of the first batch", "Check its rule; its loss would learn nothing")

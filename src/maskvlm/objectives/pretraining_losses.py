@@ -58,10 +58,10 @@ class Step(NamedTuple):
         masks: of images and of texts; None if no loss needs them.
         encoded: features of whole and masked inputs.
         contrast: unit vectors; all zero if weight_itc is 0.
-        negatives: a hard text for each image and a hard image for each text; None without matching. With
+        negatives: a hard text for each image and a hard image for each text; None if no loss needs PAIRS. With
             `exchanged_share`, the first images are paired with their own text with two words exchanged instead.
         crossed: outputs of the cross encoders; no rows if the step is computed in chunks and this is the whole step.
-        counts: divisor of each loss's sum, by loss name, see `PretrainingLoss.count`.
+        counts: divisor of the sum of each loss that sets `adds_up`, by loss name, see `PretrainingLoss.count`.
         masks_per_text: maskings of each text.
         mask_both: each modality is reconstructed from the masked other one.
         itc_frozen: contrast is no longer trained; its loss is only logged.
@@ -110,6 +110,9 @@ class PretrainingLoss(ABC):
         adds_up: whether the term is a sum over the step's pairs divided by `step.counts[name]`, so that the terms of a
             batch's chunks add up to the term of the whole batch. With `model.chunk`, required of losses that use cross
             encoder outputs; a loss that needs masked images is not called for a chunk without any.
+
+    Raises:
+        UserError: the class has no valid `name` or `needs`, or the weight is negative or not finite.
     """
 
     name: ClassVar[str]
@@ -153,8 +156,8 @@ class PretrainingLoss(ABC):
         return step.batch.valid_B.float().sum()
 
     def observe(self, heads: Any, step: Step) -> None:
-        """Called after each training step, without gradient, to update the statistics behind the chance level from
-        this process's share only."""
+        """Called in each training pass after the losses, except while contrast is trained alone, without gradient, to
+        update the statistics behind the chance level from this process's share only."""
         return
 
     def measure(self, heads: Any, seen: EvaluatedBatch) -> Mapping[str, tuple[Tensor, Tensor]]:

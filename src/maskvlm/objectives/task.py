@@ -182,7 +182,7 @@ class Task(nn.Module, ABC):
         return {}
 
     def set_uniform(self, uniform: Uniform) -> None:
-        """Set the source of the next step's random numbers; LitModel derives them from (seed, step)."""
+        """Set the source of the next pass's random numbers; LitModel derives them from (seed, number of the pass)."""
         self.uniform = uniform
 
 

@@ -90,8 +90,8 @@ class SafeCheckpointIO(CheckpointIO):
         return content
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint. The path may come from a callback's state in a checkpoint, so one that leads out of the
-        run's folder is ignored."""
+        """Remove a checkpoint. The path may come from a callback's state in a checkpoint, so a path with `..` in it, or
+        without the suffix `.ckpt`, is ignored."""
         # ModelCheckpoint removes its earlier best, whose path it takes from the checkpoint that a run resumed from.
         if ".." in Path(path).parts or Path(path).suffix != ".ckpt":
             return

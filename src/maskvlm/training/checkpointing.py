@@ -211,8 +211,8 @@ class KeepState(Checkpoint):
         return SAVE if late and trainer.is_global_zero else GO_ON
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt`; the existing one becomes `previous.ckpt`, unless the run resumed from another checkpoint.
-        When saving in the background, this happens after the call returns.
+        """Write `last.ckpt`; the existing one becomes `previous.ckpt`, except in the first save of a run that resumed
+        from another checkpoint. When saving in the background, this happens after the call returns.
 
         The row of this step is logged first, because a run that resumes from here does not repeat the step.
 

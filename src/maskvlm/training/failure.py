@@ -37,8 +37,8 @@ def report(error: BaseException, folder: Path | None = None, debug: bool = False
 
     Args:
         error: what ended it.
-        folder: the run's folder, where the traceback of a bug is saved.
-        debug: show the traceback instead.
+        folder: the run's folder, where the traceback of a bug is saved; None: `checkpoints`.
+        debug: also print the traceback.
 
     Returns:
         The exit status.

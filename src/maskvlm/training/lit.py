@@ -137,6 +137,10 @@ class LitModel(L.LightningModule):
             that of one chunk plus the batch's features, and a step costs a third more, see `objectives/chunks.py`.
         compile: compile the blocks for training steps, see `training/compiled.py`; evaluations are not compiled. The
             first step takes a minute or more.
+
+    Raises:
+        UserError: a number is out of range, the backbone or task is not of its class, or `chunk` is given and the task
+            does not support it.
     """
 
     def __init__(

@@ -152,7 +152,8 @@ class StepSimulation:
         return max(self._peak(pairs, chunk, progress) for progress in self.phases)
 
     def largest_chunk(self, pairs: int, room: float) -> int | None:
-        """The largest chunk of 8, 16, 32, ... pairs, below B, with which a step takes at most `room` bytes."""
+        """The largest chunk of 8, 16, 32, ... pairs, below B, with which a step takes at most `room` bytes; None if
+        there is none. Raises like `memory`."""
         # Memory grows with the chunk and, for a given chunk, linearly with the pairs. It is not linear in the chunk:
         # with small chunks the peak comes from the gradients of all parameters.
         chunks = list(chunks_below(pairs))

@@ -28,8 +28,8 @@ def parameter_groups(
     With `layer_decay` below 1 the rate of each encoder block is that share of the rate of the block above it. Layers
     below the first block (patches, words, positions) get that share of the first block's rate, the last norm the full
     rate (ELECTRA's rule, used to fine-tune BEiT and MAE). An adapter after an encoder is new and is trained like the
-    rest. timm's `param_groups_layer_decay` has one rate for one model, which must list its blocks; text encoders of
-    transformers do not.
+    cross encoders. timm's `param_groups_layer_decay` has one rate for one model, which must list its blocks; text
+    encoders of transformers do not.
 
     Parameters in `late` and `stopping` get groups of their own, marked as such for `schedule`.
 
@@ -91,7 +91,7 @@ def blocks_above(encoder: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
 
 
 def build_adamw(groups: list[dict[str, Any]], betas: tuple[float, float], fused: bool) -> AdamW:
-    """AdamW over the groups; fused if the device supports it."""
+    """AdamW over the groups. fused: use torch's fused kernel, which the device must support."""
     return AdamW(groups, betas=betas, fused=fused)
 
 

@@ -23,7 +23,7 @@ def in_hardware() -> bool:
 
 
 def alone() -> bool:
-    """Whether this is the only process of the run."""
+    """Whether no launcher (torchrun, SLURM) has started several processes; `trainer.devices` is not checked."""
     return all(os.environ.get(name, "1") in ("", "1") for name in ("WORLD_SIZE", "SLURM_NTASKS"))
 
 

@@ -172,7 +172,7 @@ def begin(trainer: L.Trainer, folder: Path, silent: float) -> None:
 
 
 def wait_for_others(folder: Path, met: threading.Event) -> None:
-    """Before the rendezvous: do not wait for a process that fails, or that failed before this one started."""
+    """Before the rendezvous: do not wait for a process that has failed since this one started."""
     while not met.wait(BEAT):
         now = failed_first(folder)
         # Text and time: an earlier job may have ended with the same words.

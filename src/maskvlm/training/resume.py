@@ -53,8 +53,8 @@ def newest_of(folder: Path, composed: str, warn: Callable[[str], Any], origin: s
 
     Raises:
         Finished: the run is finished.
-        UserError: the folder holds another run (73), every checkpoint in it is damaged (77), or the run died too often
-            in the same step (77).
+        UserError: the folder holds another run (73), its record of the settings is damaged (65), every checkpoint in it
+            is damaged (77), or the run died too often in the same step (77).
     """
     if not may_go_on(folder, composed, origin):
         return None

@@ -37,7 +37,7 @@ def claim_folder(folder: Path) -> None:
     """Create a new run's folder, so that a failure shows at the start and not at the first checkpoint.
 
     Raises:
-        UserError: the folder cannot be written (73).
+        UserError: the folder cannot be written (73), or the disk is full or broken (74).
     """
     write_json(folder / "versions.json", versions())
     (folder / "metrics.csv").unlink(missing_ok=True)  # left by a run that died before its first checkpoint
