@@ -1,5 +1,6 @@
 """What a checkpoint hands on to the next run, and one line for each that cannot."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from toys import SIZE, toy_backbone
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.model_spec import model_spec_of
 from maskvlm.checkpoint.warm_start import LineageEntry, Start, overlap, part, read_content, read_start
+from maskvlm.checkpoint.weights import read_state
 from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.cli.main import main
 from maskvlm.data.caption_text import stable_id
@@ -271,6 +273,26 @@ def test_without_both_it_is_one_line(tmp_path: Path) -> None:
         "MaskVLM(..., start=this file)."
     )
     assert caught.value.code == ExitCode.MISSING_INPUT
+
+
+def test_a_damaged_configuration_beside_it_is_damaged_data(tmp_path: Path) -> None:
+    """It came with the checkpoint: no mistake in the command (2)."""
+    path = older(tmp_path / "x.ckpt", {}, {})
+    (tmp_path / "config-fit.yaml").write_text("model: [1, 2")
+    with pytest.raises(UserError, match=r"config-fit\.yaml") as caught:
+        model_spec_of(read_content(path), path)
+    assert caught.value.code == ExitCode.BAD_DATA
+
+
+def test_weights_that_may_not_be_read_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: str, flags: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr("maskvlm.data.safe_open._at_once", denied)  # root may read any file
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read \(Permission denied\)") as caught:
+        read_state(tmp_path)
+    assert caught.value.code == ExitCode.IO_ERROR
 
 
 def test_an_older_checkpoint_has_seen_unknown_data(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from maskvlm.checkpoint.io import save
+from maskvlm.checkpoint.provenance import Provenance
 from maskvlm.data.inputs import save_image
 from maskvlm.data.preview import save_sheet
 from maskvlm.reporting.callbacks import try_drawing
@@ -25,6 +26,7 @@ from maskvlm.training.csv_log import Writer
 from maskvlm.training.failure import report
 from maskvlm.training.peers import FOLDER, Peers
 from maskvlm.training.process_watch import dump_stacks
+from maskvlm.training.run_record import RunRecord
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.lock import RunLock
 from maskvlm.utils.whole_files import write_json, write_text
@@ -154,10 +156,21 @@ def drawn(folder: Path) -> None:
     try_drawing(trainer, folder / "curves.png", lambda path: curves([{"step": 1, "train/a": 1.0}], path))
 
 
+def logged(folder: Path) -> None:
+    """The start of a run with Lightning's logger, which writes hparams.yaml by itself."""
+    trainer = SimpleNamespace(
+        is_global_zero=True, fast_dev_run=False, default_root_dir=folder, datamodule=None, world_size=1, precision="32"
+    )
+    RunRecord().setup(trainer, None, "fit")  # type: ignore[arg-type]
+    TensorBoardLogger(folder, name="", version="").save()
+
+
 IN_A_RUN: dict[str, tuple[Callable[[Path], object], bool]] = {
     ".m.json.tmp": (lambda at: write_json(at / "m.json", {}), False),
     "crash.txt": (lambda at: report(ZeroDivisionError("x"), at), False),
     "curves.png": (drawn, False),
+    "provenance.json": (lambda at: Provenance({}).save(at / "provenance.json"), False),
+    "hparams.yaml": (logged, False),
     "stacks-rank0.txt": (lambda at: dump_stacks(at / "stacks-rank0.txt"), False),
     "attempts.json": (Attempt, True),
     "run.lock": (lambda at: RunLock().take(at), True),

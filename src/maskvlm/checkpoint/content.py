@@ -71,7 +71,8 @@ def check_content(content: Any, path: str | Path) -> dict[str, Any]:
     """Check content from `torch.load` or a folder, and return it. Keys that this project does not write are never read.
 
     Raises:
-        UserError: it is not what this project writes (65), or was written in a later format (65).
+        UserError: it is not what this project writes, or was written in a later format (65); it holds objects with
+            attributes of their own, expands to too many values, or has too many tensors over the same memory (77).
     """
     # Is it a checkpoint at all, and one that this version can read?
     if type(content) not in (dict, OrderedDict) or "state_dict" not in content:
@@ -120,7 +121,8 @@ def check_parts(content: Any, path: str | Path) -> None:
     A container referenced in several places counts in each, and is visited once.
 
     Raises:
-        UserError: a value of another type, too many, or a container that holds itself (65).
+        UserError: a value or key of another type, or a number of more than 64 bits (65); a tensor or mapping with
+            attributes of its own, too many values, or a container that holds itself (77).
     """
     # By `id`, which stays unique while `content` holds all objects. A container is visited twice: first its parts are
     # put on the list; once they are counted, so is the container.
@@ -180,7 +182,8 @@ def problem_of(tensor: Tensor) -> str | None:
 
 
 def check_state(state: Any, path: str | Path) -> None:
-    """Check that a state dict maps names of bounded length to numeric tensors. Raises UserError (65)."""
+    """Check that a state dict maps names of bounded length to numeric tensors. Raises UserError (65; 77 if the tensors
+    are together far larger than the memory that they share)."""
     if not isinstance(state, Mapping):
         what = f"expected tensors by name, found {describe_value(state)}"
         raise UserError(f"{path}: state_dict", what, TODO, ExitCode.BAD_DATA)

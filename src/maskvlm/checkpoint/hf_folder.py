@@ -46,7 +46,9 @@ def read_folder(path: Path) -> dict[str, Any]:
     """The content of a folder, under the keys that `checkpoint.load` returns.
 
     Raises:
-        UserError: it holds no model of this project (66), or one of its files is damaged (65).
+        UserError: it lacks a file that a model needs (66); it is of another kind of model, or one of its files is
+            damaged or does not match `checksums.json` (65); one is a link out of the folder, or a pickle (77); one of
+            the JSON files cannot be read (74).
     """
     check_links(path)
     config = read_model_config(path)
@@ -108,7 +110,8 @@ def check_sums(path: Path) -> None:
     """Compare every file that is read with `checksums.json`; a folder without it passes.
 
     Raises:
-        UserError: a file was changed, is missing or was added (65).
+        UserError: a file was changed, is missing or was added, or `checksums.json` is damaged (65), is a link out of
+            the folder (77) or cannot be read (74). Files in FOR_PEOPLE may be missing.
     """
     file = path / SUMS
     if not file.is_file():

@@ -73,8 +73,8 @@ def from_cache_or_hub(name: str, fetch: Callable[[bool], T], where: str = "model
         where: the place that an error names.
 
     Raises:
-        Unreachable: it is not in the cache, and the hub cannot be reached.
-        UserError: the hub does not know the name, or its files cannot be used.
+        Unreachable: it is not in the cache, and the hub cannot be reached (66).
+        UserError: the hub does not know the name (66), or its files cannot be used (65).
     """
     try:
         return fetch(True)
@@ -128,15 +128,15 @@ def is_cached(repository: str, names: Iterable[str]) -> bool:
 
 
 def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:
-    """The folder of a bundled model, by its name; a path that exists, as it is; else the local folder of a hub
-    repository, downloaded if necessary.
+    """The folder of a bundled model, by its name; a path that exists, or a text that cannot be a repository's name, as
+    it is; else the local folder of a hub repository, downloaded if necessary.
 
     Args:
         name: `scenes-tiny`, a path, or `owner/name`, `owner/name@revision`.
         settings: revision, token, cache_dir, local_files_only.
 
     Raises:
-        UserError: neither a path nor a repository, or the hub cannot be reached (66).
+        UserError: the hub does not know the repository, or cannot be reached (66); its files cannot be used (65).
     """
     if (own := bundled_folder(name)) is not None:
         return own
@@ -202,8 +202,8 @@ def check_publishable(repository: str) -> OnHub:
         repository: `owner/name`.
 
     Raises:
-        UserError: there is no token, or it is rejected, read-only or of a user other than the owner; or the hub cannot
-            be reached (69).
+        UserError: there is no token, or it is rejected, read-only or of a user who is neither the owner nor a member of
+            it; or the hub cannot be reached (69).
     """
     api, log_in = HfApi(), "Log in (hf auth login) or set HF_TOKEN, with a token that has write access"
     try:

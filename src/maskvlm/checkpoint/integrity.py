@@ -1,7 +1,8 @@
 """Is this file an intact checkpoint? Answered without unpickling any of it.
 
-Beside each checkpoint is a `.sha256` file with its size and hash. A checkpoint without one is checked against the
-checksums inside its own archive. `torch.load` does not check these, so a flipped bit would load as another number.
+Beside each checkpoint is a `.sha256` file with its size and hash. The checksums inside a checkpoint's own archive are
+checked as well; without a `.sha256` they are the only check. `torch.load` does not check these, so a flipped bit would
+load as another number.
 """
 
 import hashlib

@@ -45,7 +45,7 @@ def save(content: Mapping[str, Any], path: str | Path, previous: Path | None = N
         previous: path to which an existing file is moved once the new one is on the disk; None replaces it.
 
     Raises:
-        UserError: the disk is full (74) or the folder cannot be written (73).
+        UserError: the disk is full or fails (74), or the folder cannot be written (73).
         TypeError: the content holds something other than tensors and plain types; the message names its key.
     """
     path = Path(path)
@@ -145,8 +145,8 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint that `save` wrote, after checking it.
 
     Raises:
-        UserError: it does not exist (66), is damaged or another kind of file (65), or would run code or expand without
-            limit (77).
+        UserError: it does not exist or is not a file (66), cannot be read (74), is damaged, another kind of file or of
+            a later format (65), or would run code or expand without limit (77).
     """
     # First integrity, then plain types, then the schema: each relies on the one before.
     verify_checkpoint(path)

@@ -88,7 +88,8 @@ def model_spec_of(content: Mapping[str, Any], path: str | Path) -> ModelSpec:
     """The model spec in a checkpoint's content, or in the `config-fit.yaml` beside an older one.
 
     Raises:
-        UserError: neither states the model (66), or the schema does not allow it (77).
+        UserError: neither states the model (66); what states it is damaged (65), cannot be read (74) or is a link out
+            of its folder (77); or the schema does not allow it (77).
     """
     bounds = bounds_of(content["state_dict"])
     model, task = content.get("model"), content.get("task")
@@ -106,8 +107,13 @@ def model_spec_of(content: Mapping[str, Any], path: str | Path) -> ModelSpec:
 def _yaml(text: Any, path: str | Path, key: str) -> Any:
     if not isinstance(text, str):
         raise UserError(f"{path}: {key}", f"expected YAML text, found {describe_value(text)}", TODO, ExitCode.REFUSED)
+    return _read_untrusted(text, f"{path}: {key}")
+
+
+def _read_untrusted(text: str, where: str) -> Any:
+    """YAML that comes with a checkpoint. Raises UserError (65; 77 if it is too large)."""
     try:
-        return read_yaml(text, f"{path}: {key}")
+        return read_yaml(text, where)
     except UserError as error:
         # The reader assumes the user's own YAML, where a mistake is a usage error.
         code = ExitCode.BAD_DATA if error.code == ExitCode.USAGE else error.code
@@ -121,7 +127,7 @@ def _beside(file: Path, path: str | Path, bounds: Bounds) -> ModelSpec:
         raise UserError(path, what, SPEC_TODO, ExitCode.MISSING_INPUT)
     check_inside(file)
     # Only two parts of a whole run's configuration are read.
-    config = read_yaml(read_small(file), str(file))
+    config = _read_untrusted(read_small(file), str(file))
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict) or not {"backbone", "task"} <= model.keys():
         raise UserError(
@@ -132,7 +138,8 @@ def _beside(file: Path, path: str | Path, bounds: Bounds) -> ModelSpec:
 
 
 def read_small(file: Path, most: int = 1_000_000) -> str:
-    """The content of a small text file. Raises UserError (65)."""
+    """The content of a small text file. Raises UserError: it does not exist or is not a file (66), is too large or not
+    text (65), or cannot be read (74)."""
     todo = "Get the file again"
     try:
         return content_of(file, most, todo).decode("utf-8-sig")
@@ -216,11 +223,11 @@ def check_vit(settings: Any, where: str, bounds: Bounds, todo: str = TODO) -> No
 def check_text_config(name: str, settings: Any, where: str, bounds: Bounds, todo: str = TODO) -> dict[str, Any]:
     """The settings that determine the shape of a text encoder of this model type.
 
-    Each must have the type of its default, and about its range; a string must be the name of an activation or one of
-    `WORDS`.
+    Each must have the type of its default, and a size that `bounds` allow; a string must be the name of an activation,
+    one of `WORDS`, or the default.
 
     Raises:
-        UserError: no such type, or not a setting of this type (77).
+        UserError: no such type, not a setting of this type, or a value that is not allowed (77).
     """
     kind = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # noqa: SIM401 (its `get` loads nothing)
     if kind is None or kind not in MODEL_FOR_MASKED_LM_MAPPING or name in FETCH_CODE:
@@ -305,7 +312,7 @@ def spec_of_modules(backbone: Any, task: Any) -> ModelSpec | None:
 
     Returns:
         the backbone, and the task if its arguments are plain values; None for a backbone that a checkpoint cannot
-        describe, as it or its encoders are of another class.
+        describe: it or an encoder is of another class, or has an argument that is not a plain value.
     """
     specs = [_built(part) for part in (backbone, backbone.image, backbone.text)]
     if [None if part is None else part["class_path"] for part in specs] != [BACKBONE, IMAGE, TEXT]:

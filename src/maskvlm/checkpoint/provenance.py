@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 from rich.table import Table
 from torch import nn
 
+from maskvlm.utils.whole_files import write_text
+
 How = Literal["loaded", "resized", "random"]
 HOW: tuple[How, ...] = ("loaded", "resized", "random")
 NAMED = 3
@@ -82,7 +84,8 @@ class Provenance:
         return table
 
     def save(self, path: str | Path) -> None:
-        """Write the counts by part and the origin of every tensor as JSON."""
+        """Write the counts by part and the origin of every tensor as JSON, atomically. Raises UserError (73, or 74 for
+        a full disk)."""
         counts: dict[str, dict[str, dict[str, int]]] = {}
         for part, tensors in self.parts().items():
             for how in HOW:
@@ -90,7 +93,7 @@ class Provenance:
                 counts.setdefault(part, {})[how] = {"tensors": len(sizes), "parameters": sum(sizes)}
         # Empty fields are left out: most tensors kept their shape.
         origins = {name: {k: v for k, v in o._asdict().items() if v} for name, o in self.tensors.items()}
-        Path(path).write_text(json.dumps({"parts": counts, "tensors": origins}, indent=1) + "\n")
+        write_text(Path(path), json.dumps({"parts": counts, "tensors": origins}, indent=1) + "\n")
 
 
 def part_of(name: str) -> str:

@@ -60,7 +60,10 @@ def read_text_config(name: str, random_init: bool, settings: dict[str, Any]) -> 
     """The configuration of a folder, a well-known or hub model or, with random_init, a model type.
 
     Raises:
-        UserError: no such model, a setting that it does not have, or not a masked language model.
+        UserError: no such model (66); its configuration is damaged or has no known type (65), cannot be read (74),
+            needs program code of its own, is a link out of its folder or asks for more than its weights hold (77); it
+            is not a masked language model, a setting is unknown, or settings contradict each other (2); a setting has
+            a value that a checkpoint could not hold (77).
     """
     # From local to remote: a type, a folder, a well-known shape, the hub.
     if random_init and is_type(name):
@@ -87,7 +90,8 @@ def config_of(folder: Path, name: str, settings: dict[str, Any]) -> PreTrainedCo
     of another version; strings and mappings are not.
 
     Raises:
-        UserError: it does not exist (66), or has no shape that can be read (65).
+        UserError: there is no such file, or no shape can be read from it (65); it cannot be read (74); the model needs
+            program code of its own, or the file is a link out of its folder (77).
     """
     file = folder / CONFIG
     if not file.is_file():
@@ -130,10 +134,12 @@ def for_type(kind: str, settings: dict[str, Any], where: str) -> PreTrainedConfi
 
 
 def check_memory(config: PreTrainedConfig, folder: Path) -> None:
-    """Check that a folder's model has no more parameters than its weight files have bytes.
+    """Check that a folder's model has at most 10 million parameters more than its weight files have bytes. A folder
+    without weight files passes.
 
     Raises:
-        UserError: it has more (77): it would not fit its weights, and might not fit in memory.
+        UserError: it has more (77): it would not fit its weights, and might not fit in memory; its settings contradict
+            each other (2).
     """
     there = weight_bytes(folder)
     try:
@@ -159,7 +165,8 @@ def kind_is_read(kind: str) -> bool:
 
 
 def is_folder(name: str) -> bool:
-    """Whether a name is a folder. Raises UserError for a path that does not exist: the hub is not asked for it."""
+    """Whether a name is a folder. Raises UserError (66) for a path that does not exist or is a file: the hub is not
+    asked for it."""
     if Path(name).is_dir():
         return True
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
@@ -187,7 +194,12 @@ def _check_config(name: str, config: PreTrainedConfig, settings: dict[str, Any])
 
 
 def read_text_tokenizer(name: str, todo: str | None = None) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a folder (None if it has none) or of a hub model; `todo` as in `_fetched`."""
+    """The tokenizer of a folder (None if it has none) or of a hub model; `todo` as in `_fetched`.
+
+    Raises:
+        UserError: no such folder or model (66); no vocabulary, or a file is damaged (65), cannot be read (74) or is a
+            link out of its folder (77).
+    """
     if is_folder(name):
         return tokenizer_files.read_tokenizer(Path(name))
     folder = _fetched(name, [tokenizer_files.FILES], "tokenizer", f"{WHERE}.tokenizer", todo)
@@ -199,10 +211,14 @@ def read_text_tokenizer(name: str, todo: str | None = None) -> PreTrainedTokeniz
 
 
 def read_text_state(name: str, config: PreTrainedConfig) -> State:
-    """The weights of a folder or hub model, under their names in `huggingface.build(config)`.
+    """The weights of a folder or hub model, under their names in `hf_text.build_text_encoder(config)`.
 
     Heads and pooling layers are left out. Tensors that the model lacks, or that have another shape there, are returned
     without values, so that loading the state shows that they do not fit.
+
+    Raises:
+        Unreachable: they are not on this machine, and the hub cannot be reached (66).
+        UserError: as `read_state`, or the library cannot use them (65).
     """
     folder = Path(name) if is_folder(name) else _fetched(name, [SAFETENSORS, PICKLED], "weights")
     stored = read_state(folder)

@@ -33,7 +33,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a folder; None if there is none.
 
     Raises:
-        UserError: a file is damaged or needs another library (65).
+        UserError: a file is damaged or needs another library (65), cannot be read (74), or is a link out of the folder
+            (77).
     """
     # The most complete format first.
     if (folder / TOKENIZER).is_file():
@@ -66,7 +67,8 @@ def file_text(file: Path) -> str:
     """The content of a text file of bounded size that is not a link out of its folder.
 
     Raises:
-        UserError: it is a pipe or a device (66), a link out of its folder (77), too large or not text (65).
+        UserError: it is missing, a folder, a pipe or a device (66), a link out of its folder (77), too large or not
+            text (65), or cannot be read (74).
     """
     check_inside(file)
     try:
@@ -94,7 +96,8 @@ def build_tokenizer(make: Any, where: object) -> Any:
 
 
 def named_in(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The special tokens by role, and further special tokens. Only strings are read from the files."""
+    """The special tokens by role, and further special tokens. If lower-casing is switched off, `do_lower_case`: "no" is
+    among the roles. Only strings and this setting are read from the files."""
     roles: dict[str, str] = {}
     more: list[str] = []
     for name in NAMED:
@@ -141,7 +144,7 @@ def tokenizer_of(
 
 
 def wordpiece(folder: Path) -> Tokenizer:
-    """BERT's tokenizer, from a `vocab.txt` with one word per line; a word's id is its line number."""
+    """BERT's tokenizer, from a `vocab.txt` with one word per line; a word's id is its line number, counted from 0."""
     words = file_text(folder / "vocab.txt").split("\n")
     # Blank lines count.
     vocab = {word.rstrip("\r"): number for number, word in enumerate(words) if word.strip()}

@@ -24,7 +24,7 @@ class LineageEntry(NamedTuple):
 
     Attributes:
         task, source: class paths. sha: the data's fingerprint.
-        images: number of distinct images. steps: number of optimiser steps.
+        images: number of distinct images; without ids, of rows. steps: number of optimiser steps.
         ids: 63-bit hashes of the images' ids, sorted; None if the source has no ids.
         held_out: evaluation split that the data were compared with, by id and look -> number of rows left out because
             they show its images; None if there was no such split.
@@ -92,7 +92,11 @@ def read_start(path: str) -> Start:
 
 
 def start_of(content: Mapping[str, Any], path: str) -> Start:
-    """What a run takes over from the content of a checkpoint; `path` is named in errors."""
+    """What a run takes over from the content of a checkpoint; `path` is kept in the result, for later errors.
+
+    Raises:
+        UserError: the stored tokenizer cannot be read (65).
+    """
     # `backbone.` and `task.` are the module's two parts (`lit.py`).
     state = content["state_dict"]
     tokenizer = tokenizer_from_json(content["tokenizer"]) if "tokenizer" in content else None

@@ -21,6 +21,7 @@ from maskvlm.checkpoint.provenance import Origin, Provenance
 from maskvlm.checkpoint.tokenizer_files import file_text
 from maskvlm.config.plain_schema import describe_value
 from maskvlm.data.files import load_json
+from maskvlm.data.safe_open import opened
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import check_inside
 
@@ -45,8 +46,8 @@ def load_pretrained(image: Loadable, text: Loadable) -> Provenance:
         What was loaded, named as in a module that holds the encoders as `image` and `text`.
 
     Raises:
-        Unreachable: names every encoder whose weights are unavailable, not just the first.
-        UserError: weights do not fit or cannot be read.
+        Unreachable: weights are unavailable (66); names every such encoder, not just the first.
+        UserError: weights do not fit (65), or cannot be read (as `read_state`).
     """
     provenance = Provenance()
     missing: list[str] = []
@@ -71,10 +72,12 @@ class State(NamedTuple):
 
 
 def read_state(path: str | Path) -> State:
-    """The weights in a file, or in a folder with one of WEIGHT_FILES, read without executing anything in it.
+    """The weights in a file, or in a folder with one of WEIGHT_FILES or with an index of several files, read without
+    executing anything in it.
 
     Raises:
-        UserError: it does not exist (66); is damaged or holds no weights (65); holds what could run code (77).
+        UserError: it does not exist (66); cannot be read (74); is damaged or holds no weights (65); holds what could
+            run code, is a link out of the folder, or is named by an index but lies elsewhere (77).
     """
     path = Path(path).expanduser()
     # As in transformers, an index counts only if there is no single file: it may be left over from replaced weights.
@@ -121,7 +124,8 @@ def weight_bytes(folder: Path) -> int:
 
 
 def find_weights(path: Path) -> Path:
-    """The file itself, or the first of WEIGHT_FILES that the folder has. Raises UserError (66)."""
+    """The file itself, or the first of WEIGHT_FILES that the folder has. Raises UserError: there is none (66), or it is
+    a link out of the folder (77)."""
     if path.is_dir():
         files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
         if not files:
@@ -152,7 +156,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def check_file(path: Path) -> None:
-    """Raise UserError unless the file is an intact safetensors file or an intact archive of torch.save."""
+    """Raise UserError unless the file is an intact safetensors file or an intact archive of torch.save (65; 77 for a
+    pickle that could run code)."""
     if not is_safetensors(path):
         return verify_checkpoint(path)
     try:
@@ -164,8 +169,9 @@ def check_file(path: Path) -> None:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is in safetensors format, judged by its content: 8 bytes with the header's length, then JSON."""
-    with path.open("rb") as file:
+    """Whether a file is in safetensors format, judged by its content: 8 bytes with the header's length, then JSON.
+    Raises UserError as `opened`."""
+    with opened(path) as file:
         return file.read(9)[8:] == b"{"
 
 
@@ -196,7 +202,7 @@ def load_state(
         The origin of each loaded tensor.
 
     Raises:
-        UserError: shapes differ, names are missing or left over, or values are not finite.
+        UserError: shapes or kinds of numbers differ, names are missing or left over, or values are not finite (65).
     """
     wanted = {name: value for name, value in state.items() if not (unused and name.startswith(unused))}
     fitted = resize_positions(wanted, model) if resize else wanted

@@ -1,7 +1,8 @@
 """Which classes a configuration may name: a list of classes, not packages, checked before the parser imports anything.
 
-Allowed are: this project's own classes of the kinds below; the Lightning classes listed here; exact paths that the user
-typed on the command line; anything under a name given with --allow-import. Functions are never allowed.
+Allowed are: this project's own classes of the kinds below; the Lightning classes listed here; classes whose bare name
+the user typed on the command line; exact paths that the user typed there; anything under a name given with
+--allow-import. Functions are only allowed in the last two cases.
 """
 
 import importlib
@@ -62,7 +63,7 @@ BackboneFinetuning), that send data to an address (WandbLogger and others), or t
 LISTED = {f"{module}.{name}" for module, names in LIGHTNING.items() for name in names.split()}
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 NO_CLASSES = ("run", "from", "task_from", "settings_from", "ckpt_path", "out", "allow-import")
-"""Options whose values are file names."""
+"""Options whose values are not read as names of classes: file names, and the packages that --allow-import names."""
 
 
 class Verdicts(dict[str, bool]):
@@ -111,7 +112,7 @@ def may_name(path: str, typed: set[str], allowed: set[str]) -> bool:
     target = _find(path, root in OWN)
     if target is _Missing:
         return root in OWN  # the parser reports what is missing; there is nothing to import
-    # functions would be called with the file's arguments: none is allowed
+    # functions would be called with the file's arguments: none is allowed that the user has not named
     if not inspect.isclass(target):
         return False
     # base classes by name, so that torch and Lightning need not be imported here

@@ -3,7 +3,10 @@
 Later files override earlier ones, and the options after the words override all files:
 
     base < model/MODEL < pretrain | finetune < pretrain-MODEL | recipe/RECIPE < data/DATA | tasks/TASK/DATA
-         < where/WHERE < options
+         < where/WHERE < continue < continue-MODEL < options
+
+`continue` and `continue-MODEL` are only for pre-training from a checkpoint. With a checkpoint there is no model/MODEL;
+in fine-tuning with from=random it comes before base.
 
 Nothing here imports torch: a wrong word is rejected before seconds of imports.
 """

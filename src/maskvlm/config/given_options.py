@@ -51,7 +51,7 @@ def config_text(name: str) -> str:
     """The text of a configuration file.
 
     Raises:
-        UserError: it is missing or not a file (66), too large (77), or not UTF-8 (2).
+        UserError: it is missing, not a file or cannot be read (66), too large (77), or not UTF-8 (2).
     """
     path = Path(name)
     try:
@@ -116,8 +116,8 @@ def check_words(arguments: list[str]) -> None:
     """Reject command-line words that no file could hold: they would break anything that records them.
 
     Raises:
-        UserError: bytes that are not UTF-8, control characters other than line ends (2); more than 100,000 characters
-            (77).
+        UserError: bytes that are not UTF-8, control characters other than tabs and line ends (2); more than 100,000
+            characters (77).
     """
     for word in arguments:
         if len(word) > MOST_BYTES:
@@ -208,8 +208,8 @@ def fill_environment(value: Any, where: str, typed: bool = False, nested: int = 
         nested, before: nesting depth of this text in defaults, and the file's text before it.
 
     Raises:
-        UserError: a variable is not set, or contains control characters (2); another kind of `${...}`, or a variable
-            within an address (77).
+        UserError: a variable is not set, or contains control characters or `${` (2); another kind of `${...}`, or a
+            variable within an address (77).
     """
     if isinstance(value, dict):
         return {key: fill_environment(part, where, typed) for key, part in value.items()}

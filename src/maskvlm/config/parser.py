@@ -226,7 +226,9 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
 
     Raises:
         Complaint: the parser rejects the arguments.
-        UserError: files are missing or not plain YAML, strings are given in place of keys, numbers are out of range.
+        UserError: files are missing (66) or not plain YAML, strings are given in place of keys, numbers are out of
+            range, a variable of the environment is not set (2); a file names another one, an address as an output
+            folder, or a file is too large (77).
     """
     check_words(arguments)
     for place in given_places(arguments[1:]):

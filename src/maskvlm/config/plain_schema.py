@@ -149,7 +149,8 @@ class Entries:
 
 @dataclass(frozen=True)
 class Tree:
-    """Plain values, and lists and mappings of them, at most `most` in all and `depth` deep. For display only."""
+    """Plain values, and lists and mappings of them, at most `most` in all and `depth` deep. The keys are not checked:
+    before anything is built from it, it must pass another check."""
 
     most: int = 10_000
     depth: int = 12

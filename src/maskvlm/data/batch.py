@@ -43,7 +43,8 @@ class Batch(NamedTuple):
         word_CT: index of the word a token belongs to, -1 on specials; for whole-word masking.
         owner_C: row of the caption's image in image_BCHW.
         image_id_B: 63-bit hash of the image's id; rows with the same id show the same image.
-        text_id_C: 63-bit hash of the cleaned caption; rows with the same id have the same text.
+        text_id_C: 63-bit hash of the cleaned caption in lower case; rows with the same id have the same text, ignoring
+            case.
         valid_B: False if the sample could not be read: a blank placeholder with weight 0 that keeps its place.
         index_B: the sample's position in the data set.
         foreground_BHW: True for pixels of objects, if the source knows them; for evaluation.

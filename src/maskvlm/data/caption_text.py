@@ -16,8 +16,9 @@ def clean_caption(text: str) -> tuple[str, str | None]:
 
     Returns:
         The text ("" if nothing is left) and the most serious repair, from worst to mildest: "empty", "cut",
-        "surrogate" (half of a UTF-16 pair, replaced by U+FFFD), "control" (control and format characters dropped,
-        including zero-width joiners and terminal escapes); None if only white space changed.
+        "surrogate" (halves of UTF-16 pairs: a whole pair becomes its character, a lone half U+FFFD), "control"
+        (control and format characters dropped, including zero-width joiners and terminal escapes); None if nothing but
+        white space and composition changed.
     """
     # the fast path, taken by most captions: printable ASCII needs no composing or dropping
     if text.isascii() and text.isprintable() and len(text) <= MAX_CAPTION_BYTES:

@@ -104,8 +104,8 @@ def without_leaks(pairs: Any, places: list[str], leaks: str) -> Any:
             them in `skipped`.
 
     Raises:
-        UserError: there is a leak and `leaks` is `refuse` (65), nothing is left, or the training split does not know
-            its images' ids.
+        UserError: there is a leak and `leaks` is `refuse`, or nothing is left (65); `leaks` has another value, or the
+            training split does not know its images' ids (2); as `held_out`.
     """
     if leaks not in ("refuse", "drop"):
         raise UserError("data.contamination", f"'{leaks}' is not a valid value", "Use refuse or drop")

@@ -101,7 +101,8 @@ class ExampleBatch(NamedTuple):
         image_BPCHW: RGB images: uint8 as loaded, normalised floats once `PairData` has them on the device.
         token_BT, attention_BT, special_BT, word_BT: of the texts, as in `Batch`.
         target_BK: weight of each label.
-        valid_B: False if an image could not be read: a blank row with weight 0 that keeps its place.
+        valid_B: False if an image could not be read or the text has no words: a blank row with weight 0 that keeps its
+            place.
         index_B: position in the split.
         image_id_BP: 63-bit hashes of the image ids.
         answers: the target answers as tokens.

@@ -197,7 +197,7 @@ def image_folder(images: str | Path | None, root: Path, key: str = "data.source.
     """The given folder of images, else `images/` in the root, else the root.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder (66), or `images/` is a link out of the root (77).
     """
     beside = root / "images"
     folder = Path(images).expanduser() if images is not None else beside if beside.is_dir() else root
@@ -217,7 +217,7 @@ def image_names(folder: Path, left_out: dict[str, list[str]] | None = None) -> l
         left_out: is filled with reason -> names of skipped images and folders (see `Walk`).
 
     Raises:
-        UserError: there are none.
+        UserError: there are none (66), or a folder cannot be listed (74).
     """
     names: list[str] = []
     walk = Walk(folder)

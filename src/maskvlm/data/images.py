@@ -107,9 +107,9 @@ def safe_open(source: bytes | str | Path | Image.Image, name: str, least: int | 
             its size is decoded at that size, which is several times as fast; None: full size.
 
     Raises:
-        BadImage: the image is missing, not an image, of a format not in FORMATS, damaged, under MIN_SIDE pixels, of
-            more than MAX_PIXELS pixels (checked in the header, before decoding), or longer than MAX_ASPECT times its
-            width.
+        BadImage: the image is missing or a folder (66); it cannot be read (74); it is not an image, of a format not in
+            FORMATS, damaged, a file of more than MAX_FILE_BYTES, under MIN_SIDE pixels, of more than MAX_PIXELS pixels
+            (checked in the header, before decoding), or longer than MAX_ASPECT times its width (65).
     """
     with _strict_pillow():
         try:

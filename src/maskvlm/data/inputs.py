@@ -54,8 +54,9 @@ def open_image(image: ImageInput, name: str = "image") -> Image.Image:
     """Open an image as upright 8-bit RGB.
 
     Raises:
-        BadImage: it cannot be read, is not an image, or is too large.
-        UserError: an array or tensor has another shape or range.
+        BadImage: it is missing (66), cannot be read (74), or is not an image, damaged or too large (65).
+        UserError: an array or tensor has another shape, type or range, a file is open in text mode, or it is something
+            else that is not an image (2).
     """
     if isinstance(image, Tensor | np.ndarray):
         return Image.fromarray(_eight_bits(image, name))
@@ -202,6 +203,6 @@ class MarkedTexts:
         return token[0], token[-1]
 
     def decode(self, ids: list[int]) -> str:
-        """Tokens as text, without start, end and padding."""
+        """Tokens as text, without special tokens (start, end, padding, mask and unknown)."""
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
         return re.sub(r" +(?=[,.:;!?])", "", text)  # WordPiece puts a space before each

@@ -59,8 +59,10 @@ class PairData(L.LightningDataModule):
         captions: captions shown with each image of a training batch, consecutive in the image's list. The first of them
             changes in each pass until every caption of the image has been first once. In pre-training, contrast uses
             all that are shown; masked words and matching use only the first.
-        max_bad_fraction: the run stops if more than this share of the samples could not be read. In a stream, an
-            unreadable shard (or the rest of one) counts as one sample, as its size is not known.
+        max_bad_fraction: the run stops if more than this share of the samples could not be read, counted in each
+            process from its 1,000th sample on; it also stops if none of the first 16 or more could be read (unless this
+            is 1 or more). In a stream, an unreadable shard (or the rest of one) counts as one sample, as its size is
+            not known.
         fraction: train on this part of the training images, chosen by `seed`; a smaller part is a subset of a larger.
         held_out: splits of prepared sets (`data/coco/test`) whose images must not be trained on (`contamination.py`).
         contamination: what to do if some are in the training data: `refuse` to start, or `drop` them.
@@ -68,7 +70,8 @@ class PairData(L.LightningDataModule):
             start.
 
     Raises:
-        UserError: neither or both of steps and epochs are given, or the processes cannot share a batch.
+        UserError: `source` or `spec` is of another type, neither or both of steps and epochs are given, a number is out
+            of range, or there are too many workers for the cores (2).
     """
 
     def __init__(
@@ -252,7 +255,8 @@ class PairData(L.LightningDataModule):
         return [world_size(), self._readers()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume at a checkpoint's position. Raises UserError if the batch size or the data have changed."""
+        """Resume at a checkpoint's position. Raises UserError if the data (65), the size of a pass, or the numbers of
+        processes and data workers that share a replayed stream (2) have changed."""
         # evaluation starts from the beginning of its own split
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
@@ -387,7 +391,8 @@ class PairData(L.LightningDataModule):
         """Normalise the batch; in training, also count its bad samples.
 
         Raises:
-            UserError: more than `max_bad_fraction` of the samples could not be read (65).
+            UserError: more than `max_bad_fraction` of at least 1,000 samples, or all of at least 16, could not be read
+                (65).
         """
         batch = self.normalised(batch)
         if not getattr(self.trainer, "training", True):

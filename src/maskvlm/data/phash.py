@@ -33,7 +33,8 @@ BIT_N = np.left_shift(np.uint64(1), np.arange(FREQUENCIES**2, dtype=np.uint64))
 
 
 def phash(image: Image.Image) -> int:
-    """64 bits: which of the 64 lowest frequencies are above their median (the constant one counts as below).
+    """64 bits: which of the 64 lowest frequencies are above their median (the constant one, the brightness, counts as
+    0).
 
     All images of a single colour have hash 0, so 0 says nothing about being copies.
 

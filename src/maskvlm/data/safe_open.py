@@ -1,4 +1,4 @@
-"""The only place where untrusted files are opened: only regular files, inside the folder that was named.
+"""Opens untrusted files, except images and the archives of weights: only regular files.
 
 A pipe would block the program, a device has no end, and a link may lead to any file of this machine.
 """

@@ -269,7 +269,7 @@ def choose_rows(
     Args:
         split: for `train`, unusable rows are left out and listed; in other splits they are an error.
         max_missing: the share of training rows that may lack an image.
-        drop: reason -> boolean array (N), True for rows that training leaves out for it.
+        drop: reason -> boolean array (N), True for rows to leave out for it, in any split; give it for training only.
         if_dropped: what to do if `drop` leaves no row, for the error; None if the split may be empty.
 
     Raises:

@@ -249,6 +249,7 @@ def plain_backend(content: Any) -> Tokenizer:
 
     Raises:
         ValueError: it is not a mapping, or has rules that turn short texts into long ones.
+        Exception: the library rejects it; it may also panic, which is a BaseException.
     """
     if not isinstance(content, dict):
         raise ValueError("expected a mapping")

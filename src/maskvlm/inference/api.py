@@ -64,11 +64,12 @@ class ModelMethods(nn.Module):
     A method takes one image or text and returns one result, or takes lists and returns lists. Which methods are
     available depends on the heads: a pre-training checkpoint has all of these, a fine-tuned one those of its task.
     Images are paths, bytes, open files, Pillow images, arrays [H, W, 3] or tensors [3, H, W], greyscale ones [H, W]:
-    8-bit integers from 0 to 255, or floats from 0 to 1. An empty list returns an empty list, but `rank` needs a query
-    and candidates.
+    8-bit integers from 0 to 255, or floats from 0 to 1. An empty list returns an empty list (`encode_image` and
+    `encode_text`: a tensor [0, E]), but `rank` needs a query and candidates, and two lists must have the same length.
 
-    Every method raises UserError for an invalid image or text (65, or 66 if the file does not exist), for lists of
-    different lengths, and if the checkpoint lacks the required head.
+    Every method raises UserError for an image that is damaged or not an image (65), does not exist (66) or cannot be
+    read (74); for an array of another shape or range, a text that has no words, lists of different lengths, and if the
+    checkpoint lacks the required head (2).
 
     Attributes:
         backbone, task: in evaluation mode.
@@ -222,9 +223,9 @@ class ModelMethods(nn.Module):
     def score(
         self, image: ImageInput | Sequence[ImageInput | None] | None, text: str | Sequence[str]
     ) -> float | list[float]:
-        """Pseudo-log-likelihood of a text given the image: the sum of log p(word | other words, image) over its
-        words, in nats, at most 0; higher is likelier (Salazar et al. 2020). Use it to compare texts of the same length,
-        such as a text and its copy with two words swapped. Texts longer than the model's maximum are truncated.
+        """Pseudo-log-likelihood of a text given the image: the sum of log p(token | other tokens, image) over its
+        tokens, in nats, at most 0; higher is likelier (Salazar et al. 2020). Use it to compare texts of the same
+        length, such as a text and its copy with two words swapped. Texts longer than the model's maximum are truncated.
 
         Args:
             image: None for the text alone (uses an image of the mean colour).

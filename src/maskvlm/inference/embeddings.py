@@ -125,8 +125,8 @@ def log_odds(model: Model, image_features: Sequence[Tensor], text_features: Sequ
 
 
 def pair_up(method: str, images: int, texts: int) -> list[tuple[int, int]]:
-    """Pair images and texts: row by row, or a single one with each of the others; no pairs if either is empty.
-    method: name used in the error message.
+    """Pair images and texts: row by row, or a single one with each of the others; no pairs if one is empty and the
+    other has at most one item. method: name used in the error message.
 
     Raises:
         UserError: the lists differ in length.

@@ -114,7 +114,8 @@ def fill_mask(
 
 
 def forbid(model: Model, logits_KV: Tensor) -> Tensor:
-    """Exclude start, end, padding and mask tokens, and rows of the head beyond the tokenizer: they are not words."""
+    """Exclude special tokens (start, end, padding, mask and unknown), and rows of the head beyond the tokenizer: they
+    are not words."""
     forbidden = no_words(model.words.tokenizer, logits_KV.shape[-1])
     return logits_KV.index_fill(-1, torch.tensor(forbidden, device=logits_KV.device), float("-inf"))
 
@@ -179,7 +180,8 @@ def best_captions(model: Model, images: Sequence[Any], numbers: Sequence[int], l
 def log_likelihood(
     model: Model, images: Sequence[Any | None], numbers: Sequence[int], texts: Sequence[str]
 ) -> list[Tensor]:
-    """log p(word | all other words, image) of each token of each text, [T] each, nats (Salazar et al. 2020)."""
+    """log p(token | all other tokens, image) of each token of each text except start and end, [T - 2] each, nats
+    (Salazar et al. 2020)."""
     head, mask = model.head("tokens", "score"), model.backbone.text.mask_id
     whole = [model.tokens([text]).token_CT[0] for text in texts]
     inner = [len(token_T) - 2 for token_T in whole]

@@ -194,8 +194,9 @@ def export(
         The content of `export.json`.
 
     Raises:
-        UserError: another precision or device (2), a model without heads (65), a missing package (69), the folder
-            already exists or cannot be written, the model cannot be exported, or its difference exceeds LIMIT (73).
+        UserError: another precision or device, or an opset that is not supported (2), a model without heads (65), a
+            missing package (69), the folder already exists or cannot be written, the model cannot be exported, or its
+            difference exceeds LIMIT (73), the disk is full or fails (74).
     """
     folder = Path(folder)
     check_export(folder, kind, opset)

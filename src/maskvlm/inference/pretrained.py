@@ -97,9 +97,9 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         origin: where the weights come from, and which data they have seen.
 
     Attributes:
-        known: range of the training images' features; None if the checkpoint does not record it.
+        known: range of the features of validation images; None if the checkpoint has no sample of them, or too few.
         far_warnings: the latest of these warnings, each once; at most 1,000.
-        warned_words: unknown words in inputs so far; each was warned about once (`UnknownWords`).
+        warned_words: the latest unknown words in inputs, at most 1,000; each was warned about once (`UnknownWords`).
     """
 
     config_class = MaskVLMConfig
@@ -138,8 +138,8 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
             hub: revision, token, cache_dir, local_files_only, as elsewhere in transformers.
 
         Raises:
-            UserError: not found (66), damaged or not a MaskVLM model (65), it would run code (77), no such device (69)
-                or precision.
+            UserError: not found (66), damaged or not a MaskVLM model (65), cannot be read (74), it would run code (77),
+                no such device (69), no such precision or a misspelt argument (2).
         """
         for name in hub:
             # Others may be transformers' own, which `AutoModel` passes on.
@@ -283,7 +283,8 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 arguments of transformers: weights are stored in one file.
 
         Raises:
-            UserError: an unknown argument, a file instead of a folder, or a model without tokenizer.
+            UserError: an unknown argument, a file instead of a folder, or a model without tokenizer (2); the model card
+                cannot be written (73, 74); the hub rejects the upload or cannot be reached (69).
         """
         folder = Path(save_directory)
         if other := next((key for key in to_hub if key not in TO_HUB), None):
@@ -425,8 +426,8 @@ def unknown_line(words: Sequence[str]) -> str:
 
 
 def known_of(backbone: Backbone, origin: Start) -> KnownRange | None:
-    """Range of a model's training images, from its checkpoint. Raises UserError: the features do not fit its image
-    encoder (65)."""
+    """Range of the features of validation images in a checkpoint; None if it has none, or fewer than 50. Raises
+    UserError: the features do not fit its image encoder (65)."""
     if origin.known_images is None:
         return None
     width, its = origin.known_images.shape[1], backbone.image.width

@@ -65,8 +65,8 @@ def build_model(spec: ModelSpec, origin: Start, allowed: Iterable[str] = ()) -> 
         allowed: packages besides this project's that its task may come from.
 
     Raises:
-        UserError: a class or setting that a checkpoint may not name (77), weights that do not fit, or missing heads
-            (65).
+        UserError: a class or setting that a checkpoint may not name (77), no task, or a class that is not installed
+            (66), weights that do not fit, or missing heads (65).
     """
     if spec.task is None:
         what = "does not say which task it was trained for, and there is no config-fit.yaml beside it"
@@ -105,7 +105,8 @@ def checked_task_of(spec: ModelSpec, path: str, allowed: Iterable[str] = ()) -> 
         allowed: packages besides this project's that the task and its parts may come from.
 
     Raises:
-        UserError: the checkpoint names no task (66); a class or setting that a checkpoint may not name (77).
+        UserError: the checkpoint names no task, or a class that is not installed (66); a class or setting that a
+            checkpoint may not name (77); a part that cannot be built (65).
     """
     if spec.task is None:
         raise UserError(path, "does not say how it was trained", "Name the files of its run", ExitCode.MISSING_INPUT)
@@ -211,7 +212,7 @@ def task_class(name: str, path: str, allowed: Iterable[str]) -> type[Task]:
     """The class of a task by its path: from this project, or from a package that the user allows.
 
     Raises:
-        UserError: it is neither, or not a task (77).
+        UserError: it may not be named, or is not a task (77); it is not installed (66).
     """
     return class_of(name, path, Task, OURS, allowed)  # type: ignore[type-abstract]
 
@@ -226,7 +227,7 @@ def class_of(name: str, path: str, base: type[Instance], ours: Iterable[str], al
         allowed: packages that the user trusts; any of their classes with this base may be named.
 
     Raises:
-        UserError: it may not be named, does not exist, or has another base (77).
+        UserError: it may not be named, or has another base (77); it does not exist (66).
     """
     module, _, last = name.rpartition(".")
     package = name.partition(".")[0]
@@ -261,7 +262,8 @@ def read_arguments(kind: type, args: Mapping[str, Any], where: str, allowed: Ite
         allowed: packages besides this project's that parts may come from.
 
     Raises:
-        UserError: an unknown setting, or one of the wrong type (77).
+        UserError: an unknown setting, or one of the wrong type, or a part that may not be named (77); a part that is
+            not installed (66) or cannot be built (65).
     """
     hints = hints_of(kind)
     # Labels come with the checkpoint's tensors (`build_model`), not with its settings.

@@ -47,8 +47,12 @@ INDEX_SCHEMA = Record({
 
 
 def index_folder(vectors: Path, out: Path, name: str = "auto", least: float = RECALL) -> Facts:
-    """Index a folder of vectors; returns the content of `index.json`. Raises UserError: a shard is missing or
-    damaged."""
+    """Index a folder of vectors; returns the content of `index.json`.
+
+    Raises:
+        UserError: there are no vectors (66), none is usable, or a shard is missing or damaged (65); too few for this
+            kind of index (2); FAISS is not installed (69); the index cannot be written (73, 74).
+    """
     facts = facts_of(vectors)
     parts, width = range(facts["shards"]), facts["width"]
     if not parts:
@@ -114,7 +118,8 @@ class SearchIndex:
             images: location of its images: a folder of files, or a prepared set; needed only to open them.
 
         Raises:
-            UserError: not an index (66), or damaged (65).
+            UserError: not an index (66), damaged (65), `index.json` is a link out of the folder (77) or cannot be read
+                (74), or FAISS is not installed (69).
         """
         place, faiss = Path(folder), faiss_module()
         if not (place / ABOUT).is_file():
@@ -165,8 +170,9 @@ class SearchIndex:
         The index is untrusted: its file paths are checked against that folder, and nothing else is opened.
 
         Raises:
-            UserError: no folder was named (66), an image is outside it (77) or missing (66), or the data set has
-                changed (65).
+            UserError: no folder was named for images that are not of the built-in world, or an image is outside it
+                (77); an image or the prepared set is missing (66); the folder has files, but the index names rows of a
+                set (2); the data set has changed, or the index names rows that it does not have (65).
         """
         if self.images is None or (self.images / MANIFEST).is_file():
             pairs = self.pairs(hits)

@@ -149,6 +149,9 @@ class RunRecord(L.Callback):
     def _begin(self, trainer: L.Trainer) -> None:
         """Write what is known before the first step."""
         folder, fingerprint = folder_of(trainer), getattr(trainer.datamodule, "fingerprint", None)  # type: ignore[attr-defined]
+        # Lightning's logger opens this file by its name: a link, as a stranger's folder may have, would be followed.
+        if (hparams := folder / "hparams.yaml").is_symlink():
+            hparams.unlink()
         facts: dict[str, Any] = {"seed": int(os.environ.get("PL_GLOBAL_SEED", 0))}
         facts["processes"], facts["precision"] = trainer.world_size, str(trainer.precision)
         facts["data"] = fingerprint() if fingerprint else None

@@ -130,7 +130,8 @@ def check_places(name: str, raw: str, root: Path) -> str:
     """Location of the raw set, as recorded in the manifest.
 
     Raises:
-        UserError: the output would be written into the input.
+        UserError: RAW is the folder to be created or lies in it, or that folder lies in RAW and the reader is `folder`
+            (77).
     """
     source = Path(raw).expanduser()
     if not source.exists():

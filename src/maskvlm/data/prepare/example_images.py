@@ -49,7 +49,7 @@ class Album:
     """The images that the examples of a task may name: a folder of files, or a prepared set.
 
     Attributes:
-        names: names of all its images; in a prepared set relative to the raw folder from which it was made.
+        names: names of all its images, relative to the folder; of a prepared set as in `prepared_names`.
     """
 
     def __init__(self, folder: Path) -> None:

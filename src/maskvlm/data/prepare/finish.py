@@ -31,7 +31,7 @@ from maskvlm.data.raw.base import RawSet
 from maskvlm.utils.errors import ExitCode, UserError
 
 ROWS = 1000
-"""Largest number of rows in a shard."""
+"""Default for the largest number of rows in a shard."""
 
 
 class Plan(NamedTuple):

@@ -153,6 +153,7 @@ class RowMaker:
 
         Raises:
             Unusable: no caption is left, but one is needed.
+            UserError: the reader gave one text instead of a tuple of texts (2).
         """
         captions, notes = [], []
         if isinstance(row.captions, str):  # its characters would be taken for captions

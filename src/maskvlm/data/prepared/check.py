@@ -42,7 +42,8 @@ def check_set(root: Path, every: bool = False, workers: int = 1, say: Callable[[
         say: called with a line on the content of the set.
 
     Raises:
-        UserError: there is no manifest to compare with.
+        UserError: there is no set or it is unfinished (66); its manifest is damaged (65) or cannot be read (74); a
+            process was killed (74); the manifest is a link out of the folder (77).
     """
     manifest = read_manifest(root)
     faults = [*other_files(root, manifest)]

@@ -141,7 +141,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """Read the manifest of a prepared set.
 
     Raises:
-        UserError: there is no set, it is unfinished, or its manifest is damaged, of another version, or a link.
+        UserError: there is no set, or it is unfinished (66); its manifest is damaged or of another version (65), cannot
+            be read (74), or is a link out of the folder (77).
     """
     path = root / MANIFEST
     if not path.is_file():

@@ -173,7 +173,7 @@ def checked_manifest(content: bytes, path: Path) -> dict[str, Any]:
         path: path of the file, for errors.
 
     Raises:
-        UserError: it is damaged, of another kind, or of a newer version.
+        UserError: it is damaged, of another kind, or of another version (65).
     """
     document = load_json(content, path)
     format_number = document.get("format") if isinstance(document, dict) else None

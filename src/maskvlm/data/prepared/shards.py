@@ -126,7 +126,7 @@ class PreparedShards:
         shards: as listed in the manifest.
 
     Raises:
-        UserError: a shard is missing or has another size.
+        UserError: a shard is missing (66), has another size (65), or is a link out of the folder (77).
     """
 
     def __init__(self, root: Path, shards: list[dict[str, Any]]) -> None:

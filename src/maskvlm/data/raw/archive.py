@@ -142,7 +142,8 @@ def members(file: Path | IO[bytes]) -> Iterator[Member]:
 
     Reasons: "unsafe member name" (it leads out of the archive, or is not text), "not a plain file" (links, devices),
     "too large" (over MAX_FILE_BYTES; the rest of a compressed archive is then not read, as that would decompress it),
-    "truncated archive", "damaged archive", "data after the end marker" (which are not an archive).
+    "truncated archive", "damaged archive", "data after the end marker" (which are not an archive), "unreadable" (the
+    file cannot be opened or read).
 
     Args:
         file: path of the archive, or the open archive.

@@ -15,7 +15,8 @@ class RawRow(NamedTuple):
         image_id: the same photo has the same id in every set: "coco 458752", "flickr 1000092795", "vg 2343".
         split: "train", "val" or "test"; "pictures" in annotated sets.
         origin: names the row in messages: file:line, `file image 12 (name.jpg)`, shard.tar!000001.jpg.
-        name: in annotated sets, the path relative to the raw folder, by which tasks find the image.
+        name: in annotated sets, the path by which tasks find the image: relative to `images/` in the raw folder, or to
+            the raw folder if there is no `images/`.
     """
 
     image: str | bytes

@@ -75,7 +75,8 @@ def _folded(name: str) -> str:
 
 
 def split_named(value: object) -> str | None:
-    """ "training" -> "train", also for "train2014" and "train[:10%]"; None if it does not name a split."""
+    """ "training" -> "train", also for "train2014" and "train[:10%]"; None and an empty text -> "train"; None is
+    returned if the value names no split."""
     # only letters: "train2014" and "train[:10%]" start with their split
     name = re.match(r"[a-z]*", str(value if value is not None else "").strip().lower())
     return SPLITS.get(name[0]) if name and (name[0] or not str(value or "").strip()) else None

@@ -29,7 +29,8 @@ def list_shards(root: str | list[str]) -> dict[str, int]:
     (`val-000.tar`) are left out with a message; a shard or a pattern that is named explicitly is always used.
 
     Raises:
-        UserError: there is none, or the file system cannot be listed.
+        UserError: there is none (66), a package for the address is missing (69), it cannot be listed (74), or a shard
+            is a link out of its folder (77).
     """
     import fsspec
 
