@@ -222,7 +222,6 @@ class LightningCommand(LightningCLI):
                 callback.goes_on = self.settings.get("ckpt_path") is not None
             if isinstance(callback, KeepState):
                 callback.restores_signals = False  # signals are caught until the last evaluation has ended
-        self.model.goes_on = self.settings.get("ckpt_path") is not None
         keep_profile(new_trainer, Path(self.settings.run))
         # Without evaluations, callbacks keep judging by what training logs.
         for callback in new_trainer.callbacks if new_trainer.limit_val_batches else ():  # type: ignore[attr-defined]

@@ -330,25 +330,6 @@ class PairData(L.LightningDataModule):
         size = self.eval_batch_size
         return self._measured(self.splits["val"], [[*rows[at : at + size]] for at in range(0, len(rows), size)], size)
 
-    def training_pairs(self, images: int, captions: int) -> DataLoader[Any]:
-        """Loader of at most `images` training rows, drawn by `seed`, with `captions` captions each and without
-        augmentation, all in this process; a row that cannot be read is a placeholder, as in training.
-
-        Raises:
-            UserError: the data are streamed, or not pairs.
-        """
-        pairs, size = self.splits["train"], self.eval_batch_size
-        if isinstance(self.source, ExampleSource) or not len(pairs):
-            what = "is streamed: its rows cannot be read before the run" if not len(pairs) else "has no captions"
-            todo = "Prepare a captioned set with maskvlm data, or set model.task.contrast_start to random"
-            raise UserError("data.source", what, todo)
-        order = FlatOrder(len(pairs), self.seed)
-        picks = [order[at] for at in range(min(images, len(pairs)))]
-        batches = [picks[at : at + size] for at in range(0, len(picks), size)]
-        transform = eval_transform(self.spec, normalise=False)
-        data = TrainPairs(pairs, transform, self.seed, self.spec.image_size, captions)
-        return self._loader(data, size, batch_sampler=batches)
-
     def _measured(self, pairs: Any, batches: list[list[int]], size: int) -> DataLoader[Any]:
         """Loader of the given batches of a split for evaluation, each of at most `size` rows."""
         transform = eval_transform(self.spec, normalise=False)

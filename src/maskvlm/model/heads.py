@@ -73,16 +73,12 @@ class Projection(nn.Module):
             image_BLD: the class token, then the patches.
             subset_BV: int64 in [0, N), counted without the class token: the patches to average; None: all.
         """
-        return F.normalize(linear_in_float32(self.image, self.read_image(image_BLD, subset_BV)), dim=-1)
-
-    def read_image(self, image_BLD: Tensor, subset_BV: Tensor | None = None) -> Tensor:
-        """What contrast reads of an image, [B, D], or [B, 2D] with `mean`; arguments as in `embed_image`."""
         read_BX = image_BLD[:, 0]
         if self.mean:
             patch_BND = image_BLD[:, 1:] if subset_BV is None else gather_positions(image_BLD[:, 1:], subset_BV)
             # (B, D) -> (B, 2D)
             read_BX = torch.cat([read_BX, patch_BND.mean(1)], 1)
-        return read_BX
+        return F.normalize(linear_in_float32(self.image, read_BX), dim=-1)
 
     def embed_text(self, text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
         """Unit vector of a text, [B, dim].
@@ -90,14 +86,10 @@ class Projection(nn.Module):
         Args:
             text_BTD: the start token, then the others. attention_BT: False at padding.
         """
-        return F.normalize(linear_in_float32(self.text, self.read_text(text_BTD, attention_BT)), dim=-1)
-
-    def read_text(self, text_BTD: Tensor, attention_BT: Tensor) -> Tensor:
-        """What contrast reads of a text, [B, D], or [B, 2D] with `mean`; arguments as in `embed_text`."""
         read_BX = text_BTD[:, 0]
         if self.mean:
             read_BX = torch.cat([read_BX, masked_mean(text_BTD, attention_BT)], 1)
-        return read_BX
+        return F.normalize(linear_in_float32(self.text, read_BX), dim=-1)
 
 
 def masked_mean(text_BTD: Tensor, attention_BT: Tensor) -> Tensor:

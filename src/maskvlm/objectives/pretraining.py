@@ -4,7 +4,7 @@ Shapes: B pairs of this process, G of all processes, L image positions, T tokens
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,6 @@ from maskvlm.model.heads import Matching, PixelDecoder, Projection, TokenHead
 from maskvlm.model.init import init_normal
 from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives import chunks
-from maskvlm.objectives.canonical import CAPTIONS, IMAGES, start_from_pairs
 from maskvlm.objectives.cross_batch import (
     Contrast,
     Crossed,
@@ -60,7 +59,7 @@ from maskvlm.objectives.pretraining_losses import (
     needed,
 )
 from maskvlm.objectives.task import Task, TrainingPhases
-from maskvlm.utils.distributed import rank, shared_count, world_size
+from maskvlm.utils.distributed import shared_count, world_size
 from maskvlm.utils.errors import UserError, check_least, check_shares
 
 
@@ -104,9 +103,6 @@ class MaskedPretraining(Task):
             encoder see while contrast is trained alone (1, P); cheaper, with less memorisation (FLIP, Li et al. 2023).
         contrast_reads: `class`: contrast uses the two class tokens (P). `class_and_mean`: also the mean patch and the
             mean token, see `heads.Projection`.
-        contrast_start: `random`: contrast's projections start from random weights (C). `cca`: from the canonical
-            directions of up to 10,000 training images with five captions each, in closed form, see `canonical.py`. For
-            pretrained encoders and few pairs; it reads each of these images once before the first step.
         freeze_aligned: true: freeze both encoders and the contrast projections after the ITC-only phase (false, P);
             their learning rates end with it, and later steps cost less. `image`: freeze only the image encoder; the
             text encoder and ITC keep training against fixed image features (LiT, Zhai et al. 2022). The mask token
@@ -191,7 +187,6 @@ class MaskedPretraining(Task):
         fully_masked_share: float = 0.0,
         contrast_patches: float = 1.0,
         contrast_reads: Literal["class", "class_and_mean"] = "class",
-        contrast_start: Literal["random", "cca"] = "random",
         losses: Sequence[PretrainingLoss] = (),
         image_masking: ImageMasking | None = None,
         text_masking: TextMasking | None = None,
@@ -207,7 +202,7 @@ class MaskedPretraining(Task):
         check_least(1, {"model.task.rerank_k": rerank_k, "model.task.masks_per_text": masks_per_text})
         check_least(0, {"model.task.rerank_contrast": rerank_contrast, "model.task.negative_queue": negative_queue})
         # The losses and their settings.
-        self.contrastive = ImageTextContrast(weight_itc, contrast_dim, temperature, contrast_reads, contrast_start)
+        self.contrastive = ImageTextContrast(weight_itc, contrast_dim, temperature, contrast_reads)
         self.masked_pixels = MaskedPixels(weight_mim, pixel_loss, pixel_norm, decoder_layers, decoder_positions)
         self.masked_tokens = MaskedTokens(weight_mlm, tokens_from_words)
         paper = [self.contrastive, ImageTextMatching(weight_itm), self.masked_tokens, self.masked_pixels]
@@ -276,7 +271,6 @@ class MaskedPretraining(Task):
         self.texts_per_image = 1  # captions per image in training, for the chance levels
         self.measure = PretrainingMetrics(rerank_k, rerank_contrast)
         self.tokens_loaded = False  # whether the token head comes from a checkpoint
-        self.projection_loaded = False  # whether contrast's projections do
 
     def _order(self, paper: Sequence[PretrainingLoss], more: Sequence[PretrainingLoss]) -> list[PretrainingLoss]:
         """The losses with a weight above 0, the paper's first, so that their heads get the same random initial values
@@ -360,7 +354,6 @@ class MaskedPretraining(Task):
         # As in the backbone: the pixel decoder may have position embeddings, and the image size may differ.
         loaded = super().warm_start(resize_positions(heads, self))
         self.tokens_loaded = any(name.startswith("tokens.") for name in loaded)
-        self.projection_loaded = any(name.startswith("projection.") for name in loaded)
         return loaded
 
     def compute_in_chunks(self, size: int) -> None:
@@ -376,13 +369,6 @@ class MaskedPretraining(Task):
         # A head loaded from a checkpoint has a trained bias.
         if self.weights["mlm"] and self.masked_tokens.from_words and not self.tokens_loaded:
             self.tokens.init_bias_from_counts(count())
-
-    def use_pairs(self, backbone: MaskVLM, read: Callable[[int, int], Iterator[Batch]]) -> None:
-        # Projections loaded from a checkpoint are trained.
-        if self.weights["itc"] and self.contrastive.start == "cca" and not self.projection_loaded:
-            line = start_from_pairs(self.projection, backbone, read(IMAGES, CAPTIONS))
-            if rank() == 0:
-                print(line, flush=True)
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
         # False in the ITC-only phase.

@@ -203,7 +203,6 @@ class ImageTextContrast(PretrainingLoss):
         width: width of the contrast space.
         temperature: initial value.
         reads: use the class tokens, or also the mean patch and token, see `heads.Projection`.
-        start: `random` projections (Xavier), or `cca`: canonical directions of training pairs, see `canonical.py`.
     """
 
     name, needs = "itc", frozenset({Need.IMAGE, Need.TEXT})
@@ -218,12 +217,11 @@ class ImageTextContrast(PretrainingLoss):
         width: int = 256,
         temperature: float = 0.07,
         reads: Literal["class", "class_and_mean"] = "class",
-        start: Literal["random", "cca"] = "random",
     ) -> None:
         super().__init__(weight)
         check_least(1, {"model.task.contrast_dim": width})
         check_temperature(temperature)
-        self.width, self.temperature, self.reads, self.start = width, temperature, reads, start
+        self.width, self.temperature, self.reads = width, temperature, reads
 
     def build(self, backbone: MaskVLM) -> Mapping[str, nn.Module]:
         mean = self.reads == "class_and_mean"

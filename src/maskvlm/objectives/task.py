@@ -1,7 +1,7 @@
 """The plug-in interface that pre-training and every downstream task implement; no other code knows the tasks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
@@ -158,12 +158,6 @@ class Task(nn.Module, ABC):
     def use_token_counts(self, count: Callable[[], Tensor]) -> None:
         """Called before the first training step. `count` returns how often each token occurs in a sample of the
         training texts, [entries of the tokenizer]; it reads them when it is called."""
-        return
-
-    def use_pairs(self, backbone: "MaskVLM", read: Callable[[int, int], Iterator[Any]]) -> None:
-        """Called before the first training step of a new run, after `use_token_counts`. `read(images, captions)` yields
-        batches of at most so many training images with so many captions each, normalised, on the device and without
-        augmentation; it reads them when it is called."""
         return
 
     def card(self) -> dict[str, Any]:

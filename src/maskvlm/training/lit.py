@@ -1,7 +1,7 @@
 """The only LightningModule: it sums and logs the task's losses without knowing what they are."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Protocol
 
@@ -195,9 +195,6 @@ class LitModel(L.LightningModule):
         # The heads must exist before those of a checkpoint are loaded.
         new = task.build_once(backbone)
         self.counts_words = new  # whether the heads still need the token frequencies
-        # Resumes from a checkpoint, as the command line knows before the trainer does. In a script, what `use_pairs`
-        # sets is computed and then overwritten by the checkpoint.
-        self.goes_on = False
         if chunk is not None:
             task.compute_in_chunks(chunk)
         self.warm_started = self._warm_start() if new else set(task.state_dict())
@@ -256,14 +253,12 @@ class LitModel(L.LightningModule):
         if tokenizer is not None:
             self.backbone.text.set_tokenizer(tokenizer)
         if stage == "fit":
-            if self.backbone.image.feature_cache is not None:
-                self._open_feature_cache()
             if self.counts_words:
                 # Once: a second training would overwrite what the first one learned.
                 self.task.use_token_counts(self.data.token_counts)
-                if not self.goes_on:
-                    self.task.use_pairs(self.backbone, self._training_pairs)
                 self.counts_words = False
+            if self.backbone.image.feature_cache is not None:
+                self._open_feature_cache()
 
     def configure_model(self) -> None:
         """Shard the weights if the trainer's strategy does so (`sharding.py`); called before each fit and evaluation.
@@ -297,15 +292,6 @@ class LitModel(L.LightningModule):
             what = f"a batch of {batch} is larger than the {rows} training {kind}: a step shows each of them"
             what += f" {batch / rows:.1f} times, and the run has {steps} step{'' if steps == 1 else 's'}"
             log.warning("%s", f"note: {what}; give a smaller --data.batch_size")
-
-    def _training_pairs(self, images: int, captions: int) -> Iterator[Any]:
-        """As `Task.use_pairs`, in the precision of the run."""
-        device = self.trainer.strategy.root_device
-        self.backbone.to(device)
-        with self.trainer.precision_plugin.val_step_context():
-            for batch in self.data.training_pairs(images, captions):
-                moved = {name: value.to(device) for name, value in batch._asdict().items() if torch.is_tensor(value)}
-                yield self.data.normalised(batch._replace(**moved))
 
     def _open_feature_cache(self) -> None:
         """Open the cache of the frozen blocks' features. Raises UserError if images are augmented or streamed."""
