@@ -193,7 +193,7 @@ def test_the_shell_tells_what_is_strange_after_the_answer(tmp_path: Path, capsys
     assert main(["scene", "3", "--out", str(tmp_path / "scene.png")]) == 0
     capsys.readouterr()
     assert main(["match", "--from", DEFAULT, str(tmp_path / "scene.png"), "a red square", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out).keys() == {"match", "text"}
+    assert json.loads(capsys.readouterr().out).keys() == {"image", "match", "text"}
     assert second == "warning: words that the model's tokenizer does not know: horse; take the answers with care"
     assert third.startswith(f"{DEFAULT}: It knows drawn scenes alone (at most ")
 
