@@ -140,6 +140,8 @@ def test_encoders_out_of_a_folder(tmp_path: Path) -> None:
         ("finetune nope from=x", "task nope: no such task. Available: captioning, entailment, nlvr, retrieval, vqa"),
         ("finetune acme.nothing from=x", "task acme.nothing: no such task"),
         ("config pretrain data=scenes", "pretrain: is not a task. Leave the word out"),
+        ("submit pretrain where=slurm4x8", "pretrain: is not a task. Leave the word out"),
+        ("finetune pretrain from=x", "task pretrain: no such task. Available: captioning"),
         ("evaluate from=random", "from=random: has no training to evaluate"),
         ("evaluate vqa from=x split=train", "split=train: no such split. Available: val, test."),
         ("finetune vqa from=x data=coco", "data=coco: no such data set of vqa. Available: daquar, scenes, vqav2."),

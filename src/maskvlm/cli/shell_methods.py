@@ -38,13 +38,7 @@ METHODS: dict[str, ShellMethod] = {
     "fill": ShellMethod(
         'IMAGE "a [MASK] on the [MASK]"', "fill in masked words from the image", 2, 2, ("--top",), "tokens"
     ),
-    "match": ShellMethod(
-        "IMAGE TEXT ...",
-        "probability that image and text match",
-        2,
-        None,
-        head="matching",
-    ),
+    "match": ShellMethod("IMAGE TEXT ...", "probability that image and text match", 2, None, head="matching"),
     "rank": ShellMethod(
         "IMAGE TEXT ...  or  TEXT IMAGE ...",
         "order texts for an image, or images for a text, best first",

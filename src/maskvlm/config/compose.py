@@ -303,9 +303,6 @@ def task_folder(task: str) -> Path:
         # a namespace package has no file
         if spec is not None and spec.origin is not None:
             return Path(spec.origin).parent
-    # as in `config pretrain` or `submit pretrain`
-    if task == "pretrain":
-        raise UserError("pretrain", "is not a task", "Leave the word out: without a task, pre-training is meant")
     known = ", ".join(tasks()) or "none yet"
     todo = f"Available: {known}, and package.task of a package that is installed or in this folder (with __init__.py)"
     near = nearest(task, tasks(), 0.6)
@@ -418,6 +415,8 @@ def submit_command(words: CommandWords) -> Composed:
 
 def pretrain_or_finetune(words: CommandWords) -> Composed:
     """Compose `finetune` if a task is given, else `pretrain`."""
+    if words.places == ["pretrain"]:
+        raise UserError("pretrain", "is not a task", "Leave the word out: without a task, pre-training is meant")
     recipe = words.values.get("recipe")
     if words.places and recipe is not None:
         raise UserError(f"recipe={recipe}", "applies to pre-training only; a task has its own", "Leave it out")
