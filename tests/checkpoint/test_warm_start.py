@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from toy_examples import LABELS, Nameless, Questions, bare_backbone, data_for, fit, trainer_in
 from toy_pretrained import BACKBONE, saved
 from toys import SIZE, toy_backbone
@@ -288,7 +289,7 @@ def test_weights_that_may_not_be_read_are_one_line(tmp_path: Path, monkeypatch: 
     def denied(path: str, flags: int) -> int:
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
-    (tmp_path / "model.safetensors").touch()
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     monkeypatch.setattr("maskvlm.data.safe_open._at_once", denied)  # root may read any file
     with pytest.raises(UserError, match=r"model\.safetensors: cannot be read \(Permission denied\)") as caught:
         read_state(tmp_path)
