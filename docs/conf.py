@@ -5,7 +5,8 @@ import logging
 import os
 import re
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import myst_nb.core.render
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.util.parallel import make_chunks
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -75,7 +77,11 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_execution_show_tb = True
 logging.getLogger("traitlets").setLevel(logging.ERROR)  # which notebook is being run
-TUTORIALS = "tutorials/"
+TUTORIALS = [
+    f"tutorials/{name}"
+    for name in "your-images a-study fine-tune add-a-task search add-a-loss first-steps slurm".split()
+]
+"""The longest first, by what they take to run."""
 os.environ |= {
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
@@ -106,11 +112,24 @@ myst_nb.core.render.coalesce_streams = join_streams
 
 
 def spread_tutorials(app: Sphinx, env: BuildEnvironment, names: list[str]) -> None:
-    """Deal the tutorials out among the other pages: each process of `-j` reads pages that follow each other."""
-    slow = [name for name in names if name.startswith(TUTORIALS)]
-    quick = [name for name in names if not name.startswith(TUTORIALS)]
-    every = len(quick) / (len(slow) or 1)
-    names[:] = sorted([*slow, *quick], key=lambda n: slow.index(n) * every if n in slow else quick.index(n))
+    """Order the pages so that all processes of `-j`, each of which reads the next chunk of pages, end together: the
+    tutorials are dealt out to the chunks there and back, so that a long one is beside a short one."""
+    sizes = [len(chunk) for chunk in make_chunks(names, app.parallel)]
+    chunks: list[list[str]] = [[] for _ in sizes]
+    there_and_back = cycle([*chunks, *reversed(chunks)])
+    for name in (name for name in TUTORIALS if name in names):
+        next(there_and_back).append(name)
+    others = iter([name for name in names if name not in TUTORIALS])
+    for chunk, size in zip(chunks, sizes, strict=True):
+        chunk.extend(islice(others, size - len(chunk)))
+    names[:] = [name for chunk in [*chunks, others] for name in chunk]
+
+
+def import_once(app: Sphinx, env: BuildEnvironment, names: list[str]) -> None:
+    """Import what the reference reads docstrings of, before `-j` forks processes that would each import it."""
+    if any(name.startswith("reference/api/") for name in names):
+        for module in ("maskvlm.inference.api", "maskvlm.training.lit"):
+            import_module(module)
 
 
 def show_plainly(app: Sphinx, document: nodes.document) -> None:
@@ -162,6 +181,7 @@ def included_links(app: Sphinx, source: Path, name: str, content: list[str]) -> 
 
 def setup(app: Sphinx) -> None:
     app.connect("env-before-read-docs", spread_tutorials)
+    app.connect("env-before-read-docs", import_once)
     app.connect("doctree-read", show_plainly)
     app.connect("source-read", page_links)
     app.connect("include-read", included_links)
