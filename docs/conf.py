@@ -79,7 +79,7 @@ nb_execution_show_tb = True
 logging.getLogger("traitlets").setLevel(logging.ERROR)  # which notebook is being run
 TUTORIALS = [
     f"tutorials/{name}"
-    for name in "your-images a-study fine-tune add-a-task search add-a-loss first-steps slurm".split()
+    for name in ["your-images", "a-study", "fine-tune", "add-a-task", "search", "add-a-loss", "first-steps", "slurm"]
 ]
 """The longest first, by what they take to run."""
 os.environ |= {
