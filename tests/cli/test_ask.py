@@ -122,6 +122,30 @@ def test_which_patches_a_box_touches() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("text.png", b"a letter", "text.png: bad image, not an image"),
+        ("empty.jpg", b"", "empty.jpg: bad image, empty"),
+        ("folder", None, "folder: bad image, a folder"),
+    ],
+)
+def test_a_bad_image_is_told_before_a_model_is_loaded(
+    place: Path, tmp_path: Path, name: str, content: bytes | None, message: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    if content is None:
+        Path(name).mkdir()
+    else:
+        Path(name).write_bytes(content)
+    for words in (["caption", str(place / "0.png"), name], ["match", name, "a dog"]):
+        assert main([*words, "--from", "no.ckpt"]) in (ExitCode.BAD_DATA, ExitCode.MISSING_INPUT)
+        error = capsys.readouterr().err
+        assert message in error
+        assert "no.ckpt" not in error
+
+
+@pytest.mark.parametrize(
     ("words", "message", "code"),
     [
         (["fill", "--from", "best.ckpt", "0.png"], "1 input. Give IMAGE", ExitCode.USAGE),
@@ -185,6 +209,13 @@ def test_which_patches_a_box_touches() -> None:
             ExitCode.USAGE,
         ),
         (["explain", "--from", "best.ckpt", "0.png", "a dog", "cat"], "'cat' is not in the text", ExitCode.USAGE),
+        (["fill", "--from", "", "0.png", "[MASK]"], "--from: its value is empty", ExitCode.USAGE),
+        (["answer", "--from=", "0.png", "a"], "--from: its value is empty", ExitCode.USAGE),
+        (["caption", "--from", "best.ckpt", "0.png", ""], "caption: the name of image 2 is empty", ExitCode.USAGE),
+        (["match", "--from", "best.ckpt", "0.png", "a", " "], "text 2: it has no words", ExitCode.USAGE),
+        (["reconstruct", "--from", "best.ckpt", "0.png", ""], "text: it has no words", ExitCode.USAGE),
+        (["explain", "--from", "best.ckpt", "0.png", "a", "\x00"], "word: it has no words", ExitCode.USAGE),
+        (["fill", "--from", "best.ckpt", "0.png", "a dog"], "text 'a dog': no word in it is masked", ExitCode.USAGE),
         (["fot", "--from", "best.ckpt"], "did you mean fit?", ExitCode.USAGE),
         (["convert", "best.ckpt"], "required: target. See maskvlm convert --help", ExitCode.USAGE),
         (["convert", "best.ckpt", "0.png"], "already exists", ExitCode.CANNOT_CREATE),

@@ -115,7 +115,7 @@ def test_the_folder_of_sets_is_named_by_the_environment(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cocoo", "x"], "SET: there is no set 'cocoo'. Did you mean coco?"),
+        (["cocoo", "x"], "data: there is no set 'cocoo'. Did you mean coco?"),
         (["coco", "/no/such"], "/no/such: there is no such file or folder"),
         (["csv", "RAW", "--side", "4"], "--side: 4 is not from 8 to 10000"),
         (["csv", "RAW", "--quality", "101"], "--quality: 101 is not from 1 to 100"),

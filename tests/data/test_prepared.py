@@ -152,6 +152,7 @@ def test_a_set_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
     error = error_of(tmp_path / "coco")
     assert str(error).startswith(f"{tmp_path / 'coco'}: no such folder of a prepared set. Make it with `maskvlm data ")
     assert error.code == ExitCode.MISSING_INPUT
+    assert "Make it with `maskvlm data SET FOLDER name=mine`; " in str(error_of(tmp_path / "mine"))
     (tmp_path / "coco").mkdir()
     assert "coco/manifest.json: no prepared set here. Make it with `maskvlm data coco FOLDER`" in str(
         error_of(tmp_path / "coco")

@@ -18,7 +18,7 @@ from maskvlm.config.bundled_models import DEFAULT, FOLDER, bundled_folder, bundl
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.demo.samples import PHOTOS
 from maskvlm.inference import infill
-from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords
+from maskvlm.inference.pretrained import PretrainedMaskVLM, TruncatedText, UnknownWords
 from maskvlm.inference.saliency import word_places
 from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.utils.errors import UserError
@@ -177,6 +177,30 @@ def test_words_beyond_what_is_read_are_not_named() -> None:
     assert model.unknown_words([f"{masked}zebra horse"]) == ["zebra"]
     assert words.masked(f"{masked}zebra horse").tolist() == words.masked(f"{masked}zebra").tolist()
     assert model.unknown_words([f"horse {masked}zebra", "[MASK]", ""]) == ["horse"]
+
+
+def test_a_text_longer_than_is_read_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = MaskVLM.from_pretrained()
+    image, room = Scenes().split("val")[3]["image"], model.words.text_length - 2
+    long = "red " * (room + 1)
+    line = f"text '{long[:50]}"
+    with pytest.warns(TruncatedText, match=f"only the first {room} of its {room + 1} tokens are read") as told:
+        model.score(image, [long, "a red square"])
+    assert str(told[0].message).startswith(line)
+    assert model.words.count("red " * 500) == 502
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TruncatedText)
+        model.match(image, long)
+        model.match(image, "red " * room)
+        model.fill_mask(image, "[MASK] " * room)  # each is one token
+        model.score(image, "a" * 20)  # spelt in letters
+    assert len(model.truncated_warnings) == 1
+    assert len(model.truncated(["[MASK] " * (room + 1), "ü", "", 7])) == 1
+    image.save(tmp_path / "scene.png")
+    assert main(["score", "--from", DEFAULT, str(tmp_path / "scene.png"), long, "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["truncated"] == [*model.truncated_warnings]
+    assert f"warning: {model.truncated_warnings[0]}" in output.err.splitlines()
 
 
 def test_the_shell_tells_what_is_strange_after_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

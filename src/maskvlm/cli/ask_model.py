@@ -20,7 +20,7 @@ from maskvlm.config.bundled_models import default_model
 from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
 from maskvlm.data.inputs import is_image, save_image
-from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords, unknown_line
+from maskvlm.inference.pretrained import PretrainedMaskVLM, TruncatedText, UnknownWords, unknown_line
 from maskvlm.inference.rebuild import PARTS
 from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.objectives.task import Task
@@ -81,7 +81,8 @@ def cautions(
     model: PretrainedMaskVLM, images: Sequence[str], texts: Sequence[str], seen: dict[str, str | None]
 ) -> Answer:
     """Reasons to treat an answer about these inputs with care: `far`, a line for each image unlike the training data,
-    and `unknown_words`. An empty entry is left out.
+    `unknown_words`, and `truncated`, a line for each text of which only the beginning is read. An empty entry is left
+    out.
 
     Args:
         seen: the result of `far` for the images of earlier answers; updated with these images.
@@ -89,19 +90,21 @@ def cautions(
     new = [image for image in dict.fromkeys(images) if image not in seen]
     seen.update(zip(new, model.far(new), strict=True))
     far = [f"{cut(image, 300)}: {seen[image]}" for image in images if seen[image] is not None]
-    entries = {"far": far, "unknown_words": model.unknown_words(texts)}
+    entries = {"far": far, "unknown_words": model.unknown_words(texts), "truncated": model.truncated(texts)}
     return {name: each for name, each in entries.items() if each}
 
 
 @contextmanager
-def warn_afterwards(model: PretrainedMaskVLM) -> Iterator[None]:
-    """On exit, print a line to stderr for each image unlike the training data, and one for unknown words."""
+def warn_afterwards(model: PretrainedMaskVLM, images: bool = True) -> Iterator[None]:
+    """On exit, print a line to stderr for each image unlike the training data (unless `images` is false), one for
+    unknown words, and one for each text that is too long."""
     with warnings.catch_warnings():
         # Python would print the source location of each.
-        for kind in (FarFromTraining, UnknownWords):
+        for kind in (FarFromTraining, UnknownWords, TruncatedText):
             warnings.simplefilter("ignore", kind)
         yield
-    for line in (*model.far_warnings, *([unknown_line(model.warned_words)] if model.warned_words else [])):
+    unknown = [unknown_line(model.warned_words)] if model.warned_words else []
+    for line in (*(model.far_warnings if images else []), *unknown, *model.truncated_warnings):
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 

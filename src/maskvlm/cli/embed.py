@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from maskvlm.cli.ask_model import warn_afterwards
 from maskvlm.cli.lightning import Parsed, built_source, run_command
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.bundled_models import DEFAULT, default_model
@@ -84,7 +85,8 @@ def embed_data(options: argparse.Namespace, rest: list[str], allowed: list[str],
     plain = {"class_path": chosen.class_path, "init_args": args.as_dict() if args else {}}
     # Only JSON types go into index.json: paths and other values become strings.
     facts = {"checkpoint": options.source, "split": options.split, "source": json.loads(json.dumps(plain, default=str))}
-    return embed(model, pairs, folder, facts, options.shard, options.captions, process)
+    with warn_afterwards(model, images=False):  # `tell_far` has looked at the images
+        return embed(model, pairs, folder, facts, options.shard, options.captions, process)
 
 
 def undivided(source: Source) -> Prepared:

@@ -33,6 +33,8 @@ class ShellMethod(NamedTuple):
     head: str = ""
 
 
+OPENED_EARLY = 8
+"""So many images are checked before the model is loaded, which takes seconds."""
 PAINT = ("--out", "--mask-ratio", "--box", "--seed")
 METHODS: dict[str, ShellMethod] = {
     "fill": ShellMethod(
@@ -129,6 +131,8 @@ def check_typed(method: str, options: argparse.Namespace) -> None:
     Raises:
         UserError: an input or option is wrong.
     """
+    if options.source == "":
+        raise UserError("--from", "its value is empty", f"Name a checkpoint, or leave it out for {DEFAULT}")
     known = METHODS.get(method)
     if known is None:
         return
@@ -136,9 +140,10 @@ def check_typed(method: str, options: argparse.Namespace) -> None:
     check_count(inputs, known.form, known.least, known.most, method)
     if "TEXT IMAGE" not in known.form:
         check_images(method, inputs if known.form == "IMAGE ..." else inputs[:1], inputs[1:])
+        check_texts([] if known.form == "IMAGE ..." else inputs[1:], "word" if method == "explain" else None)
     # A tokenizer may have its own mask token; whatever it is called, it is in brackets.
     if method == "fill" and not any(sign in inputs[1] for sign in "[<") and "mask" not in inputs[1].lower():
-        raise UserError("text", "no word in it is masked", "Replace one with [MASK]")
+        raise UserError(f"text '{cut(inputs[1], 60)}'", "no word in it is masked", "Replace one with [MASK]")
     for name, least in (("k", 0), ("top", 1)):
         if getattr(options, name, least) < least:
             raise UserError(f"--{name}", f"{getattr(options, name)} is too few", f"Give {least} or more")
@@ -165,23 +170,43 @@ def check_count(inputs: list[str], form: str, least: int, most: int | None, meth
 
 
 def check_images(method: str, images: list[str], rest: list[str]) -> None:
-    """Check that the images exist.
+    """Check that the images exist, and that the first few are images.
 
     Raises:
-        UserError: a text is given in place of an image, and an image after it.
-        BadImage: there is no such file.
+        UserError: an image's name is empty, or a text is given in place of an image, and an image after it.
+        BadImage: there is no such file, or it is not an image, see `images.safe_open`.
     """
+    from maskvlm.data.images import BadImage, safe_open
+
+    if "" in images:
+        raise UserError(method, f"the name of image {images.index('') + 1} is empty", "Name an image file")
     # Not Path.exists, which raises OSError for a text that is too long to be a file name.
     absent = next((each for each in images if not os.path.exists(each)), None)
-    if absent is None:
-        return
-    after = next((each for each in rest if os.path.isfile(each)), None)
-    if len(images) == 1 and after is not None:
-        what = f"'{cut(absent)}' is not a file, but {after} after it is one"
-        raise UserError(method, what, "Give the image before the text")
-    from maskvlm.data.images import BadImage
+    if absent is not None:
+        after = next((each for each in rest if os.path.isfile(each)), None)
+        if len(images) == 1 and after is not None:
+            what = f"'{cut(absent)}' is not a file, but {after} after it is one"
+            raise UserError(method, what, "Give the image before the text")
+        raise BadImage(absent, "missing").without_row()
+    for image in images[:OPENED_EARLY]:
+        # A pipe can be read only once.
+        if os.path.isfile(image) or os.path.isdir(image):
+            try:
+                # At an eighth of its size where the format allows it, as only damage is of interest.
+                safe_open(image, image, least=1)
+            except BadImage as bad:
+                raise bad.without_row() from bad
 
-    raise BadImage(absent, "missing").without_row()
+
+def check_texts(texts: list[str], last: str | None) -> None:
+    """Check that the texts have words. last: what the last one is called, if it is no text. Raises UserError."""
+    from maskvlm.data.caption_text import clean_caption
+
+    count = len(texts) - (last is not None)
+    for number, text in enumerate(texts, 1):
+        if not clean_caption(text)[0]:
+            name = last if last and number > count else "text" if count == 1 else f"text {number}"
+            raise UserError(name, "it has no words", "Write one")
 
 
 def check_masked_share(share: float) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from maskvlm.config.safe_yaml import cut
 from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.text import Captioner, CaptionTokens
@@ -61,6 +62,8 @@ def open_image(image: ImageInput, name: str = "image") -> Image.Image:
     if isinstance(image, Tensor | np.ndarray):
         return Image.fromarray(_eight_bits(image, name))
     # a path names itself in errors
+    if image == "":
+        raise UserError(name, "its path is empty", "Name a file")
     if isinstance(image, str | Path):
         image, name = str(image), str(image)
     if isinstance(image, bytearray | memoryview):
@@ -136,13 +139,13 @@ def check_whole(method: str, name: str, value: object, least: int) -> None:
         raise UserError(method, f"{name} is {value!r}"[:80], f"Give a whole number, {least} or more")
 
 
-def check_text(value: object) -> str:
-    """Clean a text. Raises UserError if it is not a string or has no word in it."""
+def check_text(value: object, name: str = "text") -> str:
+    """Clean a text. Raises UserError, which calls it `name`, if it is not a string or has no word in it."""
     if not isinstance(value, str):
-        raise UserError("text", f"{type(value).__name__} is not text", "Give a string, or a list of strings")
+        raise UserError(name, f"{type(value).__name__} is not text", "Give a string, or a list of strings")
     text = clean_caption(value)[0]
     if not text:
-        raise UserError("text", "it has no words", "Write one")
+        raise UserError(name, "it has no words", "Write one")
     return text
 
 
@@ -170,7 +173,7 @@ class MarkedTexts:
         # the text between the masked words: one more piece than there are masks
         pieces = check_text(text).replace(str(self.tokenizer.mask_token), MASK).split(MASK)
         if len(pieces) == 1:
-            raise UserError("text", "no word in it is masked", f"Replace one with {MASK}")
+            raise UserError(f"text '{cut(text, 60)}'", "no word in it is masked", f"Replace one with {MASK}")
         ids: list[int] = []
         for place, piece in enumerate(pieces):
             last = place == len(pieces) - 1
@@ -184,6 +187,11 @@ class MarkedTexts:
                 what = f"a masked word is beyond the {self.text_length - 2} tokens that the model reads"
                 raise UserError("text", what, "Shorten it")
         return torch.tensor([start, *ids, end])
+
+    def count(self, text: str) -> int:
+        """Number of tokens of a text, start and end included, however many the model reads."""
+        pieces = clean_caption(text)[0].replace(str(self.tokenizer.mask_token), MASK).split(MASK)
+        return sum(map(self.captioner.count, pieces)) + len(pieces) - 1 + len(self.ends)
 
     def unknown_words(self, text: str) -> list[str]:
         """Words of a text unknown to the tokenizer, within the text length; masked words do not count."""

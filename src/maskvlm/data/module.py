@@ -108,7 +108,11 @@ class PairData(L.LightningDataModule):
             raise UserError("data", f"steps is {steps} and epochs is {epochs}", todo)
         for name, value in (("batch_size", batch_size), ("steps", steps), ("epochs", epochs)):
             if value is not None and value <= 0:
-                raise UserError(f"data.{name}", f"{value} is not greater than 0", "Give a larger number")
+                raise UserError(
+                    f"data.{name}",
+                    f"{value} is not greater than 0",
+                    "Give 1 or more" if name != "epochs" else "Give a number above 0",
+                )
         check_least(
             1, {"data.eval_batch_size": eval_batch_size, "data.accumulate": accumulate, "data.captions": captions}
         )

@@ -135,6 +135,12 @@ class Captioner:
         # as in `_plain`
         return [self._unknown if i in self._forbidden else i for i in ids]
 
+    def count(self, text: str) -> int:
+        """Number of tokens of a piece of a text, without start and end token, beyond the text length too."""
+        encoding = self._backend.encode(text)
+        # What is cut off is in encodings of its own, each with a start and an end token.
+        return sum(each.special_tokens_mask.count(0) for each in (encoding, *encoding.overflowing))
+
     def _plain(self, token_CT: Tensor, special_CT: Tensor) -> Tensor:
         """Replace special tokens that come from a text by the unknown token: a tokenizer that does not split `[MASK]`
         finds it in its vocabulary."""

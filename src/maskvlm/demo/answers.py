@@ -56,9 +56,11 @@ def covered(text: str, chosen: Iterable[int]) -> tuple[str, list[str]]:
 
 
 def unknown(model: PretrainedMaskVLM, texts: Sequence[str]) -> str:
-    """A note on words that the model's tokenizer does not know; "" if it knows them all."""
+    """A note on words that the model's tokenizer does not know, and on texts that are longer than it reads; "" if there
+    are none."""
     words = model.unknown_words(texts)
-    return note(sentence(unknown_line(words))) if words else ""
+    lines = [*([unknown_line(words)] if words else []), *model.truncated(texts)]
+    return "".join(note(sentence(line)) for line in lines)
 
 
 def words_filled(model: PretrainedMaskVLM, image: ImageInput | None, text: str, chosen: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from maskvlm.data.images import safe_open
 from maskvlm.data.inputs import check_text
-from maskvlm.inference.pretrained import UnknownWords
+from maskvlm.inference.pretrained import TruncatedText, UnknownWords
 from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -52,11 +52,11 @@ class Worker:
 
 
 def _quietly(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function without warnings about unknown words and unusual images: Python remembers every warning shown,
-    and visitors cause any number of them. The page shows both elsewhere."""
+    """Call a function without warnings about inputs: Python remembers every warning shown, and visitors cause any
+    number of them. The page shows them elsewhere."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FarFromTraining)
-        warnings.simplefilter("ignore", UnknownWords)
+        for kind in (FarFromTraining, UnknownWords, TruncatedText):
+            warnings.simplefilter("ignore", kind)
         return function(*arguments)
 
 

@@ -366,8 +366,10 @@ class ModelMethods(nn.Module):
         return self.notice_images(image_list), single
 
     def _texts(self, texts: Any) -> tuple[list[Any], bool]:
-        """A method's texts as a list, and whether a single one was passed."""
+        """A method's texts as a list, and whether a single one was passed. Raises UserError if one is no text."""
         text_list, single = as_list(texts)
+        for number, text in enumerate(text_list, 1):
+            check_text(text, "text" if len(text_list) == 1 else f"text {number}")
         self.notice_texts(text_list)
         return text_list, single
 

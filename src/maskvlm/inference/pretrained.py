@@ -66,6 +66,10 @@ class UnknownWords(UserWarning):
     """Words that the model's tokenizer does not know: it was not trained on texts with them."""
 
 
+class TruncatedText(UserWarning):
+    """A text with more tokens than the model reads; the rest of it is ignored."""
+
+
 @dataclass
 class MaskVLMOutput(ModelOutput):
     """What `MaskVLM.forward` returns; None for what the inputs or the checkpoint's heads cannot give.
@@ -100,6 +104,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         known: range of the features of validation images; None if the checkpoint has no sample of them, or too few.
         far_warnings: the latest of these warnings, each once; at most 1,000.
         warned_words: the latest unknown words in inputs, at most 1,000; each was warned about once (`UnknownWords`).
+        truncated_warnings: the latest of these warnings, each once; at most 1,000 (`TruncatedText`).
     """
 
     config_class = MaskVLMConfig
@@ -111,6 +116,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         self.known = known_of(backbone, origin)
         self.far_warnings: deque[str] = deque(maxlen=MOST_WARNINGS)
         self.warned_words: deque[str] = deque(maxlen=MOST_WARNINGS)
+        self.truncated_warnings: deque[str] = deque(maxlen=MOST_WARNINGS)
         self.most_far = 0.0  # highest share warned about so far, among the images checked in calls with many
         # Sets what save_pretrained reads; would initialise weights with `_init_weights`, which does nothing here.
         self.post_init()
@@ -234,12 +240,30 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 warnings.warn(message, FarFromTraining, stacklevel=calls_within())
 
     def notice_texts(self, texts: list[Any]) -> None:
-        """See `ModelMethods.notice_texts`. Warn about words that the tokenizer does not know; of many texts, only a few
-        are checked."""
+        """See `ModelMethods.notice_texts`. Warn about words that the tokenizer does not know, and texts longer than the
+        model reads; of many texts, only a few are checked."""
         new = [word for word in self.unknown_words(some_of(texts)) if word not in self.warned_words]
         if new:
             self.warned_words += new
             warnings.warn(unknown_line(new), UnknownWords, stacklevel=calls_within())
+        for line in self.truncated(some_of(texts)):
+            if line not in self.truncated_warnings:
+                self.truncated_warnings.append(line)
+                warnings.warn(line, TruncatedText, stacklevel=calls_within())
+
+    def truncated(self, texts: Sequence[Any]) -> list[str]:
+        """A line for each text of which the model reads only the beginning."""
+        lines = []
+        # Inputs that are not text are reported later.
+        for text in (each for each in texts if isinstance(each, str)):
+            # A token has at least one byte: most texts need not be counted.
+            if (
+                len(text.encode(errors="replace")) + 2 > self.words.text_length
+                and (count := self.words.count(text)) > self.words.text_length
+            ):
+                read = self.words.text_length - 2
+                lines.append(f"text '{cut(text, 60)}': only the first {read} of its {count - 2:,} tokens are read")
+        return lines
 
     def unknown_words(self, texts: Sequence[Any]) -> list[str]:
         """The words in these texts that the tokenizer does not know, or only as single letters; each once. Of a text
@@ -283,9 +307,11 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 arguments of transformers: weights are stored in one file.
 
         Raises:
-            UserError: an unknown argument, a file instead of a folder, or a model without tokenizer (2); the model card
+            UserError: an unknown argument, an empty name, a file instead of a folder, or no tokenizer (2); the card
                 cannot be written (73, 74); the hub rejects the upload or cannot be reached (69).
         """
+        if not str(save_directory):
+            raise UserError("save_pretrained", "the folder's name is empty", "Name a folder, . for the current one")
         folder = Path(save_directory)
         if other := next((key for key in to_hub if key not in TO_HUB), None):
             raise UserError("save_pretrained", f"there is no argument {other}", f"Available: {', '.join(TO_HUB)}")

@@ -18,7 +18,7 @@ from maskvlm.data.images import BadImage
 from maskvlm.data.inputs import open_image
 from maskvlm.data.raw.lines import one_line
 from maskvlm.data.subset import hash_of_photo
-from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords
+from maskvlm.inference.pretrained import PretrainedMaskVLM, TruncatedText, UnknownWords
 from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.suites.scores import within
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
@@ -91,14 +91,16 @@ def run_suite(
         first = next(iter(skipped.values()), ["; ".join(notes) or "the files are empty"])[0]
         raise UserError(path, f"no item can be used: {first}", "Check --path and --images", ExitCode.BAD_DATA)
     with warnings.catch_warnings():
-        # Unusual images are intended, and a warning would be about one of thousands; unknown words get a note below.
-        for kind in (FarFromTraining, UnknownWords):
+        # Unusual images are intended, and a warning would be about one of thousands; texts get notes below.
+        for kind in (FarFromTraining, UnknownWords, TruncatedText):
             warnings.simplefilter("ignore", kind)
         scores = {way: suite.ask(model, items, way) for way in ways}
     if model.warned_words:
         more = f" and {len(model.warned_words) - MOST_WORDS} more" if len(model.warned_words) > MOST_WORDS else ""
         named = ", ".join(islice(model.warned_words, MOST_WORDS))
         notes.append(f"words that the model's tokenizer does not know, of some of the texts: {named}{more}")
+    if model.truncated_warnings:
+        notes.append(f"some texts are longer than the model reads, such as {model.truncated_warnings[0]}")
     metrics = {}
     for way in ways:
         places = [row for row, each in enumerate(scores[way]) if len(each)]

@@ -152,7 +152,12 @@ def read_manifest(root: Path) -> dict[str, Any]:
             raise UserError(root, "this prepared set is unfinished", todo, ExitCode.MISSING_INPUT)
         what = "no prepared set here" if root.is_dir() else "no such folder of a prepared set"
         own = f"from your own table: `maskvlm data csv raw=FILE name={root.name}`"
-        todo = f"Make it with `maskvlm data {root.name} FOLDER`; {own} (DATA_ROOT holds the sets)"
+        from maskvlm.data.raw import SETS  # its readers take a moment to import, and only this error needs them
+
+        command = (
+            f"maskvlm data {root.name} FOLDER" if root.name in SETS else f"maskvlm data SET FOLDER name={root.name}"
+        )
+        todo = f"Make it with `{command}`; {own} (DATA_ROOT holds the sets)"
         raise UserError(path if root.is_dir() else root, what, todo, ExitCode.MISSING_INPUT)
     check_below(path, root)
     return checked_manifest(content_of(path, MOST_BYTES), path)

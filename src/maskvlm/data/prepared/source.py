@@ -152,7 +152,8 @@ class Prepared(Source):
             message = f"{len(val_N):,} of its {len(pairs):,} images are held out of training as its validation split"
             if copies:
                 way = "kept, because all others do" if all_alike else "left out"
-                message += f", {copies:,} that look like one of them are {way}"
+                like = "looks like one of them is" if copies == 1 else "look like one of them are"
+                message += f", {copies:,} that {like} {way}"
             print(f"{self.root} has no val split: {message}", flush=True)
         part = pairs.only(train_N if name == "train" else val_N)
         if name == "val":

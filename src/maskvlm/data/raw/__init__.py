@@ -109,7 +109,7 @@ def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name
     if kind is None and name not in SETS:
         near = difflib.get_close_matches(name, SETS, 1)
         todo = f"Did you mean {near[0]}? " if near else ""
-        raise UserError("SET", f"there is no set {name!r}", f"{todo}Use one of {', '.join(SETS)}")
+        raise UserError("data", f"there is no set {name!r}", f"{todo}Use one of {', '.join(SETS)}")
     # names are checked before the files
     if columns and (wrong := [role for role in columns if role not in ROLES]):
         raise UserError("columns", f"there is no role {wrong[0]!r}", f"Available roles: {', '.join(ROLES)}")
