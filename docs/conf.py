@@ -85,7 +85,7 @@ TUTORIALS = [
 os.environ |= {
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
-    "MASKVLM_DOCS": str(DOCS),  # where pages of results find what they show
+    "MASKVLM_DOCS": str(DOCS),  # the tutorial on SLURM shortens this path
     "TTY_COMPATIBLE": "0",  # plain lines in the place of bars
     "SHELLOPTS": "errexit",  # a command that fails in a cell of several ends the build
     **dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "1"),

@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import re
+import runpy
 import shlex
 import textwrap
 from collections.abc import Iterator
@@ -88,6 +89,19 @@ def test_a_page_of_results_says_what_its_metrics_say(metrics: Path) -> None:
     lines = {line.rstrip() for line in text_of(metrics.with_name("README.md")).splitlines()}
     assert len(printed) >= 8
     assert printed <= lines
+
+
+def test_the_first_page_of_results_is_written_from_files(tmp_path: Path) -> None:
+    tables = runpy.run_path(str(DOCS / "results/tables.py"))
+    page = text_of(DOCS / "results/index.md")
+    assert len(tables["TABLE"].findall(page)) == 4
+    assert tables["filled"](page) == page
+    typed = page.replace("92.0 ", "93.0 ").replace("| 90.", "| 91.")
+    assert typed != page
+    assert tables["filled"](typed) == page
+    (tmp_path / "runs.csv").write_text("cell,seed,study: R@1,step\na,0,1.0,5\na,1,2.0,5\nb,0,0.125,5\n")
+    lines = ["|  | seeds | R@1 |", "| --- | --- | --- |", "| a | 2 | 1.50 |", "| b | 1 | 0.12 |"]
+    assert tables["study_table"](tmp_path / "runs.csv").splitlines() == lines
 
 
 # ---------------------------------------------------------------------- commands
