@@ -121,7 +121,7 @@ def spread_tutorials(app: Sphinx, env: BuildEnvironment, names: list[str]) -> No
         next(there_and_back).append(name)
     others = iter([name for name in names if name not in TUTORIALS])
     for chunk, size in zip(chunks, sizes, strict=True):
-        chunk.extend(islice(others, size - len(chunk)))
+        chunk.extend(islice(others, max(0, size - len(chunk))))
     names[:] = [name for chunk in [*chunks, others] for name in chunk]
 
 

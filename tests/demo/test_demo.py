@@ -434,6 +434,9 @@ def test_words_that_the_model_does_not_know_are_named_wherever_a_text_is_asked(a
     assert note not in asker.tell("match", "click", image=image, texts="a red square")["matches"]
     assert note in asker.tell("find", "click", query=text)["found"]
     assert note in asker.tell("other", "blur", image=image, text="a red square", other=text)["right"]
+    long = asker.tell("match", "click", image=image, texts="a red <b>" + " square" * 60)["matches"]
+    assert "tokens are read" in long
+    assert "<b>" not in long
 
 
 def test_fifty_at_once(asker: Asker) -> None:

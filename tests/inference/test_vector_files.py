@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from maskvlm.cli.embed import device_of_process, main, process_of
 from maskvlm.data.batch import Row
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.inference import vector_files
-from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords
 from maskvlm.inference.vector_files import embed, identity
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.training.lit import LitModel
@@ -271,8 +272,9 @@ def test_a_broken_image_is_left_out_counted_and_listed(
 
 
 def test_the_command_embeds_what_the_files_configure(
-    checkpoint: Path, root: Path, tmp_path: Path, stack: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    checkpoint: Path, root: Path, tmp_path: Path, stack: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.chdir(root)
     out = tmp_path / "vectors"
     words = ["--from", str(checkpoint), "--out", str(out), "--device", "cpu", "--no-captions", "--shard", "4"]
@@ -286,6 +288,12 @@ def test_the_command_embeds_what_the_files_configure(
     table = rows_of(out)
     assert table["path"].to_pylist() == [None] * 6
     assert table["origin"].to_pylist()[5] == "scenes (seed 0) val image 5"
+    monkeypatch.setattr(PretrainedMaskVLM, "unknown_words", lambda self, texts: ["giraffe"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnknownWords)  # a line, not Python's warning
+        with_captions = [word for word in words if word != "--no-captions"]
+        assert main([*with_captions, *data, "--out", str(tmp_path / "more")], []) == 0
+    assert "warning: words that the model's tokenizer does not know: giraffe; " in capsys.readouterr().err
     with pytest.raises(UserError, match=r"--data.source.vall: unknown key \(did you mean data.source.val\?\)"):
         main([*words, *data, "--data.source.vall", "3"], [])
     files = ("conf/base.yaml", "conf/model/tiny.yaml", "conf/finetune.yaml", "tasks/nlvr/conf.yaml")

@@ -9,6 +9,7 @@ import random
 import shutil
 import statistics
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -1093,13 +1094,17 @@ def test_the_model_that_comes_along_is_asked_where_none_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, out = LAYOUTS["vsr"][0](tmp_path / "suite"), tmp_path / "out"
-    lines = vsr_line(COCO[0], "The giraffe is left of the zebra.", 1) + vsr_line(COCO[1], "The star is above.", 0)
+    long = f"The star is above{' a star' * 20}."
+    lines = vsr_line(COCO[0], "The giraffe is left of the zebra.", 1) + vsr_line(COCO[1], long, 0)
     (root / "data/splits/zeroshot/test.jsonl").write_text(lines)
-    assert main(["suite", "vsr", "--path", str(root), "--out", str(out)]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # strange words and images are no Python warnings
+        assert main(["suite", "vsr", "--path", str(root), "--out", str(out)]) == 0
     output = capsys.readouterr()
     assert output.err.startswith("no from= given: the bundled model scenes-tiny is used")
-    assert len(output.err.splitlines()) == 1  # strange words and images are no Python warnings
+    assert len(output.err.splitlines()) == 1
     assert "words that the model's tokenizer does not know, of some of the texts: giraffe, zebra\n" in output.out
+    assert "some texts are longer than the model reads, such as text 'The star is above a star" in output.out
     assert json.loads((out / "result.json").read_text())["options"]["source"] == "scenes-tiny"
 
 

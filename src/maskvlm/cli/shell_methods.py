@@ -34,7 +34,7 @@ class ShellMethod(NamedTuple):
 
 
 OPENED_EARLY = 8
-"""So many images are checked before the model is loaded, which takes seconds."""
+"""Number of images that are checked before the model is loaded, which takes seconds."""
 PAINT = ("--out", "--mask-ratio", "--box", "--seed")
 METHODS: dict[str, ShellMethod] = {
     "fill": ShellMethod(
