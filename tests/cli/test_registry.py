@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from maskvlm.cli.commands import COMMANDS, REGISTRY, TASK_METHODS, WORDS, help_of, overview
 from maskvlm.cli.main import common, main
@@ -143,8 +144,9 @@ def test_help_of_a_method_that_tasks_may_bring(capsys: pytest.CaptureFixture[str
 
 def test_names_and_options_of_a_checkpoint_are_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`from=` is `--from` to a method, too."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")  # told first where it does not open
     for option in (["from=no.ckpt"], ["--from", "no.ckpt"]):
-        assert main(["fill", *option, __file__, "[MASK]"]) == 66
+        assert main(["fill", *option, str(tmp_path / "a.png"), "[MASK]"]) == 66
         assert "no.ckpt" in capsys.readouterr().err
 
 
