@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from toy_examples import LABELS, Questions, bare_backbone, data_for, example, trainer_in
 from toys import SIZE, toy_backbone
 
 from maskvlm import MaskVLM
@@ -20,6 +21,7 @@ from maskvlm.checkpoint.io import load
 from maskvlm.data.module import PairData
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.text import tokenizer_hash, tokenizer_json
+from maskvlm.objectives.classification import Classification
 from maskvlm.objectives.novelty import evenly_spaced, mean_patch
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.task import Task, checked_metrics, checked_terms
@@ -355,6 +357,35 @@ def test_weights_of_a_checkpoint_measure_images_of_all_the_split(
     with torch.no_grad():
         expected = mean_patch(before.eval()(images[[0, rows - 1]]))
     torch.testing.assert_close(known_images.float(), expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_images_of_examples_are_known_once_each(count: int, tmp_path: Path) -> None:
+    """However many questions are about one, and whichever place it has among an example's."""
+    twice = {"image_ids": [f"toy 12 {place}" for place in range(count)], "images": example(12, count)["images"]}
+    source = Questions(count, changes={"val": {1: twice}})
+    backbone = bare_backbone()
+    task: Any = Classification(LABELS, count)
+    model = LitModel(backbone, task)
+    data, trainer = data_for(backbone, source), trainer_in(tmp_path, limit_val_batches=0)
+    trainer.fit(model, data)
+    assert model.known_images is None
+    assert model.samples_after_training
+    model.known_images = known = model.known_images_by(model.state_dict())
+    batches = [data.normalised(batch) for batch in data.val_dataloader()]
+    image_BPCHW = torch.cat([batch.image_BPCHW for batch in batches])[[0, 2, 3, 4, 5, 6]]
+    with torch.no_grad():
+        expected = mean_patch(backbone.eval().image(image_BPCHW.flatten(0, 1)))
+    torch.testing.assert_close(known.float(), expected, atol=2e-3, rtol=0)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert torch.equal(load(tmp_path / "x.ckpt")["known_images"], known)
+    trainer_in(tmp_path, limit_val_batches=0).fit(model, data)
+    assert model.known_images is None  # of earlier weights
+
+
+def test_a_control_without_images_knows_none() -> None:
+    assert not LitModel(bare_backbone(), Classification(LABELS, image_ablation=True)).samples_after_training
+    assert not make_model().samples_after_training  # its evaluations do it
 
 
 class Plain(Task):

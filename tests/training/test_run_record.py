@@ -20,6 +20,7 @@ import yaml
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
+from maskvlm import MaskVLM
 from maskvlm.checkpoint.io import load, save
 from maskvlm.checkpoint.provenance import Origin, Provenance
 from maskvlm.cli.lightning import Parsed, find_checkpoint, run_command
@@ -116,6 +117,29 @@ def test_the_last_step_is_kept_wherever_the_last_evaluation_fell(words: list[str
     }
     all_rows = dict.fromkeys(("0/last", "0/best", "2/last", "2/best"), 70)
     assert counts == all_rows | dict.fromkeys(("3/last", "3/best"), 6)
+
+
+@pytest.mark.parametrize("task", ["vqa", "retrieval"])
+def test_a_fine_tuned_model_tells_unlike_images(task: str, tmp_path: Path) -> None:
+    """Its last and its best weights hold features of the validation images, once each."""
+    files = ("model/tiny.yaml", "base.yaml", "finetune.yaml", f"../tasks/{task}/conf.yaml", "where/cpu.yaml")
+    words = [word for file in files for word in ("-c", f"conf/{file}")]
+    options = {
+        "data.steps": 4, "data.epochs": "null", "data.batch_size": 8, "data.eval_batch_size": 16, "data.workers": 0,
+        "data.source.train": 60, "data.source.val": 130, "trainer.val_check_interval": 2,
+        "trainer.limit_val_batches": 1, "model.random_init": "true",
+    }  # fmt: skip
+    words += [f"--{key}={value}" for key, value in options.items()]
+    assert main(["fit", "--run", str(tmp_path / "run"), *words]) == 0
+    for name in ("last", "best"):
+        model = MaskVLM.from_pretrained(tmp_path / "run" / f"{name}.ckpt")
+        known = model.origin.known_images
+        assert known is not None
+        assert len(known) == len(known.unique(dim=0)) > 50
+        assert model.known is not None
+        (noise,) = model.far([Image.effect_noise((48, 48), 90).convert("RGB")])
+        assert noise is not None
+        assert "unlike those that the model was trained on" in noise
 
 
 def test_a_name_that_is_no_utf8_is_escaped(tmp_path: Path) -> None:

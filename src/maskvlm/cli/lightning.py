@@ -307,13 +307,15 @@ class LightningCommand(LightningCLI):
             in_part = isinstance(limit, int) or limit < 1  # 1 is one batch, 1.0 all of them
             self.trainer.limit_val_batches = 1.0
             best, knew = best_of(self.trainer), self.model.known_images is not None
-            if in_part:
+            if in_part or self.model.samples_after_training:
                 # Before the best weights are evaluated: the record of that names their file by its hash.
                 self._best_knows_as_much(folder)
             if best is not None:
                 why = ", ".join(filter(None, map(ended_by_score, self.trainer.callbacks)))  # type: ignore[attr-defined]
                 warn(f"{why}: stopped early at step {self.trainer.global_step}; evaluating {best}")
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+            if self.model.samples_after_training and best is None:
+                self.model.known_images = self.model.known_images_by(self.model.state_dict())
             # Save once more if these weights know more images now. The first save must not wait for the evaluation,
             # which may take long: if it is stopped, the last steps must not be lost.
             more = self.model.known_images is not None and (in_part or not knew)
@@ -332,13 +334,13 @@ class LightningCommand(LightningCLI):
 
     def _best_knows_as_much(self, folder: Path) -> None:
         """Rewrite the best checkpoint's known images to cover the whole validation split: when it was saved, they came
-        from the beginning of the split only. The checkpoint of sharded weights keeps these."""
+        from the beginning of the split only, or there were none. The checkpoint of sharded weights keeps these."""
         trainer: Any = self.trainer
         best = Path(best_checkpoint(trainer) or folder / LAST)
         whole = not any(map(is_sharded, self.model.parameters()))
         if trainer.is_global_zero and best.name != LAST and best.is_file() and whole:
             content = load(best)
-            if content.get("known_images") is not None:
+            if content.get("known_images") is not None or self.model.samples_after_training:
                 save(content | {"known_images": self.model.known_images_by(content["state_dict"])}, best)
         trainer.strategy.barrier()
 

@@ -20,7 +20,7 @@ from maskvlm.checkpoint.provenance import Origin, Provenance
 from maskvlm.checkpoint.warm_start import LineageEntry, part, training_history_of
 from maskvlm.config.plain_schema import describe_value
 from maskvlm.data.batch import Batch, Source
-from maskvlm.data.examples import ExampleSource
+from maskvlm.data.examples import ExampleBatch, ExampleSource
 from maskvlm.data.module import PairData
 from maskvlm.data.text import tokenizer_from_json, tokenizer_json
 from maskvlm.model.attention_kernel import attend_by_products
@@ -29,7 +29,7 @@ from maskvlm.objectives.novelty import evenly_spaced, mean_patch, sample_of
 from maskvlm.objectives.task import Task, checked_metrics, checked_terms
 from maskvlm.training.optim import begin_late, build_adamw, first_step, keep_settings, parameter_groups, schedule
 from maskvlm.training.resume_check import check_resumable, restore
-from maskvlm.training.sharding import gather_weights, release_weights, shard, unsharded
+from maskvlm.training.sharding import gather_weights, is_sharded, release_weights, shard, unsharded
 from maskvlm.utils.distributed import Draw, mix, rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
 
@@ -184,6 +184,7 @@ class LitModel(L.LightningModule):
         self.model_yaml: str | None = None
         self.task_yaml: str | None = None
         self._entry: LineageEntry | None = None
+        self._known_images: Tensor | None = None
         self._loaded: tuple[LineageEntry, ...] | None = None
         self._before: tuple[LineageEntry, ...] | None = None  # of trainings of this backbone in this process
         self.trained = False
@@ -401,7 +402,7 @@ class LitModel(L.LightningModule):
         terms = checked_terms(self.task, self.task(self.backbone, batch))
         self.terms = tuple(terms)
         if self.known_images is not None:
-            self.task.measure.known_images = None  # type: ignore[union-attr]  # computed with the weights before this step
+            self.known_images = None  # computed with the weights before this step
         for name, term in terms.items():
             self.has_gradient.setdefault(name, term.requires_grad)
         weighted_S = torch.stack([self.task.weights.get(name, 1.0) * term for name, term in terms.items()])
@@ -463,11 +464,32 @@ class LitModel(L.LightningModule):
     def known_images(self) -> Tensor | None:
         """Features of validation images, used to tell which inputs are far from the model's data (`novelty.py`); None
         if none were computed with the current weights."""
-        return getattr(getattr(self.task, "measure", None), "known_images", None)
+        return self._known_images if self._measure is None else self._measure.known_images
+
+    @known_images.setter
+    def known_images(self, feature_ND: Tensor | None) -> None:
+        if self._measure is None:
+            self._known_images = feature_ND
+        else:
+            self._measure.known_images = feature_ND
+
+    @property
+    def _measure(self) -> Any:
+        """The task's metrics, if their evaluation computes features of the images (pre-training's does)."""
+        measure = getattr(self.task, "measure", None)
+        return measure if hasattr(measure, "known_images") else None
+
+    @property
+    def samples_after_training(self) -> bool:
+        """Whether `known_images` has to be computed after training: pre-training's evaluations do it themselves, and a
+        control that sees no images has none. False for sharded weights."""
+        sees_images = getattr(self.task, "blind", None) is None
+        return self._measure is None and sees_images and not any(map(is_sharded, self.parameters()))
 
     @torch.no_grad()
     def known_images_by(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The same for images spread over the validation split, computed with the weights of a checkpoint.
+        """Features of images spread over the validation split, computed with the weights of a checkpoint; each image
+        counts once, however many examples are about it.
 
         Args:
             state: the `state_dict` of a checkpoint of this model.
@@ -475,14 +497,22 @@ class LitModel(L.LightningModule):
         device, image = self.trainer.strategy.root_device, self.backbone.image.to(self.trainer.strategy.root_device)
         weights = {name: value.to(device) for name, value in part(state, "backbone.image.").items()}
         loader = self.data.validation_rows(evenly_spaced(len(self.data.splits["val"])))
-        features, was_training = list[Tensor](), image.training
+        features, was_training = dict[int, Tensor](), image.training
         image.eval()
         with self.trainer.precision_plugin.val_step_context():
             for batch in loader:
-                batch = self.data.normalised(batch._replace(image_BCHW=batch.image_BCHW.to(device)))
-                features.append(mean_patch(functional_call(image, weights, (batch.image_BCHW,))).cpu())
+                if isinstance(batch, ExampleBatch):
+                    batch = self.data.normalised(batch._replace(image_BPCHW=batch.image_BPCHW.to(device)))
+                    # (B, P, 3, H, W) -> (B * P, 3, H, W)
+                    image_BCHW, id_B = batch.image_BPCHW.flatten(0, 1), batch.image_id_BP.flatten()
+                else:
+                    batch = self.data.normalised(batch._replace(image_BCHW=batch.image_BCHW.to(device)))
+                    image_BCHW, id_B = batch.image_BCHW, batch.image_id_B
+                feature_BD = mean_patch(functional_call(image, weights, (image_BCHW,))).cpu()
+                for number, feature_D in zip(id_B.tolist(), feature_BD, strict=True):
+                    features.setdefault(number, feature_D)
         image.train(was_training)
-        return sample_of(torch.cat(features))
+        return sample_of(torch.stack([*features.values()]))
 
     @property
     def history_before(self) -> tuple[LineageEntry, ...]:
@@ -530,9 +560,7 @@ class LitModel(L.LightningModule):
             self.backbone.text.set_tokenizer(tokenizer_from_json(checkpoint["tokenizer"]))
         if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             self.measured_step = checkpoint.get("global_step")
-        measure: Any = getattr(self.task, "measure", None)
-        if hasattr(measure, "known_images"):
-            measure.known_images = checkpoint.get("known_images")  # until the next step or evaluation
+        self.known_images = checkpoint.get("known_images")  # until the next step or evaluation
         history = self.backbone.trained_on = training_history_of(checkpoint)
         # Not for a trainer that evaluates what another one has trained: it adds no entry.
         adds_own = self.trained and (self.trainer.state.fn == TrainerFn.FITTING or self.trainer.global_step > 0)

@@ -1,0 +1,83 @@
+r"""Seconds from the end of `pip install` of the wheel to the first printed answer, in an empty environment.
+
+    python bench/first_answer.py --trials 3
+
+Builds the wheel once. Each trial makes a new virtual environment in a temporary folder, installs the wheel and what it
+depends on from the package index that pip is set to, or from a folder of wheels (`--wheels`), and starts the clock when
+pip ends. Then, in an empty folder and with every address that a download would use pointing nowhere, it runs two
+commands of the README: `maskvlm scene 6`, which draws an image, and `maskvlm fill`, which is the first to ask the
+model. The clock stops when `fill` has printed its first line. Files that pip has just written are still in the
+operating system's page cache, as they are for a user. Prints one line per trial, then the range.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing answers
+ASKED = ("fill", "scene.png", "on white, a pink heart at the bottom and a [MASK] star at the [MASK]")
+
+
+def build(folder: Path) -> Path:
+    """The project's wheel, built in `folder`."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True)
+    (wheel,) = folder.glob("maskvlm-*.whl")
+    return wheel
+
+
+def first_line(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[str, float]:
+    """The first line that a command prints on stdout, and when it was there; then wait for the command to end."""
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline().strip()
+        ended = time.perf_counter()
+        _, errors = process.communicate()
+    if not line or process.returncode:
+        raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}: {errors.strip()}")
+    return line, ended
+
+
+def trial(wheel: Path, wheels: Path | None, folder: Path) -> tuple[float, float, str]:
+    """Install into a new environment and ask; seconds until `scene` and until `fill` have answered, and the answer."""
+    venv.create(folder / "environment", with_pip=True)
+    binaries = folder / "environment" / "bin"
+    offline = ["--no-index", "--find-links", str(wheels)] if wheels else []
+    subprocess.run([str(binaries / "python"), "-m", "pip", "install", "--quiet", *offline, str(wheel)], check=True)
+    start = time.perf_counter()
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), NOWHERE)
+    (folder / "empty").mkdir()
+    command = str(binaries / "maskvlm")
+    subprocess.run([command, "scene", "6"], cwd=folder / "empty", env=environment, check=True, capture_output=True)
+    drawn = time.perf_counter() - start
+    answer, ended = first_line([command, *ASKED], folder / "empty", environment)
+    return drawn, ended - start, answer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--wheels", type=Path, help="folder with wheels of everything, instead of a package index")
+    settings = parser.parse_args()
+    seconds = []
+    with tempfile.TemporaryDirectory() as temporary:
+        wheel = build(Path(temporary))
+        for number in range(settings.trials):
+            with tempfile.TemporaryDirectory() as folder:
+                drawn, asked, answer = trial(wheel, settings.wheels, Path(folder))
+            seconds.append(asked)
+            print(f"trial {number + 1}: scene after {drawn:.1f} s, fill after {asked:.1f} s: {answer}", flush=True)
+    print(f"first answer after {min(seconds):.1f} to {max(seconds):.1f} s, {settings.trials} trials")
+
+
+if __name__ == "__main__":
+    main()
