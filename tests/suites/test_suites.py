@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import statistics
 import sys
@@ -24,6 +25,7 @@ from scipy import stats
 from toy_pretrained import saved
 
 from maskvlm.cli.main import main
+from maskvlm.data.scenes.source import Scenes
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.suites import aro_order, cxc, eccv_caption, metrics, pointing
 from maskvlm.suites.aro import Aro
@@ -1105,7 +1107,13 @@ def test_the_model_that_comes_along_is_asked_where_none_is_named(
     assert len(output.err.splitlines()) == 1
     assert "words that the model's tokenizer does not know, of some of the texts: giraffe, zebra\n" in output.out
     assert "some texts are longer than the model reads, such as text 'The star is above a star" in output.out
+    assert re.search(r"(\d) of \1 images checked are unlike those that the model was trained on", output.out)
     assert json.loads((out / "result.json").read_text())["options"]["source"] == "scenes-tiny"
+    scenes: Any = Scenes(val=3).split("val")
+    for row, path in enumerate(sorted((root / "images").rglob("*.jpg"))):
+        scenes[row]["image"].save(path, quality=95)
+    assert main(["suite", "vsr", "--path", str(root), "--out", str(out)]) == 0
+    assert "unlike" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
