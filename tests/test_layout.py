@@ -49,7 +49,10 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
 
 
-GRAPH = {module_of(path): {m for m in imports(path) if m.startswith("maskvlm.")} for path in SOURCES}
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    """Module -> the project's modules that it imports."""
+    return {module_of(path): {m for m in imports(path) if m.startswith("maskvlm.")} for path in SOURCES}
 
 
 def test_the_core_knows_no_task_and_no_test() -> None:
@@ -57,18 +60,18 @@ def test_the_core_knows_no_task_and_no_test() -> None:
     assert guilty == set()
 
 
-def test_imports_point_one_way() -> None:
+def test_imports_point_one_way(graph: dict[str, set[str]]) -> None:
     """No module leads back to itself: nothing is left when those without imports are taken away in turn."""
-    remaining = {name: targets & GRAPH.keys() for name, targets in GRAPH.items()}
+    remaining = {name: targets & graph.keys() for name, targets in graph.items()}
     while free := {name for name, targets in remaining.items() if not targets}:
         remaining = {name: targets - free for name, targets in remaining.items() if name not in free}
     assert remaining == {}, "these import each other"
 
 
-def test_packages_import_those_before_them_alone() -> None:
+def test_packages_import_those_before_them_alone(graph: dict[str, set[str]]) -> None:
     against = {
         f"{name} imports {m}"
-        for name, targets in GRAPH.items()
+        for name, targets in graph.items()
         for m in targets
         if part(name + ".") in ORDER and part(m) in ORDER and ORDER.index(part(m)) > ORDER.index(part(name + "."))
     }
