@@ -3,14 +3,20 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, RobertaTokenizerFast
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.text import (
     SPECIAL_TOKENS,
     Captioner,
+    _alphabet,
     tokenizer_from_json,
     tokenizer_hash,
     tokenizer_json,
@@ -43,6 +49,24 @@ def test_the_vocabulary_never_exceeds_its_size(size: int, captions: list[str]) -
     chinese = [chr(0x4E00 + i) + chr(0x5000 + i) for i in range(500)]
     assert len(train_tokenizer(captions, size)) <= size
     assert len(train_tokenizer(chinese, size)) <= size
+
+
+@given(st.lists(st.text(st.characters(max_codepoint=0x4E10) | st.sampled_from(" \t\u3000")), max_size=5))
+def test_the_alphabet_is_that_of_whole_texts(captions: list[str]) -> None:
+    """Though it is counted part by part."""
+    tokenizer = Tokenizer(models.WordPiece())
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    texts = [clean_caption(caption)[0] for caption in captions]
+    words = [
+        word
+        for text in texts
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+    ]
+    counts = Counter("".join(words))
+    first = sorted(sorted(counts, key=lambda letter: (-counts[letter], letter))[:4])
+    inner = {letter for word in words for letter in word[1:]}
+    assert _alphabet(tokenizer, texts, 4) == (first, [f"##{letter}" for letter in first if letter in inner])
 
 
 TRAIN_ELSEWHERE = """

@@ -181,9 +181,10 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 def _alphabet(tokenizer: Tokenizer, texts: list[str], limit: int) -> tuple[list[str], list[str]]:
     """The `limit` most frequent characters, and those of them that occur inside words, with WordPiece's `##`."""
     words: Counter[str] = Counter()
-    for text in texts:
-        text = tokenizer.normalizer.normalize_str(text)
-        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    # Both split at every space, so each distinct part between spaces is split once, however often it occurs.
+    for part, count in Counter(part for text in texts for part in text.split()).items():
+        split = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(part))
+        words.update({word: count * times for word, times in Counter(word for word, _ in split).items()})
     counts: Counter[str] = Counter()
     # each distinct word is split once, however often it occurs
     for word, count in words.items():
