@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take a third of a run of a few steps: those of this process are drawn where they are tested alone."""
+    if "reporting" not in request.path.parts and "maskvlm.reporting.callbacks" in sys.modules:
+        monkeypatch.setattr("maskvlm.reporting.callbacks.Report.draw", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)
