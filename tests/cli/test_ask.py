@@ -1,6 +1,7 @@
 """The methods in the shell: what they print equals what the model answers, and every mistake is one line."""
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -317,3 +318,60 @@ def test_of_several_figures_each_is_named() -> None:
     assert answer_line({"match": 0.5, "text": "a dog"}) == "0.500  a dog"
     assert answer_line({"words": {"red": 0.00031}}) == "red 0.000"
     assert [answer_line({"match": x}) for x in (0.0, 0.00031, 0.0005, 0.9999)] == ["0.000", "3.1e-04", "0.001", "1.000"]
+
+
+# ---------------------------------------------------------------------- an image from standard input
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, content: bytes, terminal: bool = False) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content), isatty=lambda: terminal))
+
+
+@pytest.mark.parametrize("words", ["match - TEXT", "caption - TWO", "caption -", "rank TEXT TWO -", "rank - TEXT"])
+def test_an_image_can_be_piped(
+    words: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is answered as its file is, and called by what was typed."""
+    one = place / "0.png"
+    spelt = {"TEXT": TEXT, "TWO": place / "1.png"}
+    typed = [spelt.get(word, word) for word in words.split()]
+    source = ("--from", place / "best.ckpt")
+    pipe(monkeypatch, one.read_bytes())
+    piped = lines(capsys, *typed, *source)
+    named = lines(capsys, *(one if word == "-" else word for word in typed), *source)
+    assert json.loads(json.dumps(named).replace(json.dumps(str(one)), '"-"')) == piped
+
+
+def test_a_fine_tuned_model_is_asked_about_a_piped_image(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe(monkeypatch, (place / "0.png").read_bytes())
+    (answer,) = lines(capsys, "answer", "--from", place / "vqa.ckpt", "-", "what colour")
+    pipe(monkeypatch, (place / "0.png").read_bytes())
+    (named,) = lines(capsys, "answer", "--from", place / "vqa.ckpt", place / "0.png", "what colour")
+    assert answer == {**named, "image": "-"}
+
+
+@pytest.mark.parametrize(
+    ("content", "terminal", "words", "message", "code"),
+    [
+        (b"", False, ["-", TEXT], "standard input: bad image, empty (0 bytes).", ExitCode.BAD_DATA),
+        (b"<html>", False, ["-", TEXT], "standard input: bad image, not an image (text/html).", ExitCode.BAD_DATA),
+        (b"x" * 101, False, ["-", TEXT], "standard input: bad image, too large (more than 100 ", ExitCode.BAD_DATA),
+        (b"", True, ["-", TEXT], "-: standard input is a terminal and gives no image. Pipe one", ExitCode.USAGE),
+    ],
+)  # fmt: skip
+def test_what_is_piped_and_no_image_is_one_line(
+    content: bytes, terminal: bool, words: list[str], message: str, code: ExitCode,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("maskvlm.data.images.MAX_FILE_BYTES", 100)
+    pipe(monkeypatch, content, terminal)
+    assert main(["match", "--from", "no.ckpt", *words]) == code  # before the model is looked for
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_standard_input_gives_one_image(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["caption", "--from", "no.ckpt", "-", "-"]) == ExitCode.USAGE
+    assert capsys.readouterr().err == "error: -: standard input gives one image. Name the others.\n"

@@ -5,7 +5,7 @@ Answers are printed for people to read, or with `--json` as one line of JSON eac
 
 import sys
 
-from maskvlm.cli.shell_methods import check_options, check_typed, method_parser
+from maskvlm.cli.shell_methods import check_options, check_typed, method_parser, with_piped
 
 
 def main(arguments: list[str], allowed: list[str]) -> int:
@@ -17,6 +17,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     if any(word.partition("=")[0] == "--hide" for word in arguments):
         print("warning: --hide is called --mask-ratio now", file=sys.stderr, flush=True)
     check_typed(method, options)
+    options.inputs = with_piped(options.inputs)
     # Imported here so that a mistake is reported before torch is imported.
     from maskvlm.cli.ask_model import ask_method
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskvlm.cli.commands import COMMANDS
-from maskvlm.cli.shell_methods import METHODS, check_count, check_masked_share, read_box
+from maskvlm.cli.shell_methods import METHODS, PIPED, check_count, check_masked_share, read_box
 from maskvlm.config.allowed_classes import OWN
 from maskvlm.config.bundled_models import default_model
 from maskvlm.config.given_options import nearest
@@ -27,13 +27,15 @@ from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import UserError
 
 Answer = dict[str, Any]
+ShellImage = str | bytes
+"""The path of an image, or the encoded image from standard input."""
 
 
 class Asked(NamedTuple):
     """An answer, and the inputs that it is about."""
 
     answer: Answer
-    images: Sequence[str]
+    images: Sequence[ShellImage]
     texts: Sequence[str]
 
 
@@ -52,7 +54,7 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)
     # The methods that a task adds are known only once its checkpoint is loaded.
     ask = ASKS.get(method) or task_ask(model, method)
-    seen: dict[str, str | None] = {}
+    seen: dict[ShellImage, str | None] = {}
     with warn_afterwards(model):
         for answer, images, texts in ask(model, options.inputs, options):
             if options.json:
@@ -65,11 +67,16 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     return 0
 
 
-def inputs_of(images: Sequence[str], texts: Sequence[str]) -> Answer:
+def name_of(image: ShellImage) -> str:
+    """What the user typed for an image."""
+    return image if isinstance(image, str) else PIPED
+
+
+def inputs_of(images: Sequence[ShellImage], texts: Sequence[str]) -> Answer:
     """The inputs that an answer is about, so that a line of JSON can be read without its command: `image` and `text`,
     or `images` and `texts` if there are several."""
     entries: Answer = {}
-    for name, inputs in (("image", images), ("text", texts)):
+    for name, inputs in (("image", [*map(name_of, images)]), ("text", texts)):
         if len(inputs) == 1:
             entries[name] = inputs[0]
         elif inputs:
@@ -78,7 +85,7 @@ def inputs_of(images: Sequence[str], texts: Sequence[str]) -> Answer:
 
 
 def cautions(
-    model: PretrainedMaskVLM, images: Sequence[str], texts: Sequence[str], seen: dict[str, str | None]
+    model: PretrainedMaskVLM, images: Sequence[ShellImage], texts: Sequence[str], seen: dict[ShellImage, str | None]
 ) -> Answer:
     """Reasons to treat an answer about these inputs with care: `far`, a line for each image unlike the training data,
     `unknown_words`, and `truncated`, a line for each text of which only the beginning is read. An empty entry is left
@@ -89,7 +96,7 @@ def cautions(
     """
     new = [image for image in dict.fromkeys(images) if image not in seen]
     seen.update(zip(new, model.far(new), strict=True))
-    far = [f"{cut(image, 300)}: {seen[image]}" for image in images if seen[image] is not None]
+    far = [f"{cut(name_of(image), 300)}: {seen[image]}" for image in images if seen[image] is not None]
     entries = {"far": far, "unknown_words": model.unknown_words(texts), "truncated": model.truncated(texts)}
     return {name: each for name, each in entries.items() if each}
 
@@ -160,7 +167,8 @@ def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Name
     for place, one in enumerate(model.rank(query, candidates, options.k), 1):
         ranked: Any = one
         candidate = candidates[ranked.place]
-        answer = {"rank": place, "match": ranked.match, "similarity": ranked.similarity, "candidate": candidate}
+        named = name_of(candidate)
+        answer = {"rank": place, "match": ranked.match, "similarity": ranked.similarity, "candidate": named}
         image, text = (query, candidate) if is_image(query) else (candidate, query)
         yield Asked(answer, [image], [text])
 
@@ -169,7 +177,7 @@ def ask_caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
     """A caption for each image."""
     for image in inputs:
         answer = {"caption": model.caption(image)}
-        yield Asked({"image": image, **answer} if len(inputs) > 1 else answer, [image], [])
+        yield Asked({"image": name_of(image), **answer} if len(inputs) > 1 else answer, [image], [])
 
 
 def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:

@@ -5,6 +5,7 @@ Nothing here imports torch, which takes seconds, so that mistakes are reported a
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ class ShellMethod(NamedTuple):
     head: str = ""
 
 
+PIPED = "-"
+"""The input that stands for an image from standard input."""
 OPENED_EARLY = 8
 """Number of images that are checked before the model is loaded, which takes seconds."""
 PAINT = ("--out", "--mask-ratio", "--box", "--seed")
@@ -97,7 +100,7 @@ def method_parser(method: str) -> argparse.ArgumentParser:
     form = known.form if known else "IMAGE ... TEXT"
     parser = OptionParser(f"maskvlm {method}", description=description, allow_abbrev=False)
     parser.usage = f"maskvlm {method} [--from CHECKPOINT] {form} [options]"
-    parser.add_argument("inputs", nargs="*", help=form)
+    parser.add_argument("inputs", nargs="*", help=f"{form}; - is an image from standard input")
     parser.add_argument(
         "--from", dest="source", help=f"checkpoint file, Hugging Face folder or hub name (default: {DEFAULT})"
     )
@@ -161,6 +164,32 @@ def check_typed(method: str, options: argparse.Namespace) -> None:
         check_out(inputs[0], options.out)
 
 
+def with_piped(inputs: list[str]) -> list[str | bytes]:
+    """The inputs, with the encoded image from standard input in place of `-`.
+
+    Raises:
+        UserError: `-` is given more than once, or standard input is a terminal.
+        BadImage: what it gives is not an image, see `images.safe_open`.
+    """
+    if PIPED not in inputs:
+        return [*inputs]
+    from maskvlm.data.images import MAX_FILE_BYTES, BadImage, safe_open
+
+    if inputs.count(PIPED) > 1:
+        raise UserError(PIPED, "standard input gives one image", "Name the others")
+    if sys.stdin.isatty():
+        todo = "Pipe one into the command (cat photo.jpg | maskvlm caption -), or name a file"
+        raise UserError(PIPED, "standard input is a terminal and gives no image", todo)
+    content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise BadImage("standard input", "too large", f"more than {MAX_FILE_BYTES:,} bytes").without_row()
+    try:
+        safe_open(content, "standard input", least=1)
+    except BadImage as bad:
+        raise bad.without_row() from bad
+    return [content if each == PIPED else each for each in inputs]
+
+
 def check_count(inputs: list[str], form: str, least: int, most: int | None, method: str) -> None:
     """Raises UserError if the number of inputs is not one that the method takes."""
     if len(inputs) < least or (most is not None and len(inputs) > most):
@@ -181,7 +210,7 @@ def check_images(method: str, images: list[str], rest: list[str]) -> None:
     if "" in images:
         raise UserError(method, f"the name of image {images.index('') + 1} is empty", "Name an image file")
     # Not Path.exists, which raises OSError for a text that is too long to be a file name.
-    absent = next((each for each in images if not os.path.exists(each)), None)
+    absent = next((each for each in images if each != PIPED and not os.path.exists(each)), None)
     if absent is not None:
         after = next((each for each in rest if os.path.isfile(each)), None)
         if len(images) == 1 and after is not None:
