@@ -12,6 +12,7 @@ operating system's page cache, as they are for a user. Prints one line per trial
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,10 +25,12 @@ NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing answers
 ASKED = ("fill", "scene.png", "on white, a pink heart at the bottom and a [MASK] star at the [MASK]")
 
 
-def build(folder: Path) -> Path:
-    """The project's wheel, built in `folder`."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True)
+def build(folder: Path, offline: list[str]) -> Path:
+    """The project's wheel, built in `folder` from a copy of the sources, as a build leaves files beside them."""
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "checkpoints", "*.egg-info", "_build")
+    sources = shutil.copytree(ROOT, folder / "sources", ignore=ignored)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *offline]
+    subprocess.run([*command, "--wheel-dir", str(folder), str(sources)], check=True)
     (wheel,) = folder.glob("maskvlm-*.whl")
     return wheel
 
@@ -46,15 +49,15 @@ def first_line(command: list[str], folder: Path, environment: dict[str, str]) ->
     return line, ended
 
 
-def trial(wheel: Path, wheels: Path | None, folder: Path) -> tuple[float, float, str]:
+def trial(wheel: Path, offline: list[str], folder: Path) -> tuple[float, float, str]:
     """Install into a new environment and ask; seconds until `scene` and until `fill` have answered, and the answer."""
     venv.create(folder / "environment", with_pip=True)
     binaries = folder / "environment" / "bin"
-    offline = ["--no-index", "--find-links", str(wheels)] if wheels else []
     subprocess.run([str(binaries / "python"), "-m", "pip", "install", "--quiet", *offline, str(wheel)], check=True)
     start = time.perf_counter()
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), NOWHERE)
+    environment |= {"no_proxy": "", "NO_PROXY": ""}
     (folder / "empty").mkdir()
     command = str(binaries / "maskvlm")
     subprocess.run([command, "scene", "6"], cwd=folder / "empty", env=environment, check=True, capture_output=True)
@@ -68,12 +71,15 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--wheels", type=Path, help="folder with wheels of everything, instead of a package index")
     settings = parser.parse_args()
+    if settings.trials < 1:
+        parser.error("--trials: give 1 or more")
     seconds = []
     with tempfile.TemporaryDirectory() as temporary:
-        wheel = build(Path(temporary))
+        offline = ["--no-index", "--find-links", str(settings.wheels)] if settings.wheels else []
+        wheel = build(Path(temporary), offline)
         for number in range(settings.trials):
             with tempfile.TemporaryDirectory() as folder:
-                drawn, asked, answer = trial(wheel, settings.wheels, Path(folder))
+                drawn, asked, answer = trial(wheel, offline, Path(folder))
             seconds.append(asked)
             print(f"trial {number + 1}: scene after {drawn:.1f} s, fill after {asked:.1f} s: {answer}", flush=True)
     print(f"first answer after {min(seconds):.1f} to {max(seconds):.1f} s, {settings.trials} trials")

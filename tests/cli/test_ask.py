@@ -372,6 +372,45 @@ def test_what_is_piped_and_no_image_is_one_line(
     assert line.startswith(f"error: {message}")
 
 
+@pytest.mark.parametrize("closed", [True, False])
+def test_standard_input_that_cannot_be_read_is_one_line(
+    closed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Closed before the command began, or opened to be written."""
+    written = SimpleNamespace(isatty=lambda: False, buffer=SimpleNamespace(read=unreadable))
+    monkeypatch.setattr("sys.stdin", None if closed else written)
+    assert main(["caption", "--from", "no.ckpt", "-"]) == ExitCode.IO_ERROR
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: -: standard input cannot be read (")
+
+
+def unreadable(_: int) -> bytes:
+    raise OSError(9, "Bad file descriptor")
+
+
+@pytest.mark.parametrize("words", [["match", "0.png", "-"], ["rank", "0.png", "a star", "-"], ["score", "0.png", "-"]])
+def test_a_text_that_is_a_dash_stays_a_text(
+    words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sys.stdin", None)
+    assert "-" in [answer["text"] for answer in lines(capsys, *words, "--from", "best.ckpt")]
+
+
+def test_the_warning_of_a_piped_image_names_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe(monkeypatch, (place / "0.png").read_bytes())
+    assert main(["caption", "-", str(place / "1.png")]) == 0  # the bundled model, of drawn scenes
+    warned = [line for line in capsys.readouterr().err.splitlines() if "unlike" in line]
+    assert [line.split(": this image")[0] for line in warned] == ["warning: -", f"warning: {place / '1.png'}"]
+
+
+def test_an_image_after_the_text_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["match", "a star", "-"]) == ExitCode.USAGE
+    assert "'a star' is not a file, but - after it is an image" in capsys.readouterr().err
+
+
 def test_standard_input_gives_one_image(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["caption", "--from", "no.ckpt", "-", "-"]) == ExitCode.USAGE
     assert capsys.readouterr().err == "error: -: standard input gives one image. Name the others.\n"

@@ -3,6 +3,7 @@
 Shapes: N vectors, Q queries, E width.
 """
 
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -308,6 +310,12 @@ def test_the_commands_index_and_search_a_configured_set(
     assert main([*named, "--index", str(out), "a red giraffe", "--k", "2", "--json"], []) == 0
     unknown_words = [json.loads(line)["unknown_words"] for line in capsys.readouterr().out.splitlines()]
     assert unknown_words == [["giraffe"], ["giraffe"]]
+    content = io.BytesIO()
+    pairs[4]["image"].save(content, "PNG")
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO(content.getvalue())))
+    assert main([*named, "--index", str(out), "-", "--k", "1", "--json"], []) == 0
+    (found,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (found["row"], found["similarity"]) == (4, pytest.approx(1))
     sheet = str(tmp_path / "found.png")
     assert main([*named, "--index", str(out), "a red circle", "--k", "1", "--show", sheet], []) == 0
     nearest = max(lines, key=lambda line: line["similarity"])

@@ -383,6 +383,28 @@ def test_images_of_examples_are_known_once_each(count: int, tmp_path: Path) -> N
     assert model.known_images is None  # of earlier weights
 
 
+@pytest.mark.parametrize("examples", [True, False])
+def test_what_known_images_are_computed_from_is_all_on_the_device(
+    examples: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask that stays on the CPU would end a run on a card; there is none here, so a device without data stands for
+    one."""
+    model: LitModel = LitModel(bare_backbone(), Classification(LABELS)) if examples else make_model()
+    data = data_for(model.backbone, Questions()) if examples else make_data()
+    trainer_in(tmp_path, limit_val_batches=0).fit(model, data)
+    state, seen = model.state_dict(), list[Any]()
+
+    def normalised(batch: Any) -> Any:
+        seen.append(batch)
+        raise InterruptedError
+
+    monkeypatch.setattr(data, "normalised", normalised)
+    monkeypatch.setattr(type(model.trainer.strategy), "root_device", torch.device("meta"))
+    with pytest.raises(InterruptedError):
+        model.known_images_by(state)
+    assert {each.device.type for each in seen[0] if isinstance(each, torch.Tensor)} == {"meta"}
+
+
 def test_a_control_without_images_knows_none() -> None:
     assert not LitModel(bare_backbone(), Classification(LABELS, image_ablation=True)).samples_after_training
     assert not make_model().samples_after_training  # its evaluations do it

@@ -119,8 +119,8 @@ def test_the_last_step_is_kept_wherever_the_last_evaluation_fell(words: list[str
     assert counts == all_rows | dict.fromkeys(("3/last", "3/best"), 6)
 
 
-@pytest.mark.parametrize("task", ["vqa", "retrieval"])
-def test_a_fine_tuned_model_tells_unlike_images(task: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("task", "stops"), [("vqa", False), ("vqa", True), ("retrieval", False)])
+def test_a_fine_tuned_model_tells_unlike_images(task: str, stops: bool, tmp_path: Path) -> None:
     """Its last and its best weights hold features of the validation images, once each."""
     files = ("model/tiny.yaml", "base.yaml", "finetune.yaml", f"../tasks/{task}/conf.yaml", "where/cpu.yaml")
     words = [word for file in files for word in ("-c", f"conf/{file}")]
@@ -130,7 +130,15 @@ def test_a_fine_tuned_model_tells_unlike_images(task: str, tmp_path: Path) -> No
         "trainer.limit_val_batches": 1, "model.random_init": "true",
     }  # fmt: skip
     words += [f"--{key}={value}" for key, value in options.items()]
+    if stops:
+        stopping = {"monitor": "score", "mode": "max", "patience": 1, "stopping_threshold": -1.0}
+        kind = "lightning.pytorch.callbacks.EarlyStopping"
+        (tmp_path / "stop.yaml").write_text(
+            yaml.safe_dump({"trainer": {"callbacks+": [{"class_path": kind, "init_args": stopping}]}})
+        )
+        words += ["-c", str(tmp_path / "stop.yaml")]
     assert main(["fit", "--run", str(tmp_path / "run"), *words]) == 0
+    assert load(tmp_path / "run" / "last.ckpt")["global_step"] == (2 if stops else 4)
     for name in ("last", "best"):
         model = MaskVLM.from_pretrained(tmp_path / "run" / f"{name}.ckpt")
         known = model.origin.known_images

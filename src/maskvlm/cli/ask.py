@@ -17,7 +17,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     if any(word.partition("=")[0] == "--hide" for word in arguments):
         print("warning: --hide is called --mask-ratio now", file=sys.stderr, flush=True)
     check_typed(method, options)
-    options.inputs = with_piped(options.inputs)
+    options.inputs = with_piped(method, options.inputs)
     # Imported here so that a mistake is reported before torch is imported.
     from maskvlm.cli.ask_model import ask_method
 

@@ -39,7 +39,7 @@ class Asked(NamedTuple):
     texts: Sequence[str]
 
 
-Ask = Callable[[PretrainedMaskVLM, list[str], argparse.Namespace], Iterator[Asked]]
+Ask = Callable[[PretrainedMaskVLM, list[Any], argparse.Namespace], Iterator[Asked]]
 
 
 def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> int:
@@ -111,7 +111,9 @@ def warn_afterwards(model: PretrainedMaskVLM, images: bool = True) -> Iterator[N
             warnings.simplefilter("ignore", kind)
         yield
     unknown = [unknown_line(model.warned_words)] if model.warned_words else []
-    for line in (*(model.far_warnings if images else []), *unknown, *model.truncated_warnings):
+    # An image without a name is the one from standard input.
+    far = [f"{PIPED}: {line}" if line.startswith("this image") else line for line in model.far_warnings]
+    for line in (*(far if images else []), *unknown, *model.truncated_warnings):
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
@@ -143,7 +145,7 @@ def answer_line(answer: Answer) -> str:
 # ---------------------------------------------------------------------- the core's methods
 
 
-def ask_fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
+def ask_fill(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
     """The most likely words for each [MASK]."""
     image, text = inputs
     for guesses in model.fill_mask(image, text, options.top):
@@ -154,14 +156,14 @@ def ask_fill(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Name
         yield Asked({"words": words}, [image], [text])
 
 
-def ask_match(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
+def ask_match(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
     """The matching probability of each text."""
     image, *texts = inputs
     for text, probability in zip(texts, model.match(image, texts), strict=True):  # type: ignore[arg-type]
         yield Asked({"match": probability, "text": text}, [image], [text])
 
 
-def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
+def ask_rank(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
     """The candidates, best first."""
     query, *candidates = inputs
     for place, one in enumerate(model.rank(query, candidates, options.k), 1):
@@ -173,21 +175,21 @@ def ask_rank(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Name
         yield Asked(answer, [image], [text])
 
 
-def ask_caption(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
+def ask_caption(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
     """A caption for each image."""
     for image in inputs:
         answer = {"caption": model.caption(image)}
         yield Asked({"image": name_of(image), **answer} if len(inputs) > 1 else answer, [image], [])
 
 
-def ask_score(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
+def ask_score(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
     """The score of each text, in nats."""
     image, *texts = inputs
     for text, value in zip(texts, model.score(image, texts), strict=True):  # type: ignore[arg-type]
         yield Asked({"score": value, "text": text}, [image], [text])
 
 
-def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
+def ask_explain(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
     """Where the heat map was written, and the patch with the highest weight."""
     image, text, word = inputs
     explanation: Any = model.explain(image, text, word)
@@ -205,18 +207,18 @@ def ask_explain(model: PretrainedMaskVLM, inputs: list[str], options: argparse.N
     yield Asked(answer, [image], [text])
 
 
-def ask_reconstruct(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
+def ask_reconstruct(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
     """Where the image was written; all patches are filled in at once."""
     yield from paint(model.reconstruct, model, inputs, options)
 
 
-def ask_inpaint(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
+def ask_inpaint(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
     """Where the image was written; patches are filled in over several rounds."""
     yield from paint(model.inpaint, model, inputs, options)
 
 
 def paint(
-    how: Callable[..., Any], model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace
+    how: Callable[..., Any], model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace
 ) -> Iterator[Asked]:
     """Mask patches as the options say, fill them in with `how`, and write the image."""
     image, text = inputs
@@ -275,7 +277,7 @@ def task_ask(model: PretrainedMaskVLM, method: str) -> Ask:
             method, f"not a method of this checkpoint ({type(model.task).__name__}{meant})", f"Available: {known}"
         )
 
-    def answers(model: PretrainedMaskVLM, inputs: list[str], options: argparse.Namespace) -> Iterator[Asked]:
+    def answers(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
         check_count(inputs, task_method.form, task_method.inputs, task_method.inputs, method)
         answer = getattr(model, method)(*inputs)
         shown = answer._asdict() if options.json else {"answer": answer[0], "probability": answer[1]}

@@ -294,7 +294,8 @@ class LightningCommand(LightningCLI):
     def after_fit(self) -> None:
         """Save the weights of the last step, then evaluate on the whole validation split, even if evaluations during
         training covered a part of it (limit_val_batches). If `EarlyStopping` ended the run, the best weights are
-        evaluated."""
+        evaluated. The last and the best checkpoint also get the known images (`LitModel.known_images`) that no
+        evaluation has computed for them."""
         folder = Path(self.trainer.default_root_dir)
         # Asked now: evaluating the best weights restores the callback states stored with them.
         stopped = stopped_before_its_end(self.trainer)
@@ -306,6 +307,10 @@ class LightningCommand(LightningCLI):
             limit = self.trainer.limit_val_batches
             in_part = isinstance(limit, int) or limit < 1  # 1 is one batch, 1.0 all of them
             self.trainer.limit_val_batches = 1.0
+            if self.model.samples_after_training:
+                self.model.known_images = self.model.known_images_by(self.model.state_dict())
+                if self.trainer.checkpoint_callbacks:
+                    self.trainer.save_checkpoint(folder / LAST)
             best, knew = best_of(self.trainer), self.model.known_images is not None
             if in_part or self.model.samples_after_training:
                 # Before the best weights are evaluated: the record of that names their file by its hash.
@@ -314,8 +319,6 @@ class LightningCommand(LightningCLI):
                 why = ", ".join(filter(None, map(ended_by_score, self.trainer.callbacks)))  # type: ignore[attr-defined]
                 warn(f"{why}: stopped early at step {self.trainer.global_step}; evaluating {best}")
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-            if self.model.samples_after_training and best is None:
-                self.model.known_images = self.model.known_images_by(self.model.state_dict())
             # Save once more if these weights know more images now. The first save must not wait for the evaluation,
             # which may take long: if it is stopped, the last steps must not be lost.
             more = self.model.known_images is not None and (in_part or not knew)
@@ -334,7 +337,7 @@ class LightningCommand(LightningCLI):
 
     def _best_knows_as_much(self, folder: Path) -> None:
         """Rewrite the best checkpoint's known images to cover the whole validation split: when it was saved, they came
-        from the beginning of the split only, or there were none. The checkpoint of sharded weights keeps these."""
+        from the beginning of the split only, or there were none. A checkpoint of sharded weights is left as it is."""
         trainer: Any = self.trainer
         best = Path(best_checkpoint(trainer) or folder / LAST)
         whole = not any(map(is_sharded, self.model.parameters()))

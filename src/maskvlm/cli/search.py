@@ -3,9 +3,11 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from maskvlm.cli.ask_model import answer_line, cautions, json_line, warn_afterwards
 from maskvlm.cli.embed import data_parser, embed_data, process_of
+from maskvlm.cli.shell_methods import PIPED, read_piped
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.bundled_models import default_model
 from maskvlm.data.inputs import check_absent, is_image
@@ -82,7 +84,7 @@ def checkpoint_of_index(index: SearchIndex) -> str:
 def main(arguments: list[str], allowed: list[str]) -> int:
     """`search`: print the images found. Takes arguments as in the shell."""
     parser = OptionParser("maskvlm search", description="find images by a text or an image", allow_abbrev=False)
-    parser.add_argument("query", help="a text, or an image file")
+    parser.add_argument("query", help="a text, an image file, or - for an image from standard input")
     parser.add_argument("--index", type=Path, help="folder of the index (default: the newest checkpoints/index*)")
     parser.add_argument(
         "--from", dest="source", help="checkpoint that the index was built with (default: the one the index names)"
@@ -96,6 +98,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     options = parser.parse_args(arguments)
     # A misspelt file name would be taken for a text query.
     check_absent([options.query])
+    query = read_piped() if options.query == PIPED else options.query
     files = sorted(Path("checkpoints").glob(f"index*/{ABOUT}"), key=lambda file: file.stat().st_mtime)
     if options.index is None and len(files) > 1:
         print(f"no --index: searching {files[-1].parent}, the newest of {len(files)}", file=sys.stderr, flush=True)
@@ -104,8 +107,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     source = options.source or checkpoint_of_index(index)
     model = PretrainedMaskVLM.from_pretrained(source, device=options.device, allow_import=allowed)
     with warn_afterwards(model):
-        hits = search_index(index, model, options.query, options.k, options.rerank)
-        asked: tuple[list[str], list[str]] = ([options.query], []) if is_image(options.query) else ([], [options.query])
+        hits = search_index(index, model, query, options.k, options.rerank)
+        asked: tuple[list[Any], list[str]] = ([query], []) if is_image(query) else ([], [options.query])
         care = cautions(model, *asked, {}) if options.json else {}
     for place, each in enumerate(hits, 1):
         answer: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.bundled_models import DEFAULT
 from maskvlm.config.safe_yaml import cut
-from maskvlm.utils.errors import UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 class ShellMethod(NamedTuple):
@@ -164,30 +164,60 @@ def check_typed(method: str, options: argparse.Namespace) -> None:
         check_out(inputs[0], options.out)
 
 
-def with_piped(inputs: list[str]) -> list[str | bytes]:
-    """The inputs, with the encoded image from standard input in place of `-`.
+def with_piped(method: str, inputs: list[str]) -> list[str | bytes]:
+    """The inputs, with the encoded image from standard input in place of `-`, where the method takes an image.
 
     Raises:
-        UserError: `-` is given more than once, or standard input is a terminal.
-        BadImage: what it gives is not an image, see `images.safe_open`.
+        UserError: `-` is given for several images, or as `read_piped`.
+        BadImage: as `read_piped`.
     """
-    if PIPED not in inputs:
+    places = [place for place in image_places(method, inputs) if inputs[place] == PIPED]
+    if not places:
         return [*inputs]
+    if len(places) > 1:
+        raise UserError(PIPED, "standard input gives one image", "Name the others")
+    content = read_piped()
+    return [content if place in places else each for place, each in enumerate(inputs)]
+
+
+def read_piped() -> bytes:
+    """The encoded image from standard input.
+
+    Raises:
+        UserError: it is a terminal (2), or closed or unreadable (74).
+        BadImage: what it gives is not an image (65), see `images.safe_open`.
+    """
     from maskvlm.data.images import MAX_FILE_BYTES, BadImage, safe_open
 
-    if inputs.count(PIPED) > 1:
-        raise UserError(PIPED, "standard input gives one image", "Name the others")
-    if sys.stdin.isatty():
-        todo = "Pipe one into the command (cat photo.jpg | maskvlm caption -), or name a file"
-        raise UserError(PIPED, "standard input is a terminal and gives no image", todo)
-    content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+    todo = "Pipe one into the command (cat photo.jpg | maskvlm caption -), or name a file"
+    try:
+        if sys.stdin is None:  # closed before the command began
+            raise OSError("it is closed")
+        if sys.stdin.isatty():
+            raise UserError(PIPED, "standard input is a terminal and gives no image", todo)
+        content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        what = f"standard input cannot be read ({error.strerror or error})"
+        raise UserError(PIPED, what, todo, ExitCode.IO_ERROR) from error
     if len(content) > MAX_FILE_BYTES:
         raise BadImage("standard input", "too large", f"more than {MAX_FILE_BYTES:,} bytes").without_row()
     try:
         safe_open(content, "standard input", least=1)
     except BadImage as bad:
         raise bad.without_row() from bad
-    return [content if each == PIPED else each for each in inputs]
+    return content
+
+
+def image_places(method: str, inputs: list[str]) -> range:
+    """The places of a method's inputs where images may stand; the others are texts."""
+    known = METHODS.get(method)
+    if known is None:  # a task's own: how many images it takes is known once its checkpoint is loaded
+        return range(len(inputs) - 1)
+    if known.form == "IMAGE ...":
+        return range(len(inputs))
+    if "TEXT IMAGE" in known.form and inputs[0] != PIPED and not os.path.isfile(inputs[0]):
+        return range(1, len(inputs))
+    return range(1)
 
 
 def check_count(inputs: list[str], form: str, least: int, most: int | None, method: str) -> None:
@@ -212,9 +242,9 @@ def check_images(method: str, images: list[str], rest: list[str]) -> None:
     # Not Path.exists, which raises OSError for a text that is too long to be a file name.
     absent = next((each for each in images if each != PIPED and not os.path.exists(each)), None)
     if absent is not None:
-        after = next((each for each in rest if os.path.isfile(each)), None)
+        after = next((each for each in rest if each == PIPED or os.path.isfile(each)), None)
         if len(images) == 1 and after is not None:
-            what = f"'{cut(absent)}' is not a file, but {after} after it is one"
+            what = f"'{cut(absent)}' is not a file, but {after} after it is {'an image' if after == PIPED else 'one'}"
             raise UserError(method, what, "Give the image before the text")
         raise BadImage(absent, "missing").without_row()
     for image in images[:OPENED_EARLY]:

@@ -97,9 +97,9 @@ def run_suite(
         scores = {way: suite.ask(model, items, way) for way in ways}
     looked_at = some_of(list(dict.fromkeys(image for item in items for image in item.images)))
     far = sum(line is not None for line in model.far(looked_at)) if looked_at else 0
-    if 2 * far > len(looked_at):  # as for `embed`: a few unusual ones are no reason to doubt the metrics
+    if 2 * far > len(looked_at):  # a few unusual ones are no reason to doubt the metrics
         note = f"{far} of {len(looked_at)} images checked are unlike those that the model was trained on"
-        notes.append(f"{note}; take its metrics with care")
+        notes.append(f"{note}; take the metrics with care")
     if model.warned_words:
         more = f" and {len(model.warned_words) - MOST_WORDS} more" if len(model.warned_words) > MOST_WORDS else ""
         named = ", ".join(islice(model.warned_words, MOST_WORDS))

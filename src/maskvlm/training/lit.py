@@ -25,6 +25,7 @@ from maskvlm.data.module import PairData
 from maskvlm.data.text import tokenizer_from_json, tokenizer_json
 from maskvlm.model.attention_kernel import attend_by_products
 from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.image_ablation import ImageAblation
 from maskvlm.objectives.novelty import evenly_spaced, mean_patch, sample_of
 from maskvlm.objectives.task import Task, checked_metrics, checked_terms
 from maskvlm.training.optim import begin_late, build_adamw, first_step, keep_settings, parameter_groups, schedule
@@ -483,10 +484,11 @@ class LitModel(L.LightningModule):
     def samples_after_training(self) -> bool:
         """Whether `known_images` has to be computed after training: pre-training's evaluations do it themselves, and a
         control that sees no images has none. False for sharded weights."""
-        sees_images = getattr(self.task, "blind", None) is None
+        sees_images = not any(isinstance(part, ImageAblation) for part in self.task.modules())
         return self._measure is None and sees_images and not any(map(is_sharded, self.parameters()))
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # as evaluations
     def known_images_by(self, state: Mapping[str, Tensor]) -> Tensor:
         """Features of images spread over the validation split, computed with the weights of a checkpoint; each image
         counts once, however many examples are about it.
@@ -501,12 +503,11 @@ class LitModel(L.LightningModule):
         image.eval()
         with self.trainer.precision_plugin.val_step_context():
             for batch in loader:
+                batch = self.data.normalised(self.data.transfer_batch_to_device(batch, device, 0))
                 if isinstance(batch, ExampleBatch):
-                    batch = self.data.normalised(batch._replace(image_BPCHW=batch.image_BPCHW.to(device)))
                     # (B, P, 3, H, W) -> (B * P, 3, H, W)
                     image_BCHW, id_B = batch.image_BPCHW.flatten(0, 1), batch.image_id_BP.flatten()
                 else:
-                    batch = self.data.normalised(batch._replace(image_BCHW=batch.image_BCHW.to(device)))
                     image_BCHW, id_B = batch.image_BCHW, batch.image_id_B
                 feature_BD = mean_patch(functional_call(image, weights, (image_BCHW,))).cpu()
                 for number, feature_D in zip(id_B.tolist(), feature_BD, strict=True):
