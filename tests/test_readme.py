@@ -2,6 +2,7 @@
 and with the output that stands there, the pages with toy checkpoints in the place of real ones."""
 
 import doctest
+import io
 import os
 import re
 import resource
@@ -9,6 +10,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from toy_pretrained import saved
@@ -141,6 +144,10 @@ def run(line: str) -> None:
         assert main([words[1], f"{name.lower()}={value}", "--data.source.val", "12"]) == 0
     elif words[0] == "maskvlm":
         assert main(words[1:]) == 0
+    elif words[0] == "cat" and words[2:4] == ["|", "maskvlm"]:
+        piped = SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO(Path(words[1]).read_bytes()))
+        with mock.patch("sys.stdin", piped):
+            assert main(words[4:]) == 0
     else:
         assert words[0] == ".venv/bin/python"
         subprocess.run([sys.executable, *words[1:]], check=True)

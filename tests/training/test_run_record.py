@@ -126,7 +126,7 @@ def test_a_fine_tuned_model_tells_unlike_images(task: str, stops: bool, tmp_path
     words = [word for file in files for word in ("-c", f"conf/{file}")]
     options = {
         "data.steps": 4, "data.epochs": "null", "data.batch_size": 8, "data.eval_batch_size": 16, "data.workers": 0,
-        "data.source.train": 60, "data.source.val": 130, "trainer.val_check_interval": 2,
+        "data.source.train": 60, "data.source.val": 70, "trainer.val_check_interval": 2,
         "trainer.limit_val_batches": 1, "model.random_init": "true",
     }  # fmt: skip
     words += [f"--{key}={value}" for key, value in options.items()]

@@ -67,7 +67,7 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     return 0
 
 
-def name_of(image: ShellImage) -> str:
+def typed_name(image: ShellImage) -> str:
     """What the user typed for an image."""
     return image if isinstance(image, str) else PIPED
 
@@ -76,7 +76,7 @@ def inputs_of(images: Sequence[ShellImage], texts: Sequence[str]) -> Answer:
     """The inputs that an answer is about, so that a line of JSON can be read without its command: `image` and `text`,
     or `images` and `texts` if there are several."""
     entries: Answer = {}
-    for name, inputs in (("image", [*map(name_of, images)]), ("text", texts)):
+    for name, inputs in (("image", [*map(typed_name, images)]), ("text", texts)):
         if len(inputs) == 1:
             entries[name] = inputs[0]
         elif inputs:
@@ -96,7 +96,7 @@ def cautions(
     """
     new = [image for image in dict.fromkeys(images) if image not in seen]
     seen.update(zip(new, model.far(new), strict=True))
-    far = [f"{cut(name_of(image), 300)}: {seen[image]}" for image in images if seen[image] is not None]
+    far = [f"{cut(typed_name(image), 300)}: {seen[image]}" for image in images if seen[image] is not None]
     entries = {"far": far, "unknown_words": model.unknown_words(texts), "truncated": model.truncated(texts)}
     return {name: each for name, each in entries.items() if each}
 
@@ -169,7 +169,7 @@ def ask_rank(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Name
     for place, one in enumerate(model.rank(query, candidates, options.k), 1):
         ranked: Any = one
         candidate = candidates[ranked.place]
-        named = name_of(candidate)
+        named = typed_name(candidate)
         answer = {"rank": place, "match": ranked.match, "similarity": ranked.similarity, "candidate": named}
         image, text = (query, candidate) if is_image(query) else (candidate, query)
         yield Asked(answer, [image], [text])
@@ -179,7 +179,7 @@ def ask_caption(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.N
     """A caption for each image."""
     for image in inputs:
         answer = {"caption": model.caption(image)}
-        yield Asked({"image": name_of(image), **answer} if len(inputs) > 1 else answer, [image], [])
+        yield Asked({"image": typed_name(image), **answer} if len(inputs) > 1 else answer, [image], [])
 
 
 def ask_score(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
