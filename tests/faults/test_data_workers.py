@@ -178,9 +178,8 @@ def test_shared_memory_that_is_too_small_is_found_before_workers_start(
 
 @pytest.mark.guard(NAMED)
 def test_shared_memory_that_is_full_in_mid_run(confined: Forks, tmp_path: Path, build: Build) -> None:
-    code, lines = run(
-        confined, tmp_path, build, "shared memory", patience=20
-    )  # a busy machine takes a while to fill it
+    # A busy machine takes a while to fill it.
+    code, lines = run(confined, tmp_path, build, "shared memory", patience=20)
     assert code == ExitCode.IO_ERROR
     assert lines[0].startswith(f"error: /dev/shm: is full at {SAMPLE}. Lower data.workers")
 

@@ -111,8 +111,8 @@ def warn_afterwards(model: PretrainedMaskVLM, images: bool = True) -> Iterator[N
             warnings.simplefilter("ignore", kind)
         yield
     unknown = [unknown_line(model.warned_words)] if model.warned_words else []
-    # An image without a name is the one from standard input.
-    far = [f"{PIPED}: {line}" if line.startswith("this image") else line for line in model.far_warnings]
+    # A line that does not begin with a path is of the only image without one, that from standard input.
+    far = [f"{PIPED}: {line}" if line.startswith("this image is unlike") else line for line in model.far_warnings]
     for line in (*(far if images else []), *unknown, *model.truncated_warnings):
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
