@@ -66,11 +66,32 @@ def test_a_long_question_ends_in_dots_and_nothing_is_a_formula() -> None:
     assert not page.texts[1].get_parse_math()
 
 
+def test_a_short_question_leaves_its_lines_to_the_answers() -> None:
+    caption = "a small plain turquoise diamond in the middle and a small purple star on the left"
+    lines = words(make_cell(text="image 20", truth=caption, prediction=caption, measured={"cider": 99.6}))[2:]
+    assert len(lines) == 3 + 3 + 1
+    assert " ".join(lines) == f"truth:     {caption} predicted: {caption} cider 99.6"
+    lines = words(make_cell(text="image 20", truth="word " * 100, prediction="word " * 100))[2:]
+    assert [line.endswith("…") for line in lines] == [False, False, False, True] * 2
+
+
+@pytest.mark.parametrize("question", ["what", "word " * 100])
+@pytest.mark.parametrize("measured", [{}, {"cider": 1.0}, {"cider": 1.0, "bleu_4": 2.0}])
+def test_no_text_reaches_the_next_row(question: str, measured: dict[str, float]) -> None:
+    full = make_cell(text=question, truth="word " * 100, prediction="word " * 100, measured=measured)
+    page = draw_page([full] * 6).figure
+    renderer = FigureCanvasAgg(page).get_renderer()
+    second_row = min(axes.get_window_extent(renderer).y1 for axes in page.axes)
+    bottoms = [line.get_window_extent(renderer).y0 for line in page.texts]
+    assert not [bottom for bottom in bottoms if abs(bottom - second_row) < 3]
+    assert sum(bottom > second_row for bottom in bottoms) == 1 + (len(bottoms) - 1) // 2
+
+
 LONG = "how many of the men in blue shirts stand with their bicycles on the left side of the table?"
 
 
 def test_a_long_truth_and_a_long_answer_end_in_dots_too() -> None:
-    lines = words(make_cell(truth=LONG * 2, prediction="word " * 40))[2:]
+    lines = words(make_cell(text="word " * 100, truth=LONG * 2, prediction="word " * 40))[5:]
     assert [line.endswith("…") for line in lines] == [False, True, False, True]
     assert words(make_cell(truth="a b c"))[2] == "truth:     a b c"
 

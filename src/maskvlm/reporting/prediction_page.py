@@ -10,7 +10,7 @@ from maskvlm.reporting.page import BLACK, GREEN, GREY, RED, Page, Segment
 
 COLUMNS = 3
 IMAGE, TEXT, MARGIN, LINE, GAP = 1.25, 2.6, 0.2, 0.15, 0.12  # inches
-QUESTION_LINES, ANSWER_LINES = 4, 2  # maximum lines of a question, and of the truth and the prediction each
+CELL_LINES, QUESTION_LINES = 9, 4  # maximum lines beside an image, and of a question
 SIZE = 8  # points of the font
 
 
@@ -61,14 +61,15 @@ def draw_cell(page: Page, left: float, top: float, cell: ExampleCell, most: int)
     for place, label in enumerate(cell.labels):
         page.line(left + place * (IMAGE + GAP), top + IMAGE + GAP / 3, [Segment(label, GREY)])
     # The question, the truth if known, the prediction.
-    parts = [
-        (prediction["text"] or " ", QUESTION_LINES, BLACK),
-        (f"predicted: {prediction['prediction']}", ANSWER_LINES, colour),
-    ]
-    parts += [(f"{name} {value:.1f}", 1, GREY) for name, value in prediction.get("measured", {}).items()]
-    if prediction["truth"]:
-        parts.insert(1, (f"truth:     {prediction['truth']}", ANSWER_LINES, GREY))
-    lines = [(line, shade) for words, most_lines, shade in parts for line in page.wrap(words, TEXT - GAP, most_lines)]
+    question = page.wrap(prediction["text"] or " ", TEXT - GAP, QUESTION_LINES)
+    answers = [(f"truth:     {prediction['truth']}", GREY)] if prediction["truth"] else []
+    answers.append((f"predicted: {prediction['prediction']}", colour))
+    measured = [(f"{name} {value:.1f}", GREY) for name, value in prediction.get("measured", {}).items()]
+    # A short question leaves more lines to the answers, which are long where they are captions.
+    most_lines = max(1, (CELL_LINES - len(question) - len(measured)) // len(answers))
+    lines = [(line, BLACK) for line in question]
+    lines += [(line, shade) for words, shade in answers for line in page.wrap(words, TEXT - GAP, most_lines)]
+    lines += measured
     for number, (line, shade) in enumerate(lines):
         words = Segment(line, shade, bold=shade in (GREEN, RED))
         page.line(left + most * (IMAGE + GAP), top + number * LINE, [words])
