@@ -18,6 +18,8 @@ from maskvlm.training.lightning_private import evaluate_after_whole_steps
 from maskvlm.training.resume import asked_for, finished
 from maskvlm.utils.whole_files import read_json
 
+ROOT = Path(__file__).resolve().parents[2]
+COMPACT = yaml.safe_load((ROOT / "conf" / "pretrain-compact.yaml").read_text())["trainer"]["callbacks+"][0]["init_args"]
 SMALL = {
     "data.steps": 12,
     "data.batch_size": 4,
@@ -38,7 +40,7 @@ SMALL = {
 def fit(folder: Path, stack: Callable[..., list[str]], patience: int | None, **more_options: object) -> None:
     """more_options: dots as two underscores; `threshold`: the score that ends a run."""
     threshold = more_options.pop("threshold", None)
-    stop = {"monitor": "score", "mode": "max", "patience": patience, "stopping_threshold": threshold}
+    stop = {**COMPACT, "patience": patience, "stopping_threshold": threshold}
     callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stop}
     more = folder.parent / "stop.yaml"
     more.write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]} if patience else {}}))
@@ -60,6 +62,15 @@ def test_the_best_weights_are_measured_where_the_score_no_longer_rises(
     assert (finished(tmp_path / "run"), asked_for(tmp_path / "run")) == (9, 12)
     assert "not finished" not in stderr
     assert f"the score no longer rose: stopped early at step 9; evaluating {tmp_path / 'run' / 'best.ckpt'}" in stderr
+
+
+def test_a_run_without_evaluations_comes_to_its_end(
+    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no score then. With an interval of 1, Lightning asks for it at the end of the epoch."""
+    monkeypatch.chdir(ROOT)
+    fit(tmp_path / "run", stack, patience=2, trainer__limit_val_batches=0, trainer__val_check_interval=1.0)
+    assert load(tmp_path / "run" / "last.ckpt")["global_step"] == 12
 
 
 @pytest.mark.parametrize("patience", [None, 3])
