@@ -106,7 +106,7 @@ def complete(*words: str) -> list[str]:
         (("maskvlm", "pretrain", "model", "=", "ti"), ["tiny"]),
         (("maskvlm", "evaluate", "split", "="), ["val", "test"]),
         (("maskvlm", "embed", "split", "="), ["train", "val", "test"]),
-        (("maskvlm", "study", "cl"), ["claims"]),
+        (("maskvlm", "study", "cl"), ["claims", "claims-photographs"]),
         (("maskvlm", "pretrain", "data", "=", "pre"), []),
         (("maskvlm", "finetune", "v"), ["vqa"]),
         (("maskvlm", "finetune", "vqa", "data", "=", "d"), ["daquar"]),
