@@ -98,9 +98,7 @@ class Captioning(Task):
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
         self.check_metrics()
-        # Unreadable images are blank: do not cache their features.
-        row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
-        context = self.look(backbone, batch.image_BCHW, row_B, self.uniform)
+        context = self.look(backbone, batch.image_BCHW, batch.feature_row_B, self.uniform)
         likelihood_C = self.writer.log_likelihood(backbone, context, batch.token_CT, batch.attention_CT, batch.owner_C)
         valid_C = batch.valid_B[batch.owner_C].float()
         # Predicted tokens: all except the start token.

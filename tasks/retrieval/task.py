@@ -146,8 +146,8 @@ class Retrieval(Task):
         self.captions_per_image = len(batch.owner_C) / len(batch.valid_B)
         if self.blind is not None:
             batch = batch._replace(image_BCHW=self.blind(batch.image_BCHW, self.uniform))
-        # Noise differs in each step and unreadable images are blank: cache neither.
-        row_B = None if self.blind is not None else batch.index_B.masked_fill(~batch.valid_B, -1)
+        # Noise differs in each step, so there is nothing to cache.
+        row_B = None if self.blind is not None else batch.feature_row_B
         size, image, token, attention = self.pairs_at_once, batch.image_BCHW, batch.token_CT, batch.attention_CT
         image_BLD = chunks.encoded_in_chunks(
             backbone.image, size, len(image), lambda rows: (image[rows], None, None if row_B is None else row_B[rows])

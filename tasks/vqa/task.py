@@ -114,8 +114,8 @@ class Vqa(Classification):
 
     def read(self, backbone: MaskVLM, batch: ExampleBatch, uniform: Uniform) -> Context:
         """Images and questions through the encoders, the cross encoders and the fusion block."""
-        # (B, 1, 3, H, W) -> (B, 3, H, W); unreadable images and noise are not cached (-1).
-        image_BCHW, row_B = batch.image_BPCHW[:, 0], batch.index_B.masked_fill(~batch.valid_B, -1)
+        # (B, 1, 3, H, W) -> (B, 3, H, W); noise is not cached (-1).
+        image_BCHW, row_B = batch.image_BPCHW[:, 0], batch.feature_row_B
         if self.blind is not None:
             image_BCHW, row_B = self.blind(image_BCHW, uniform), row_B.new_full(row_B.shape, -1)
         text_BTD = backbone.text(batch.token_BT, batch.attention_BT)

@@ -19,7 +19,7 @@ from maskvlm.data.images import BadImage
 from maskvlm.data.module import PairData, some_texts
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner
-from maskvlm.data.transforms import eval_transform, train_transform
+from maskvlm.data.transforms import Mirroring, eval_transform, train_transform
 from maskvlm.utils.errors import ExitCode, UserError
 
 
@@ -58,6 +58,24 @@ def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
     sample = training({}, images=3, augment=False)[Pick(0, 0)]
     assert torch.equal(sample["image_PCHW"], evaluation({}, images=3)[0]["image_PCHW"])
     assert (sample["valid"], sample["problem"], sample["index"]) == (True, None, 0)
+
+
+def test_all_images_of_an_example_are_mirrored_or_none(collate: CollateExamples) -> None:
+    half_white = Image.new("RGB", (24, 24))
+    half_white.paste("white", (0, 0, 12, 24))
+    rows = [
+        example(at, 2, images=[half_white, half_white], answers=[], text=text) for at, text in enumerate(["x", "left"])
+    ]
+    data = TrainExamples(ToySplit(rows), eval_transform(SPEC), 0, SPEC.image_size, Mirroring())
+    plain = eval_transform(SPEC)(half_white)
+    samples = [data[Pick(0, epoch)] for epoch in range(20)]
+    assert {sample["mirrored"] for sample in samples} == {False, True}
+    for sample in samples:
+        for image_CHW in sample["image_PCHW"]:
+            assert torch.equal(image_CHW, plain.flip(-1) if sample["mirrored"] else plain)
+    assert not any(data[Pick(1, epoch)]["mirrored"] for epoch in range(20))
+    mirrored = next(sample for sample in samples if sample["mirrored"])
+    assert collate([data[Pick(1, 0)], mirrored]).feature_row_B.tolist() == [2, 1]
 
 
 def test_an_answer_that_names_a_side_keeps_the_image_as_it_is() -> None:

@@ -54,6 +54,7 @@ def test_the_length_is_given_in_steps_or_in_epochs() -> None:
         ({"crop_scale": (0.5, 1.2)}, "data.crop_scale: "),
         ({"randaugment": (2, 31)}, "data.randaugment: "),
         ({"randaugment": (-1, 7)}, "data.randaugment: "),
+        ({"augment": "mirror", "flip": False}, "data.flip: "),
     ],
 )
 def test_augmentation_that_no_image_can_have_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
@@ -71,7 +72,7 @@ def test_one_epoch_of_batches_shows_every_image_once() -> None:
     assert sorted(torch.cat([batch.index_B for batch in batches]).tolist()) == list(range(16))
 
 
-@pytest.mark.parametrize("settings", [{}, {"augment": False}, {"seed": 7}])
+@pytest.mark.parametrize("settings", [{}, {"augment": False}, {"seed": 7}, {"augment": "mirror"}])
 def test_the_number_of_workers_changes_nothing(settings: dict[str, Any]) -> None:
     source = Squares(train=[5])
     here = list(ready(source, **settings).train_dataloader())

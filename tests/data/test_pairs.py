@@ -9,15 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from toy_pairs import SPEC, Outlined, Rows, png, row, square
 from transformers import PreTrainedTokenizerFast
 
+from maskvlm.data.batch import feature_rows
 from maskvlm.data.images import BadImage
 from maskvlm.data.pairs import Collate, EvalPairs, TrainPairs, first_caption
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner
-from maskvlm.data.transforms import eval_transform, train_transform
+from maskvlm.data.transforms import Mirroring, eval_transform, train_transform
 from maskvlm.utils.errors import ExitCode, UserError
 
 
@@ -82,6 +84,37 @@ def test_augmentation_follows_from_seed_epoch_and_index_alone() -> None:
     views = [same_image[Pick(index, epoch)]["image_CHW"] for index in (0, 1) for epoch in (0, 1)]
     views.append(training({"captions": ["x"]}, seed=1)[Pick(0, 0)]["image_CHW"])
     assert not any(torch.equal(a, b) for n, a in enumerate(views) for b in views[:n])
+
+
+def test_half_of_the_images_are_mirrored_and_their_version_is_known() -> None:
+    half_white = Image.new("RGB", (24, 24))
+    half_white.paste("white", (0, 0, 12, 24))
+    rows = Rows([row(0, image=png(half_white), captions=[text]) for text in ("x", "a ball on his left")])
+    data = TrainPairs(rows, eval_transform(SPEC), 0, SPEC.image_size, mirroring=Mirroring())
+    plain = EvalPairs(rows, eval_transform(SPEC), SPEC.image_size)[0]["image_CHW"]
+    samples = [data[Pick(0, epoch)] for epoch in range(200)]
+    assert 70 < sum(bool(sample["mirrored"]) for sample in samples) < 130
+    for sample in samples:
+        assert torch.equal(sample["image_CHW"], plain.flip(-1) if sample["mirrored"] else plain)
+    assert [sample["mirrored"] for sample in samples[:9]] == [data[Pick(0, epoch)]["mirrored"] for epoch in range(9)]
+    assert not any(data[Pick(1, epoch)]["mirrored"] for epoch in range(50))  # mirrored, its caption would be untrue
+    unaware = TrainPairs(rows, eval_transform(SPEC), 0, SPEC.image_size, mirroring=Mirroring(caption_aware=False))
+    assert any(unaware[Pick(1, epoch)]["mirrored"] for epoch in range(50))
+    assert training({}, augment=False)[Pick(0, 0)]["mirrored"] is None
+
+
+@given(samples=st.lists(st.tuples(st.integers(0, 999), st.booleans(), st.booleans()), min_size=1))
+def test_a_row_of_features_shows_one_version_of_one_image(samples: list[tuple[int, bool, bool]]) -> None:
+    index_B, mirrored_B, valid_B = (torch.tensor(part) for part in zip(*samples, strict=True))
+    rows = feature_rows(index_B, valid_B, mirrored_B).tolist()
+    versions = {}
+    for (index, mirrored, valid), at in zip(samples, rows, strict=True):
+        assert (at == -1) != valid
+        if valid:
+            assert 0 <= at < 2 * (max(index for index, _, _ in samples) + 1)
+            assert versions.setdefault(at, (index, mirrored)) == (index, mirrored)
+    assert len(versions) == len({(index, mirrored) for index, mirrored, valid in samples if valid})
+    assert feature_rows(index_B, valid_B, None).tolist() == [index if valid else -1 for index, _, valid in samples]
 
 
 def test_reading_a_sample_leaves_the_global_random_numbers_alone() -> None:
@@ -165,6 +198,20 @@ def test_object_pixels_come_at_the_size_of_the_image() -> None:
 @pytest.fixture(scope="module")
 def collate(trained: PreTrainedTokenizerFast) -> Callable[..., object]:
     return Collate(Captioner(trained, 12))
+
+
+def test_a_batch_knows_which_images_are_mirrored(collate: Collate) -> None:
+    pairs = Rows([row(0), row(1, image=b"no"), row(2)])
+    data = TrainPairs(pairs, eval_transform(SPEC), 0, SPEC.image_size, mirroring=Mirroring())
+    samples = [data[Pick(at, 0)] for at in range(3)]
+    samples[2]["mirrored"] = True
+    batch = collate(samples)
+    assert batch.mirrored_B is not None
+    assert batch.mirrored_B.tolist() == [samples[0]["mirrored"], False, True]
+    assert batch.feature_row_B.tolist() == [int(bool(samples[0]["mirrored"])), -1, 5]
+    still = collate([training({}, {})[Pick(at, 0)] for at in range(2)])
+    assert still.mirrored_B is None
+    assert still.feature_row_B.tolist() == [0, 1]
 
 
 def test_a_training_batch(collate: Collate) -> None:

@@ -119,6 +119,12 @@ def test_a_place_without_shards_is_one_line(tmp_path: Path) -> None:
         list_shards("nowhere://bucket/*.tar")
 
 
+def test_a_stream_too_says_which_images_are_mirrored(tmp_path: Path) -> None:
+    batches = list(ready(tars(tmp_path), augment="mirror").train_dataloader())
+    mirrored = torch.cat([batch.mirrored_B for batch in batches])
+    assert 0 < mirrored.sum() < len(mirrored)
+
+
 @pytest.mark.parametrize("replay", [True, False])
 def test_a_stream_that_is_read_over_goes_on_with_as_many_workers(tmp_path: Path, replay: bool) -> None:
     """With another number each would read other shards: samples would come twice, and others never."""

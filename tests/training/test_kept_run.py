@@ -67,6 +67,20 @@ def test_a_run_with_kept_features_learns_what_one_without_learns(
     assert all(next((tmp_path / "features").glob("*.there")).read_bytes())
 
 
+def test_features_of_both_versions_of_a_mirrored_image_are_kept(
+    fit: Callable[..., dict[str, list[float]]], tmp_path: Path
+) -> None:
+    """Fails where both versions share a row: the losses are those of features that are computed anew."""
+    settings = {"data.augment": "mirror", "data.caption_aware": False, "data.steps": 12}
+    expected = fit("without", **settings)
+    losses = fit("kept", **settings, **{"model.backbone.image.feature_cache": str(tmp_path / "features")})
+    for loss in LOSSES:
+        assert losses[loss] == pytest.approx(expected[loss], rel=1e-4), loss
+    there = np.frombuffer(next((tmp_path / "features").glob("*.there")).read_bytes(), np.uint8)
+    assert there.size == 2 * 12
+    assert 12 < there.sum() <= 24
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("model.backbone.image.normalisation", "imagenet"), ("trainer.precision", "bf16-mixed")]
 )

@@ -613,6 +613,7 @@ def test_what_a_training_that_died_has_read_is_named() -> None:
 def test_features_that_are_kept_follow_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where the texts alone name them: photos that were replaced would be trained on as they were."""
     names: list[str] = []
+    rows: list[int] = []
 
     class Photos(list[int]):
         fingerprint = "same"
@@ -622,11 +623,13 @@ def test_features_that_are_kept_follow_the_images(monkeypatch: pytest.MonkeyPatc
             self.image_identity = identity
 
     model = make_model()
-    kept = SimpleNamespace(open_cache=lambda follows, rows: names.append(follows))
+    kept = SimpleNamespace(open_cache=lambda follows, count: (names.append(follows), rows.append(count)))
     monkeypatch.setattr(model.backbone.image, "frozen_blocks", kept)
-    for identity in ("a", "b", "a"):
-        data = SimpleNamespace(augments=False, splits={"train": Photos(identity)})
+    for identity, versions in (("a", 1), ("b", 1), ("a", 1), ("a", 2)):
+        data = SimpleNamespace(versions=versions, splits={"train": Photos(identity)})
         monkeypatch.setattr(LitModel, "data", data)
         monkeypatch.setattr(LitModel, "trainer", SimpleNamespace(precision="32-true"))
         model._open_feature_cache()
     assert names[0] == names[2] != names[1]
+    assert names[3] not in names[:3]  # mirrored images have rows of their own
+    assert rows == [1, 1, 1, 2]

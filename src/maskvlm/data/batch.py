@@ -47,6 +47,8 @@ class Batch(NamedTuple):
             case.
         valid_B: False if the sample could not be read: a blank placeholder with weight 0 that keeps its place.
         index_B: the sample's position in the data set.
+        mirrored_B: True if the image was mirrored; None if the data show every image in one version only, or in more
+            than the two (`PairData(augment)`).
         foreground_BHW: True for pixels of objects, if the source knows them; for evaluation.
         problems: (reason, message) of each sample that could not be read or had to be repaired.
         texts: the C cleaned captions, for predictions.
@@ -66,6 +68,20 @@ class Batch(NamedTuple):
     foreground_BHW: Tensor | None = None
     problems: tuple[tuple[str, str], ...] = ()
     texts: tuple[str, ...] = ()
+    mirrored_B: Tensor | None = None
+
+    @property
+    def feature_row_B(self) -> Tensor:
+        """The row of each image in a cache of features, [B]; see `feature_rows`."""
+        return feature_rows(self.index_B, self.valid_B, self.mirrored_B)
+
+
+def feature_rows(index_B: Tensor, valid_B: Tensor, mirrored_B: Tensor | None) -> Tensor:
+    """Rows in a cache of features (`model/features.py`), [B], from the fields of `Batch` of the same names. If images
+    are mirrored, a sample has two rows next to each other. -1 for a sample that could not be read: its image is blank,
+    so nothing may be stored for it."""
+    row_B = index_B if mirrored_B is None else 2 * index_B + mirrored_B
+    return row_B.masked_fill(~valid_B, -1)
 
 
 class Row(TypedDict):

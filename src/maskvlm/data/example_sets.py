@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 from maskvlm.data.caption_text import clean_caption, stable_id
 from maskvlm.data.examples import AnswerTokens, Example, ExampleBatch, Examples, ExampleSource
 from maskvlm.data.images import BadImage, safe_open
-from maskvlm.data.pairs import stack_images
+from maskvlm.data.pairs import mirrored_tensor, stack_images
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner
+from maskvlm.data.transforms import Mirroring, mirror
 from maskvlm.data.workers import at
 from maskvlm.utils.distributed import mix
 from maskvlm.utils.errors import ExitCode, UserError
@@ -30,6 +31,7 @@ class ExampleSample(TypedDict):
     index: int
     valid: bool
     problem: tuple[str, str] | None
+    mirrored: bool | None
 
 
 def opened_images(example: Example) -> Iterator[Image.Image]:
@@ -47,10 +49,14 @@ def opened_images(example: Example) -> Iterator[Image.Image]:
 
 
 class TrainExamples(Dataset[ExampleSample]):
-    """Augmentation seeded by (seed, epoch, index); an example that cannot be read keeps its place with weight 0."""
+    """Augmentation seeded by (seed, epoch, index); an example that cannot be read keeps its place with weight 0.
+    `mirroring`: of all images of an example, or of none; None: not used."""
 
-    def __init__(self, examples: Examples, transform: Any, seed: int, image_size: int) -> None:
+    def __init__(
+        self, examples: Examples, transform: Any, seed: int, image_size: int, mirroring: Mirroring | None = None
+    ) -> None:
         self.examples, self.transform, self.seed, self.image_size = examples, transform, seed, image_size
+        self.mirroring = mirroring
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -70,13 +76,22 @@ class TrainExamples(Dataset[ExampleSample]):
                 # An answer too may be wrong for a mirrored image: "left" to "Which way does he look?".
                 words = " ".join([text, *example["answers"]])
                 images = [self.transform(image, words) for image in opened_images(example)]
+                mirrored = None if self.mirroring is None else self.mirroring.draw(words)
             except BadImage as bad:
                 blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
                 # one bad image makes the whole example a placeholder, as its text may be wrong for the rest
                 images, problem, valid = [blank] * len(example["images"]), (bad.reason, str(bad)), False
+                mirrored = None if self.mirroring is None else False
         # P images of (3, H, W) -> (P, 3, H, W)
         image_PCHW = torch.stack(images)
-        return ExampleSample(image_PCHW=image_PCHW, example=example, index=pick.row, valid=valid, problem=problem)
+        return ExampleSample(
+            image_PCHW=mirror(image_PCHW) if mirrored else image_PCHW,
+            example=example,
+            index=pick.row,
+            valid=valid,
+            problem=problem,
+            mirrored=mirrored,
+        )
 
 
 class EvalExamples(Dataset[ExampleSample]):
@@ -94,7 +109,9 @@ class EvalExamples(Dataset[ExampleSample]):
         if not clean_caption(example["text"])[0]:
             raise UserError(example["origin"], "no words in its text", "Fix or remove the row", ExitCode.BAD_DATA)
         images = [self.transform(image) for image in opened_images(example)]
-        return ExampleSample(image_PCHW=torch.stack(images), example=example, index=index, valid=True, problem=None)
+        return ExampleSample(
+            image_PCHW=torch.stack(images), example=example, index=index, valid=True, problem=None, mirrored=None
+        )
 
 
 class CollateExamples:
@@ -127,6 +144,7 @@ class CollateExamples:
             # without images, which would be sent from worker to main process a second time
             tuple(Example(**{**example, "images": []}) for example in examples),
             tuple(sample["problem"] for sample in samples if sample["problem"]),
+            mirrored_tensor([sample["mirrored"] for sample in samples]),
         )
 
     def dense(self, targets: list[dict[str, float]], examples: list[Example]) -> Tensor:

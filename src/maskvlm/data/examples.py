@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from maskvlm.data.batch import feature_rows
 from maskvlm.data.text import CaptionTokens
 
 
@@ -108,6 +109,7 @@ class ExampleBatch(NamedTuple):
         answers: the target answers as tokens.
         examples: the examples as the source returned them, without their images.
         problems: (reason, message) of samples that could not be read or had to be repaired.
+        mirrored_B: True if the example's images were mirrored, all of them; otherwise as in `Batch`.
     """
 
     image_BPCHW: Tensor
@@ -123,6 +125,12 @@ class ExampleBatch(NamedTuple):
     answers: AnswerTokens
     examples: tuple[Example, ...]
     problems: tuple[tuple[str, str], ...] = ()
+    mirrored_B: Tensor | None = None
+
+    @property
+    def feature_row_B(self) -> Tensor:
+        """The row of each example in a cache of features, [B]; see `feature_rows`."""
+        return feature_rows(self.index_B, self.valid_B, self.mirrored_B)
 
 
 def question_batch(image_BPCHW: Tensor, text: CaptionTokens) -> ExampleBatch:

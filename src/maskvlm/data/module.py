@@ -25,7 +25,7 @@ from maskvlm.data.pairs import Collate, EvalPairs, ProcessShare, TrainPairs
 from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, size_for_all
 from maskvlm.data.subset import fraction_of, hashed_image_ids
 from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
-from maskvlm.data.transforms import Normalise, check_augmentation, eval_transform, train_transform
+from maskvlm.data.transforms import Augment, Mirroring, Normalise, check_augmentation, eval_transform, train_transform
 from maskvlm.data.unknown_words import check_unknown, some_captions, some_texts
 from maskvlm.data.workers import check_shared, noted_loader
 from maskvlm.utils.cores import cores
@@ -49,7 +49,9 @@ class PairData(L.LightningDataModule):
             cores (under SLURM its task's cores minus two), at most 12; without a GPU 0, as the cores are busy anyway.
         eval_batch_size: images (with all their captions) in an evaluation batch.
         accumulate: passes that share a global batch; must equal trainer.accumulate_grad_batches.
-        augment: augment training images; otherwise only resize them.
+        augment: augment training images: crop, mirror and RandAugment, as set below. `false`: only resize them.
+            `mirror`: resize them and mirror half of them, with nothing else changed, so that features of frozen blocks
+            can still be cached (`model.backbone.image.feature_cache`), in twice the space.
         crop_scale: minimum and maximum share of the image's area that a random crop keeps.
         randaugment: number of RandAugment operations and their magnitude (0 to 30), or None for none.
         colour: whether RandAugment may change colours.
@@ -85,7 +87,7 @@ class PairData(L.LightningDataModule):
         workers: int | None = None,
         eval_batch_size: int = 64,
         accumulate: int = 1,
-        augment: bool = True,
+        augment: Augment = True,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         randaugment: tuple[int, int] | None = (2, 7),
         colour: bool = True,
@@ -122,6 +124,8 @@ class PairData(L.LightningDataModule):
         if workers is not None and workers > (most := max(64, 8 * cores())):
             raise UserError("data.workers", f"{workers} are too many for {cores()} cores", f"Give at most {most}")
         check_augmentation(crop_scale, randaugment)
+        if augment == "mirror" and not flip:
+            raise UserError("data.flip", "false, but data.augment is mirror", "Set data.augment false, or leave it out")
         self.source, self.spec, self.batch_size = source, spec, batch_size
         self.steps, self.epochs, self.seed, self.workers = steps, epochs, seed, workers
         self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction
@@ -143,9 +147,9 @@ class PairData(L.LightningDataModule):
         return self.source.labels if isinstance(self.source, ExampleSource) else None
 
     @property
-    def augments(self) -> bool:
-        """Whether a training image looks different each time."""
-        return self.augment[-1]
+    def versions(self) -> int | None:
+        """Number of versions in which a training image is shown; None if it looks different each time."""
+        return {False: 1, "mirror": 2}.get(self.augment[-1])
 
     def _begin(self) -> None:
         """Reset the counts; when a run is resumed, the checkpoint later restores its position."""
@@ -292,9 +296,10 @@ class PairData(L.LightningDataModule):
         # a batch of the loader is a pass; `accumulate` passes make one optimiser step
         pairs, batches = self.splits["train"], self.total_steps * self.accumulate
         transform = train_transform(self.spec, *self.augment, normalise=False)
+        mirroring = Mirroring(self.augment[-2]) if self.augment[-1] == "mirror" else None
         # streamed: the shards determine the order
         if hasattr(pairs, "stream"):
-            reader = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions)
+            reader = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions, mirroring)
             part = ProcessShare(rank(), world_size(), share // world_size())
             samples = pairs.stream(reader, part, batches, self.start, self._readers())
             waits = {} if not self.start else {"timeout": 0}  # skipping consumed samples takes time
@@ -304,9 +309,9 @@ class PairData(L.LightningDataModule):
         sampler = FlatBatchSampler(order, share, batches, rank(), world_size(), self.start)
         data: Dataset[Any]
         if isinstance(self.source, ExampleSource):
-            data = TrainExamples(pairs, transform, self.seed, self.spec.image_size)
+            data = TrainExamples(pairs, transform, self.seed, self.spec.image_size, mirroring)
         else:
-            data = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions)
+            data = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions, mirroring)
         return self._loader(data, share // world_size(), batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -15,6 +15,7 @@ from maskvlm.data.caption_text import caption_id, clean_caption, stable_id
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner
+from maskvlm.data.transforms import Mirroring, mirror
 from maskvlm.data.workers import at
 from maskvlm.utils.distributed import mix
 from maskvlm.utils.errors import ExitCode, UserError
@@ -41,6 +42,7 @@ class Sample(TypedDict):
     valid: bool
     problem: tuple[str, str] | None
     foreground: np.ndarray | None
+    mirrored: bool | None
 
 
 class TrainPairs(Dataset[Sample]):
@@ -49,11 +51,22 @@ class TrainPairs(Dataset[Sample]):
 
     A row that cannot be read becomes a placeholder in the batch (blank, without words, weight 0), so that processes
     stay in step and no other sample moves.
+
+    `mirroring`: draws which images to mirror after the transform, for data that show an image in two versions; None:
+    not used.
     """
 
-    def __init__(self, pairs: Pairs, transform: Transform, seed: int, image_size: int, captions: int = 1) -> None:
+    def __init__(
+        self,
+        pairs: Pairs,
+        transform: Transform,
+        seed: int,
+        image_size: int,
+        captions: int = 1,
+        mirroring: Mirroring | None = None,
+    ) -> None:
         self.pairs, self.transform, self.seed, self.image_size = pairs, transform, seed, image_size
-        self.captions = captions
+        self.captions, self.mirroring = captions, mirroring
         # plain resizing has no such limit, as it needs the whole image
         self.least: int | None = getattr(transform, "least", None)
 
@@ -83,16 +96,18 @@ class TrainPairs(Dataset[Sample]):
             # the augmentation looks for colours and directions in all captions shown
             image, text = safe_open(row["image"], row["origin"], self.least), " ".join(captions)
             image_CHW = self.transform(image, text)
+            mirrored = None if self.mirroring is None else self.mirroring.draw(text)
         except BadImage as problem:
             return self.hole(pick.row, (problem.reason, str(problem)))
         return Sample(
-            image_CHW=image_CHW,
+            image_CHW=mirror(image_CHW) if mirrored else image_CHW,
             captions=captions,
             image_id=row["image_id"],
             index=pick.row,
             valid=True,
             problem=(f"caption {note}", row["origin"]) if note else None,
             foreground=None,
+            mirrored=mirrored,
         )
 
     def hole(self, index: int, problem: tuple[str, str]) -> Sample:
@@ -108,6 +123,7 @@ class TrainPairs(Dataset[Sample]):
             valid=False,
             problem=problem,
             foreground=None,
+            mirrored=None if self.mirroring is None else False,
         )
 
 
@@ -155,6 +171,7 @@ class EvalPairs(Dataset[Sample]):
             valid=True,
             problem=None,
             foreground=object_mask(index, self.image_size) if object_mask else None,
+            mirrored=None,
         )
 
 
@@ -188,7 +205,13 @@ class Collate:
             torch.from_numpy(np.stack(grounds)) if len(grounds) == len(samples) else None,
             tuple(sample["problem"] for sample in samples if sample["problem"]),
             tuple(captions),
+            mirrored_tensor([sample["mirrored"] for sample in samples]),
         )
+
+
+def mirrored_tensor(mirrored: Sequence[bool | None]) -> Tensor | None:
+    """`Batch.mirrored_B` from the samples' flags, which are all None or none of them."""
+    return None if mirrored[0] is None else torch.tensor(mirrored)
 
 
 def stack_images(images: list[Tensor]) -> Tensor:

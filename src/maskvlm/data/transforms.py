@@ -6,7 +6,7 @@ All randomness comes from torch's global generator, so a seed per sample fixes t
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -18,6 +18,8 @@ from maskvlm.data.batch import InputSpec
 from maskvlm.utils.errors import UserError
 
 BICUBIC = v2.InterpolationMode.BICUBIC
+Augment = bool | Literal["mirror"]
+"""What happens to a training image before it is a tensor, see `PairData(augment)`."""
 SQUAREST = 3 / 4  # crops are from 3:4 to 4:3
 
 _HUES = (
@@ -142,6 +144,28 @@ class TrainTransform:
         return self._tensor(self._geometric(image) if keep_colour else self._any(image))
 
 
+class Mirroring:
+    """Draws whether to mirror an image: half of them, but none whose text names a side if `caption_aware`.
+
+    With nothing else changed, an image has two versions, and features of both can be cached, which
+    `torchvision.transforms.v2.RandomHorizontalFlip` does not allow: it does not tell which version it returns.
+    """
+
+    def __init__(self, caption_aware: bool = True) -> None:
+        self.caption_aware = caption_aware
+
+    def draw(self, text: str) -> bool:
+        """Whether to mirror the image of this text; one number from torch's generator, whatever the text."""
+        drawn = bool(torch.rand(()) < 0.5)
+        return drawn and not (self.caption_aware and names_side(text))
+
+
+def mirror(image: Tensor) -> Tensor:
+    """The mirrored image or images, (..., H, W)."""
+    mirrored: Tensor = v2.functional.horizontal_flip(image)
+    return mirrored
+
+
 def _randaugment(spec: InputSpec, setting: tuple[int, int] | None) -> tuple[v2.Transform, v2.Transform]:
     """RandAugment with and without colour operations; pixels from outside the image get the mean colour."""
     if setting is None:
@@ -203,12 +227,13 @@ def train_transform(
     colour: bool = True,
     flip: bool = True,
     caption_aware: bool = True,
-    augment: bool = True,
+    augment: Augment = True,
     normalise: bool = True,
 ) -> Callable[..., Tensor]:
-    """The transform for training: `TrainTransform`, or only resizing if `augment` is false."""
+    """The transform for training: `TrainTransform` if `augment` is true, otherwise only resizing. With `mirror`, the
+    data set mirrors the result, see `Mirroring`."""
     # the same image every time
-    if not augment:
+    if augment is not True:
         return EvalTransform(spec, normalise)
     return TrainTransform(spec, crop_scale, randaugment, colour, flip, caption_aware, normalise)
 

@@ -134,7 +134,7 @@ class ImageEncoder(Encoder):
             visible patches only, and mask tokens are inserted after it (MAE, He et al. 2022); cheaper at higher mask
             ratios. Inserted tokens have no position unless `query_positions` is set.
         feature_cache: folder that caches the outputs of the frozen blocks, so that each training image passes through
-            them once; only without augmentation.
+            them once; only without augmentation, or with `data.augment: mirror`, and then twice.
 
     Attributes:
         width: D. grid: rows and columns of patches. num_patches: N. patch_size: side of a patch in pixels.

@@ -102,7 +102,7 @@ class FrozenBlocks:
         Args:
             follows: what the features depend on besides the frozen weights: split fingerprint, image preparation,
                 precision. It is part of the file name, so another value uses other files.
-            rows: number of rows in the training split.
+            rows: number of rows: of images in the training split, times the versions in which each is shown.
 
         Raises:
             UserError: as `FeatureCache`.
@@ -135,7 +135,7 @@ def run_blocks(vit: Any, first: int, hidden_BLD: Tensor, attn_mask: Tensor | Non
 
 
 class FeatureCache:
-    """One float32 row [L, D] for each row of the training split, written when an image is first seen.
+    """One float32 row [L, D] for each version of an image of the training split, written when it is first seen.
 
     Two files: `NAME.float32` has the rows, `NAME.there` one byte per row that says whether it was written. Both are
     memory-mapped: memory holds only what is in use, and processes on the same machine share them. A process that misses
@@ -178,7 +178,7 @@ class FeatureCache:
         """The features of these rows, [B, L, D], float32, on the device of `rows_B`.
 
         Args:
-            rows_B: int64, rows in the training split in [0, R); a row may occur twice. -1: computed and not stored.
+            rows_B: int64, rows in [0, R) (see `feature_rows`); a row may occur twice. -1: computed and not stored.
             compute: returns the features [M, L, D] of the missing rows, given their indices [M] into `rows_B`.
         """
         row_B = rows_B.cpu().numpy()

@@ -54,6 +54,7 @@ def take_pairs(batch: Batch, rows: slice) -> Batch:
         valid_B=batch.valid_B[rows],
         index_B=batch.index_B[rows],
         foreground_BHW=None,
+        mirrored_B=None if batch.mirrored_B is None else batch.mirrored_B[rows],
     )
 
 

@@ -160,8 +160,7 @@ class Classification(Task):
         if image.shape[1] != self.images_per_example:
             what = f"the data has {image.shape[1]} images per example, but the task is set to {self.images_per_example}"
             raise UserError("model.task.images_per_example", what, f"Set it to {image.shape[1]}")
-        # Unreadable images are blank: do not cache their features.
-        row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
+        row_B = batch.feature_row_B
         if self.blind is not None:
             # The noise differs in each step, so there is nothing to cache.
             image, row_B = self.blind(image, uniform), row_B.new_full(row_B.shape, -1)

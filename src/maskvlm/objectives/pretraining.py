@@ -585,8 +585,7 @@ class MaskedPretraining(Task):
         if exchanged is not None:
             token = torch.cat([token, exchanged.token_CT])
             attention = torch.cat([attention, batch.attention_CT[: len(exchanged.token_CT)]])
-        # Unreadable images are blank: do not cache their features.
-        row_B = batch.index_B.masked_fill(~batch.valid_B, -1)
+        row_B = batch.feature_row_B
         if self.pairs_at_once is None:
             whole, masked_image = backbone.image(image, mask, row_B, visible, subset_BV).tensor_split([pairs])
         else:

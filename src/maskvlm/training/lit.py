@@ -297,9 +297,10 @@ class LitModel(L.LightningModule):
 
     def _open_feature_cache(self) -> None:
         """Open the cache of the frozen blocks' features. Raises UserError if images are augmented or streamed."""
-        if self.data.augments:
+        versions = self.data.versions
+        if versions is None:
             what = "an augmented image looks different each time, so its features cannot be cached"
-            todo = "Set data.augment false, or model.backbone.image.feature_cache null"
+            todo = "Set data.augment to false or mirror, or model.backbone.image.feature_cache to null"
             raise UserError("model.backbone.image.feature_cache", what, todo)
         train = self.data.splits["train"]
         if not len(train):
@@ -308,13 +309,16 @@ class LitModel(L.LightningModule):
                 "Set it to null, or prepare the set with maskvlm data",
             )
             raise UserError("model.backbone.image.feature_cache", what, todo)
-        rows = len(train) * getattr(self.task, "images_per_example", 1)  # an example of NLVR has two
+        # An example of NLVR has two images.
+        rows = len(train) * versions * getattr(self.task, "images_per_example", 1)
         image = self.backbone.image
         # What features depend on besides the frozen weights, which the cache adds itself.
         # The fingerprint of examples covers their texts and image names, but the image files may have changed since.
         photos = getattr(train, "image_identity", "")
         follows = (train.fingerprint, photos, image.name, image.config, image.image_size, image.mean, image.std)
-        image.frozen_blocks.open_cache(repr((*follows, str(self.trainer.precision))), rows)
+        # Caches of earlier versions, which did not mirror, keep their names.
+        follows = (*follows, str(self.trainer.precision), *(["mirrored"] if versions == 2 else []))
+        image.frozen_blocks.open_cache(repr(follows), rows)
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
         """Record on the backbone the data it was trained on, so that later uses report it even if this run dies."""
