@@ -138,6 +138,7 @@ def sample(image_CHW: torch.Tensor, text: str, number: int) -> Sample:
         valid=True,
         problem=None,
         foreground=None,
+        mirrored=None,
     )
 
 

@@ -139,7 +139,7 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
             "is an abstract class. Define in it: __call__.",
         ),
         ("--model.task.pixel_loss l3", "l3 does not fit. Give one of l1, squared, smooth_l1."),
-        ("--data.augment flip", "--data.augment: flip does not fit. Give true or false, the word mirror."),
+        ("--data.augment flip", "--data.augment: flip does not fit. Give true, false or mirror."),
         ("--model.task nope.X", "--model.task: class nope.X cannot be used (No module named 'nope')"),
         (
             "--model.task maskvlm.objectives.pretraining.X",

@@ -55,6 +55,8 @@ def test_the_length_is_given_in_steps_or_in_epochs() -> None:
         ({"randaugment": (2, 31)}, "data.randaugment: "),
         ({"randaugment": (-1, 7)}, "data.randaugment: "),
         ({"augment": "mirror", "flip": False}, "data.flip: "),
+        ({"augment": "flip"}, "data.augment: 'flip' is none of its values. Give true, false or mirror"),
+        ({"augment": None}, "data.augment: None is none"),
     ],
 )
 def test_augmentation_that_no_image_can_have_is_refused_at_once(settings: dict[str, Any], message: str) -> None:

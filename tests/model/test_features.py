@@ -1,7 +1,9 @@
 """A frozen image tower: what is trained and what is not, and features that are kept equal those made afresh."""
 
 import copy
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -226,9 +228,22 @@ def test_features_of_what_is_not_frozen_are_not_kept(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"features of 1,000,000,000,000 images need \d+\.\d GB, the disk has "):
+    with pytest.raises(UserError, match=r"1,000,000,000,000 rows of features need \d+\.\d GB more, the disk has "):
         FeatureCache(tmp_path, "x", 10**12, (197, 768))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_has_not_written_still_needs_its_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, shape = 100, (10, 1024)  # 4 MB
+    cache = FeatureCache(tmp_path, "x", rows, shape)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    with pytest.raises(UserError, match=r"100 rows of features need 0\.0 GB more"):
+        FeatureCache(tmp_path, "x", rows, shape)
+    cache.get(torch.arange(80), lambda at_M: torch.ones(len(at_M), *shape))
+    cache.features_RLD.flush()
+    FeatureCache(tmp_path, "x", rows, shape)  # 0.8 MB is missing
 
 
 def test_a_file_of_another_size(tmp_path: Path) -> None:

@@ -146,14 +146,15 @@ def _undefined(path: str) -> str:
 
 
 def _plain_type(text: str) -> str:
-    """`typing.Literal['l1', 'l2']` -> `one of l1, l2`, `Literal['all']` -> `the word all`; `<class 'float'>` -> `a
-    number`."""
+    """`typing.Literal['l1', 'l2']` -> `one of l1, l2`, `Literal['all']` -> `the word all`, with a bool `true,
+    false or all`; `<class 'float'>` -> `a number`."""
     # every second part is the content of a Literal: values to be typed as they are
     parts = re.split(r"(?:typing\.)?Literal\[(.*?)\]", text)
-    return "".join(
+    plain = "".join(
         f"{'one of' if ',' in part else 'the word'} {part}".replace("'", "") if number % 2 else _plain_names(part)
         for number, part in enumerate(parts)
     )
+    return plain.replace("true or false, the word ", "true, false or ")
 
 
 def _plain_names(text: str) -> str:

@@ -51,7 +51,7 @@ class PairData(L.LightningDataModule):
         accumulate: passes that share a global batch; must equal trainer.accumulate_grad_batches.
         augment: augment training images: crop, mirror and RandAugment, as set below. `false`: only resize them.
             `mirror`: resize them and mirror half of them, with nothing else changed, so that features of frozen blocks
-            can still be cached (`model.backbone.image.feature_cache`), in twice the space.
+            can still be cached (`model.backbone.image.feature_cache`), in twice the space; `caption_aware` applies.
         crop_scale: minimum and maximum share of the image's area that a random crop keeps.
         randaugment: number of RandAugment operations and their magnitude (0 to 30), or None for none.
         colour: whether RandAugment may change colours.
@@ -123,9 +123,7 @@ class PairData(L.LightningDataModule):
         # Each is a process with all libraries in memory: thousands would freeze the machine before the first step.
         if workers is not None and workers > (most := max(64, 8 * cores())):
             raise UserError("data.workers", f"{workers} are too many for {cores()} cores", f"Give at most {most}")
-        check_augmentation(crop_scale, randaugment)
-        if augment == "mirror" and not flip:
-            raise UserError("data.flip", "false, but data.augment is mirror", "Set data.augment false, or leave it out")
+        check_augmentation(crop_scale, randaugment, flip, augment)
         self.source, self.spec, self.batch_size = source, spec, batch_size
         self.steps, self.epochs, self.seed, self.workers = steps, epochs, seed, workers
         self.eval_batch_size, self.accumulate, self.max_bad_fraction = eval_batch_size, accumulate, max_bad_fraction

@@ -84,8 +84,15 @@ class RandomResizedCrop(v2.RandomResizedCrop):
         return Image.frombytes("RGB", (self.size[1], self.size[0]), pixels_HWC.tobytes(), "raw", "RGBX")
 
 
-def check_augmentation(crop_scale: tuple[float, float], randaugment: tuple[int, int] | None) -> None:
-    """Raise UserError for invalid settings of `TrainTransform`."""
+def check_augmentation(
+    crop_scale: tuple[float, float], randaugment: tuple[int, int] | None, flip: bool, augment: Augment
+) -> None:
+    """Raise UserError for invalid settings of `train_transform`."""
+    if augment not in (True, False, "mirror"):
+        raise UserError("data.augment", f"{augment!r:.40} is none of its values", "Give true, false or mirror")
+    if augment == "mirror" and not flip:
+        todo = "Set data.augment false, or leave out data.flip"
+        raise UserError("data.flip", "false, but data.augment is mirror", todo)
     low, high = crop_scale
     if not 0 < low <= high <= 1:
         raise UserError("data.crop_scale", f"[{low}, {high}] are not shares of an image", "Give 0 < low <= high <= 1")
@@ -232,8 +239,7 @@ def train_transform(
 ) -> Callable[..., Tensor]:
     """The transform for training: `TrainTransform` if `augment` is true, otherwise only resizing. With `mirror`, the
     data set mirrors the result, see `Mirroring`."""
-    # the same image every time
-    if augment is not True:
+    if augment == "mirror" or not augment:
         return EvalTransform(spec, normalise)
     return TrainTransform(spec, crop_scale, randaugment, colour, flip, caption_aware, normalise)
 

@@ -221,8 +221,8 @@ class ImageEncoder(Encoder):
         Args:
             image_BCHW: normalised RGB, H = W = image_size.
             mask_BN: True on masked patches, row by row from the top left.
-            row_W: rows in the training split of the first W images, which are unmasked; the frozen blocks' outputs for
-                them may be cached (-1: not cached). None: W = 0.
+            row_W: rows in the cache (`Batch.feature_row_B`) of the first W images, which are unmasked; the frozen
+                blocks' outputs for them may be cached (-1: not cached). None: W = 0.
             visible: upper bound on the visible patches of the remaining images; None reads it from the device.
             subset_WV: for the first W images, the indices of the patches that the trained blocks see; the other
                 positions get the mask token. None: all.

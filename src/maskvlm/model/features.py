@@ -134,6 +134,11 @@ def run_blocks(vit: Any, first: int, hidden_BLD: Tensor, attn_mask: Tensor | Non
     return hidden_BLD
 
 
+def on_disk(path: Path) -> int:
+    """Bytes that a file occupies, without its holes; 0 if it does not exist."""
+    return 512 * path.stat().st_blocks if path.exists() else 0  # st_blocks counts blocks of 512 bytes on every system
+
+
 class FeatureCache:
     """One float32 row [L, D] for each version of an image of the training split, written when it is first seen.
 
@@ -156,10 +161,11 @@ class FeatureCache:
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.mark = folder / f"{name}.float32", folder / f"{name}.there"
         sizes = {self.file: 4 * rows * shape[0] * shape[1], self.mark: rows}
-        # Checked beforehand: the files are sparse, so a full disk would only show in the middle of a run.
-        wanted, free = sum(size for path, size in sizes.items() if not path.exists()), shutil.disk_usage(folder).free
+        # Checked beforehand: the files are sparse, so a full disk would only show in the middle of a run. A run that
+        # was killed may have left files of full size that are mostly holes.
+        wanted, free = sum(max(0, size - on_disk(path)) for path, size in sizes.items()), shutil.disk_usage(folder).free
         if wanted > free:
-            what = f"features of {rows:,} images need {wanted / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB"
+            what = f"{rows:,} rows of features need {wanted / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB"
             todo = "Name a folder on a larger disk, or set model.backbone.image.feature_cache to null"
             raise UserError(folder, what, todo, ExitCode.IO_ERROR)
         for path, size in sizes.items():
