@@ -9,11 +9,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.gpu_sim import fake_cuda
 
@@ -26,22 +28,42 @@ pytestmark = [
 ]
 
 
-@functools.cache
-def simulated(pairs: int, world: int, *more: str) -> dict[str, Any]:
+Simulated = Callable[..., dict[str, Any]]
+"""(pairs, world, *more options of `simulate.py`) -> what was found."""
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Simulated:
+    """Each simulation takes half a minute of a core: the workers of one test run share what was found."""
+    own = tmp_path_factory.getbasetemp()
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own  # the parent is this run's alone
+
+    @functools.cache
+    def found(pairs: int, world: int, *more: str) -> dict[str, Any]:
+        words = ["--pairs", str(pairs), "--world", str(world), *more]
+        file = folder / f"simulated{''.join(words)}.json"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                file.write_text(simulate(words))
+        record: dict[str, Any] = json.loads(file.read_text())
+        return record
+
+    return found
+
+
+def simulate(words: list[str]) -> str:
     """In a process of its own: the hooks must be there before torch is."""
-    words = ["--pairs", str(pairs), "--world", str(world), *more]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.gpu_sim.simulate", *words],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    record: dict[str, Any] = json.loads(done.stdout)
-    return record
+    return done.stdout
 
 
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+def case(request: pytest.FixtureRequest, simulated: Simulated) -> tuple[str, dict[str, Any]]:
     """Its name and what was found."""
     return request.param, simulated(*CASES[request.param])
 
@@ -137,12 +159,12 @@ def check_table(name: str, figures: dict[str, Any]) -> None:
         assert figures[key] <= 1.05 * value, key
 
 
-def test_a_share_of_64_pairs_fits_a_card_of_16_gib() -> None:
+def test_a_share_of_64_pairs_fits_a_card_of_16_gib(simulated: Simulated) -> None:
     """Without activation checkpointing and without chunks; what a step must compute is the same (20.1 GiB before)."""
     assert simulated(*CASES["1 x 64"])["peak_gib"] < 16
 
 
-def test_a_batch_in_chunks_fits_a_card_of_16_gib() -> None:
+def test_a_batch_in_chunks_fits_a_card_of_16_gib(simulated: Simulated) -> None:
     """64 at a time. Nothing waits, and a third more is computed. The paper's 512 pairs (at once: 130 GiB) take two
     minutes to simulate: they are looked at where the table is written anew; here two chunks."""
     for pairs in (128, 512) if os.environ.get("MASKVLM_WRITE_TABLE") else (128,):
