@@ -134,11 +134,6 @@ def run_blocks(vit: Any, first: int, hidden_BLD: Tensor, attn_mask: Tensor | Non
     return hidden_BLD
 
 
-def on_disk(path: Path) -> int:
-    """Bytes that a file occupies, without its holes; 0 if it does not exist."""
-    return 512 * path.stat().st_blocks if path.exists() else 0  # st_blocks counts blocks of 512 bytes on every system
-
-
 class FeatureCache:
     """One float32 row [L, D] for each version of an image of the training split, written when it is first seen.
 
@@ -160,10 +155,12 @@ class FeatureCache:
         self.name, folder = name, Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.mark = folder / f"{name}.float32", folder / f"{name}.there"
-        sizes = {self.file: 4 * rows * shape[0] * shape[1], self.mark: rows}
+        row_bytes = 4 * shape[0] * shape[1]
+        sizes = {self.file: rows * row_bytes, self.mark: rows}
         # Checked beforehand: the files are sparse, so a full disk would only show in the middle of a run. A run that
-        # was killed may have left files of full size that are mostly holes.
-        wanted, free = sum(max(0, size - on_disk(path)) for path, size in sizes.items()), shutil.disk_usage(folder).free
+        # was killed may have left files of full size that are mostly holes: the marks say how many rows are there.
+        there = np.count_nonzero(np.fromfile(self.mark, np.uint8)) if self.mark.exists() and self.file.exists() else 0
+        wanted, free = max(0, rows - there) * (row_bytes + 1), shutil.disk_usage(folder).free
         if wanted > free:
             what = f"{rows:,} rows of features need {wanted / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB"
             todo = "Name a folder on a larger disk, or set model.backbone.image.feature_cache to null"
