@@ -132,6 +132,7 @@ class PairData(L.LightningDataModule):
         self._normalise = Normalise(spec)
         # in the order of `train_transform`'s arguments after `spec`
         self.augment = (crop_scale, randaugment, colour, flip, caption_aware, augment)
+        self.mirroring = Mirroring(caption_aware) if augment == "mirror" else None
         self.tokenizer: PreTrainedTokenizerFast | None = spec.tokenizer
         self._begin()
         self.splits: dict[str, Any] = {}
@@ -294,10 +295,9 @@ class PairData(L.LightningDataModule):
         # a batch of the loader is a pass; `accumulate` passes make one optimiser step
         pairs, batches = self.splits["train"], self.total_steps * self.accumulate
         transform = train_transform(self.spec, *self.augment, normalise=False)
-        mirroring = Mirroring(self.augment[-2]) if self.augment[-1] == "mirror" else None
         # streamed: the shards determine the order
         if hasattr(pairs, "stream"):
-            reader = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions, mirroring)
+            reader = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions, self.mirroring)
             part = ProcessShare(rank(), world_size(), share // world_size())
             samples = pairs.stream(reader, part, batches, self.start, self._readers())
             waits = {} if not self.start else {"timeout": 0}  # skipping consumed samples takes time
@@ -307,9 +307,9 @@ class PairData(L.LightningDataModule):
         sampler = FlatBatchSampler(order, share, batches, rank(), world_size(), self.start)
         data: Dataset[Any]
         if isinstance(self.source, ExampleSource):
-            data = TrainExamples(pairs, transform, self.seed, self.spec.image_size, mirroring)
+            data = TrainExamples(pairs, transform, self.seed, self.spec.image_size, self.mirroring)
         else:
-            data = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions, mirroring)
+            data = TrainPairs(pairs, transform, self.seed, self.spec.image_size, self.captions, self.mirroring)
         return self._loader(data, share // world_size(), batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
