@@ -223,7 +223,7 @@ def test_null_is_no_text(words: str, capsys: pytest.CaptureFixture[str]) -> None
         ("", {"steps": 4500, "epochs": None}),
         ("--data.epochs 3", {"steps": None, "epochs": 3.0}),
         ("--data.steps=20", {"steps": 20, "epochs": None}),
-        ("model=compact data=flickr8k", {"steps": None, "epochs": 12.0}),
+        ("model=compact data=flickr8k", {"steps": None, "epochs": 12.8}),
         ("model=compact data=flickr8k --data.steps 20", {"steps": 20, "epochs": None}),
     ],
 )
