@@ -76,6 +76,15 @@ def test_nothing_to_show_is_a_users_mistake(tmp_path: Path, length: int, count: 
     assert not list(tmp_path.iterdir())
 
 
+def test_letters_that_the_font_lacks_are_no_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    class Cat(Toys):
+        def __getitem__(self, index: int, /) -> Row:
+            return {**super().__getitem__(index), "captions": ["\u732b"]}
+
+    contact_sheet(Cat(2), tmp_path / "sheet.png")
+    assert not [each for each in recwarn if "Glyph" in str(each.message)]
+
+
 def test_a_sheet_that_cannot_be_written_names_its_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     path = tmp_path / "file" / "sheet.png"

@@ -85,6 +85,19 @@ def test_words_that_are_only_spelt_are_told(captioner: Captioner, capsys: pytest
     assert capsys.readouterr().out == message
 
 
+def test_texts_that_are_cut_are_told(captioner: Captioner, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 30 tokens, two are the start and the end."""
+    read, cut = "two cats " * 14, "two cats " * 14 + "two"
+    assert (captioner.count(read), captioner.count(cut)) == (28, 29)
+    check_unknown(Two({"coco": [read] * 3, "mine": [read, cut]}), captioner, 0.5)
+    message = (
+        "training texts that are longer than the 28 tokens that the model reads (model.backbone.text.text_length), "
+    )
+    assert capsys.readouterr().out == f"{message}and are cut: mine 50 %\n"
+    check_unknown(Two({"coco": [read] * 99 + [cut]}), captioner, 0.5)
+    assert not capsys.readouterr().out
+
+
 def test_unknown_words_are_not_spelt_ones(captioner: Captioner) -> None:
     """Nor is a text without spaces more than its words."""
     split = Two({"mine": ["\u72d7\u5728\u96ea\u5730\u91cc", ENGLISH]})

@@ -56,6 +56,8 @@ def model(place: Path) -> PretrainedMaskVLM:
         (lambda m: m.score(IMAGE, "\ud800"), "holds nothing that the tokenizer knows"),
         (lambda m: m.match(None, "a"), "image 1: NoneType is not an image"),
         (lambda m: m.caption(io.StringIO("a")), "image 1: a file opened in text mode. Open it with 'rb'"),
+        (lambda m: m.caption(None), "image 1: NoneType is not an image"),
+        (lambda m: m.caption([IMAGE, None]), "image 2: NoneType is not an image"),
         (lambda m: m.match([IMAGE, {}], ["a", "b"]), "image 2: dict is not an image"),
         (lambda m: m.reconstruct(IMAGE, None, "a"), "mask: NoneType is not a mask"),
         (lambda m: m.reconstruct([IMAGE] * 2, [[[True]], [[True, False]]], "a"), r"mask: a mask of shape \[1, 1\]"),
@@ -190,6 +192,31 @@ def test_precision_by_its_older_name(place: Path) -> None:
     assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
     with pytest.raises(UserError, match="no name"):
         PretrainedMaskVLM.from_pretrained("")
+
+
+def test_a_device_by_its_older_name(place: Path) -> None:
+    assert PretrainedMaskVLM.from_pretrained(place / "best.ckpt", device_map="cpu").device.type == "cpu"
+    with pytest.raises(UserError, match=r"no argument devise \(did you mean device\?\)"):
+        PretrainedMaskVLM.from_pretrained(place / "best.ckpt", devise="cpu")
+
+
+def test_an_explanation_in_inference_mode(model: PretrainedMaskVLM) -> None:
+    """As in a service that answers everything in it; Grad-CAM needs gradients all the same."""
+    wanted = model.explain(IMAGE, TEXT, "red")
+    with torch.inference_mode():
+        found = model.explain(IMAGE, TEXT, "red")
+    assert np.array_equal(found.gradcam, wanted.gradcam)
+
+
+def test_a_folder_that_cannot_be_made_is_named(model: PretrainedMaskVLM, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file" / "below", tmp_path / ("a" * 300)):
+        with pytest.raises(UserError) as caught:
+            model.save_pretrained(folder)
+        assert str(folder) in str(caught.value)
+        assert caught.value.code == ExitCode.CANNOT_CREATE
+    with pytest.raises(UserError, match="a zero byte"):
+        model.save_pretrained("a\0b")
 
 
 def damaged(place: Path, tmp_path: Path) -> Path:

@@ -235,6 +235,7 @@ def test_levels_card_and_settings() -> None:
         ({"labels": None}, "data.source: it has no labels for the task to predict"),
         ({"images_per_example": 0}, "model.task.images_per_example: 0 is too small"),
         ({"hidden": 0}, "model.task.hidden: 0 is too small"),
+        ({"reads": "score"}, "model.task.reads: 'score' is not one of the choices. Give fused, scores"),
         ({"dropout": -0.5}, "model.task.dropout: -0.5 is out of range"),
         ({"dropout": 1.5}, "model.task.dropout: 1.5 is out of range"),
     ],

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -1107,3 +1108,17 @@ def test_a_head_that_a_checkpoint_brings_keeps_what_it_learned_of_the_words() ->
         task.warm_start({name: value for name, value in heads.items() if loaded or not name.startswith("tokens.")})
         task.use_token_counts(lambda: counts)
         assert bool((task.tokens.vocabulary.bias == 1).all()) == loaded
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pixel_loss": "mse"}, "model.task.pixel_loss: 'mse' is not one of the choices. Give l1, squared, smooth_l1"),
+        ({"freeze_aligned": "both", "contrast_first": 0.5}, "model.task.freeze_aligned: 'both' is not one"),
+        ({"contrast_reads": "mean"}, "model.task.contrast_reads: 'mean' is not one of the choices"),
+    ],
+)
+def test_choices_are_checked_without_the_command_line_too(options: dict[str, Any], message: str) -> None:
+    """Otherwise another one would be trained, and its checkpoint refused."""
+    with pytest.raises(UserError, match=re.escape(message)):
+        MaskedPretraining(**options)

@@ -1,6 +1,7 @@
 """A contact sheet of a data set: images with their captions, to look at before training."""
 
 import textwrap
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,9 @@ def save_sheet(rows: list[Row | UserError], path: Path) -> Path:
         UserError: the file cannot be written (73), or the disk is full (74).
     """
     content = BytesIO()
-    draw_sheet(rows).savefig(content, format="png", dpi=100)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib's font shows Chinese and emoji as boxes
+        draw_sheet(rows).savefig(content, format="png", dpi=100)
     write_output(path, content.getvalue())
     return path
 

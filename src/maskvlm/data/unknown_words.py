@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.subset import Chosen
 from maskvlm.data.text import Captioner
 from maskvlm.utils.distributed import rank
@@ -17,6 +18,8 @@ from maskvlm.utils.errors import ExitCode, UserError
 MOST_WORDS, LONGEST = 5, 40  # number of the most frequent unknown words to report, and of letters of each
 SPELT = 0.2
 """Share of words that are only spelled letter by letter above which the user is told."""
+CUT = 0.02
+"""Share of texts longer than the model reads above which the user is told."""
 MOST_ROWS = 300
 """Number of rows to check, evenly spread: a share of one half is then known to within 3 %."""
 
@@ -86,8 +89,18 @@ def unknown_shares(split: Any, captioner: Captioner) -> dict[str, tuple[float, i
     return {name: (unknown[name] / count, count) for name, count in words.items() if count}
 
 
+def cut_shares(split: Any, captioner: Captioner) -> dict[str, float]:
+    """Source -> share of its texts, 0 to 1, that are longer than the model reads."""
+    long: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    for name, texts in by_source(split):
+        count[name] += len(texts)
+        long[name] += sum(captioner.count(clean_caption(text)[0]) > captioner.text_length - 2 for text in texts)
+    return {name: long[name] / count[name] for name in count if count[name]}
+
+
 def check_unknown(split: Any, captioner: Captioner, most: float, texts_of: str = "training") -> None:
-    """Report, in the first process, how many words of a split the tokenizer does not know.
+    """Report, in the first process, how many words of a split the tokenizer does not know, and how many texts are cut.
 
     Args:
         most: the largest share allowed, 0 to 1.
@@ -112,6 +125,11 @@ def check_unknown(split: Any, captioner: Captioner, most: float, texts_of: str =
     if rank() == 0 and spelt:
         figures = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.0f} %" for name, share in spelt)
         print(f"words of the {texts_of} texts that the tokenizer splits into single letters: {figures}", flush=True)
+    long = [(name, share) for name, share in cut_shares(split, captioner).items() if share > CUT]
+    if rank() == 0 and long:
+        figures = ", ".join(f"{f'{name} ' if name else ''}{100 * share:.0f} %" for name, share in long)
+        read = f"the {captioner.text_length - 2} tokens that the model reads (model.backbone.text.text_length)"
+        print(f"{texts_of} texts that are longer than {read}, and are cut: {figures}", flush=True)
     for name, (share, count) in shares.items():
         if share > most:
             what = f"the tokenizer does not know {100 * share:.0f} % of {count:,} words of the {texts_of} texts"

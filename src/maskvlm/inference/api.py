@@ -203,6 +203,10 @@ class ModelMethods(nn.Module):
             UserError: none of the lengths is possible.
         """
         image_list, single = self._images(image)
+        for number, each in enumerate(image_list, 1):
+            if each is None:  # `score` has a meaning for it; a caption of no image would be invented
+                todo = "Give a path, encoded bytes, a Pillow image, an array or a tensor"
+                raise UserError(f"image {number}", "NoneType is not an image", todo)
         own = self.task.methods.get("caption")
         if own is not None:
             written = [str(answer[0]) for answer in own.run(self.task, self, [(each,) for each in image_list])]

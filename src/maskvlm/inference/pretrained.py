@@ -11,6 +11,7 @@ Shapes: B images, C texts, E contrast width, T tokens, D width.
 
 import inspect
 import logging
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,6 +53,7 @@ from maskvlm.objectives.novelty import FarFromTraining, KnownRange, distance_to,
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import write_text
+from maskvlm.utils.write_errors import cannot_write
 
 log = logging.getLogger(__name__)
 WATCHED = 16  # images or texts checked per call, evenly spaced over it
@@ -149,7 +151,8 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         """
         for name in hub:
             # Others may be transformers' own, which `AutoModel` passes on.
-            if name not in KEYWORDS and (near := nearest(name, KEYWORDS, 0.75)):
+            known = name in KEYWORDS or name in ("device_map", "torch_dtype")
+            if not known and (near := nearest(name, KEYWORDS, 0.75)):
                 what = f"there is no argument {name} (did you mean {near}?)"
                 raise UserError("from_pretrained", what, "Correct or remove it")
         # transformers' own names for device and dtype also work.
@@ -307,19 +310,27 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 arguments of transformers: weights are stored in one file.
 
         Raises:
-            UserError: an unknown argument, an empty name, a file instead of a folder, or no tokenizer (2); the card
-                cannot be written (73, 74); the hub rejects the upload or cannot be reached (69).
+            UserError: an unknown argument, an empty name, a file instead of a folder, or no tokenizer (2); the folder
+                or the card cannot be written (73, 74); the hub rejects the upload or cannot be reached (69).
         """
         if not str(save_directory):
             raise UserError("save_pretrained", "the folder's name is empty", "Name a folder, . for the current one")
         folder = Path(save_directory)
         if other := next((key for key in to_hub if key not in TO_HUB), None):
             raise UserError("save_pretrained", f"there is no argument {other}", f"Available: {', '.join(TO_HUB)}")
-        if folder.is_file():
+        if "\0" in str(folder):
+            raise UserError("save_pretrained", "the folder's name has a zero byte", "Name a folder")
+        if os.path.isfile(folder):  # unlike Path.is_file, it takes a name that is too long
             raise UserError(folder, "is a file", "Name a folder")
         # Checked before writing: a model without tokenizer could not be loaded again.
         _ = self.words
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            refused = UserError(
+                folder, f"the folder cannot be made ({error.strerror})", "Name another", ExitCode.CANNOT_CREATE
+            )
+            raise cannot_write(error, folder) or refused from error
         repository = (to_hub.pop("repo_id", None) or folder.resolve().name) if push_to_hub else None
         config, spec = cast(MaskVLMConfig, self.config), self.backbone.input_spec
         write_beside(folder, self.origin, spec)

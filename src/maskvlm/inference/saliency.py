@@ -80,6 +80,7 @@ def word_places(model: Model, text: str, word: str) -> tuple[Tensor, Tensor]:
     raise UserError("word", what, "Give a word of the text, as it is written there")
 
 
+@torch.inference_mode(False)  # a service may answer in this mode, whose tensors have no gradient
 def explain_word(model: Model, image: Any, text: str, word: str, block: int = -1) -> WordSaliency:
     """Mask the word and fill it in from the image; return where the model looked.
 

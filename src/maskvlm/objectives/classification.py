@@ -5,7 +5,7 @@ Shapes: B examples, P images per example, L image positions, T tokens, D width, 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from maskvlm.objectives.loaded_model import Model, numbered
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.task import Task
 from maskvlm.utils.distributed import Draw, shared_count
-from maskvlm.utils.errors import UserError, check_least, check_shares
+from maskvlm.utils.errors import UserError, check_choices, check_least, check_shares
 
 EVAL_SEED = 20230502
 TOP_LABELS = 5  # labels reported per prediction
@@ -93,6 +93,7 @@ class Classification(Task):
             raise UserError("data.source", what, "Choose the task's own data; in a script give labels=data.labels")
         check_least(1, {"model.task.images_per_example": images_per_example, "model.task.hidden": hidden})
         check_shares({"model.task.dropout": dropout})
+        check_choices({"model.task.reads": (reads, get_args(Reads))})
         self.labels, self.images_per_example, self.hidden, self.dropout = (
             tuple(labels),
             images_per_example,

@@ -47,6 +47,7 @@ from maskvlm.objectives.masking import (
 )
 from maskvlm.objectives.negative_queue import NegativeQueue
 from maskvlm.objectives.pretraining_losses import (
+    ContrastReads,
     ImageTextContrast,
     ImageTextMatching,
     MaskedPixels,
@@ -60,7 +61,7 @@ from maskvlm.objectives.pretraining_losses import (
 )
 from maskvlm.objectives.task import Task, TrainingPhases
 from maskvlm.utils.distributed import shared_count, world_size
-from maskvlm.utils.errors import UserError, check_least, check_shares
+from maskvlm.utils.errors import UserError, check_choices, check_least, check_shares
 
 
 def check_plug_ins(losses: object, image_masking: object, text_masking: object) -> None:
@@ -186,7 +187,7 @@ class MaskedPretraining(Task):
         image_learns: float = 1.0,
         fully_masked_share: float = 0.0,
         contrast_patches: float = 1.0,
-        contrast_reads: Literal["class", "class_and_mean"] = "class",
+        contrast_reads: ContrastReads = "class",
         losses: Sequence[PretrainingLoss] = (),
         image_masking: ImageMasking | None = None,
         text_masking: TextMasking | None = None,
@@ -248,6 +249,7 @@ class MaskedPretraining(Task):
             what = "contrast_first has phases of its own, and freeze_aligned says what is frozen after the first"
             todo = "Set it to 1, or contrast_first to 0"
             raise UserError("model.task.image_learns", what, todo)
+        check_choices({"model.task.freeze_aligned": (freeze_aligned, (True, False, "image"))})
         # One mechanism for both: freeze_aligned ends the image encoder's training with the ITC-only phase.
         self.image_learns = contrast_first if freeze_aligned else image_learns
         self.aligned_stops = freeze_aligned is True  # the text encoder and the projections stop with it

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from maskvlm.objectives.cross_batch import Contrast, Crossed, Encoded, Masks, co
 from maskvlm.objectives.hard_negatives import Negatives
 from maskvlm.objectives.loss_functions import PixelLoss
 from maskvlm.utils.distributed import gather, shared_count, without_gradient
-from maskvlm.utils.errors import UserError, check_least
+from maskvlm.utils.errors import UserError, check_choices, check_least
 from maskvlm.utils.on_cpu import on_cpu
 
 FADE = 0.9999
@@ -95,6 +95,10 @@ class EvaluatedBatch(NamedTuple):
     masks: Masks
     image_BLD: Tensor
     text_CTD: Tensor
+
+
+ContrastReads = Literal["class", "class_and_mean"]
+"""What contrast's vectors are made of: the class tokens, or also the mean patch and the mean token."""
 
 
 class PretrainingLoss(ABC):
@@ -216,10 +220,11 @@ class ImageTextContrast(PretrainingLoss):
         weight: float = 1.0,
         width: int = 256,
         temperature: float = 0.07,
-        reads: Literal["class", "class_and_mean"] = "class",
+        reads: ContrastReads = "class",
     ) -> None:
         super().__init__(weight)
         check_least(1, {"model.task.contrast_dim": width})
+        check_choices({"model.task.contrast_reads": (reads, get_args(ContrastReads))})
         check_temperature(temperature)
         self.width, self.temperature, self.reads = width, temperature, reads
 
@@ -392,6 +397,7 @@ class MaskedPixels(PretrainingLoss):
     ) -> None:
         super().__init__(weight)
         check_least(1, {"model.task.decoder_layers": layers})
+        check_choices({"model.task.pixel_loss": (kind, get_args(PixelLoss))})
         self.kind, self.norm, self.layers, self.positions = kind, norm, layers, positions
         self.patch_size = 0  # known once it is built
         self.level: Tensor | None = None

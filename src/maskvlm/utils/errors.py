@@ -1,6 +1,6 @@
 """The exception for user errors, and the exit codes (BSD sysexits) that go with it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 
@@ -86,6 +86,20 @@ def check_shares(values: Mapping[str, float | None]) -> None:
         # Not `value < 0`, which is false for NaN.
         if value is not None and not 0 <= value <= 1:
             raise UserError(key, f"{value} is out of range", "Give 0 to 1")
+
+
+def check_choices(values: Mapping[str, tuple[object, Sequence[object]]]) -> None:
+    """Check that values are among those offered: the command line checks `Literal` arguments, Python does not.
+
+    Args:
+        values: by configuration key, the value and what it may be.
+
+    Raises:
+        UserError: a value is none of them; names the key, the value and the choices.
+    """
+    for key, (value, choices) in values.items():
+        if value not in choices:
+            raise UserError(key, f"{value!r} is not one of the choices", f"Give {', '.join(map(str, choices))}")
 
 
 def check_least(least: float, values: Mapping[str, float | None]) -> None:

@@ -99,8 +99,8 @@ class Prepared(Source):
 
     Args:
         root: the set's folder.
-        hold_out: if the set has no `val` split, hold out this many training images (at most a twentieth of them),
-            chosen by id, as `val`. 0: such a set has no `val`.
+        hold_out: if the set has no `val` split, hold out this many training images (at most a twentieth of them,
+            rounded up), chosen by id, as `val`. 0: such a set has no `val`.
     """
 
     def __init__(self, root: str, hold_out: int = 0) -> None:
@@ -120,12 +120,14 @@ class Prepared(Source):
         if name not in splits:
             there = ", ".join(f"{other} with {splits[other]['pictures']:,} images" for other in splits)
             what = f"no split '{name}' (available: {there or 'none'})"
-            if name == "val":
+            if name == "val" and "train" in splits:
                 way = "set data.source.hold_out to hold out part of train for it"
             elif self.hold_out and "train" in splits and "val" not in splits:
                 way = "use val, which is held out of train"
-            else:
+            elif "train" in splits:
                 way = "name another split"
+            else:  # words in the names of folders and tables choose splits
+                way = "prepare it again with a split train: a column, or a word in a file's or folder's name, says it"
             todo = f"Name another set, or {way}"
             raise UserError(self.root, what, todo, ExitCode.MISSING_INPUT)
         return PreparedPairs(self.root, name, splits[name])
