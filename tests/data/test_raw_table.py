@@ -52,6 +52,11 @@ def short(rows: list[RawRow | BadRow]) -> list[Any]:
             ['a.jpg,"one', 'b.jpg,"three, four"', "c.jpg,x"],
             [("quote left open", "2"), (("three, four",), "3"), (("x",), "4")],
         ),
+        # a caption of several lines, of which one looks like a row
+        (
+            ['a.jpg,"like', "b.jpg,but darker", 'from above"', "b.jpg,x"],
+            [(("like\nb.jpg,but darker\nfrom above",), "2"), (("x",), "5")],
+        ),
         (['a.jpg,"one', "b.jpg,three", 'c.jpg,big"'], [("quote left open", "2"), (("three",), "3"), (('big"',), "4")]),
         (
             ['a.jpg,"one', 'b.jpg,"three', "c.jpg,x"],

@@ -68,13 +68,17 @@ class RawTable:
         size, own_image = len(line.text), self._has_image(line.text)
         while fields == OPEN and joined < MAX_JOINED and (following := self._peek(joined)):
             size += len(following.text) + 1
-            if following.problem or size > MAX_LINE_BYTES or (own_image and self._is_row(following.text)):
+            if following.problem or size > MAX_LINE_BYTES:
                 break
             joined += 1
             # joined only then, as otherwise a long field would cost the square of its lines
             if '"' in following.text:  # only a quote can close the field
                 text = "\n".join([line.text, *(self._ahead[n].text for n in range(joined))])
                 fields = _split(text, self.delimiter)
+                # closed by a mark within another row, such as 5" for five inches
+                if fields != OPEN and own_image and self._is_row(following.text):
+                    fields = OPEN
+                    break
         # the peeked lines stay in `_ahead`, and each is read as a row of its own
         if isinstance(fields, str) or (joined and len(fields) != len(self.columns)):
             opened = fields == OPEN or joined
@@ -85,7 +89,8 @@ class RawTable:
             self._ahead.popleft()
         if len(fields) != len(self.columns):
             reason = "missing column" if len(fields) < len(self.columns) else "too many columns"
-            what = f"{len(fields)} fields in {len(self.columns)} columns; put text with {self.delimiter!r} in quotes"
+            few = "fill in all" if len(fields) < len(self.columns) else f"put text with {self.delimiter!r} in quotes"
+            what = f"fields: {len(fields)}, columns: {len(self.columns)}; {few}"
             return TableRecord(line.number, [], (reason, what))
         return TableRecord(line.number, fields)
 
