@@ -200,6 +200,27 @@ def test_a_device_by_its_older_name(place: Path) -> None:
         PretrainedMaskVLM.from_pretrained(place / "best.ckpt", devise="cpu")
 
 
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"pixel_values": np.zeros((1, 3, SIZE, SIZE))}, "pixel_values: ndarray is not a tensor"),
+        ({"input_ids": [[2, 3]]}, "input_ids: list is not a tensor. Give .*return_tensors='pt'"),
+        ({"input_ids": torch.zeros(1, 2, dtype=torch.uint8)}, "input_ids: torch.uint8"),
+    ],
+)
+def test_forward_reads_tensors(model: PretrainedMaskVLM, inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model(**inputs)
+
+
+def test_a_model_without_matching_ranks_by_contrast_alone(place: Path) -> None:
+    model = PretrainedMaskVLM.from_pretrained(place / "best.ckpt")
+    del model.task.matching
+    with pytest.raises(UserError, match=r"rank: this model has no matching, .* Give k=0"):
+        model.rank(IMAGE, ["a", "b"])
+    assert sorted(each.place for each in model.rank(IMAGE, ["a", "b"], k=0)) == [0, 1]
+
+
 def test_an_explanation_in_inference_mode(model: PretrainedMaskVLM) -> None:
     """As in a service that answers everything in it; Grad-CAM needs gradients all the same."""
     wanted = model.explain(IMAGE, TEXT, "red")

@@ -153,6 +153,8 @@ class ModelMethods(nn.Module):
         if one:
             raise UserError("rank", f"{type(candidates).__name__} as candidates", "Give a list of texts or of images")
         check_whole("rank", "k", k, 0)
+        if k and hasattr(self.task, "projection") and not hasattr(self.task, "matching"):
+            raise UserError("rank", "this model has no matching, and ranks by contrast alone", "Give k=0")
         # The first item decides the kind of each side.
         images = bool(queries) and is_image(queries[0])
         if not queries or not gallery or images == is_image(gallery[0]):

@@ -398,6 +398,10 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
     ) -> None:
         todo = "Give the output of AutoProcessor"
         size, text = self.backbone.image.image_size, self.backbone.text
+        given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        for name, each in given.items():
+            if each is not None and not isinstance(each, Tensor):
+                raise UserError(name, f"{type(each).__name__} is not a tensor", f"{todo}, with return_tensors='pt'")
         if pixel_values is not None:
             shape = ", ".join(map(str, pixel_values.shape))
             if pixel_values.shape[1:] != (3, size, size):
@@ -408,7 +412,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 raise UserError("pixel_values", what, f"{todo}, and turn it to that: pixel_values.to(model.dtype)")
         if input_ids is not None:
             shape = ", ".join(map(str, input_ids.shape))
-            if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            if input_ids.dim() != 2 or input_ids.dtype not in (torch.int32, torch.int64):
                 what = f"{input_ids.dtype} [{shape}] where whole numbers [B, T] are read"
                 raise UserError("input_ids", what, todo)
             if input_ids.shape[1] > text.text_length:
