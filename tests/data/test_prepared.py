@@ -213,6 +213,16 @@ def test_a_changed_shard_is_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ held out
 
 
+def test_a_set_without_training_has_nothing_to_hold_out(tmp_path: Path) -> None:
+    """As a table that is called test.csv makes."""
+    make(tmp_path / "toy", [row(number, split="test") for number in range(3)])
+    for name in ("train", "val"):
+        message = str(error_of(tmp_path / "toy", name))
+        assert "available: test with 3 images" in message
+        assert "prepare it again with a split train" in message
+        assert "hold_out" not in message
+
+
 def test_a_set_without_validation_holds_a_part_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "toy"
     make(root, [row(number) for number in range(40)])

@@ -455,7 +455,8 @@ def test_cards_and_settings() -> None:
         "head": "generate", "decode": "free", "candidates": 2,
     }  # fmt: skip
     assert Vqa(LABELS, head="classify").card() == shared | {"head": "classify"}
-    for settings, where in (({"candidates": 0}, "candidates"), ({"answer_length": 2}, "answer_length")):
+    wrong = ({"candidates": 0}, {"answer_length": 2}, {"head": "generative"}, {"decode": "ranked"})
+    for settings, where in ((each, next(iter(each))) for each in wrong):
         with pytest.raises(UserError) as caught:
             Vqa(LABELS, **settings)  # type: ignore[arg-type]
         assert caught.value.where == f"model.task.{where}"

@@ -49,12 +49,17 @@ def save_sheet(rows: list[Row | UserError], path: Path) -> Path:
     Raises:
         UserError: the file cannot be written (73), or the disk is full (74).
     """
+    write_output(path, png_of(draw_sheet(rows)))
+    return path
+
+
+def png_of(figure: Figure) -> bytes:
+    """A figure as a PNG of 100 dots per inch, without warnings about letters that the font lacks."""
     content = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib's font shows Chinese and emoji as boxes
-        draw_sheet(rows).savefig(content, format="png", dpi=100)
-    write_output(path, content.getvalue())
-    return path
+        figure.savefig(content, format="png", dpi=100)
+    return content.getvalue()
 
 
 def read_row(pairs: Pairs, index: int) -> Row | UserError:

@@ -146,7 +146,8 @@ class ModelMethods(nn.Module):
             The ranking of each query; `place` is the candidate's index in the list.
 
         Raises:
-            UserError: candidates that are not a list, an empty list, or query and candidates of the same kind.
+            UserError: candidates that are not a list, an empty list, query and candidates of the same kind, or k above
+                0 for a model without matching.
         """
         queries, single = as_list(cast(Any, query))
         gallery, one = as_list(_listed(candidates))
@@ -202,7 +203,7 @@ class ModelMethods(nn.Module):
             lengths: in tokens, without start and end; those beyond the model's maximum are skipped.
 
         Raises:
-            UserError: none of the lengths is possible.
+            UserError: an image is None, or none of the lengths is possible.
         """
         image_list, single = self._images(image)
         for number, each in enumerate(image_list, 1):

@@ -2,10 +2,8 @@
 
 import os
 import random
-import warnings
 from collections import Counter
 from collections.abc import Iterable
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +25,7 @@ from maskvlm.data.prepare.rows import (
 )
 from maskvlm.data.prepared.manifest import IMAGES, LOOK, cannot_write_set, whole_set_file
 from maskvlm.data.prepared.shards import PreparedShards
-from maskvlm.data.preview import fill_sheet, lay_out, print_text, read_row
+from maskvlm.data.preview import fill_sheet, lay_out, png_of, print_text, read_row
 from maskvlm.data.raw.base import BadRow, RawRow, RawSet
 from maskvlm.data.raw.lines import one_line
 from maskvlm.utils.errors import ExitCode, UserError
@@ -276,17 +274,13 @@ def draw_look(report: LookReport, path: Path) -> None:
     print_text(words, "\n".join(report.lines), 11)
     draw_lengths(lengths, report.words)
     fill_sheet(sheet, report.rows, layout)
-    image = BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib's font shows Chinese and emoji as boxes
-        # to memory first, so that the file is then written atomically
-        figure.savefig(image, format="png", dpi=100)
+    image = png_of(figure)  # to memory first, so that the file is then written atomically
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write_set(path, error) from error
     with whole_set_file(path) as file:
-        file.write(image.getbuffer())
+        file.write(image)
 
 
 def draw_lengths(axes: Any, words: Counter[int]) -> None:

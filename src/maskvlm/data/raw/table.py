@@ -64,7 +64,7 @@ class RawTable:
 
     def _record(self, line: TextLine) -> TableRecord:
         fields, joined = _split(line.text, self.delimiter), 0
-        # a row that already has an image must not extend into the next image's row
+        # a row that already has an image must not end within the next image's row
         size, own_image = len(line.text), self._has_image(line.text)
         while fields == OPEN and joined < MAX_JOINED and (following := self._peek(joined)):
             size += len(following.text) + 1
@@ -75,8 +75,8 @@ class RawTable:
             if '"' in following.text:  # only a quote can close the field
                 text = "\n".join([line.text, *(self._ahead[n].text for n in range(joined))])
                 fields = _split(text, self.delimiter)
-                # closed by a mark within another row, such as 5" for five inches
-                if fields != OPEN and own_image and self._is_row(following.text):
+                # a mark within another row, such as 5" for five inches, does not close it
+                if isinstance(fields, list) and own_image and self._is_row(following.text):
                     fields = OPEN
                     break
         # the peeked lines stay in `_ahead`, and each is read as a row of its own
@@ -89,8 +89,10 @@ class RawTable:
             self._ahead.popleft()
         if len(fields) != len(self.columns):
             reason = "missing column" if len(fields) < len(self.columns) else "too many columns"
-            few = "fill in all" if len(fields) < len(self.columns) else f"put text with {self.delimiter!r} in quotes"
-            what = f"fields: {len(fields)}, columns: {len(self.columns)}; {few}"
+            todo = f"put text with {self.delimiter!r} in quotes"
+            if len(fields) < len(self.columns):
+                todo = "give one for each column, even if it is empty"
+            what = f"fields: {len(fields)}, columns: {len(self.columns)}; {todo}"
             return TableRecord(line.number, [], (reason, what))
         return TableRecord(line.number, fields)
 
