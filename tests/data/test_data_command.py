@@ -56,6 +56,30 @@ def test_a_row_without_a_caption_is_listed_by_its_own_line(tmp_path: Path, capsy
 COLUMNS = ["--columns", "image=ding,caption=spruch"]
 
 
+def test_a_table_of_images_elsewhere_becomes_a_set(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The set remembers their folder: with another one it is another set."""
+    table = pairs.rename(tmp_path / "table.csv")
+    command = ["csv", str(table), "--out", str(tmp_path / "mine"), *COLUMNS, "--workers", "1", "--images"]
+    assert main([*command, str(pairs.parent)], []) == 0
+    assert len(Prepared(str(tmp_path / "mine")).split("train")) == 6
+    assert main([*command, str(pairs.parent)], []) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"made with images '.*raw' instead of '.*mine'"):
+        main([*command, str(tmp_path / "mine")], [])
+
+
+def test_a_set_made_before_the_folder_of_images_was_an_option_is_still_itself(pairs: Path, tmp_path: Path) -> None:
+    command = ["csv", str(pairs), "--out", str(tmp_path / "mine"), *COLUMNS, "--workers", "1"]
+    assert main(command, []) == 0
+    file = tmp_path / "mine" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["settings"]["images"]
+    file.write_text(json.dumps(manifest))
+    assert main(command, []) == 0
+
+
 def test_a_spreadsheet_becomes_a_set(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -346,11 +346,13 @@ def test_sbu_in_three_forms(tmp_path: Path, form: str) -> None:
 
 
 def test_a_folder_with_texts_beside_the_images(tmp_path: Path) -> None:
-    put(tmp_path, "train/a.jpg", "test/b.jpg", "c.jpg")
+    put(tmp_path, "train/a.jpg", "test/b.jpg", "c.jpg", "d.JPG")
     write(tmp_path / "train/a.txt", "a dog\n")
+    write(tmp_path / "d.TXT", "a fox")
     write(tmp_path / "test/b.txt", "a cat")
     assert brief(rows_of("folder", tmp_path), tmp_path) == [
         ("no caption", "c.jpg"),
+        ("d.JPG", ("a fox",), "folder d.JPG", "train"),
         ("test/b.jpg", ("a cat",), "folder test/b.jpg", "test"),
         ("train/a.jpg", ("a dog\n",), "folder train/a.jpg", "train"),
     ]

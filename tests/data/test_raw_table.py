@@ -219,6 +219,46 @@ def test_images_are_named_inside_the_folder(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("set_name", "file"), [("csv", "x.csv"), ("jsonl", "x.jsonl")])
+def test_images_may_be_in_another_folder(tmp_path: Path, set_name: str, file: str) -> None:
+    """Relative to that folder or by their whole paths; nothing beside the table, and nothing outside the folder."""
+    touch(tmp_path, "photos/a.jpg", "photos/sub/b.jpg", "photos/images/c.jpg", "tables/d.jpg", "outside.jpg")
+    photos = tmp_path / "photos"
+    names = ["a.jpg", f"{photos}/sub/b.jpg", "c.jpg", "d.jpg", "../outside.jpg", f"{tmp_path}/outside.jpg"]
+    lines = ["image,caption", *(f"{name},one" for name in names)]
+    if set_name == "jsonl":
+        lines = [json.dumps({"image": name, "caption": "one"}) for name in names]
+    (tmp_path / "tables" / file).write_text("\n".join(lines) + "\n")
+    rows = [*open_raw(set_name, str(tmp_path / "tables" / file), images=str(photos)).rows()]
+    found = [str(photos / name) for name in ("a.jpg", "sub/b.jpg", "images/c.jpg")]
+    assert [row.image for row in rows if isinstance(row, RawRow)] == found
+    wrong = [row for row in rows if isinstance(row, BadRow)]
+    assert [row.reason for row in wrong] == ["missing image", "unsafe name", "unsafe name"]
+    # its folder is named already
+    assert not any("--images" in row.message for row in wrong)
+    # without the option, the message says that there is one
+    rows = [*open_raw(set_name, str(tmp_path / "tables" / file)).rows()]
+    messages = [row.message for row in rows if isinstance(row, BadRow) and row.reason == "unsafe name"]
+    assert len(messages) == 3
+    assert all(message.endswith("; name the images' folder with --images") for message in messages)
+
+
+def test_the_root_of_the_disk_may_be_the_folder_of_images(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    (tmp_path / "x.csv").write_text(f"image,caption\n{tmp_path}/a.jpg,one\n")
+    (row,) = open_raw("csv", str(tmp_path / "x.csv"), images="/").rows()
+    assert isinstance(row, RawRow)
+    assert row.image == str(tmp_path / "a.jpg")
+
+
+def test_a_folder_of_images_that_is_of_no_use_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("image,caption\na.jpg,one\n")
+    with pytest.raises(UserError, match=r"there is no such folder\. Name the folder of the images"):
+        open_raw("csv", str(tmp_path / "x.csv"), images=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"set 'folder' has its own layout\. Leave it out, or use csv"):
+        open_raw("folder", str(tmp_path), images=str(tmp_path))
+
+
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
 def test_an_accent_may_be_written_otherwise_on_the_disk(tmp_path: Path, forms: tuple[Any, Any]) -> None:
     """Fails where the table's own spelling alone is looked for: macOS writes NFD, most tables are NFC."""

@@ -225,11 +225,18 @@ def test_names_that_nothing_can_have_are_one_line(name: str, tmp_path: Path, cap
     assert len(line(capsys)) < 1000
 
 
-@pytest.mark.parametrize("name", ["two\nlines", "\x1b[2J", "two  spaces"])
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[2J", "two  spaces", "-x"])
 def test_a_set_is_called_by_a_plain_name(name: str, tmp_path: Path, capsys: Captured) -> None:
     raw = write(tmp_path / "raw", TOYS["csv"][1]())
     assert main(["data", "csv", str(raw), "--out", str(tmp_path / name)]) == ExitCode.CANNOT_CREATE
     assert "is not a plain name" in line(capsys)
+
+
+def test_the_json_of_a_set_is_no_list_of_rows(tmp_path: Path, capsys: Captured) -> None:
+    file = tmp_path / "captions_val2014.json"
+    file.write_text('{"images": [], "annotations": []}')
+    assert main(["data", "jsonl", str(file), "--out", str(tmp_path / "out")]) == ExitCode.BAD_DATA
+    assert line(capsys).endswith("or name the set whose file it is, such as coco or flickr8k.\n")
 
 
 def test_a_name_that_is_no_text_is_one_line(tmp_path: Path, capsys: Captured) -> None:

@@ -283,6 +283,14 @@ def test_ranking_is_contrast_and_then_matching(model: PretrainedMaskVLM) -> None
     assert [one.place for one in other] == sorted(range(3), key=lambda number: -cosine[number])
 
 
+def test_candidates_that_are_nothing_are_told(model: PretrainedMaskVLM) -> None:
+    wrong: Any = [1, 2]
+    with pytest.raises(UserError, match="image 2: int is not an image"):
+        model.rank(IMAGES[0], wrong)
+    with pytest.raises(UserError, match="images on both sides"):
+        model.rank(IMAGES[0], IMAGES)
+
+
 @pytest.mark.parametrize("share", [1.0, 1000.0])
 def test_ranking_by_both_where_the_task_does(
     model: PretrainedMaskVLM, monkeypatch: pytest.MonkeyPatch, share: float

@@ -310,6 +310,15 @@ def test_the_commands_index_and_search_a_configured_set(
     assert main([*named, "--index", str(out), "a red giraffe", "--k", "2", "--json"], []) == 0
     unknown_words = [json.loads(line)["unknown_words"] for line in capsys.readouterr().out.splitlines()]
     assert unknown_words == [["giraffe"], ["giraffe"]]
+    # a line has the beginning of the caption, which may be long
+    caption = max(lines, key=lambda line: line["similarity"])["caption"]
+    assert len(caption) > 12
+    monkeypatch.setattr("maskvlm.cli.search.LINE", 12)
+    assert main([*named, "--index", str(out), "a red circle", "--k", "1"], []) == 0
+    shown = capsys.readouterr().out
+    assert caption.split()[0] in shown
+    assert " ..." in shown
+    assert caption not in shown
     content = io.BytesIO()
     pairs[4]["image"].save(content, "PNG")
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO(content.getvalue())))

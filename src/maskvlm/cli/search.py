@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.search import ABOUT, SearchIndex, SearchResult, index_folder, search_index
 from maskvlm.inference.vector_files import Facts
 from maskvlm.utils.errors import UserError
+
+LINE = 200
+"""Most characters of a caption in a line of results."""
 
 OPTION_OF = {"source": "--from", "captions": "--no-captions"}
 """Names of the options whose values are stored under another name."""
@@ -114,7 +118,9 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         answer: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}
         # For an image of a prepared set, the id holds the file's name as given in the user's table.
         place_of = each.origin if each.id in each.origin else f"{each.id}, {each.origin}"
-        answer |= {"image": each.path or place_of, "caption": each.captions[0] if each.captions else None}
+        # The whole caption, which may have 4,096 characters, is in the JSON.
+        caption = textwrap.shorten(each.captions[0], LINE, placeholder=" ...") if each.captions else None
+        answer |= {"image": each.path or place_of, "caption": caption}
         where = {"id": each.id, "row": each.row, "path": each.path, "origin": each.origin}
         whole = {**answer, **where, "captions": each.captions, **care}
         print(json_line(whole) if options.json else answer_line(answer), flush=True)

@@ -161,6 +161,9 @@ class ModelMethods(nn.Module):
         if not queries or not gallery or images == is_image(gallery[0]):
             # A misspelt file name looks like a text: report that first.
             check_absent([*queries, *gallery])
+            # Whatever is no text counts as an image: open it, which reports what is none.
+            for number, each in enumerate([*queries, *gallery] if images else [], 1):
+                open_image(each, f"image {number}")
             what = f"{'images' if images else 'texts'} on both sides"
             if not queries or not gallery:
                 what = "no candidates" if queries else "no query"

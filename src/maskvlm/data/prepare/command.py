@@ -33,6 +33,9 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         "--workers", type=int, default=cores(), help="worker processes (default: all cores, %(default)s)"
     )
     parser.add_argument("--columns", action="append", default=[], metavar="ROLE=COLUMN,...", help=", ".join(ROLES))
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="for csv and jsonl: folder of the images, if they are not beside the table"
+    )
     parser.add_argument("--rows", type=int, default=ROWS, help="rows per shard (default: %(default)s)")
     parser.add_argument(
         "--look", action="store_true", help=f"only write {LOOK}, a contact sheet of the first rows; prepare nothing"
@@ -50,20 +53,22 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     check_raw(options.raw)
     place = check_places(options.set, options.raw, root)
     columns = named_columns(options.columns)
+    images = str(Path(options.images).expanduser().resolve()) if options.images is not None else ""
     # the folder's name becomes the set's, which appears in messages and ids
-    if clean_caption(root.resolve().name)[0] != root.resolve().name:
+    # `-x` would be read as an option, for example in `--data.source.root`
+    if clean_caption(root.resolve().name)[0] != root.resolve().name or root.resolve().name.startswith("-"):
         raise UserError(
             "--out", f"{root.resolve().name!r} is not a plain name", "Use another one", ExitCode.CANNOT_CREATE
         )
     settings = Settings(root.resolve().name, options.side, options.quality)
-    plan = Plan(options.set, place, settings, columns, options.rows)
+    plan = Plan(options.set, place, settings, columns, options.rows, images)
     # a name that is neither must get to `open_raw`, which reports it
     known = options.set in SETS or "." in options.set
     if known and not options.look and complete(root, plan) is not None:  # the raw files may be gone by now
         print(f"{root}: already prepared ({read_manifest(root)['coverage']}); nothing to do")
         tell_newer(Path(options.raw), root)
         return ExitCode.DONE
-    raw = open_raw(options.set, options.raw, columns or None, settings.name)
+    raw = open_raw(options.set, options.raw, columns or None, settings.name, images or None)
     if options.look:
         # The sheet of a prepared set is one of its files, whose checksum is in the manifest.
         sheet = root.with_name(f"{root.name}-{LOOK}") if (root / MANIFEST).is_file() else root / LOOK
@@ -110,6 +115,8 @@ def verify_set(arguments: list[str], allow_import: list[str]) -> int:
     faults = check_set(Path(options.root).expanduser(), options.all, options.workers)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
+    if faults:
+        print(f"delete {options.root} and prepare it again with `maskvlm data`", file=sys.stderr)
     return ExitCode.BAD_DATA if faults else ExitCode.DONE
 
 

@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     """Description of the set to prepare.
 
     Attributes:
-        set, raw, columns: as passed to `open_raw`.
+        set, raw, columns, images: as passed to `open_raw`.
         rows: rows per shard.
     """
 
@@ -47,10 +47,12 @@ class Plan(NamedTuple):
     settings: Settings
     columns: dict[str, str]
     rows: int = ROWS
+    images: str = ""
 
     def card(self) -> dict[str, Any]:
         """Entry in the manifest."""
-        return {"set": self.set, "raw": self.raw, "columns": self.columns, "rows": self.rows, **self.settings._asdict()}
+        card = {"set": self.set, "raw": self.raw, "columns": self.columns, "images": self.images, "rows": self.rows}
+        return {**card, **self.settings._asdict()}
 
 
 def finish_set(root: Path, raw: RawSet, plan: Plan, counts: Counter[str], seconds: float) -> dict[str, Any]:

@@ -146,6 +146,7 @@ SETTINGS = keys_of(
     {},
     {
         **dict.fromkeys(("set", "raw", "name"), (exact, None)),
+        "images": (exact, ""),
         **dict.fromkeys(("rows", "side", "quality"), (count, None)),
         "columns": (each(exact, name=exact), None),
     },

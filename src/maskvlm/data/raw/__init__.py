@@ -63,6 +63,9 @@ FACTS: dict[str, Facts] = {
 }
 """Facts about the published sets in SETS; the other entries are formats for users' own data."""
 
+WITH_IMAGES = {"csv": open_csv, "jsonl": open_jsonl}
+"""The sets whose images may be in another folder than RAW."""
+
 WITH_COLUMNS = ("csv", "jsonl", "folder", "hf", "webdataset", "sbu", "cc3m", "cc12m")
 
 
@@ -91,7 +94,13 @@ def reader_of(path: str) -> type[RawSet]:
     return reader
 
 
-def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name: str | None = None) -> RawSet:
+def open_raw(
+    name: str,
+    raw: str,
+    columns: dict[str, str] | None = None,
+    as_name: str | None = None,
+    images: str | None = None,
+) -> RawSet:
     """Open a raw set, without reading it yet.
 
     Args:
@@ -100,9 +109,11 @@ def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name
         columns: role ("image", "caption", "id", "split") -> name of a column, if the table does not use the usual
             names.
         as_name: prefix of the ids instead of `name`; sets whose photos are known elsewhere (COCO, Flickr) keep theirs.
+        images: for `csv` and `jsonl`: the folder of the images that the table names, if they are not next to it.
 
     Raises:
-        UserError: there is no such set or role, RAW does not exist, or contains none of the set's files.
+        UserError: there is no such set or role, RAW or `images` does not exist, or RAW contains none of the set's
+            files.
     """
     # with a dot it is the path of a class; none of our sets has one
     kind = reader_of(name) if "." in name else None
@@ -115,6 +126,8 @@ def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name
         raise UserError("columns", f"there is no role {wrong[0]!r}", f"Available roles: {', '.join(ROLES)}")
     if columns and name not in WITH_COLUMNS:
         raise UserError("columns", f"set {name!r} has its own layout", "Leave the columns out, or use csv")
+    if images is not None and name not in WITH_IMAGES:
+        raise UserError("images", f"set {name!r} has its own layout", "Leave it out, or use csv")
     path = Path(raw).expanduser()
     check_file_or_folder(path)
     # for hf it may be a name on the hub
@@ -123,4 +136,8 @@ def open_raw(name: str, raw: str, columns: dict[str, str] | None = None, as_name
         raise UserError(raw or "data", "there is no such file or folder", todo, ExitCode.MISSING_INPUT)
     if kind is not None:
         return kind(str(path), as_name or name)
+    if images is not None:
+        if not os.path.isdir(folder := Path(images).expanduser()):
+            raise UserError(images, "there is no such folder", "Name the folder of the images", ExitCode.MISSING_INPUT)
+        return WITH_IMAGES[name](str(path), as_name or name, columns or {}, folder)
     return SETS[name](raw if name == "hf" else str(path), as_name or name, columns or {})

@@ -112,14 +112,19 @@ def name_problem(name: str) -> str | None:
 
 
 class Folder:
-    """Finds the images of a table: relative to the table, or in `images/` next to it.
+    """Finds the images of a table: relative to the table's folder, or to the folder that the user named, or in its
+    `images/`.
 
     An absolute path is also accepted if it is inside; no other file can be named. An accented letter may be one
     character in the table and two on disk (as macOS writes names), or vice versa: it is found either way.
+
+    Args:
+        root: the folder.
+        todo: appended to the message on a name that leads out of it.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root, self._real = str(root.absolute()), os.path.realpath(root)
+    def __init__(self, root: Path, todo: str = "") -> None:
+        self.root, self._real, self._todo = str(root.absolute()), os.path.realpath(root), todo
         self._inside = Inside(root)
         # folder -> its names by case-folded name; read when a name in it is missing
         self._beside: dict[str, dict[str, str]] = {}
@@ -130,11 +135,12 @@ class Folder:
         inside = name
         # the path as given, and with links resolved
         for root in (self.root, self._real):
-            if name.startswith(f"{root}/") and ".." not in PurePosixPath(name).parts:
+            # `/` itself ends in a slash
+            if name.startswith(start := f"{root.rstrip('/')}/") and ".." not in PurePosixPath(name).parts:
                 # an absolute path within the folder, made relative to it
-                inside = name[len(str(root)) + 1 :]
+                inside = name[len(start) :]
         if problem := name_problem(inside):
-            return "", ("unsafe name", f"{one_line(name)!r}: {problem} {one_line(self.root)}")
+            return "", ("unsafe name", f"{one_line(name)!r}: {problem} {one_line(self.root)}{self._todo}")
         for spelled in spellings(inside):
             for folder in ("", "images"):
                 if os.path.isfile(path := os.path.join(self.root, folder, spelled)):

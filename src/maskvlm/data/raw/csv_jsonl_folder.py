@@ -16,6 +16,7 @@ from maskvlm.data.strict_json import flaw
 from maskvlm.utils.errors import ExitCode, UserError
 
 PROBE = 1000
+IMAGES_TODO = "; name the images' folder with --images"
 UNKNOWN_LICENCE = "not known to this program: see where the data is from"
 
 
@@ -31,24 +32,28 @@ class TableSet(RawSet):
     """Rows of one or several csv, tsv, jsonl or json files. Rows with the same image in one file are merged into one
     image with several captions; in different files of a split they are duplicates.
 
-    Image names are relative to their file, or to `images/` next to it. Without a column for it, the split is given by
-    the file's name (`val.csv`), else it is `train`.
+    Image names are relative to their file, or to `images/` next to it, or to the folder `images`, if given. Without a
+    column for it, the split is given by the file's name (`val.csv`), else it is `train`.
 
     Args:
         files: files of one kind.
         name: name of the set; prefix of the ids.
         columns: role -> column, for columns that cannot be found by name.
+        images: the folder of the images, if it is not the files' own.
     """
 
-    def __init__(self, files: list[Path], name: str, columns: dict[str, str] | None = None) -> None:
-        self.files, self.name, self.columns = files, name, columns or {}
+    def __init__(
+        self, files: list[Path], name: str, columns: dict[str, str] | None = None, images: Path | None = None
+    ) -> None:
+        self.files, self.name, self.columns, self.images = files, name, columns or {}, images
         self.facts, self.notes = Facts(name, None, None, UNKNOWN_LICENCE), []
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """Rows of each file: first the bad rows, then the images in the order of their first appearance."""
         places: dict[str, FirstPlace] = {}
         for file in self.files:
-            yield from file_rows(file, self.name, self.columns, self.notes, places)
+            folder = Folder(self.images) if self.images else Folder(file.parent, IMAGES_TODO)
+            yield from file_rows(file, self.name, self.columns, folder, self.notes, places)
 
 
 class FirstPlace(NamedTuple):
@@ -62,12 +67,14 @@ def file_rows(
     file: Path,
     name: str,
     given_columns: dict[str, str],
+    folder: Folder,
     notes: list[str] | None = None,
     places: dict[str, FirstPlace] | None = None,
 ) -> Iterator[RawRow | BadRow]:
     """The rows of one file; a line on the columns used is appended to `notes`.
 
     Args:
+        folder: where its images are.
         places: images of earlier files, by path; those of this file are added. Ids in a file named after a split are
             specific to that split, as each file may count from 0.
 
@@ -75,7 +82,7 @@ def file_rows(
         UserError: the file cannot be read, or has no column for image or caption.
     """
     # rows are held until the whole file is read, as those of an image may be anywhere in it
-    merged, folder, default = Merged(file.name, name), Folder(file.parent), split_of_path(file.stem)
+    merged, default = Merged(file.name, name), split_of_path(file.stem)
     for entry in _entries(file, given_columns, notes if notes is not None else []):
         origin = f"{file.name}:{entry.place}"
         row = entry.problem or _values(entry.values, default)
@@ -269,7 +276,7 @@ class FolderSet(RawSet):
                 continue
             inside = file.parent.relative_to(self.root).as_posix()
             # `file_name` is ImageFolder's column, unless another one was given
-            for row in file_rows(file, self.name, {"image": "file_name", **self.columns}):
+            for row in file_rows(file, self.name, {"image": "file_name", **self.columns}, Folder(file.parent)):
                 row = row._replace(origin=one_line(f"{inside}/{row.origin}" if inside != "." else row.origin))
                 if isinstance(row, BadRow):
                     yield row
@@ -291,6 +298,8 @@ class FolderSet(RawSet):
 
     def _with_text(self, path: Path, name: str, within: Inside) -> RawRow | BadRow:
         split, beside = split_of_path(Path(name).parent.as_posix()), path.with_suffix(".txt")
+        if not os.path.isfile(beside) and os.path.isfile(capital := path.with_suffix(".TXT")):
+            beside = capital  # as some cameras' programs write it
         if not os.path.isfile(beside):
             what = (
                 f"there is no {one_line(beside.name)} beside it, nor is it listed in a metadata.csv or metadata.jsonl"
@@ -305,15 +314,15 @@ class FolderSet(RawSet):
 # ------------------------------------------------------------------ opening
 
 
-def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, ...]) -> RawSet:
-    """A file of one of these kinds, or a folder of such files, which are all read.
+def open_table(raw: str, name: str, columns: dict[str, str], images: Path | None, kinds: tuple[str, ...]) -> RawSet:
+    """A file of one of these kinds, or a folder of such files, which are all read. images: see `TableSet`.
 
     Raises:
         UserError: the folder has no such file.
     """
     path = Path(raw)
     if path.is_file():
-        return TableSet([path], name, columns)
+        return TableSet([path], name, columns, images)
     if not path.is_dir():
         raise UserError(raw, "neither a file nor a folder", "Name a file or a folder", ExitCode.MISSING_INPUT)
     # only in the folder itself, not in subfolders
@@ -323,7 +332,7 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
         raise UserError(raw, what, "Name the file itself", ExitCode.MISSING_INPUT)
     for file in files:
         check_below(file, path)
-    tables = TableSet(files, name, columns)
+    tables = TableSet(files, name, columns, images)
     # Reported, as they may be parts of one table or include a stray one that was not meant.
     if len(files) > 1:
         named = ", ".join(one_line(file.name, 60) for file in files[:5]) + (", ..." if len(files) > 5 else "")
@@ -331,14 +340,14 @@ def open_table(raw: str, name: str, columns: dict[str, str], kinds: tuple[str, .
     return tables
 
 
-def open_csv(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """Text tables: csv, tsv."""
-    return open_table(raw, name, columns, (".csv", ".tsv", ".tab"))
+def open_csv(raw: str, name: str, columns: dict[str, str], images: Path | None = None) -> RawSet:
+    """Text tables: csv, tsv. images: see `TableSet`."""
+    return open_table(raw, name, columns, images, (".csv", ".tsv", ".tab"))
 
 
-def open_jsonl(raw: str, name: str, columns: dict[str, str]) -> RawSet:
-    """JSON objects, one per line or in one list."""
-    return open_table(raw, name, columns, (".jsonl", ".ndjson", ".json"))
+def open_jsonl(raw: str, name: str, columns: dict[str, str], images: Path | None = None) -> RawSet:
+    """JSON objects, one per line or in one list. images: see `TableSet`."""
+    return open_table(raw, name, columns, images, (".jsonl", ".ndjson", ".json"))
 
 
 def open_folder(raw: str, name: str, columns: dict[str, str]) -> RawSet:
