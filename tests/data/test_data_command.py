@@ -64,6 +64,12 @@ def test_a_table_of_images_elsewhere_becomes_a_set(
     command = ["csv", str(table), "--out", str(tmp_path / "mine"), *COLUMNS, "--workers", "1", "--images"]
     assert main([*command, str(pairs.parent)], []) == 0
     assert len(Prepared(str(tmp_path / "mine")).split("train")) == 6
+    # the table names its images through a link to their folder
+    (tmp_path / "link").symlink_to(pairs.parent)
+    (tmp_path / "links.csv").write_text(f"ding,spruch\n{tmp_path}/link/0.jpg,one\n")
+    linked = ["csv", str(tmp_path / "links.csv"), "--out", str(tmp_path / "linked"), *COLUMNS, "--workers", "1"]
+    assert main([*linked, "--images", str(tmp_path / "link")], []) == 0
+    assert len(Prepared(str(tmp_path / "linked")).split("train")) == 1
     assert main([*command, str(pairs.parent)], []) == 0
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"made with images '.*raw' instead of '.*mine'"):
