@@ -72,6 +72,8 @@ def test_a_table_of_images_elsewhere_becomes_a_set(
     assert len(Prepared(str(tmp_path / "linked")).split("train")) == 1
     assert main([*command, str(pairs.parent)], []) == 0
     assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--images: it is empty"):
+        main([*command, ""], [])
     with pytest.raises(UserError, match=r"made with images '.*raw' instead of '.*mine'"):
         main([*command, str(tmp_path / "mine")], [])
 

@@ -240,7 +240,13 @@ def test_images_may_be_in_another_folder(tmp_path: Path, set_name: str, file: st
     rows = [*open_raw(set_name, str(tmp_path / "tables" / file)).rows()]
     messages = [row.message for row in rows if isinstance(row, BadRow) and row.reason == "unsafe name"]
     assert len(messages) == 3
-    assert all(message.endswith("; name the images' folder with --images") for message in messages)
+    assert all("; --images FOLDER names another folder" in message for message in messages)
+    # likewise for a link beside the table
+    (tmp_path / "tables" / "link.jpg").symlink_to(photos / "a.jpg")
+    (tmp_path / "tables" / "x.csv").write_text("image,caption\nlink.jpg,one\n")
+    (row,) = open_raw("csv", str(tmp_path / "tables" / "x.csv")).rows()
+    assert isinstance(row, BadRow)
+    assert "; --images FOLDER names another folder" in row.message
 
 
 def test_the_root_of_the_disk_may_be_the_folder_of_images(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_the_json_of_a_set_is_no_list_of_rows(tmp_path: Path, capsys: Captured) 
     file = tmp_path / "captions_val2014.json"
     file.write_text('{"images": [], "annotations": []}')
     assert main(["data", "jsonl", str(file), "--out", str(tmp_path / "out")]) == ExitCode.BAD_DATA
-    assert line(capsys).endswith("or name the set whose file it is, such as coco or flickr8k.\n")
+    assert line(capsys).endswith("one to a line in a .jsonl; if it is a set's own file, name that set, such as coco.\n")
 
 
 def test_a_name_that_is_no_text_is_one_line(tmp_path: Path, capsys: Captured) -> None:

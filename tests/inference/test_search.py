@@ -313,7 +313,7 @@ def test_the_commands_index_and_search_a_configured_set(
     # a line has the beginning of the caption, which may be long
     caption = max(lines, key=lambda line: line["similarity"])["caption"]
     assert len(caption) > 12
-    monkeypatch.setattr("maskvlm.cli.search.LINE", 12)
+    monkeypatch.setattr("maskvlm.cli.search.CAPTION_WIDTH", 12)
     assert main([*named, "--index", str(out), "a red circle", "--k", "1"], []) == 0
     shown = capsys.readouterr().out
     assert caption.split()[0] in shown

@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.study.budget import budget_in_steps, flops_of
 from maskvlm.study.definition import Metric, read_study
-from maskvlm.study.runs import runs_of
+from maskvlm.study.page import write_page
+from maskvlm.study.runs import check_same_run, runs_of
 from maskvlm.utils.errors import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -367,6 +369,38 @@ def test_runs_start_from_the_first_of_their_seed(tmp_path: Path) -> None:
     others = runs_of(read_study(written(tmp_path, STUDY | {"first": first, "grid": blocks, "questions": []})), tmp_path)
     assert others[4].command == runs[4].command
     assert others[4].sha256 != runs[4].sha256
+    # A folder made from the earlier one is refused; one of a version that did not note the start is taken.
+    runs[4].note(1.0)
+    check_same_run(runs[4])
+    with pytest.raises(UserError, match="holds a run with this name and other options"):
+        check_same_run(others[4])
+    file = runs[4].folder / "study.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "start"}))
+    check_same_run(others[4])
+
+
+def test_the_machine_is_no_part_of_a_run_that_spends_anothers_operations(tmp_path: Path) -> None:
+    grid = [{"arms": ["few", "all"]}, {"arms": ["few"], "flops_of": "all"}]
+    file = written(tmp_path, STUDY | {"grid": grid, "questions": []})
+    here, there = (runs_of(read_study(file, where), tmp_path, counted=()) for where in (None, "gpu1"))
+    assert any(run.spent is not None for run in here)
+    assert [run.sha256 for run in here] == [run.sha256 for run in there]
+
+
+def test_a_variable_of_the_first_run_is_not_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_OF_THIS_TEST", "hf_xyz")
+    secret = {"data.source.root": "${oc.env:SECRET_OF_THIS_TEST}"}
+    for change in (
+        {"first": {"label": "x", "options": {"data.steps": 9, **secret}}},
+        {"options": {**STUDY["options"], **secret}, "first": {"label": "x", "options": {"data.steps": 9}}},
+    ):
+        study = read_study(written(tmp_path, STUDY | change))
+        assert study.first is not None
+        assert ("data.source.root", "hf_xyz") in study.first.options
+        write_page(study, runs_of(study, tmp_path, counted=()), tmp_path / "page", "maskvlm study x")
+        text = (tmp_path / "page" / "README.md").read_text()
+        assert "${oc.env:SECRET_OF_THIS_TEST}" in text
+        assert "hf_xyz" not in text
 
 
 def test_operations_are_counted_wherever_the_runs_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

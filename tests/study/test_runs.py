@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from maskvlm.study.definition import Cell
-from maskvlm.study.runs import ABOUT, LOG, Runner, StudyRun, check_same_run, last_line, step_of
+from maskvlm.study.runs import ABOUT, LOG, Runner, StudyRun, check_same_run, last_line, on_signals, step_of
 from maskvlm.utils.errors import ExitCode, UserError
 
 ENDS = """
@@ -105,6 +105,8 @@ def test_a_signal_lets_the_runs_save_and_begins_no_other(tmp_path: Path, signum:
             time.sleep(0.02)
         os.kill(os.getpid(), signum)
 
+    # the tests themselves may run under nohup, which ignores SIGHUP
+    outer = signal.signal(signum, signal.default_int_handler)
     threading.Thread(target=send).start()
     before = signal.getsignal(signum)
     runner = Runner(2)
@@ -113,6 +115,21 @@ def test_a_signal_lets_the_runs_save_and_begins_no_other(tmp_path: Path, signum:
     assert runner.stopping.is_set()
     assert not runs[2].folder.exists()
     assert signal.getsignal(signum) == before
+    signal.signal(signum, outer)
+
+
+def test_under_nohup_a_closed_terminal_ends_no_study() -> None:
+    stopped: list[bool] = []
+    outer = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with on_signals(lambda: stopped.append(True)):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, outer)
+    assert stopped == [True]
 
 
 def test_a_run_waits_for_the_one_that_it_starts_from(tmp_path: Path) -> None:

@@ -605,6 +605,13 @@ def test_aros_order_test_reads_and_counts_its_four(tagger: None, tmp_path: Path)
     write(tmp_path, {"one.png": picture(0), "pairs.csv": b"image,caption\none.png,a red dog sees two green cats\n"})
     items = suite.read(tmp_path / "pairs.csv", None).items
     assert [item.truth for item in items] == [[*aro_order.OF_ARO]]
+    # a table's images may be elsewhere; a set with its own layout says where they are
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "one.png").rename(tmp_path / "photos" / "one.png")
+    assert suite.read(tmp_path / "pairs.csv", None).items == []
+    assert suite.read(tmp_path / "pairs.csv", tmp_path / "photos").items[0].texts == items[0].texts
+    with pytest.raises(UserError, match="the set itself tells where its images are"):
+        AroOrder().read(tmp_path, tmp_path)
     figures = suite.metrics(items, [[3.0, 1.0, 4.0, 1.0, 2.0]], "match")
     assert (figures[0].value, figures[0].chance) == (0.0, 20.0)
     assert by_name(figures)["better than nouns and adjectives shuffled"] == 100

@@ -19,7 +19,7 @@ from maskvlm.inference.search import ABOUT, SearchIndex, SearchResult, index_fol
 from maskvlm.inference.vector_files import Facts
 from maskvlm.utils.errors import UserError
 
-LINE = 200
+CAPTION_WIDTH = 200
 """Most characters of a caption in a line of results."""
 
 OPTION_OF = {"source": "--from", "captions": "--no-captions"}
@@ -118,12 +118,14 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         answer: Facts = {"rank": place, "match": each.match, "similarity": each.similarity}
         # For an image of a prepared set, the id holds the file's name as given in the user's table.
         place_of = each.origin if each.id in each.origin else f"{each.id}, {each.origin}"
-        # The whole caption, which may have 4,096 characters, is in the JSON.
-        caption = textwrap.shorten(each.captions[0], LINE, placeholder=" ...") if each.captions else None
-        answer |= {"image": each.path or place_of, "caption": caption}
+        answer |= {"image": each.path or place_of, "caption": each.captions[0] if each.captions else None}
         where = {"id": each.id, "row": each.row, "path": each.path, "origin": each.origin}
         whole = {**answer, **where, "captions": each.captions, **care}
-        print(json_line(whole) if options.json else answer_line(answer), flush=True)
+        # A caption may have 4,096 characters: a line has its beginning, the JSON the whole.
+        short = (
+            {"caption": textwrap.shorten(each.captions[0], CAPTION_WIDTH, placeholder=" ...")} if each.captions else {}
+        )
+        print(json_line(whole) if options.json else answer_line(answer | short), flush=True)
     if options.show is not None:
         print(f"wrote {show(index, hits, options.show)}", file=sys.stderr, flush=True)
     return 0

@@ -197,6 +197,7 @@ class Study:
         columns: names of the metrics that the table shows.
         first: run once per seed before all others, which start from its last weights; None: they start as their command
             says.
+        first_options: its options, before environment variables are filled in; for display.
     """
 
     name: str
@@ -209,6 +210,7 @@ class Study:
     columns: tuple[str, ...]
     questions: tuple[Claim, ...]
     first: Cell | None = None
+    first_options: tuple[tuple[str, str], ...] = ()
 
     def cell(self, name: str) -> Cell:
         """The cell with this name. Raises KeyError."""
@@ -250,8 +252,9 @@ def read_study(file: str, where: str | None = None) -> Study:
         name: _words((written["arms"][name] or {}).get("run", written["run"]), f"{file}: run", where) for name in arms
     }
     cells = tuple(replace(cell, written=as_written[cell.arm]) for cell in cells)
-    first = _first(content, cells, file, where)
+    first, first_options = _first(content, cells, file, where), dict[str, Any]()
     if first is not None:
+        first_options = (written.get("options") or {}) | (written["first"].get("options") or {})
         first = replace(first, written=_words(written["run"], f"{file}: run", where))
     questions = tuple(
         _question(each, cells, metrics, f"{file}: question {number}")
@@ -265,6 +268,7 @@ def read_study(file: str, where: str | None = None) -> Study:
     return Study(
         content["name"], content.get("title", content["name"]), content.get("about", ""),
         written["run"], labels, cells, metrics, columns, questions, first,
+        tuple((key, as_text(value)) for key, value in first_options.items()),
     )  # fmt: skip
 
 

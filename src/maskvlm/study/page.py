@@ -104,7 +104,7 @@ def text_of(
         "",
     ]  # fmt: skip
     if study.first is not None:
-        own = shlex.join(f"--{key}={value}" for key, value in study.first.options)
+        own = shlex.join(f"--{key}={value}" for key, value in study.first_options)
         lines += [f"Every run starts from the last weights of a run of its seed: {study.arms[FIRST]} (`{own}`).", ""]
     remarked = frame[frame[REMARK] != ""] if len(frame) else frame
     if len(remarked):

@@ -34,6 +34,11 @@ ALLOWED = "MASKVLM_ALLOW_IMPORT"
 TICK = 30.0  # seconds between updates of a run's time
 
 
+def without_machine(words: Sequence[str]) -> list[str]:
+    """The words of a command without where=, which does not change a run's weights."""
+    return [word for word in words if not word.startswith("where=")]
+
+
 class StudyRun(NamedTuple):
     """A run of a study.
 
@@ -110,18 +115,22 @@ class StudyRun(NamedTuple):
     @property
     def about(self) -> dict[str, object]:
         """What determines its weights, to check whether a folder holds this very run. The machine is not part of it."""
-        words = [word for word in self.command[2:] if not word.startswith("where=")]
-        return {"cell": self.cell.name, "seed": self.seed, "command": words}
+        start = "" if self.start is None else self.start.sha256
+        return {"cell": self.cell.name, "seed": self.seed, "command": without_machine(self.command[2:]), "start": start}
 
     @property
     def sha256(self) -> str:
         """SHA-256 of what determines its weights, independent of its folder. Steps derived from another arm's
         operations are left out, as other versions count operations slightly differently."""
-        words = [word for word in self.cell.written or self.cell.run if not word.startswith("where=")]
+        words = without_machine(self.cell.written or self.cell.run)
         start = self.start.sha256 if self.start is not None else ""
         facts: list[object] = [self.cell.name, self.seed, words, start, sorted(self.cell.options)]
         if self.spent is not None:
-            facts += [list(self.spent.written or self.spent.run), self.spent.fraction, sorted(self.spent.options)]
+            facts += [
+                without_machine(self.spent.written or self.spent.run),
+                self.spent.fraction,
+                sorted(self.spent.options),
+            ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def note(self, seconds: float) -> None:
@@ -188,8 +197,10 @@ def check_same_run(run: StudyRun) -> None:
 
 def holds_another(run: StudyRun) -> bool:
     """Whether its folder holds a run of this name made by another command."""
-    before = read_json(run.folder / ABOUT)
-    return bool(before) and {key: before.get(key) for key in run.about} != run.about
+    before, about = read_json(run.folder / ABOUT), run.about
+    # older versions did not note what a run starts from
+    there = {"start": about["start"], **before}
+    return bool(before) and {key: there.get(key) for key in about} != about
 
 
 class Ended(NamedTuple):
@@ -280,8 +291,9 @@ class Runner:
 
 @contextmanager
 def on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Context in which SIGINT, SIGTERM and SIGHUP call `stop`."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    """Context in which SIGINT, SIGTERM and SIGHUP call `stop`; under nohup, which ignores SIGHUP, it stays ignored."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
     before = {number: signal.signal(number, lambda *_: stop()) for number in numbers}
     try:
         yield

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvlm.data.caption_text import clean_caption
-from maskvlm.data.raw import FACTS, SETS, BadRow, open_raw
+from maskvlm.data.raw import FACTS, SETS, WITH_IMAGES, BadRow, open_raw
 from maskvlm.suites.metrics import first_is_best, percent_right
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.utils.errors import ExitCode, UserError
@@ -164,12 +164,14 @@ class AroOrder(Suite):
         self.shuffles = OF_ARO if tagged else SHUFFLES
 
     def read(self, path: Path, images: Path | None) -> ItemRows:
-        if images is not None:
+        if images is not None and self.set not in WITH_IMAGES:
             raise UserError("--images", "the set itself tells where its images are", "Leave it out")
         rows, splits = ItemRows(path, None), set[str]()
         tags_of = part_of_speech_tagger() if self.tagged else None
         rows.ids_known = self.name is not None or self.set in FACTS
-        for row in open_raw(self.set, str(path), None, self.name or self.set).rows():
+        for row in open_raw(
+            self.set, str(path), None, self.name or self.set, None if images is None else str(images)
+        ).rows():
             # The split of a bad row may be unknown.
             if isinstance(row, BadRow):
                 rows.skip(row.reason, f"{row.origin}: {row.message}")

@@ -53,8 +53,11 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     check_raw(options.raw)
     place = check_places(options.set, options.raw, root)
     columns = named_columns(options.columns)
+    # for example an unset variable of the shell; it would be the working directory
+    if options.images == "":
+        raise UserError("--images", "it is empty", "Name the folder of the images, or leave it out")
     # Links in it are not resolved: the table may name its images through them.
-    images = os.path.abspath(Path(options.images).expanduser()) if options.images is not None else ""
+    images = os.path.abspath(Path(options.images).expanduser()) if options.images else ""
     # the folder's name becomes the set's, which appears in messages and ids
     # `-x` would be read as an option, for example in `--data.source.root`
     if clean_caption(root.resolve().name)[0] != root.resolve().name or root.resolve().name.startswith("-"):

@@ -145,6 +145,7 @@ def check_same(root: Path, there: dict[str, Any], plan: Plan, what: str) -> None
     # If the raw files are gone by now, the typed path no longer exists, but it may have been the same one.
     if there.get("raw") == str(Path(card["raw"]).expanduser().resolve()):
         card["raw"] = there["raw"]
+    # `images` is missing in sets that were begun before it was an option
     if other := [name for name in card if there.get(name, "") != card[name]]:
         differences = ", ".join(f"{name} {there.get(name)!r} instead of {card[name]!r}" for name in other)
         todo = "Delete this folder to prepare it again, or use another name (NAME=)"

@@ -120,7 +120,7 @@ class Folder:
 
     Args:
         root: the folder.
-        todo: appended to the message on a name that leads out of it.
+        todo: appended to the messages on names and links that lead out of it.
     """
 
     def __init__(self, root: Path, todo: str = "") -> None:
@@ -145,9 +145,10 @@ class Folder:
             for folder in ("", "images"):
                 if os.path.isfile(path := os.path.join(self.root, folder, spelled)):
                     # a normalised path, as it identifies the image: `a.jpg` and `./a.jpg` are the same
-                    return (
-                        (os.path.normpath(path), None) if self._inside.holds(path) else ("", leads_out(name, self.root))
-                    )
+                    if self._inside.holds(path):
+                        return os.path.normpath(path), None
+                    reason, message = leads_out(name, self.root)
+                    return "", (reason, message + self._todo)
         return "", self._absence(name, inside)
 
     def _absence(self, name: str, inside: str) -> tuple[str, str]:

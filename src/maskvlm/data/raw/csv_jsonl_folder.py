@@ -16,7 +16,7 @@ from maskvlm.data.strict_json import flaw
 from maskvlm.utils.errors import ExitCode, UserError
 
 PROBE = 1000
-IMAGES_TODO = "; name the images' folder with --images"
+IMAGES_TODO = "; --images FOLDER names another folder of images, which the table may name by paths in it"
 UNKNOWN_LICENCE = "not known to this program: see where the data is from"
 
 

@@ -75,7 +75,8 @@ def json_items(file: Path) -> Iterator[Any]:
         reader = TextIOWrapper(stream, encoding="utf-8-sig")
         text, position = _read(reader, file, CHUNK).lstrip(), 1
         if not text.startswith("["):
-            todo = "Write its rows as one list, or name the set whose file it is, such as coco or flickr8k"
+            todo = "Write its rows as one list, or one to a line in a .jsonl"
+            todo += "; if it is a set's own file, name that set, such as coco"
             raise UserError(file, "a list in [ ] is needed", todo, ExitCode.BAD_DATA)
         while True:
             # commas are treated as white space: an extra one does no harm
