@@ -319,6 +319,8 @@ def test_the_commands_index_and_search_a_configured_set(
     assert caption.split()[0] in shown
     assert " ..." in shown
     assert caption not in shown
+    assert main([*named, "--index", str(out), "a red circle", "--k", "1", "--json"], []) == 0
+    assert json.loads(capsys.readouterr().out)["caption"] == caption
     content = io.BytesIO()
     pairs[4]["image"].save(content, "PNG")
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO(content.getvalue())))
