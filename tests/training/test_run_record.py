@@ -61,9 +61,10 @@ def finished(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            assert main(["fit", "--run", str(folder), *words]) == 0
+            code = main(["fit", "--run", str(folder), *words])
     finally:
         os.chdir(before)
+    assert code == 0, stderr.getvalue()
     (folder.parent / "told.txt").write_text(stderr.getvalue())
     return folder
 
