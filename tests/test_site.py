@@ -92,17 +92,60 @@ def test_a_page_of_results_says_what_its_metrics_say(metrics: Path) -> None:
     assert printed <= lines
 
 
-def test_the_first_page_of_results_is_written_from_files(tmp_path: Path) -> None:
+WRITTEN = {"index.md": 4, "suites/README.md": 8, "inference/README.md": 2}
+"""Pages of results, and how many of their tables are written from files."""
+
+
+@pytest.mark.parametrize(("name", "count"), WRITTEN.items())
+def test_tables_of_results_are_written_from_files(name: str, count: int) -> None:
     tables = runpy.run_path(str(DOCS / "results/tables.py"))
-    page = text_of(DOCS / "results/index.md")
-    assert len(tables["TABLE"].findall(page)) == 4
-    assert tables["filled"](page) == page
-    typed = page.replace("92.0 ", "93.0 ").replace("| 90.", "| 91.")
+    assert [path.relative_to(DOCS / "results").as_posix() for path in tables["PAGES"]] == list(WRITTEN)
+    page = text_of(DOCS / "results" / name)
+    assert len(tables["TABLE"].findall(page)) == count
+    typed = tables["TABLE"].sub(lambda found: found[0].replace("9", "8"), page)
     assert typed != page
     assert tables["filled"](typed) == page
+
+
+def test_what_the_tables_of_results_say(tmp_path: Path) -> None:
+    """Toys of each kind of file."""
+    table_of, file = runpy.run_path(str(DOCS / "results/tables.py"))["table_of"], tmp_path / "found.json"
     (tmp_path / "runs.csv").write_text("cell,seed,study: R@1,step\na,0,1.0,5\na,1,2.0,5\nb,0,0.125,5\n")
     lines = ["|  | seeds | R@1 |", "| --- | --- | --- |", "| a | 2 | 1.50 |", "| b | 1 | 0.12 |"]
-    assert tables["study_table"](tmp_path / "runs.csv").splitlines() == lines
+    assert table_of(tmp_path / "runs.csv").splitlines() == lines
+
+    def figure(value: float, interval: tuple[float, float] | None) -> dict[str, Any]:
+        return {"value": value, "chance": 50.0, "interval": interval}
+
+    ways = {"match": {"top-1": figure(61.04, (50.0, 72.0)), "  dog": figure(1.0, None), "mean": figure(7.0, None)}}
+    file.write_text(json.dumps({"suite": "x", "items": 1200, "metrics": ways}))
+    *heading, row = table_of(file).splitlines()
+    assert heading[0] == "| 1,200 items | top-1 (chance 50.0) | mean (chance 50.0) |"
+    assert row == "| `match` | 61.0 (50.0 to 72.0) | 7.0 |"
+
+    shares = [
+        {"method": "fill", "question": "colour", "right": 1, "of": 4, "chance": 12.5},
+        {"method": "score", "question": "order", "right": 3, "of": 4, "chance": 50.0},
+        {"method": "match", "question": "order", "right": 2, "of": 4, "chance": 50.0},
+        {"method": "cosine", "question": "order", "right": 1, "of": 4, "chance": 50.0},
+    ]
+    file.write_text(json.dumps({"shares": shares}))
+    assert table_of(file, "methods").splitlines()[2:] == ["| `fill` | colour | 25.0 % of 4 | 12.5 |"]
+    assert table_of(file, "wordings").splitlines()[2:] == ["| order, of 4 | 75.0 % | 50.0 % | 25.0 % |"]
+
+    reached = {"full": {"0": 90.0, "1": 92.0, "2": 94.0}, "ablated": {"0": 30.0}}
+    metrics = [{"task": "vqa", "metric": "accuracy", "level": 31.4, "ways": reached}]
+    metrics.append({"task": "nlvr", "metric": "consistency", "level": None, "ways": {"full": {"0": 70.0, "1": 72.0}}})
+    image = [{"task": "vqa", "points": 61.0, "interval": [59.5, 62.5], "seeds": [60.0, 62.0]}]
+    file.write_text(json.dumps({"metrics": metrics, "image": image}))
+    assert table_of(file, "metrics").splitlines()[2:] == [
+        "| vqa, `accuracy` | 31.4 | 92.0 (90.0 to 94.0) | 30.0 (one seed) |",
+        "| nlvr, `consistency` |  | 71.0 (70.0 to 72.0) |  |",
+    ]
+    assert table_of(file, "image").splitlines()[2:] == ["| vqa | +61.0 (+59.5 to +62.5) | +60.0, +62.0 |"]
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"found\.json: no metrics of a run"):
+        table_of(file)
 
 
 # ---------------------------------------------------------------------- commands

@@ -1,10 +1,13 @@
-"""`python docs/results/tables.py`: write the tables of docs/results/index.md anew, from the `metrics.json` of runs and
-the `runs.csv` of a study. A test holds that the page is what this writes."""
+"""`python docs/results/tables.py`: write the tables of the results pages anew, from the `metrics.json` of runs, the
+`runs.csv` of a study, the `result.json` of suites, and what `inference/measure.py` and `downstream/study.py` found. A
+test holds that the pages are what this writes."""
 
 import io
 import json
 import re
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -12,9 +15,10 @@ from rich.console import Console
 from maskvlm.reporting.metric_tables import metrics_table
 
 RESULTS = Path(__file__).parent
-PAGE = RESULTS / "index.md"
-TABLE = re.compile(r"(<!-- (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-"""A table of the page, between two comments: the first one names the file that it is made from."""
+PAGES = tuple(RESULTS / name for name in ("index.md", "suites/README.md", "inference/README.md"))
+TABLE = re.compile(r"(<!-- (\S+\.(?:json|csv)) ?(\w*) -->\n).*?(<!-- end -->)", re.DOTALL)
+"""A table of a page, between two comments: the first one names the file that it is made from, and may say which of
+several tables it is."""
 
 
 def metrics_lines(path: Path) -> str:
@@ -25,26 +29,104 @@ def metrics_lines(path: Path) -> str:
     return "\n".join(["```text", *lines, "```"])
 
 
+def markdown(rows: list[list[str]]) -> str:
+    """A table; the first row is its heading."""
+    heading, *others = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *others])
+
+
 def study_table(path: Path) -> str:
-    """Means of a study's metrics over the seeds, a row for each cell, in Markdown."""
+    """Means of a study's metrics over the seeds, a row for each cell."""
     runs = pd.read_csv(path)
     measured = [name for name in runs if name.startswith("study: ")]
     means, seeds = runs.groupby("cell")[measured].mean(), runs.groupby("cell").size()
-    rows = [["", "seeds", *(name.removeprefix("study: ") for name in measured)], ["---"] * (len(measured) + 2)]
+    rows = [["", "seeds", *(name.removeprefix("study: ") for name in measured)]]
     rows += [[str(cell), str(seeds[cell]), *(f"{value:.2f}" for value in means.loc[cell])] for cell in means.index]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
+
+
+def suite_table(found: dict[str, Any]) -> str:
+    """A row for each way of scoring, with the 95 % intervals; figures of single kinds or classes are left out."""
+    # The report indents them below the figures that are about all items.
+    names = [name for name in next(iter(found["metrics"].values())) if not name.startswith(" ")]
+
+    def heading(name: str) -> str:
+        chance = next(iter(found["metrics"].values()))[name]["chance"]
+        return name if chance is None else f"{name} (chance {chance:.1f})"
+
+    def cell(value: float, interval: list[float] | None) -> str:
+        return f"{value:.1f}" + ("" if interval is None else f" ({interval[0]:.1f} to {interval[1]:.1f})")
+
+    rows = [[f"{found['items']:,} items", *map(heading, names)]]
+    for way, figures in found["metrics"].items():
+        rows.append([f"`{way}`", *(cell(figures[name]["value"], figures[name]["interval"]) for name in names)])
+    return markdown(rows)
+
+
+def share_tables(found: dict[str, Any]) -> dict[str, str]:
+    """Of `inference/measure.py`: what the methods find, and how three of them judge the same pairs of texts."""
+    rows, by_text = [["method", "question", "right", "by chance"]], {}
+    for one in found["shares"]:
+        right = f"{100 * one['right'] / one['of']:.1f} %"
+        if one["method"] in ("match", "cosine"):
+            by_text[one["question"]].append(right)
+            continue
+        if one["method"] == "score":
+            by_text[one["question"]] = [f"{one['question']}, of {one['of']}", right]
+            continue
+        chance = "" if one["chance"] is None else f"{one['chance']:.1f}"
+        rows.append([f"`{one['method']}`", one["question"], f"{right} of {one['of']}", chance])
+    heading = ["prefers", "`score`", "`match`", "cosine"]
+    return {"methods": markdown(rows), "wordings": markdown([heading, *by_text.values()])}
+
+
+def fine_tuning_tables(found: dict[str, Any]) -> dict[str, str]:
+    """Of `downstream/study.py`: means and ranges of the seeds, and what the image adds."""
+
+    def cell(by_seed: dict[str, float] | None) -> str:
+        values = [*(by_seed or {}).values()]
+        if len(values) < 2:
+            return "".join(f"{value:.1f} (one seed)" for value in values)
+        return f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+    ways = list(dict.fromkeys(way for row in found["metrics"] for way in row["ways"]))
+    rows = [["", "by chance", *ways]]
+    for row in found["metrics"]:
+        level = "" if row["level"] is None else f"{row['level']:.1f}"
+        rows.append([f"{row['task']}, `{row['metric']}`", level, *(cell(row["ways"].get(way)) for way in ways)])
+    adds = [["", "what the image adds, points (95 %)", "seed by seed"]]
+    for row in found["image"]:
+        low, high = row["interval"]
+        seeds = ", ".join(f"{seed:+.1f}" for seed in row["seeds"])
+        adds.append([row["task"], f"{row['points']:+.1f} ({low:+.1f} to {high:+.1f})", seeds])
+    return {"metrics": markdown(rows), "image": markdown(adds)}
+
+
+def table_of(path: Path, part: str = "") -> str:
+    """The table of a file, by what is in it. part: which one, of a file that has several.
+
+    Raises:
+        ValueError: the file is none of those that this reads.
+    """
+    if path.suffix == ".csv":
+        return study_table(path)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "suite" in found:
+        return suite_table(found)
+    if "shares" in found:
+        return share_tables(found)[part]
+    if "image" in found:
+        return fine_tuning_tables(found)[part]
+    if "retrieval/tr_r1" in found:
+        return metrics_lines(path)
+    raise ValueError(f"{path}: no metrics of a run, no result of a suite, and no shares of measure.py or study.py")
 
 
 def filled(text: str) -> str:
-    """The text of the page with its tables made anew."""
-
-    def table(found: re.Match[str]) -> str:
-        path = RESULTS / found[2]
-        made = metrics_lines(path) if path.suffix == ".json" else study_table(path)
-        return f"{found[1]}{made}\n{found[3]}"
-
-    return TABLE.sub(table, text)
+    """The text of a page with its tables made anew."""
+    return TABLE.sub(lambda found: f"{found[1]}{table_of(RESULTS / found[2], found[3])}\n{found[4]}", text)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")

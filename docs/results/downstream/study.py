@@ -1,12 +1,12 @@
-r"""Fine-tunes tasks from a checkpoint, from random weights and with the image ablated, several seeds each, and prints
-the table.
+r"""Fine-tunes tasks from a checkpoint, from random weights and with the image ablated, several seeds each, and writes
+what they reached to `--out` as JSON, from which `docs/results/tables.py` makes tables.
 
-With `pretrained` and `ablated` a second table says what the image is worth: the difference of the seeds' means, paired
-by example, with its 95 % interval (1.96 standard errors over the examples).
+With `pretrained` and `ablated` also what the image is worth: the difference of the seeds' means, paired by example,
+with its 95 % interval (1.96 standard errors over the images).
 
-    .venv/bin/python docs/results/downstream/study.py checkpoints/RUN/best.ckpt
+    .venv/bin/python docs/results/downstream/study.py checkpoints/RUN/best.ckpt --out found.json
     DATA_ROOT=... .venv/bin/python docs/results/downstream/study.py FROM --tasks vqa:daquar --ways pretrained ablated \
-        --model small --prefix real --ablated-seeds 0 1 2
+        --model small --prefix real --ablated-seeds 0 1 2 --out found.json
 
 A run that is already there is read, not repeated.
 """
@@ -14,11 +14,10 @@ A run that is already there is read, not repeated.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +26,7 @@ KEYS = {
     "vqa": ("vqa/accuracy",),
     "nlvr": ("nlvr/accuracy", "nlvr/consistency"),
     "entailment": ("entailment/accuracy",),
+    "captioning": ("captioning/cider", "captioning/bleu_4"),
 }
 LEVELS = ("_majority", "_chance")
 WAYS = {"pretrained": "", "random": "", "ablated": "--model.task.image_ablation true"}
@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--args", default="", help="options of every run")
     parser.add_argument("--model", default="tiny", help="MODEL of the random start")
     parser.add_argument("--prefix", default="study", help="the runs are checkpoints/PREFIX-...")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for what was found")
     return parser.parse_args()
 
 
@@ -68,20 +69,14 @@ def run(task: str, way: str, seed: int, options: argparse.Namespace) -> Run:
         command += [f"RUN={folder}", f"ARGS={words}", f"PYTHON={sys.executable}"]
         print(" ".join(command), file=sys.stderr, flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
-    lines = [json.loads(line) for line in path.with_name("predictions.jsonl").read_text().splitlines()]
-    judged = {line["id"]: line for line in lines if line["right"] is not None}
+    predictions = path.with_name("predictions.jsonl")  # not of retrieval
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()] if predictions.is_file() else []
+    judged = {line["id"]: line for line in lines if line.get("right") is not None}
     images = {key: " ".join(line.get("images", [key])) for key, line in judged.items()}
     return Run(json.loads(path.read_text()), {key: line["right"] for key, line in judged.items()}, images)
 
 
-def cell(values: list[float]) -> str:
-    """Mean, and the range of the seeds."""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-
-
-def worth(full: list[Run], ablated: list[Run]) -> str:
+def worth(task: str, full: list[Run], ablated: list[Run]) -> dict[str, Any]:
     """What the image adds, in points: mean of all seeds and its interval, then seed by seed. The interval is over the
     images: questions about one photo are right and wrong together (a cluster-robust standard error)."""
     examples = sorted(full[0].right)
@@ -92,27 +87,28 @@ def worth(full: list[Run], ablated: list[Run]) -> str:
     sums_I = np.bincount(image_N, weights=difference_N - mean)
     error = (len(sums_I) / (len(sums_I) - 1) * (sums_I**2).sum()) ** 0.5 / len(examples)
     by_seed = 100 * (with_N.mean(1) - without_N.mean(1)) if len(full) == len(ablated) else np.array([])
-    interval = f"{mean - 1.96 * error:+.1f} to {mean + 1.96 * error:+.1f}"
-    return f"{mean:+.1f} ({interval}) | {', '.join(f'{seed:+.1f}' for seed in by_seed)}"
+    interval = [mean - 1.96 * error, mean + 1.96 * error]
+    return {"task": task, "points": mean, "interval": interval, "seeds": by_seed.tolist()}
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
+    """Run what is missing and write what was found; after each task, so that nothing is lost."""
     options = parse()
-    print(f"| | level | {' | '.join(options.ways)} |\n|---|---|{'---|' * len(options.ways)}", flush=True)
-    worths = []
+    metrics: list[dict[str, Any]] = []
+    image: list[dict[str, Any]] = []
     for task in options.tasks:
         seeds = {way: options.ablated_seeds if way == "ablated" else options.seeds for way in options.ways}
-        runs_by_way = {way: [run(task, way, seed, options) for seed in seeds[way]] for way in options.ways}
+        runs = {way: {seed: run(task, way, seed, options) for seed in seeds[way]} for way in options.ways}
         for key in KEYS[task.partition(":")[0]]:
-            some = next(iter(runs_by_way.values()))[0].metrics
+            some = next(iter(next(iter(runs.values())).values())).metrics
             level = next((some[key + end] for end in LEVELS if some.get(key + end) is not None), None)
-            cells = [cell([each.metrics[key] for each in runs]) for runs in runs_by_way.values()]
-            print(f"| {key} | {'' if level is None else f'{level:.1f}'} | {' | '.join(cells)} |", flush=True)
-        if {"pretrained", "ablated"} <= runs_by_way.keys() and not task.startswith("retrieval"):
-            worths.append(f"| {task} | {worth(runs_by_way['pretrained'], runs_by_way['ablated'])} |")
-    if worths:
-        print("\n| | what the image adds, points (95 %) | seed by seed |\n|---|---|---|", *worths, sep="\n")
+            reached = {way: {str(seed): one.metrics[key] for seed, one in made.items()} for way, made in runs.items()}
+            metrics.append({"task": task, "metric": key, "level": level, "ways": reached})
+        # Captions are not right or wrong, and neither is a recall of many queries.
+        if {"pretrained", "ablated"} <= runs.keys() and runs["pretrained"][options.seeds[0]].right:
+            image.append(worth(task, *([*runs[way].values()] for way in ("pretrained", "ablated"))))
+        found = {"from": options.checkpoint, "args": options.args, "metrics": metrics, "image": image}
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

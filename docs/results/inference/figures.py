@@ -1,6 +1,6 @@
 """Draws what a model of the built-in world does: words filled in, patches filled in from two captions, where it looks.
 
-.venv/bin/python docs/results/inference/figures.py checkpoints/RUN/last.ckpt docs/results/inference/verbs.png
+.venv/bin/python docs/results/inference/figures.py scenes-tiny docs/results/inference/verbs.png
 """
 
 import random
@@ -86,7 +86,7 @@ def main(checkpoint: str, out: str) -> None:
             axis.set_xlabel(wrapped(below), fontsize=8)
             if number == 0:
                 axis.set_title(title, fontsize=10)
-    figure.savefig(out, dpi=90)
+    figure.savefig(out, dpi=90, bbox_inches="tight")  # titles would be cut at the edge
 
 
 def wrapped(text: str, width: int = 38) -> str:

@@ -1,16 +1,18 @@
 """What a model of the built-in world has understood: captions it writes, texts it prefers, where it looks.
 
-    .venv/bin/python docs/results/inference/measure.py checkpoints/RUN/best.ckpt [--scenes 500]
+    .venv/bin/python docs/results/inference/measure.py checkpoints/RUN/best.ckpt [--scenes 500] [--out FILE.json]
 
 Held-out scenes. Of each number the chance level is printed beside it.
 """
 
 import argparse
+import json
 import random
 import re
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -59,8 +61,18 @@ def change_places(text: str) -> str:
     return second + relation + first
 
 
-def share(verdicts: list[bool]) -> str:
-    return f"{100 * sum(verdicts) / len(verdicts):5.1f} % of {len(verdicts)}" if verdicts else "none"
+class Share(NamedTuple):
+    """How often a method is right. chance: in %, None if no chance level is known."""
+
+    method: str
+    question: str
+    right: int
+    of: int
+    chance: float | None
+
+
+def share(method: str, question: str, verdicts: list[bool], chance: float | None) -> Share:
+    return Share(method, question, sum(verdicts), len(verdicts), chance)
 
 
 def captions(model: MaskVLM, pairs: ScenePairs, count: int) -> list[tuple[str, bool, bool]]:
@@ -74,12 +86,12 @@ def captions(model: MaskVLM, pairs: ScenePairs, count: int) -> list[tuple[str, b
     return rows
 
 
-def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[bool]]:
-    """Whether `score`, `match` and the cosine prefer the true text over one with two things' attributes exchanged, with
-    its relation turned round, or with the things around it exchanged. The built-in recipe trains with none of these
-    false texts."""
-    questions: dict[str, list[tuple[Any, str, str]]] = {f"{kind} exchanged": [] for kind in EXCHANGED}
-    questions |= {"relation turned round": [], "things exchanged around the relation": []}
+def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[tuple[str, str], list[bool]]:
+    """By method and kind of false text: whether `score`, `match` and the cosine prefer the true text over one with two
+    things' attributes exchanged, with its relation reversed, or with the things around it exchanged. The built-in
+    recipe trains with none of these false texts."""
+    questions: dict[str, list[tuple[Any, str, str]]] = {f"its {kind} exchanged": [] for kind in EXCHANGED}
+    questions |= {"its relation reversed": [], "the objects around its relation exchanged": []}
     for index in range(count):
         scene, rng = pairs.scene(index), random.Random(index)
         if len(scene.things) < 2:
@@ -90,15 +102,15 @@ def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[b
             # Things that are the same but for their places: the text is true with these exchanged as well.
             same = len({replace(mention, place=None) for mention in whole.statement.mentions[:2]}) == 1
             if other is not None and not (kind == "places" and same):
-                questions[f"{kind} exchanged"].append((image, whole.text, other))
+                questions[f"its {kind} exchanged"].append((image, whole.text, other))
         related = tell_relations(scene, rng)
         if len(scene.things) == 2 and related.statement.relations:
             (relation,) = related.statement.relations
             back = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation.name]
             if not describes(Statement(related.statement.mentions, (relation._replace(name=back),)), scene):
-                questions["relation turned round"].append((image, related.text, turn(related.text)))
+                questions["its relation reversed"].append((image, related.text, turn(related.text)))
                 false_text = change_places(related.text)  # says the same as the relation turned round
-                questions["things exchanged around the relation"].append((image, related.text, false_text))
+                questions["the objects around its relation exchanged"].append((image, related.text, false_text))
     answers = {}
     for kind, rows in questions.items():
         images, true, false = ([row[place] for row in rows] for place in range(3))
@@ -113,7 +125,7 @@ def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[b
             "cosine": (cosine(true), cosine(false)),
         }
         for way, (of_true, of_false) in ways.items():
-            answers[f"{way}, {kind}"] = [a > b for a, b in zip(of_true, of_false, strict=True)]
+            answers[way, kind] = [a > b for a, b in zip(of_true, of_false, strict=True)]
     return answers
 
 
@@ -157,30 +169,47 @@ def looks(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[str, list[bool]
     return verdicts
 
 
+def measured(model: MaskVLM, pairs: ScenePairs, scenes: int, only: list[str]) -> list[Share]:
+    """Every share of the methods in `only`; prints the first captions on the way."""
+    shares: list[Share] = []
+    if "caption" in only:
+        written = captions(model, pairs, scenes)
+        for text, right, _ in written[:12]:
+            print(f"  {'right' if right else 'wrong'}  {text}")
+        names = "names an object with its colour and its shape"
+        shares.append(share("caption", names, [right for _, right, _ in written], None))
+        shares.append(share("caption", "all objects that it names are there", [every for *_, every in written], None))
+    if "fill" in only:
+        chances = {"colour": 100 / len(COLOURS), "place": 100 / len(PLACES)}
+        for name, values in filled(model, pairs, scenes).items():
+            question = f"the {name} of one of two objects, with its colour and its place masked"
+            shares.append(share("fill", question, values, chances[name]))
+    if "score" in only:
+        for (method, kind), values in preferred(model, pairs, scenes).items():
+            shares.append(share(method, f"the true text before the one with {kind}", values, 50.0))
+    if "explain" in only:
+        for name, values in looks(model, pairs, scenes).items():
+            question = f"the {name} of a masked shape word peaks on the object"
+            shares.append(share("explain", question, values, 100 / len(PLACES)))
+    return shares
+
+
 def main() -> None:
-    """Measure and print."""
+    """Measure, print, and write the shares as JSON where `--out` says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--only", nargs="+", default=["caption", "fill", "score", "explain"])
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     model = MaskVLM.from_pretrained(options.checkpoint)
-    pairs = Scenes().split("val")
-    if "caption" in options.only:
-        written = captions(model, pairs, options.scenes)
-        for text, right, _ in written[:12]:
-            print(f"  {'right' if right else 'wrong'}  {text}")
-        print(f"caption: names a thing with its colour and shape: {share([right for _, right, _ in written])}")
-        print(f"caption: all things it names are there:           {share([every for _, _, every in written])}")
-    if "fill" in options.only:
-        for name, values in filled(model, pairs, options.scenes).items():
-            print(f"fill: {name}, beside the other masked: {share(values)}")
-    if "score" in options.only:
-        for name, values in preferred(model, pairs, options.scenes).items():
-            print(f"{name}: the true text before the false one: {share(values)} (chance 50 %)")
-    if "explain" in options.only:
-        for name, values in looks(model, pairs, options.scenes).items():
-            print(f"explain: peak of {name} on the thing: {share(values)} (chance 11.1 %)")
+    shares = measured(model, Scenes().split("val"), options.scenes, options.only)
+    for one in shares:
+        chance = "" if one.chance is None else f" (chance {one.chance:.1f} %)"
+        print(f"{one.method}: {one.question}: {100 * one.right / one.of:.1f} % of {one.of}{chance}")
+    if options.out:
+        found = {"model": options.checkpoint, "step": model.config.step, "scenes": options.scenes}
+        options.out.write_text(json.dumps(found | {"shares": [one._asdict() for one in shares]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
