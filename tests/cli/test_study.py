@@ -314,7 +314,8 @@ def test_a_missing_package_is_told_before_any_run(
     [
         (["nothing"], "nothing: no such study. Give a YAML file, or one of ", ExitCode.MISSING_INPUT),
         (["toy.yaml", "--only", "some"], "--only: there is no some. Available: all, contrast", ExitCode.USAGE),
-        (["toy.yaml", "--seeds", "9"], "--seeds: no run has these. Available: 0, 1", ExitCode.USAGE),
+        (["toy.yaml", "--seeds", "9"], "--seeds: no run has seed 9. Available: 0, 1", ExitCode.USAGE),
+        (["toy.yaml", "--seeds", "0", "9"], "--seeds: no run has seed 9. Available: 0, 1", ExitCode.USAGE),
         (["toy.yaml", "--task", "4"], "--task: there is no run 4. Give 0 to 3", ExitCode.USAGE),
         (["toy.yaml", "--jobs", "0"], "--jobs", ExitCode.USAGE),
         ([], "FILE", ExitCode.USAGE),
@@ -352,6 +353,17 @@ def test_a_page_never_erases_what_runs_gave_elsewhere(plain: Path, capsys: pytes
     (aside,) = (plain / "page").glob("before-*-runs.csv")
     assert aside.read_text() == table
     assert "keeps 1 runs that are no longer in runs.csv" in capsys.readouterr().err
+
+
+def test_a_page_replaces_no_file_of_somebody_else(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (plain / "docs").mkdir()
+    (plain / "docs" / "README.md").write_text("mine")
+    assert main(["study", "toy.yaml", "--page", "docs", "--page-only"]) == ExitCode.CANNOT_CREATE
+    error = capsys.readouterr().err
+    assert error == (
+        "error: docs/README.md: is not the page of a study, and would be overwritten. Give --page a folder of its own.\n"
+    )
+    assert (plain / "docs" / "README.md").read_text() == "mine"
 
 
 def test_of_a_tasks_processes_one_notes_the_run(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,28 @@ def test_each_comparison_has_a_verdict_of_its_own(tmp_path: Path) -> None:
     assert "As a whole: **does not hold**. Judged by" in page
 
 
+def test_a_run_of_the_same_name_with_other_options_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, runs = a_study(tmp_path, {"few": [10, 11]})
+    table = write_page(study, runs, tmp_path / "page", "x").with_name("runs.csv")
+    write_page(study, runs, tmp_path / "page", "x")
+    assert not [*table.parent.glob("before-*")]  # nothing of it would be lost
+    with table.open(newline="") as file:
+        digest = next(csv.DictReader(file))["run_sha256"]
+    before = table.read_text().replace(digest, "0" * 64, 1)
+    table.write_text(before)
+    write_page(study, runs, tmp_path / "page", "x")
+    (aside,) = table.parent.glob("before-*-runs.csv")
+    assert aside.read_text() == before
+    assert "keeps 1 runs that are no longer in runs.csv" in capsys.readouterr().err
+
+
+def test_a_label_is_no_formula(tmp_path: Path) -> None:
+    arms = {name: (arm or {}) | {"label": f"{name} of $5 to \\frac$"} for name, arm in STUDY["arms"].items()}
+    study, runs = a_study(tmp_path, {"few": [10, 11], "all": [12, 13]}, {"arms": arms})
+    page = write_page(study, runs, tmp_path / "page", "x")
+    assert (page.parent / "question-1.png").is_file()
+
+
 def test_the_page_says_what_the_runs_say(tmp_path: Path) -> None:
     change = {"title": "A toy", "questions": [*STUDY["questions"], {**MORE, "metric": "R@1"}]}
     study, runs = a_study(

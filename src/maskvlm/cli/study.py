@@ -48,7 +48,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     check_installed()
     study = read_study(study_file(options.file), options.where)
     # Imports torch, so only now: mistakes in the file have been reported.
-    from maskvlm.study.earlier import earlier_runs
+    from maskvlm.study.earlier import check_page, earlier_runs
     from maskvlm.study.runs import check_same_run, holds_another, of_study, root_of, runs_of, step_of
 
     # Options from a study's file do not count as typed, neither when they are parsed or counted here, nor in the runs.
@@ -70,6 +70,8 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         if not 0 <= options.task < len(chosen):
             raise UserError("--task", f"there is no run {options.task}", f"Give 0 to {len(chosen) - 1}")
         become(study, chosen[options.task], root, allowed)
+    if options.page:
+        check_page(options.page)
     check_cells(chosen, allowed)
     # A page made elsewhere has runs that need not be made again.
     earlier = earlier_runs(options.page, listed) if options.page else {}
@@ -194,16 +196,19 @@ def chosen_runs(
     """The runs of these cells and seeds (empty: all), with the runs that they start from.
 
     Raises:
-        UserError: there is no such cell, or no run matches.
+        UserError: there is no such cell or seed, or no run matches.
     """
     names = [cell.name for cell in study.cells]
     for name in cells:
         if name not in names:
             raise UserError("--only", f"there is no {name}", f"Available: {', '.join(names)}")
+    known = sorted({run.seed for run in runs})
+    for seed in seeds:
+        if seed not in known:
+            raise UserError("--seeds", f"no run has seed {seed}", f"Available: {', '.join(map(str, known))}")
     matches = [run for run in runs if (not cells or run.cell.name in cells) and (not seeds or run.seed in seeds)]
     if not matches:
-        known = ", ".join(map(str, sorted({run.seed for run in runs})))
-        raise UserError("--seeds", "no run has these", f"Available: {known}")
+        raise UserError("--seeds", "the cells of --only have no run of these seeds", "Leave out --only, or --seeds")
     starts = {run.start for run in matches}
     return [run for run in runs if run in matches or run in starts]
 

@@ -11,6 +11,7 @@ from maskvlm.config.safe_yaml import cut
 from maskvlm.study.runs import StudyRun
 from maskvlm.utils.errors import ExitCode, UserError
 
+PAGE = "README.md"
 RUNS = "runs.csv"
 RUN_SHA256 = "run_sha256"
 REMARK = "remark"
@@ -34,6 +35,17 @@ class Outcome(NamedTuple):
     metrics: Mapping[str, float]
     sha256: str
     remark: str
+
+
+def check_page(folder: Path) -> None:
+    """Refuse a folder whose README.md is not a study's page, before it would be overwritten.
+
+    Raises:
+        UserError: there is a README.md without a `runs.csv`, which every page has (73).
+    """
+    if (folder / PAGE).exists() and not (folder / RUNS).exists():
+        what = "is not the page of a study, and would be overwritten"
+        raise UserError(folder / PAGE, what, "Give --page a folder of its own", ExitCode.CANNOT_CREATE)
 
 
 def earlier_runs(page: Path, runs: Sequence[StudyRun]) -> dict[str, Outcome]:

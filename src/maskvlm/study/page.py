@@ -13,17 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from maskvlm.reporting.curves import BLUE, GREY, ORANGE
 from maskvlm.study.analysis import Answer, Compared, Interval, answer, frame_of, interval, values_of
 from maskvlm.study.definition import FIRST, Metric, Study
-from maskvlm.study.earlier import REMARK, RUNS, Outcome
+from maskvlm.study.earlier import PAGE, REMARK, RUN_SHA256, RUNS, Outcome
 from maskvlm.study.runs import StudyRun
 from maskvlm.utils.whole_files import whole_file, write_text
 
-PAGE = "README.md"
 COLOUR = {"holds": BLUE, "does not hold": ORANGE, "undecided": GREY}
 
 
@@ -51,7 +51,7 @@ def write_page(
     answers = [answer(frame, question) for question in study.questions]
     measured = [each for each in answers if any(one.ahead.values for one in each.compared)]
     open_claims = [each for each in answers if each not in measured]
-    keep_other_runs(folder, {*frame["run"]} if len(frame) else set())
+    keep_other_runs(folder, {*zip(frame["run"], frame[RUN_SHA256], strict=True)} if len(frame) else set())
     # Without runs not even the columns are known.
     write_text(folder / RUNS, frame.to_csv(index=False, lineterminator="\n") if len(frame) else "")
     for number, each in enumerate(measured, 1):
@@ -61,12 +61,17 @@ def write_page(
     return folder / PAGE
 
 
-def keep_other_runs(folder: Path, names: set[str]) -> None:
-    """Rename a table that has further runs: it may be the only record of runs made elsewhere."""
+def keep_other_runs(folder: Path, kept: set[tuple[str, str]]) -> None:
+    """Rename a table that has further runs: it may be the only record of runs made elsewhere.
+
+    Args:
+        kept: name and `run_sha256` of the runs that the new table has; a run of the same name with other options is
+            another one.
+    """
     path = folder / RUNS
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            others = {row.get("run") for row in csv.DictReader(file)} - names
+            others = {(row.get("run"), row.get(RUN_SHA256)) for row in csv.DictReader(file)} - kept
     except (OSError, UnicodeDecodeError, csv.Error):
         return
     if others:
@@ -221,10 +226,12 @@ def figure_of(study: Study, frame: pd.DataFrame, each: Answer) -> Figure:
     pairs = [one.comparison for one in each.compared] + ([question.more_than] if question.more_than else [])
     cells = list(dict.fromkeys(name for pair in pairs for name in pair))
     height = 1.2 + 0.55 * max(len(cells), len(each.compared))
-    figure = Figure(figsize=(10, height), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    draw_levels(left, study, frame, cells, question.metric)
-    draw_differences(right, study, each)
+    # A label is text: matplotlib would read "$2 to $5" as a formula.
+    with rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=(10, height), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        draw_levels(left, study, frame, cells, question.metric)
+        draw_differences(right, study, each)
     return figure
 
 
