@@ -360,9 +360,8 @@ def test_a_page_replaces_no_file_of_somebody_else(plain: Path, capsys: pytest.Ca
     (plain / "docs" / "README.md").write_text("mine")
     assert main(["study", "toy.yaml", "--page", "docs", "--page-only"]) == ExitCode.CANNOT_CREATE
     error = capsys.readouterr().err
-    assert error == (
-        "error: docs/README.md: is not the page of a study, and would be overwritten. Give --page a folder of its own.\n"
-    )
+    what = "is not the page of a study, and would be overwritten"
+    assert error == f"error: docs/README.md: {what}. Give --page a folder of its own.\n"
     assert (plain / "docs" / "README.md").read_text() == "mine"
 
 
