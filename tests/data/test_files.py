@@ -239,8 +239,18 @@ def test_a_name_that_is_no_text_is_passed_over(tmp_path: Path) -> None:
     assert left_out == {"name is not text": ["\udcff.jpg"]}
 
 
+def test_images_of_formats_that_are_not_read_are_listed(tmp_path: Path) -> None:
+    touch(tmp_path, "a.JFIF", "in/b.HEIC", "c.tif", "d.txt", "._e.heic")
+    left_out: dict[str, list[str]] = {}
+    assert image_names(tmp_path, left_out) == ["a.JFIF"]
+    assert left_out == {"image format not read: convert to .jpg or .png": ["c.tif", "in/b.HEIC"]}
+    (tmp_path / "a.JFIF").unlink()
+    with pytest.raises(UserError, match="no image in this folder that can be read; 2 in other formats"):
+        image_names(tmp_path)
+
+
 def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no image in this folder") as caught:
+    with pytest.raises(UserError, match=r"no image in this folder\. Name a folder with images \(\.bmp, ") as caught:
         image_names(touch(tmp_path, "a.txt"))
     assert caught.value.code == ExitCode.MISSING_INPUT
 

@@ -16,12 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from maskvlm.data.caption_text import clean_caption
+from maskvlm.data.images import IMAGE_SUFFIXES, OTHER_IMAGES
 from maskvlm.data.safe_open import TODO, Walk, byte_lines, check_below, opened
 from maskvlm.data.strict_json import BadJson, json_kind, parse_json
 from maskvlm.utils.errors import Absent, ExitCode, UserError
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
-"""NLVR2 names everything .png and VQA v2 everything .jpg; the actual format is detected on opening."""
 
 DIGITS = 12  # digits of the number in the name of a COCO image
 
@@ -214,25 +212,35 @@ def image_names(folder: Path, left_out: dict[str, list[str]] | None = None) -> l
     """Names of all images in the folder and its subfolders, relative to it, sorted; without hidden ones.
 
     Args:
-        left_out: is filled with reason -> names of skipped images and folders (see `Walk`).
+        left_out: is filled with reason -> names of skipped images and folders (see `Walk`), also of images whose
+            format is not read, by their suffixes.
 
     Raises:
         UserError: there are none (66), or a folder cannot be listed (74).
     """
     names: list[str] = []
+    unread: list[str] = []
     walk = Walk(folder)
     for place, files in walk:
         inside = Path(place).relative_to(folder)
-        fitting = (name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
-        # with / on every system, as names are compared with those in annotation files
-        names += [(inside / name).as_posix() for name in fitting]
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()
+            # with / on every system, as names are compared with those in annotation files
+            if suffix in IMAGE_SUFFIXES:
+                names.append((inside / name).as_posix())
+            elif suffix in OTHER_IMAGES:
+                unread.append((inside / name).as_posix())
     for reason, paths in walk.left_out.items():
         # "": a folder, whose images are skipped
         fitting = (path for path in paths if os.path.splitext(path)[1].lower() in {*IMAGE_SUFFIXES, ""})
         if left_out is not None:
             left_out[reason] = [*fitting]
+    if unread and left_out is not None:
+        left_out["image format not read: convert to .jpg or .png"] = sorted(unread)
     if not names:
-        raise UserError(folder, "no image in this folder", "Correct data.source.images", ExitCode.MISSING_INPUT)
+        what = "no image in this folder" + (f" that can be read; {len(unread)} in other formats" if unread else "")
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise UserError(folder, what, f"Name a folder with images ({kinds})", ExitCode.MISSING_INPUT)
     return sorted(names)
 
 

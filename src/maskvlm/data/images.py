@@ -28,6 +28,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 compressions with a long record of memory faults; EPS would start Ghostscript."""
 
 ALLOWED = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp"}
+"""NLVR2 names everything .png and VQA v2 everything .jpg; the actual format is detected on opening."""
+OTHER_IMAGES = {".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jp2", ".dng"}
+"""Suffixes of images whose formats are not read: such files are counted, as somebody expects them to be used."""
 
 MAX_PIXELS = 50_000_000
 MAX_FILE_BYTES = 200_000_000

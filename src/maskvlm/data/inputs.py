@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskvlm.config.safe_yaml import cut
 from maskvlm.data.caption_text import clean_caption
-from maskvlm.data.images import BadImage, safe_open
+from maskvlm.data.images import IMAGE_SUFFIXES, BadImage, safe_open
 from maskvlm.data.text import Captioner, CaptionTokens
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.write_errors import write_output
@@ -26,7 +26,7 @@ ImageInput = str | Path | bytes | bytearray | memoryview | IOBase | Image.Image 
 """A path, encoded bytes, an open file, a Pillow image, an array [H, W, 3] or [H, W], or a tensor [3, H, W]: 8-bit
 integers, or floats from 0 to 1."""
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SUFFIXES = tuple(sorted(IMAGE_SUFFIXES))
 """File extensions by which a string is taken for an image."""
 
 MASK = "[MASK]"

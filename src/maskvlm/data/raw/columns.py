@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from maskvlm.data.caption_text import clean_caption
-from maskvlm.data.files import IMAGE_SUFFIXES
+from maskvlm.data.images import IMAGE_SUFFIXES
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.data.raw.lines import one_line, one_line_id
 from maskvlm.data.safe_open import LEADS_OUT, Inside

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from maskvlm.data.caption_text import stable_id
-from maskvlm.data.files import IMAGE_SUFFIXES
+from maskvlm.data.images import IMAGE_SUFFIXES
 from maskvlm.data.safe_open import Walk
 
 _PHOTOS = {  # the same photo has the same id in every set, so that leaks are found by id

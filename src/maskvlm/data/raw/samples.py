@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from maskvlm.data.files import IMAGE_SUFFIXES
+from maskvlm.data.images import IMAGE_SUFFIXES
 from maskvlm.data.raw.archive import members
 from maskvlm.data.raw.columns import leads_out
 from maskvlm.data.raw.lines import read_text

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from maskvlm.data.files import IMAGE_SUFFIXES
+from maskvlm.data.images import IMAGE_SUFFIXES
 from maskvlm.data.raw.lines import MAX_LINE_BYTES, NOT_UTF8, TextLine, text_lines
 from maskvlm.utils.errors import ExitCode, UserError
 
