@@ -92,7 +92,7 @@ def test_a_page_of_results_says_what_its_metrics_say(metrics: Path) -> None:
     assert printed <= lines
 
 
-WRITTEN = {"index.md": 4, "suites/README.md": 8, "inference/README.md": 2}
+WRITTEN = {"index.md": 4, "suites/README.md": 8, "inference/README.md": 2, "downstream/README.md": 4}
 """Pages of results, and how many of their tables are written from files."""
 
 
@@ -134,8 +134,11 @@ def test_what_the_tables_of_results_say(tmp_path: Path) -> None:
     assert table_of(file, "wordings").splitlines()[2:] == ["| order, of 4 | 75.0 % | 50.0 % | 25.0 % |"]
 
     reached = {"full": {"0": 90.0, "1": 92.0, "2": 94.0}, "ablated": {"0": 30.0}}
-    metrics = [{"task": "vqa", "metric": "accuracy", "level": 31.4, "ways": reached}]
-    metrics.append({"task": "nlvr", "metric": "consistency", "level": None, "ways": {"full": {"0": 70.0, "1": 72.0}}})
+    metrics = [
+        {"task": "vqa", "metric": "accuracy", "level": 31.4, "ways": reached, "kinds": {"size": {"full": [1.0, 2.0]}}}
+    ]
+    alone = {"full": {"0": 70.0, "1": 72.0}}
+    metrics.append({"task": "nlvr", "metric": "consistency", "level": None, "ways": alone, "kinds": {}})
     image = [{"task": "vqa", "points": 61.0, "interval": [59.5, 62.5], "seeds": [60.0, 62.0]}]
     file.write_text(json.dumps({"metrics": metrics, "image": image}))
     assert table_of(file, "metrics").splitlines()[2:] == [
@@ -143,6 +146,7 @@ def test_what_the_tables_of_results_say(tmp_path: Path) -> None:
         "| nlvr, `consistency` |  | 71.0 (70.0 to 72.0) |  |",
     ]
     assert table_of(file, "image").splitlines()[2:] == ["| vqa | +61.0 (+59.5 to +62.5) | +60.0, +62.0 |"]
+    assert table_of(file, "kinds").splitlines()[2:] == ["| vqa | size | 1.5 |  |"]
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"found\.json: no metrics of a run"):
         table_of(file)

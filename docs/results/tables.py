@@ -15,7 +15,9 @@ from rich.console import Console
 from maskvlm.reporting.metric_tables import metrics_table
 
 RESULTS = Path(__file__).parent
-PAGES = tuple(RESULTS / name for name in ("index.md", "suites/README.md", "inference/README.md"))
+PAGES = tuple(
+    RESULTS / name for name in ("index.md", "suites/README.md", "inference/README.md", "downstream/README.md")
+)
 TABLE = re.compile(r"(<!-- (\S+\.(?:json|csv)) ?(\w*) -->\n).*?(<!-- end -->)", re.DOTALL)
 """A table of a page, between two comments: the first one names the file that it is made from, and may say which of
 several tables it is."""
@@ -81,7 +83,7 @@ def share_tables(found: dict[str, Any]) -> dict[str, str]:
 
 
 def fine_tuning_tables(found: dict[str, Any]) -> dict[str, str]:
-    """Of `downstream/study.py`: means and ranges of the seeds, and what the image adds."""
+    """Of `downstream/study.py`: means and ranges of the seeds, what the image adds, and means by kind of question."""
 
     def cell(by_seed: dict[str, float] | None) -> str:
         values = [*(by_seed or {}).values()]
@@ -99,7 +101,11 @@ def fine_tuning_tables(found: dict[str, Any]) -> dict[str, str]:
         low, high = row["interval"]
         seeds = ", ".join(f"{seed:+.1f}" for seed in row["seeds"])
         adds.append([row["task"], f"{row['points']:+.1f} ({low:+.1f} to {high:+.1f})", seeds])
-    return {"metrics": markdown(rows), "image": markdown(adds)}
+    kinds = [["", "kind", *ways]]
+    for row in found["metrics"]:
+        for kind, by_way in row["kinds"].items():
+            kinds.append([row["task"], kind, *(f"{mean(by_way[way]):.1f}" if way in by_way else "" for way in ways)])
+    return {"metrics": markdown(rows), "image": markdown(adds), "kinds": markdown(kinds)}
 
 
 def table_of(path: Path, part: str = "") -> str:

@@ -232,6 +232,11 @@ def test_metrics_are_means_and_differences() -> None:
             {"run": "demo --host 0.0.0.0"},
             "study.yaml: run: does not begin with a command of a study (pretrain, finetune)",
         ),
+        ({"run": "pretrain --trainer.fast_dev_run true"}, "study.yaml: run: trainer.fast_dev_run cannot limit a run"),
+        (
+            {"options": {"trainer.limit_train_batches": 2}},
+            "study.yaml: grid 1: few: trainer.limit_train_batches cannot limit a run of a study: ",
+        ),
         ({"run": "pretrain --allow-import evil"}, "study.yaml: run: --allow-import is not allowed in a study's file"),
         (
             {"options": {"allow-import": "evil"}},

@@ -91,6 +91,17 @@ def worth(task: str, full: list[Run], ablated: list[Run]) -> dict[str, Any]:
     return {"task": task, "points": mean, "interval": interval, "seeds": by_seed.tolist()}
 
 
+def kinds(key: str, runs: dict[str, dict[int, Run]]) -> dict[str, dict[str, list[float]]]:
+    """The same metric by kind of question: of each kind and way, the seeds' values."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for way, by_seed in runs.items():
+        for one in by_seed.values():
+            for name, value in one.metrics.items():
+                if name.startswith(f"{key}/"):
+                    found.setdefault(name.removeprefix(f"{key}/"), {}).setdefault(way, []).append(value)
+    return found
+
+
 def main() -> None:
     """Run what is missing and write what was found; after each task, so that nothing is lost."""
     options = parse()
@@ -103,7 +114,7 @@ def main() -> None:
             some = next(iter(next(iter(runs.values())).values())).metrics
             level = next((some[key + end] for end in LEVELS if some.get(key + end) is not None), None)
             reached = {way: {str(seed): one.metrics[key] for seed, one in made.items()} for way, made in runs.items()}
-            metrics.append({"task": task, "metric": key, "level": level, "ways": reached})
+            metrics.append({"task": task, "metric": key, "level": level, "ways": reached, "kinds": kinds(key, runs)})
         # Captions are not right or wrong, and neither is a recall of many queries.
         if {"pretrained", "ablated"} <= runs.keys() and runs["pretrained"][options.seeds[0]].right:
             image.append(worth(task, *([*runs[way].values()] for way in ("pretrained", "ablated"))))

@@ -48,6 +48,8 @@ COMMANDS = ("pretrain", "finetune")
 """Commands that a run of a study may use."""
 NOT_IN_FILES = ("allow-import", "debug", "folder", "run", "print_config")
 """Options that only the person who starts a study may give."""
+STOPS_EARLY = ("trainer.max_time", "trainer.fast_dev_run", "trainer.limit_train_batches", "trainer.overfit_batches")
+"""Options that end a run before its last step."""
 KEY = r"[A-Za-z_]\w*(\.\w+)*\+?"
 """Pattern of an option in a file: a dotted key, optionally with the + that appends to a list."""
 NAME = Text(60, r"[a-z0-9]+([._+-][a-z0-9]+)*")
@@ -302,12 +304,21 @@ def _words(run: str, where: str, machine: str | None) -> tuple[str, ...]:
     if not words or words[0] not in COMMANDS:
         raise UserError(where, f"does not begin with a command of a study ({', '.join(COMMANDS)})", "Begin it with one")
     for word in words:
-        if word.partition("=")[0].lstrip("-") in NOT_IN_FILES:
+        key = word.partition("=")[0].lstrip("-")
+        if key in NOT_IN_FILES:
             raise _not_for_files(where, word)
+        _check_whole(key, where)
     if machine is None:
         return words
     # Words come before options.
     return (words[0], f"where={machine}", *(word for word in words[1:] if not word.startswith("where=")))
+
+
+def _check_whole(key: str, where: str) -> None:
+    """Raises UserError for an option that ends a run before its last step."""
+    if key in STOPS_EARLY:
+        what = "cannot limit a run of a study: a run that it stops is unfinished, and is resumed every time"
+        raise UserError(where, f"{key} {what}", "Give data.steps, or flops_of")
 
 
 def _not_for_files(where: str, option: str) -> UserError:
@@ -357,9 +368,7 @@ def _model(words: tuple[str, ...]) -> str:
 def _check_keys(options: Mapping[str, Any], where: str) -> None:
     """Raises UserError for an option that a file may not set."""
     for key in options:
-        if key == "trainer.max_time":
-            what = "cannot limit a run of a study: a run that it stops is unfinished, and is resumed every time"
-            raise UserError(where, f"{key} {what}", "Give data.steps, or flops_of")
+        _check_whole(key, where)
         if key in NOT_IN_FILES or not re.fullmatch(KEY, key):
             raise _not_for_files(where, key)
 
