@@ -133,6 +133,14 @@ def test_the_environment_is_filled_in_for_the_runs_and_not_for_the_page(
     assert study.run == run
 
 
+def test_a_variable_is_one_word_whatever_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENCODERS_OF_THIS_TEST", "/it's mine/my encoders")
+    run = "pretrain 'encoders=${oc.env:ENCODERS_OF_THIS_TEST}' model=${oc.env:MODEL_OF_THIS_TEST,tiny}"
+    study = read_study(written(tmp_path, STUDY | {"run": run}))
+    assert study.cells[0].run == ("pretrain", "encoders=/it's mine/my encoders", "model=tiny")
+    assert study.run == run
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [

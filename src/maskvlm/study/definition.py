@@ -282,7 +282,9 @@ def _filled(value: Any, file: str, path: tuple[str, ...] = ()) -> Any:
     """
     # Below an arm's name, or the number of a block of the grid.
     inner = path[2:] if path[:1] in (("arms",), ("grid",)) else path[1:] if path[:1] == ("first",) else path
-    if inner in (("run",), ("options",)):
+    if inner == ("run",) and isinstance(value, str):
+        return _filled_command(value, file)
+    if inner == ("options",):
         return fill_environment(value, file)
     if isinstance(value, dict):
         return {key: _filled(part, file, (*path, str(key))) for key, part in value.items()}
@@ -293,6 +295,17 @@ def _filled(value: Any, file: str, path: tuple[str, ...] = ()) -> Any:
         what = f"{cut(value)} would appear on the page"
         raise UserError(f"{file}: {cut(where)}", what, "Use the environment only in run and options", ExitCode.REFUSED)
     return value
+
+
+def _filled_command(run: str, file: str) -> str:
+    """A command with variables filled in word by word: a folder's name may have spaces, or an apostrophe."""
+    if "${" not in run:
+        return run
+    try:
+        words = shlex.split(run)
+    except ValueError:
+        return run  # `_words` reports it
+    return shlex.join(fill_environment(word, file) for word in words)
 
 
 def _words(run: str, where: str, machine: str | None) -> tuple[str, ...]:
