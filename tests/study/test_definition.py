@@ -128,6 +128,9 @@ def test_the_environment_is_filled_in_for_the_runs_and_not_for_the_page(
     monkeypatch.setenv("ENCODERS_OF_THIS_TEST", "/there/enc")
     there = runs_of(read_study(written(tmp_path, STUDY | {"run": run})), tmp_path, counted=())[0]
     assert there.sha256 == run_here.sha256
+    run_here.note(1.0)
+    assert there.folder == run_here.folder
+    check_same_run(there)  # a folder of encoders that was moved does not make another run
     other = STUDY | {"run": run.replace("pretrain", "pretrain model=small")}
     assert runs_of(read_study(written(tmp_path, other)), tmp_path, counted=())[0].sha256 != run_here.sha256
     assert study.run == run

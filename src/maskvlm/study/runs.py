@@ -136,7 +136,7 @@ class StudyRun(NamedTuple):
     def note(self, seconds: float) -> None:
         """Write its description, and the time that its processes took so far: NaN if unknown."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / ABOUT, {**self.about, "seconds": seconds})
+        write_json(self.folder / ABOUT, {**self.about, "sha256": self.sha256, "seconds": seconds})
 
 
 def root_of(study: Study) -> Path:
@@ -196,11 +196,21 @@ def check_same_run(run: StudyRun) -> None:
 
 
 def holds_another(run: StudyRun) -> bool:
-    """Whether its folder holds a run of this name made by another command."""
+    """Whether its folder holds a run of this name made by another command. Of a folder that the command names by an
+    environment variable, another place does not make another run."""
     before, about = read_json(run.folder / ABOUT), run.about
+    if not before:
+        return False
+
+    def steps(command: object) -> list[str]:  # they may follow from another arm's operations, which `sha256` omits
+        return [word for word in command if str(word).startswith(f"--{STEPS}=")] if isinstance(command, list) else []
+
+    filled = bool(run.cell.written) and run.cell.written != run.cell.run
+    if filled and before.get("sha256") == run.sha256 and steps(before.get("command")) == steps(about["command"]):
+        return False
     # older versions did not note what a run starts from
     there = {"start": about["start"], **before}
-    return bool(before) and {key: there.get(key) for key in about} != about
+    return {key: there.get(key) for key in about} != about
 
 
 class Ended(NamedTuple):
