@@ -134,9 +134,8 @@ def test_what_the_tables_of_results_say(tmp_path: Path) -> None:
     assert table_of(file, "wordings").splitlines()[2:] == ["| order, of 4 | 75.0 % | 50.0 % | 25.0 % |"]
 
     reached = {"full": {"0": 90.0, "1": 92.0, "2": 94.0}, "ablated": {"0": 30.0}}
-    metrics = [
-        {"task": "vqa", "metric": "accuracy", "level": 31.4, "ways": reached, "kinds": {"size": {"full": [1.0, 2.0]}}}
-    ]
+    kinds = {"size": {"full": [1.0, 2.0]}, "size_majority": {"full": [0.5]}}
+    metrics = [{"task": "vqa", "metric": "accuracy", "level": 31.4, "ways": reached, "kinds": kinds}]
     alone = {"full": {"0": 70.0, "1": 72.0}}
     metrics.append({"task": "nlvr", "metric": "consistency", "level": None, "ways": alone, "kinds": {}})
     image = [{"task": "vqa", "points": 61.0, "interval": [59.5, 62.5], "seeds": [60.0, 62.0]}]
@@ -146,7 +145,7 @@ def test_what_the_tables_of_results_say(tmp_path: Path) -> None:
         "| nlvr, `consistency` |  | 71.0 (70.0 to 72.0) |  |",
     ]
     assert table_of(file, "image").splitlines()[2:] == ["| vqa | +61.0 (+59.5 to +62.5) | +60.0, +62.0 |"]
-    assert table_of(file, "kinds").splitlines()[2:] == ["| vqa | size | 1.5 |  |"]
+    assert table_of(file, "kinds").splitlines()[2:] == ["| vqa | size | 0.5 | 1.5 |  |"]
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"found\.json: no metrics of a run"):
         table_of(file)

@@ -101,10 +101,14 @@ def fine_tuning_tables(found: dict[str, Any]) -> dict[str, str]:
         low, high = row["interval"]
         seeds = ", ".join(f"{seed:+.1f}" for seed in row["seeds"])
         adds.append([row["task"], f"{row['points']:+.1f} ({low:+.1f} to {high:+.1f})", seeds])
-    kinds = [["", "kind", *ways]]
+    kinds = [["", "kind", "by chance", *ways]]
     for row in found["metrics"]:
         for kind, by_way in row["kinds"].items():
-            kinds.append([row["task"], kind, *(f"{mean(by_way[way]):.1f}" if way in by_way else "" for way in ways)])
+            if kind.endswith("_majority"):
+                continue
+            means = [f"{mean(by_way[way]):.1f}" if way in by_way else "" for way in ways]
+            level = row["kinds"].get(f"{kind}_majority", {}).get(ways[0])
+            kinds.append([row["task"], kind, f"{mean(level):.1f}" if level else "", *means])
     return {"metrics": markdown(rows), "image": markdown(adds), "kinds": markdown(kinds)}
 
 

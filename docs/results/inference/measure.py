@@ -178,7 +178,9 @@ def measured(model: MaskVLM, pairs: ScenePairs, scenes: int, only: list[str]) ->
             print(f"  {'right' if right else 'wrong'}  {text}")
         names = "names an object with its colour and its shape"
         shares.append(share("caption", names, [right for _, right, _ in written], None))
-        shares.append(share("caption", "all objects that it names are there", [every for *_, every in written], None))
+        shares.append(
+            share("caption", "every colour with a shape that it names is there", [every for *_, every in written], None)
+        )
     if "fill" in only:
         chances = {"colour": 100 / len(COLOURS), "place": 100 / len(PLACES)}
         for name, values in filled(model, pairs, scenes).items():
