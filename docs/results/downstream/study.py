@@ -116,7 +116,7 @@ def main() -> None:
             level = next((some[key + end] for end in LEVELS if some.get(key + end) is not None), None)
             reached = {way: {str(seed): one.metrics[key] for seed, one in made.items()} for way, made in runs.items()}
             metrics.append({"task": task, "metric": key, "level": level, "ways": reached, "kinds": kinds(key, runs)})
-        # Captions are not right or wrong, and neither is a recall of many queries.
+        # A caption is not right or wrong.
         if {"pretrained", "ablated"} <= runs.keys() and runs["pretrained"][options.seeds[0]].right:
             image.append(worth(task, *([*runs[way].values()] for way in ("pretrained", "ablated"))))
         found = {"from": options.checkpoint, "args": options.args, "metrics": metrics, "image": image}
