@@ -123,6 +123,10 @@ def read_words(command: str, arguments: Sequence[str], names: Sequence[str], pla
         if not equals and len(words.places) < places:
             words.places.append(word)
         elif not equals or name not in names:
+            # of `make finetune TASK=vqa` and `make data SET=coco`
+            if equals and value and places and name.lower() in ("task", "set"):
+                what = f"{name}= is a variable of make; a command's first word goes without a name"
+                raise UserError(f"{command}: {word}", what, f"Write maskvlm {command} {value}")
             known = " ".join(f"{each}=" for each in names)
             raise UserError(f"{command}: {word}", "no such word", f"Available: {known}; options begin with --")
         elif name in words.values:
