@@ -439,6 +439,8 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
             if name not in task.methods:
                 brings = ", ".join(task.methods) or "no method of its own"
                 message = f"no attribute '{name}'; the checkpoint's task, {type(task).__name__}, brings {brings}"
+                # Also tools ask for attributes that nobody typed, such as `_repr_html_`.
+                message += "" if name.startswith("_") else "; fine-tuned models have more: maskvlm finetune TASK"
                 raise AttributeError(message, name=name, obj=self) from None
         return asking(self, name)
 
