@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -269,7 +270,7 @@ class Hello(Callback):
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
     """A package of somebody else's, under a new name, and the mark that importing it leaves."""
-    name, mark = f"acme{random.randrange(10**9)}", tmp_path / "mark"
+    name, mark = f"acme{uuid4().hex}", tmp_path / "mark"
     (tmp_path / "site" / name).mkdir(parents=True)
     (tmp_path / "site" / name / "__init__.py").write_text("")
     (tmp_path / "site" / name / "hello.py").write_text(PLUGIN.format(mark=str(mark)))

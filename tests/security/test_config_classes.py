@@ -1,12 +1,12 @@
 """A configuration file names classes from a list; nothing else in it is imported, called or built."""
 
-import random
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
@@ -52,7 +52,7 @@ def fit(stack: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Any]:
 @pytest.fixture
 def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A package of somebody else's: a callback in a module that it is defined in and one that passes it on."""
-    name = f"acme{random.randrange(10**9)}"
+    name = f"acme{uuid4().hex}"  # not by `random`, which runs seed: a name that comes again is still imported
     folder, mark = tmp_path / "site" / name, tmp_path / "mark"
     folder.mkdir(parents=True)
     touch = f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
@@ -209,7 +209,7 @@ def test_a_new_folder_of_a_task_needs_nothing_else(
     """The promise of tasks/README.md: its classes may be named, its functions and other classes may not."""
     import tasks
 
-    name = f"counting{random.randrange(10**9)}"
+    name = f"counting{uuid4().hex}"
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").touch()
     (tmp_path / name / "task.py").write_text(
