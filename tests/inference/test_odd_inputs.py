@@ -174,7 +174,8 @@ def test_punctuation_follows_its_word() -> None:
 
 def test_a_verb_that_is_not_there_names_those_that_are(model: PretrainedMaskVLM) -> None:
     assert not hasattr(model, "answer")
-    with pytest.raises(AttributeError, match="Pretraining, brings no method of its own; fine-tuned models have more:"):
+    brings = "MaskedPretraining, brings no method of its own; fine-tuned models have more: maskvlm finetune TASK"
+    with pytest.raises(AttributeError, match=brings):
         model.answer(IMAGE, "what")
 
 

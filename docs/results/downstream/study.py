@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--args", default="", help="options of every run")
     parser.add_argument("--model", default="tiny", help="MODEL of the random start")
     parser.add_argument("--prefix", default="study", help="the runs are checkpoints/PREFIX-...")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for what was found")
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/downstream.json"), help="what was found, as JSON")
     return parser.parse_args()
 
 
