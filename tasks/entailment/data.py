@@ -37,6 +37,7 @@ from maskvlm.data.table import (
 )
 from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +81,10 @@ class SnliVe(ExampleSource):
         cache: str | None = None,
         max_missing: float = 0.01,
     ) -> None:
-        self.root, self.images = Path(root).expanduser(), images
+        self.root, self.images = expand_user(root), images
         self.files = {"train": train, "val": val, "test": test}
         named = [corrected] if isinstance(corrected, str) else corrected or []
-        self.corrected = [Path(name).expanduser() for name in named]
+        self.corrected = [expand_user(name) for name in named]
         self.cache, self.max_missing = cache, max_missing
         self.warned: set[str] = set()
 

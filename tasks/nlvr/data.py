@@ -1,6 +1,6 @@
 """NLVR2: a sentence about two photos, true or false (Suhr et al. 2019, github.com/lil-lab/nlvr, nlvr2/)."""
 
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from maskvlm.data.examples import ExampleSource
 from maskvlm.data.files import ImagesByKey, digest_of, get, get_label, get_name, json_lines
@@ -17,6 +17,7 @@ from maskvlm.data.table import (
     choose_rows,
 )
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 
 VERSION = 1
 """Increase this when the same file gives a different table."""
@@ -53,7 +54,7 @@ class Nlvr2(ExampleSource):
         cache: str | None = None,
         max_missing: float = 0.01,
     ) -> None:
-        self.root, self.images = Path(root).expanduser(), images
+        self.root, self.images = expand_user(root), images
         self.files = {"train": train, "val": val, "test": test}
         self.cache, self.max_missing = cache, max_missing
 

@@ -31,6 +31,7 @@ from maskvlm.data.table import (
     choose_rows,
 )
 from maskvlm.utils.errors import Absent, ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 from tasks.vqa.genome import parse_genome
 from tasks.vqa.metric import normalise
 from tasks.vqa.vocabulary import (
@@ -87,11 +88,11 @@ class VqaV2(ExampleSource):
         cache: str | None = None,
         max_missing: float = 0.01,
     ) -> None:
-        self.root, self.images, self.answers = Path(root).expanduser(), images, answers
+        self.root, self.images, self.answers = expand_user(root), images, answers
         # A single name is a list of one, not a sequence of letters.
         listed = [train] if isinstance(train, str) else [*train]
         self.parts = {"train": listed, "val": [val] if val else [], "test": [test] if test else []}
-        self.visual_genome = Path(visual_genome).expanduser() if visual_genome else None
+        self.visual_genome = expand_user(visual_genome) if visual_genome else None
         self.min_count, self.cache, self.max_missing = min_count, cache, max_missing
 
     @cached_property

@@ -17,6 +17,7 @@ from maskvlm.data.prepared.manifest import write_set_json
 from maskvlm.data.raw.lines import text_lines
 from maskvlm.data.strict_json import json_kind
 from maskvlm.utils.errors import ExitCode, UserError, check_least
+from maskvlm.utils.paths import expand_user
 from tasks.vqa.metric import credit, normalise
 
 LAYOUT = "VQA v2"
@@ -86,7 +87,7 @@ def read_vocabulary(path: str | Path) -> tuple[str, ...]:
     Raises:
         UserError: missing or unreadable, not a list of texts, a duplicate answer, or indices that are not 0, 1, 2, ...
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if path.suffix.lower() != ".json":
         # Lines are counted from 1 as in editors, positions in JSON from 0.
         return _unique(enumerate(_lines(path), 1), path, ":")

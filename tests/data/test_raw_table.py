@@ -249,6 +249,41 @@ def test_images_may_be_in_another_folder(tmp_path: Path, set_name: str, file: st
     assert "; --images FOLDER names another folder" in row.message
 
 
+def test_dots_in_a_name_are_relative_to_the_table(tmp_path: Path) -> None:
+    """Fails where they are relative to the folder of images, or may leave it, also by a link."""
+    touch(tmp_path, "photos/a.jpg", "photos/b.jpg", "tables/photos/b.jpg", "secret/x.jpg")
+    (tmp_path / "photos" / "link").symlink_to(tmp_path / "secret")
+    names = ["../photos/a.jpg", "../photos/sub/../b.jpg", "../secret/x.jpg", "../photos/link/x.jpg", "../photos"]
+    table = tmp_path / "tables" / "x.csv"
+    table.write_text("image,caption\n" + "".join(f"{name},one\n" for name in names))
+    rows = [*open_raw("csv", str(table), images=str(tmp_path / "photos")).rows()]
+    assert [row.image for row in rows if isinstance(row, RawRow)] == [
+        str(tmp_path / "photos" / name) for name in ("a.jpg", "b.jpg")
+    ]
+    reasons = [row.reason for row in rows if isinstance(row, BadRow)]
+    assert reasons == ["unsafe name", "link leads out", "unsafe name"]
+
+
+def test_names_that_windows_wrote(tmp_path: Path) -> None:
+    """Fails where a backslash is taken for a part of the name only, or leads out of the folder."""
+    touch(tmp_path, "in/sub/a.jpg", "in/b\\c.jpg", "in/b/c.jpg", "out.jpg")
+    names = ["sub\\a.jpg", "b\\c.jpg", "..\\out.jpg", "C:\\photos\\a.jpg"]
+    rows = read(tmp_path / "in" / "x.csv", "image,caption\n" + "".join(f"{name},one\n" for name in names))
+    # a file of just this name comes first
+    assert [row.image for row in rows if isinstance(row, RawRow)] == [
+        str(tmp_path / "in" / name) for name in ("sub/a.jpg", "b\\c.jpg")
+    ]
+    assert [row.reason for row in rows if isinstance(row, BadRow)] == ["missing image", "missing image"]
+
+
+def test_a_space_before_a_quote_is_named(tmp_path: Path) -> None:
+    spaced, plain = read(tmp_path / "x.csv", 'image,caption\na.jpg, "one, two"\na.jpg,one, two\n')
+    assert isinstance(spaced, BadRow)
+    assert isinstance(plain, BadRow)
+    assert "remove the space before it" in spaced.message
+    assert "put text with ',' in quotes" in plain.message
+
+
 def test_the_root_of_the_disk_may_be_the_folder_of_images(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg")
     (tmp_path / "x.csv").write_text(f"image,caption\n{tmp_path}/a.jpg,one\n")

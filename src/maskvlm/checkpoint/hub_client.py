@@ -24,6 +24,7 @@ from huggingface_hub.utils import get_session, validate_repo_id
 from maskvlm.checkpoint.integrity import first_line
 from maskvlm.config.bundled_models import bundled_folder
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 
 PROBE_SECONDS = 5.0
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -140,7 +141,7 @@ def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:
     """
     if (own := bundled_folder(name)) is not None:
         return own
-    path = Path(name).expanduser()
+    path = expand_user(name)
     # An existing path takes precedence over a repository of that name.
     if path.exists() or not is_repository(name):
         return path

@@ -23,6 +23,7 @@ from maskvlm.config.plain_schema import describe_value
 from maskvlm.data.files import load_json
 from maskvlm.data.safe_open import opened
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 from maskvlm.utils.whole_files import check_inside
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -79,7 +80,7 @@ def read_state(path: str | Path) -> State:
         UserError: it does not exist (66); cannot be read (74); is damaged or holds no weights (65); holds what could
             run code, is a link out of the folder, or is named by an index but lies elsewhere (77).
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     # As in transformers, an index counts only if there is no single file: it may be left over from replaced weights.
     indexes = sorted(path.glob("*.index.json")) if path.is_dir() else []
     if indexes and not any((path / name).is_file() for name in WEIGHT_FILES):

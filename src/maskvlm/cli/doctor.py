@@ -37,6 +37,7 @@ from maskvlm.training.run_record import machine
 from maskvlm.training.sharding import ShardedStrategy
 from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 
 OK, LOOK, FAILS = "ok", "look", "fails"
 CHECKPOINTS = 4  # last, previous, best, and the one being written
@@ -312,9 +313,9 @@ def check_weights(settings: Namespace) -> Finding:
     absent: dict[str, str] = {}
     for encoder, local, repository in (
         (f"{image.name} (timm)", image.weights, hub_of_vit(image.name)),
-        (f"{text.name} (Hugging Face)", text.name if Path(text.name).expanduser().is_dir() else None, text.name),
+        (f"{text.name} (Hugging Face)", text.name if expand_user(text.name).is_dir() else None, text.name),
     ):
-        if local is not None and not Path(local).expanduser().exists():
+        if local is not None and not expand_user(local).exists():
             raise UserError(local, "no such file or folder of weights", "Check the path", ExitCode.MISSING_INPUT)
         if local is None and not is_cached(repository, WEIGHT_FILES):
             absent[encoder] = repository

@@ -20,6 +20,7 @@ from maskvlm.data.images import IMAGE_SUFFIXES, OTHER_IMAGES
 from maskvlm.data.safe_open import TODO, Walk, byte_lines, check_below, opened
 from maskvlm.data.strict_json import BadJson, json_kind, parse_json
 from maskvlm.utils.errors import Absent, ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 
 DIGITS = 12  # digits of the number in the name of a COCO image
 
@@ -198,7 +199,7 @@ def image_folder(images: str | Path | None, root: Path, key: str = "data.source.
         UserError: there is no such folder (66), or `images/` is a link out of the root (77).
     """
     beside = root / "images"
-    folder = Path(images).expanduser() if images is not None else beside if beside.is_dir() else root
+    folder = expand_user(images) if images is not None else beside if beside.is_dir() else root
     # the only one of these that the user did not name
     if folder is beside:
         check_below(folder, root)

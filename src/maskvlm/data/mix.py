@@ -4,7 +4,6 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate, combinations
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,7 @@ from maskvlm.data.batch import Row, Source
 from maskvlm.data.subset import WEIGHT, Ids, first_images, row_ids
 from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 
 if TYPE_CHECKING:
     from maskvlm.data.prepared.source import PreparedPairs
@@ -139,7 +139,7 @@ class Mix(Source):
             if not 0 < weight < float("inf"):
                 todo = "Give a number above 0, or leave the set out"
                 raise UserError(f"data.source.sets.{name}", f"weight {weight} selects nothing", todo)
-        self.sets, self.evaluate, self.root, self.seed = sets, evaluate, Path(root).expanduser(), seed
+        self.sets, self.evaluate, self.root, self.seed = sets, evaluate, expand_user(root), seed
 
     def split(self, name: str) -> "MixedPairs | PreparedPairs":
         """The mix for `train`; for any other split, that of the set for evaluation.

@@ -22,6 +22,7 @@ from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.examples import Example
 from maskvlm.data.files import ImagesByKey, check_missing
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 
 if TYPE_CHECKING:
     from datasets import Dataset  # takes a second to import, so only where it is used
@@ -65,7 +66,7 @@ def cached_table(name: str, cache: str | None, columns: Columns, make: Callable[
     """
     import datasets
 
-    parent = Path(cache).expanduser() if cache else Path(datasets.config.HF_DATASETS_CACHE) / "maskvlm"
+    parent = expand_user(cache) if cache else Path(datasets.config.HF_DATASETS_CACHE) / "maskvlm"
     folder = parent / name
     # the name contains a digest of all inputs, so a cached table is never stale
     if not folder.is_dir():

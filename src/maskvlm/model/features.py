@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 
 Frozen = int | Literal["all"]
 AFTER = ("norm", "fc_norm", "blocks_token_only")  # modules after the last block; the last one is CaiT's
@@ -152,7 +153,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | Path, name: str, rows: int, shape: tuple[int, int]) -> None:
-        self.name, folder = name, Path(folder).expanduser()
+        self.name, folder = name, expand_user(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.mark = folder / f"{name}.float32", folder / f"{name}.there"
         row_bytes = 4 * shape[0] * shape[1]

@@ -17,6 +17,7 @@ from maskvlm.data.raw import SETS, open_raw
 from maskvlm.data.raw.columns import ROLES
 from maskvlm.utils.cores import cores
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 
 
 def main(arguments: list[str], allow_import: list[str]) -> int:
@@ -47,7 +48,7 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     for option, value, low, high in bounds:
         if not low <= value <= high:
             raise UserError(option, f"{value} is not from {low} to {high}", "Give another number")
-    root = Path(options.out or Path(os.environ.get("DATA_ROOT") or "data") / options.set).expanduser()
+    root = expand_user(options.out or Path(os.environ.get("DATA_ROOT") or "data") / options.set)
     # all names are checked before anything is read or written
     check_set_path(root)
     check_raw(options.raw)
@@ -57,7 +58,7 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
     if options.images == "":
         raise UserError("--images", "it is empty", "Name the folder of the images, or leave it out")
     # Links in it are not resolved: the table may name its images through them.
-    images = os.path.abspath(Path(options.images).expanduser()) if options.images else ""
+    images = os.path.abspath(expand_user(options.images)) if options.images else ""
     # the folder's name becomes the set's, which appears in messages and ids
     # `-x` would be read as an option, for example in `--data.source.root`
     if clean_caption(root.resolve().name)[0] != root.resolve().name or root.resolve().name.startswith("-"):
@@ -116,7 +117,7 @@ def verify_set(arguments: list[str], allow_import: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.workers < 1:
         raise UserError("--workers", f"{options.workers} is below 1", "Give another number")
-    faults = check_set(Path(options.root).expanduser(), options.all, options.workers)
+    faults = check_set(expand_user(options.root), options.all, options.workers)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     if faults:
@@ -131,7 +132,7 @@ def check_raw(raw: str) -> None:
         UserError: it has a null byte, is not text, or is too long (66).
     """
     try:
-        check_set_path(Path(raw).expanduser())
+        check_set_path(expand_user(raw))
     except UserError as error:
         what, todo = "there is no such file or folder", "Name the set's folder or file"
         raise UserError(error.where, what, todo, ExitCode.MISSING_INPUT) from error
@@ -144,7 +145,7 @@ def check_places(name: str, raw: str, root: Path) -> str:
         UserError: RAW is the folder to be created or lies in it, or that folder lies in RAW and the reader is `folder`
             (77).
     """
-    source = Path(raw).expanduser()
+    source = expand_user(raw)
     if not source.exists():
         return raw  # a name on the hub, or an error that `open_raw` will report
     source, target = source.resolve(), root.resolve()

@@ -27,6 +27,7 @@ from maskvlm.data.raw.base import BadRow, RawRow, RawSet
 from maskvlm.data.safe_open import content_of
 from maskvlm.data.streaming.pool import Pool, Stage
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 
 PLAN, MOST_PLAN = "plan.json", 1_000_000  # bytes
 MOST_BYTES = 64_000_000
@@ -143,7 +144,7 @@ def check_same(root: Path, there: dict[str, Any], plan: Plan, what: str) -> None
     # through JSON like the stored settings, where tuples are lists
     card = json.loads(json.dumps(plan.card()))
     # If the raw files are gone by now, the typed path no longer exists, but it may have been the same one.
-    if there.get("raw") == str(Path(card["raw"]).expanduser().resolve()):
+    if there.get("raw") == str(expand_user(card["raw"]).resolve()):
         card["raw"] = there["raw"]
     # `images` is missing in sets that were begun before it was an option
     if other := [name for name in card if there.get(name, "") != card[name]]:

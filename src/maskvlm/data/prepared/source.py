@@ -25,6 +25,7 @@ from maskvlm.data.strict_json import parse_json
 from maskvlm.data.subset import first_images, row_ids
 from maskvlm.utils.distributed import rank
 from maskvlm.utils.errors import ExitCode, UserError, check_least
+from maskvlm.utils.paths import expand_user
 
 HOLD_OUT = 3  # the purpose of these random draws, see `subset.lots`
 UNREADABLE = "unreadable lines of skipped.jsonl"
@@ -105,7 +106,7 @@ class Prepared(Source):
 
     def __init__(self, root: str, hold_out: int = 0) -> None:
         check_least(0, {"data.source.hold_out": hold_out})
-        self.root, self.hold_out = Path(root).expanduser(), hold_out
+        self.root, self.hold_out = expand_user(root), hold_out
 
     def split(self, name: str) -> PreparedPairs:
         """The pairs of one split.

@@ -21,6 +21,7 @@ from maskvlm.data.raw.shards import open_webdataset
 from maskvlm.data.raw.web import open_cc3m, open_cc12m, open_sbu
 from maskvlm.data.safe_open import check_plain
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 
 __all__ = ["FACTS", "SETS", "BadRow", "Facts", "RawRow", "RawSet", "open_raw"]
 
@@ -128,7 +129,7 @@ def open_raw(
         raise UserError("columns", f"set {name!r} has its own layout", "Leave the columns out, or use csv")
     if images is not None and name not in WITH_IMAGES:
         raise UserError("images", f"set {name!r} has its own layout", "Leave it out, or use csv")
-    path = Path(raw).expanduser()
+    path = expand_user(raw)
     check_file_or_folder(path)
     # for hf it may be a name on the hub
     if not raw.strip() or (name != "hf" and not os.path.exists(path)):
@@ -137,7 +138,7 @@ def open_raw(
     if kind is not None:
         return kind(str(path), as_name or name)
     if images is not None:
-        if not os.path.isdir(folder := Path(images).expanduser()):
+        if not os.path.isdir(folder := expand_user(images)):
             raise UserError(images, "there is no such folder", "Name the folder of the images", ExitCode.MISSING_INPUT)
         return WITH_IMAGES[name](str(path), as_name or name, columns or {}, folder)
     return SETS[name](raw if name == "hf" else str(path), as_name or name, columns or {})

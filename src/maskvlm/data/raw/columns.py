@@ -115,16 +115,19 @@ class Folder:
     """Finds the images of a table: relative to the table's folder, or to the folder that the user named, or in its
     `images/`.
 
-    An absolute path is also accepted if it is inside; no other file can be named. An accented letter may be one
-    character in the table and two on disk (as macOS writes names), or vice versa: it is found either way.
+    An absolute path is also accepted if it is inside, and so is a name with `..`, which is relative to the table; no
+    other file can be named. An accented letter may be one character in the table and two on disk (as macOS writes
+    names), or vice versa: it is found either way. So is a name that Windows wrote, with backslashes.
 
     Args:
         root: the folder.
         todo: appended to the messages on names and links that lead out of it.
+        table: the folder of the table, if it is another one.
     """
 
-    def __init__(self, root: Path, todo: str = "") -> None:
+    def __init__(self, root: Path, todo: str = "", table: Path | None = None) -> None:
         self.root, self._real, self._todo = str(root.absolute()), os.path.realpath(root), todo
+        self._table = str((table or root).absolute())
         self._inside = Inside(root)
         # folder -> its names by case-folded name; read when a name in it is missing
         self._beside: dict[str, dict[str, str]] = {}
@@ -132,13 +135,7 @@ class Folder:
 
     def place(self, name: str) -> tuple[str, tuple[str, str] | None]:
         """The path of an existing file, or (reason, message)."""
-        inside = name
-        # the path as given, and with links resolved
-        for root in (self.root, self._real):
-            # `/` itself ends in a slash
-            if name.startswith(start := f"{root.rstrip('/')}/") and ".." not in PurePosixPath(name).parts:
-                # an absolute path within the folder, made relative to it
-                inside = name[len(start) :]
+        inside = self._relative(name)
         if problem := name_problem(inside):
             return "", ("unsafe name", f"{one_line(name)!r}: {problem} {one_line(self.root)}{self._todo}")
         for spelled in spellings(inside):
@@ -150,6 +147,18 @@ class Folder:
                     reason, message = leads_out(name, self.root)
                     return "", (reason, message + self._todo)
         return "", self._absence(name, inside)
+
+    def _relative(self, name: str) -> str:
+        """The name relative to the folder, if it is an absolute path or has `..`; unchanged if it leads elsewhere."""
+        parts = PurePosixPath(name).parts
+        # `normpath` resolves `..` without looking at the disk; links are checked when the file is found
+        path = os.path.normpath(os.path.join(self._table, name)) if ".." in parts and "\x00" not in name else name
+        # the folder as given, and with links resolved
+        for root in (self.root, self._real):
+            # `/` itself ends in a slash
+            if path.startswith(start := f"{root.rstrip('/')}/"):
+                return path[len(start) :]
+        return name
 
     def _absence(self, name: str, inside: str) -> tuple[str, str]:
         """(reason, message) for a name without a file."""
@@ -182,8 +191,10 @@ class Folder:
 
 
 def spellings(name: str) -> list[str]:
-    """The name, and the same text with decomposed and with composed accents."""
-    return [name] if name.isascii() else [*dict.fromkeys([name, *(unicodedata.normalize(f, name) for f in FORMS)])]
+    """The name, and the same text with decomposed and with composed accents, and with `/` for backslashes."""
+    names = [name] if name.isascii() else [*dict.fromkeys([name, *(unicodedata.normalize(f, name) for f in FORMS)])]
+    with_slashes = [each.replace("\\", "/") for each in names if "\\" in each]
+    return names + [each for each in with_slashes if name_problem(each) is None]
 
 
 def folded_name(name: str) -> str:

@@ -52,7 +52,7 @@ class TableSet(RawSet):
         """Rows of each file: first the bad rows, then the images in the order of their first appearance."""
         places: dict[str, FirstPlace] = {}
         for file in self.files:
-            folder = Folder(self.images) if self.images else Folder(file.parent, IMAGES_TODO)
+            folder = Folder(self.images, table=file.parent) if self.images else Folder(file.parent, IMAGES_TODO)
             yield from file_rows(file, self.name, self.columns, folder, self.notes, places)
 
 

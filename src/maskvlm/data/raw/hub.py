@@ -15,6 +15,7 @@ from maskvlm.data.raw.csv_jsonl_folder import texts_in
 from maskvlm.data.raw.lines import one_line, one_line_id, short_value
 from maskvlm.data.safe_open import Walk, check_plain, content_of
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.paths import expand_user
 
 if TYPE_CHECKING:
     from datasets import Dataset  # takes a second to import, so only where it is used
@@ -129,7 +130,7 @@ def _merged(rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
 def _load(raw: str) -> "dict[str, Dataset]":
     import datasets
 
-    local = Path(raw).expanduser()
+    local = expand_user(raw)
     check_local(local)
     # a path may contain a colon
     name, _, configuration = (raw, "", "") if local.exists() else raw.partition(":")

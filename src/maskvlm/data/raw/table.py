@@ -90,6 +90,8 @@ class RawTable:
         if len(fields) != len(self.columns):
             reason = "missing column" if len(fields) < len(self.columns) else "too many columns"
             todo = f"put text with {self.delimiter!r} in quotes"
+            if any(field.startswith(" ") and field.lstrip().startswith('"') for field in fields):
+                todo = "a quoted field must start with its quote: remove the space before it"
             if len(fields) < len(self.columns):
                 todo = "give one for each column, even if it is empty"
             what = f"fields: {len(fields)}, columns: {len(self.columns)}; {todo}"
