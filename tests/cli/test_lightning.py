@@ -69,6 +69,15 @@ def test_what_a_data_set_says_of_its_arguments_is_told(capsys: pytest.CaptureFix
         assert not Path("checkpoints", f"never-{task}").exists()
 
 
+def test_a_warm_up_longer_than_what_it_warms_is_told(fails: Callable[..., str]) -> None:
+    message = fails("--data.steps=6", "--trainer.val_check_interval=6", "--model.warmup=7")
+    assert message == "model.warmup: 7, but the run has 6 steps. Give at most 6, or a share."
+    words = ["--data.steps=6", "--trainer.val_check_interval=6", "--model.task.contrast_first=0.5"]
+    message = fails(*words, "--model.warmup=4")
+    what = "4, but the run has 6 steps, of which 3 are left for the losses that start after contrast_first"
+    assert message == f"model.warmup: {what}. Give at most 3, or a share."
+
+
 def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
     message = fails("--data.steps=6", "--trainer.val_check_interval=7")
     assert message == "trainer.val_check_interval: 7, but the run has 6 batches. Give at most 6, or 1.0: at the end."

@@ -179,7 +179,9 @@ def test_a_task_of_an_allowed_package_loads(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.syspath_prepend(tmp_path)
     path = with_recipe(tmp_path / "x.ckpt", lambda recipe: recipe.update(class_path="acme_of_this_test.Mine"), "task")
     PretrainedMaskVLM.from_pretrained(path, allow_import=["acme_of_this_test"])
+    PretrainedMaskVLM.from_pretrained(path, allow_import="acme_of_this_test")
     refused(path, ExitCode.REFUSED)
+    refused(path, ExitCode.REFUSED, allow_import=None)
 
 
 # ---------------------------------------------------------------------- sizes

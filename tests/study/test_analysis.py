@@ -158,9 +158,9 @@ def test_the_page_says_what_the_runs_say(tmp_path: Path) -> None:
     against = "few losses<br>few losses, with the operations of all"
     assert f"| 1 | More is better. | {against} | {ahead} | holds<br>holds |" in page
     # What no run tells of is named, without a row, a section or a plot.
-    assert "\nNot measured yet:\n\n- It grows.\n" in page
+    assert "\nNot measured:\n\n- It grows. (no run yet of: all, 25 % of the images)\n" in page
     assert page.count("It grows.") == 1
-    assert "25 %" not in page
+    assert page.count("25 %") == 1
     cells = "+5.1 points (+2.24 to +7.96, 3 seeds) | holds | +5, +4, +6.3"
     assert f"| all | few losses, with the operations of all | {cells} |" in page
     assert (tmp_path / "page" / "question-1.png").read_bytes().startswith(b"\x89PNG")
@@ -292,3 +292,28 @@ def test_what_is_no_table_of_runs_is_one_line(tmp_path: Path, text: str | bytes,
 def test_a_study_of_no_runs_has_a_page(tmp_path: Path) -> None:
     study, runs = a_study(tmp_path, {})
     assert "from 0 of 16 runs" in write_page(study, runs, tmp_path / "page", "x").read_text()
+
+
+@pytest.mark.parametrize(
+    ("few", "every", "metric", "reason"),
+    [
+        ([10, 11], [], "R@1", "no run yet of: all"),
+        ([10, 11], [math.inf, math.inf], "R@1", "every run diverged of: all"),
+        ([10, math.nan], [math.nan, 13], "R@1", "its cells have no seed in common yet"),
+        ([10, 11], [12, 13], "nats", "no nats in the runs of: all"),
+    ],
+)
+def test_why_a_claim_is_not_measured_is_said(
+    tmp_path: Path, few: list[float], every: list[float], metric: str, reason: str
+) -> None:
+    """Infinity stands for a run that diverged, NaN for one that is not over."""
+    question = {"claim": "All is more.", "better": "all", "than": "few", "metric": metric}
+    study, runs = a_study(tmp_path, {"few": few, "all": every}, {"questions": [question]})
+    for cell, values in (("few", few), ("all", every)):
+        for seed, value in enumerate(values):
+            folder = tmp_path / "runs" / f"{cell}-s{seed}"
+            if not math.isfinite(value):
+                (folder / "metrics.json").unlink()
+                (folder / "versions.json").write_text('{"diverged": {"step": 7}}' if value == math.inf else "{}")
+    page = write_page(study, runs, tmp_path / "page", "x").read_text()
+    assert f"\nNot measured:\n\n- All is more. ({reason})\n" in page

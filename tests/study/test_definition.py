@@ -45,6 +45,13 @@ def written(folder: Path, study: Any) -> str:
     return str(file)
 
 
+def test_about_may_have_paragraphs_and_a_label_has_one_line(tmp_path: Path) -> None:
+    assert read_study(written(tmp_path, STUDY | {"about": "one\n\ntwo\n"})).about == "one\n\ntwo\n"
+    for change in ({"title": "one\ntwo\n"}, {"arms": {"few": {"label": "one\ntwo"}, "all": None}}):
+        with pytest.raises(UserError, match=r"expected a text of at most 500 characters on one line"):
+            read_study(written(tmp_path, STUDY | change))
+
+
 def test_cells_are_arms_on_parts_of_the_data(tmp_path: Path) -> None:
     study = read_study(written(tmp_path, STUDY))
     assert [cell.name for cell in study.cells] == ["few", "all", "few@flops-of-all", "all@0.25"]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from jsonargparse import Namespace
 
 from maskvlm.config.given_options import options
+from maskvlm.training.optim import first_step
 from maskvlm.utils.errors import UserError
 
 
@@ -78,13 +79,21 @@ def check_warmup(settings: Namespace) -> None:
     """Check a warm-up given in steps: if too long, the run would end before it reaches its learning rate.
 
     Raises:
-        UserError: the warm-up is longer than the run (2).
+        UserError: the warm-up is longer than the run, or than the part after `contrast_first`, in which the other
+            losses have a warm-up of their own (2).
     """
     steps, warmup = (settings.data.get("init_args") or Namespace()).get("steps"), settings.model.warmup
-    if steps and warmup >= 1 and warmup > steps and not settings.trainer.fast_dev_run:
-        raise UserError(
-            "model.warmup", f"{warmup:g}, but the run has {steps} steps", f"Give at most {steps}, or a share"
-        )
+    if not steps or warmup < 1 or settings.trainer.fast_dev_run:
+        return
+    task = settings.model.get("task") or Namespace()
+    # min: a share above 1 is the task's to refuse
+    contrast_first = min((task.get("init_args") or Namespace()).get("contrast_first") or 0, 1)
+    late = steps - first_step(contrast_first, steps)
+    if warmup > late:
+        what = f"the run has {steps} steps"
+        if warmup <= steps:
+            what += f", of which {late} are left for the losses that start after contrast_first"
+        raise UserError("model.warmup", f"{warmup:g}, but {what}", f"Give at most {late}, or a share")
 
 
 @contextmanager

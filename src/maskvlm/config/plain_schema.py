@@ -70,20 +70,22 @@ class Real:
 
 @dataclass(frozen=True)
 class Text:
-    """Printable text of at most `most` characters that fully matches `pattern`."""
+    """Printable text of at most `most` characters that fully matches `pattern`; on one line, unless `lines`."""
 
     most: int = MOST_TEXT
     pattern: str | None = None
+    lines: bool = False
 
     def says(self) -> str:
         form = "" if self.pattern is None else f" of the form {self.pattern}"
-        return f"a text of at most {self.most:,} characters{form}"
+        return f"a text of at most {self.most:,} characters{'' if self.lines else ' on one line'}{form}"
 
     def fits(self, value: Any) -> bool:
         if type(value) is not str or len(value) > self.most:
             return False
         # no control characters: untrusted texts reach terminals
-        return value.isprintable() and (self.pattern is None or re.fullmatch(self.pattern, value) is not None)
+        printed = value.replace("\n", "") if self.lines else value
+        return printed.isprintable() and (self.pattern is None or re.fullmatch(self.pattern, value) is not None)
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,12 @@ class Entries:
 @dataclass(frozen=True)
 class Tree:
     """Plain values, and lists and mappings of them, at most `most` in all and `depth` deep. The keys are not checked:
-    before anything is built from it, it must pass another check."""
+    before anything is built from it, it must pass another check. With `lines`, texts may have several lines: that other
+    check then names the one that may not."""
 
     most: int = 10_000
     depth: int = 12
+    lines: bool = False
 
     def says(self) -> str:
         return f"at most {self.most:,} plain values, nested at most {self.depth} deep"
@@ -172,7 +176,7 @@ class Tree:
                 todo += [(part, depth - 1) for part in one.values()]
             elif type(one) in (list, tuple):
                 todo += [(part, depth - 1) for part in one]
-            elif not (one is None or type(one) in (bool, int, float) or Text(10_000).fits(one)):
+            elif not (one is None or type(one) in (bool, int, float) or Text(10_000, lines=self.lines).fits(one)):
                 return False
         return True
 

@@ -133,7 +133,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
-        allow_import: Iterable[str] = (),
+        allow_import: Iterable[str] | None = None,
         **hub: Any,
     ) -> Self:
         """Load a model, in evaluation mode. The first time a model is loaded, a log line says what it was trained on.
@@ -142,7 +142,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
             path: a run's checkpoint, a folder written by `save_pretrained`, a name on the hub, or `scenes-tiny`, the
                 bundled model of the built-in world.
             device, dtype: device and precision; None for the CPU and float32.
-            allow_import: packages besides this project's that its task may come from.
+            allow_import: one or several packages besides this project's that its task may come from.
             hub: revision, token, cache_dir, local_files_only, as elsewhere in transformers.
 
         Raises:
@@ -157,6 +157,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 raise UserError("from_pretrained", what, "Correct or remove it")
         # transformers' own names for device and dtype also work.
         device = hub.get("device_map") if device is None and isinstance(hub.get("device_map"), str) else device
+        allowed = [allow_import] if isinstance(allow_import, str) else list(allow_import or ())
         device, dtype = usable_device(device), check_dtype(hub.get("torch_dtype") if dtype is None else dtype)
         if not str(path).strip():
             raise UserError("from_pretrained", "no name", "Give a checkpoint, a folder or a name on the hub")
@@ -164,7 +165,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         # Content, then its spec, then modules: each step rejects what the previous one let through.
         content = read_content(place)
         origin, spec = start_of(content, str(place)), model_spec_of(content, place)
-        backbone, task = build_model(spec, origin, allow_import)
+        backbone, task = build_model(spec, origin, allowed)
         # A folder contains its card and metrics; those of a checkpoint are next to the file.
         evaluation = content.get("evaluation") or (None if place.is_dir() else evaluation_beside(place))
         config = configuration(portable(spec, backbone.text.config), origin, evaluation, content.get("global_step", 0))

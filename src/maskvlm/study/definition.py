@@ -57,15 +57,17 @@ CELL = Text(200, r"[a-z0-9._+-]+(@[a-z0-9._+-]+)*")
 SENTENCE = Text(500)
 SEEDS = AnyOf((Whole(1, 1000), Listed(Whole(0, 2**32 - 1), 1000, 1)))
 OPTIONS = maybe(Entries(Tree()))
+PART = Tree(lines=True)
+"""A part that is read with a schema of its own."""
 METRIC_NAMES = Listed(Text(100), 20, 1)
 SCHEMA = Record(
     {
-        "name": NAME, "run": Text(1000), "arms": Entries(maybe(Tree())), "metrics": Entries(Tree()),
-        "questions": Listed(Tree(), 200, 0),
+        "name": NAME, "run": Text(1000), "arms": Entries(maybe(PART)), "metrics": Entries(PART),
+        "questions": Listed(PART, 200, 0),
     },
     {
-        "title": SENTENCE, "about": Text(5000), "options": OPTIONS, "seeds": SEEDS,
-        "grid": Listed(Tree(), 200, 1), "columns": Listed(SENTENCE, 50), "first": Tree(),
+        "title": SENTENCE, "about": Text(5000, lines=True), "options": OPTIONS, "seeds": SEEDS,
+        "grid": Listed(PART, 200, 1), "columns": Listed(SENTENCE, 50), "first": PART,
     },
     ExitCode.USAGE,
 )  # fmt: skip

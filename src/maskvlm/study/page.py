@@ -129,12 +129,27 @@ def text_of(
             lines.append(f"| {number} | {_cell(each.question.claim)} | {' | '.join(columns)} |")
         lines.append("")
     if open_claims:
-        lines += ["Not measured yet:", "", *(f"- {each.question.claim}" for each in open_claims), ""]
+        reasons = (f"- {each.question.claim} ({_why_open(study, frame, each)})" for each in open_claims)
+        lines += ["Not measured:", "", *reasons, ""]
     lines += ["## Cells", "", *cell_table(study, frame), ""]
     for number, each in enumerate(answers, 1):
         lines += [f"## {number}. {each.question.claim}", "", *_answer_lines(study, each), ""]
         lines += [f"![{_cell(each.question.claim)}]({plot_name(number)})", ""]
     return "\n".join(lines)
+
+
+def _why_open(study: Study, frame: pd.DataFrame, each: Answer) -> str:
+    """Why no comparison of a claim has a value, by its first one."""
+    pair = each.compared[0].comparison
+    for name in (*pair, *(each.question.more_than or ())):
+        label = study.label(study.cell(name))
+        over = frame[frame["cell"] == name] if len(frame) else frame
+        if not len(over):
+            return f"no run yet of: {label}"
+        if not len(values_of(frame, name, each.question.metric)):
+            diverged = over[REMARK].str.startswith("diverged").all()
+            return f"{'every run diverged' if diverged else f'no {each.question.metric.name} in the runs'} of: {label}"
+    return "its cells have no seed in common yet"
 
 
 def _hours(frame: pd.DataFrame) -> str:
