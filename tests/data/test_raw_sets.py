@@ -126,6 +126,18 @@ def test_flickr30k_entities(shared_data: Path) -> None:
     assert not any("[" in caption for caption in row.captions)
 
 
+@pytest.mark.parametrize("folder", ["Sentences", "sentences"])
+def test_the_folder_of_sentences_as_the_archive_writes_it(tmp_path: Path, folder: str) -> None:
+    put(tmp_path, "images/1000092795.jpg")
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "1000092795.txt").write_text(
+        "[/EN#1/people Two young guys] look at [/EN#4/bodyparts hands] .\n"
+    )
+    (row,) = rows_of("flickr30k", tmp_path)
+    assert isinstance(row, RawRow)
+    assert row.captions == ("Two young guys look at hands .",)
+
+
 def test_cc3m_without_images_is_all_missing(shared_data: Path) -> None:
     rows = rows_of("cc3m", shared_data / "formats/cc3m")
     assert counted(rows) == {("val", "missing image"): 500}

@@ -80,7 +80,7 @@ def test_it_is_asked_where_no_checkpoint_is_named(
     answer = capsys.readouterr()
     assert answer.out.startswith("blue ")
     assert answer.err == (
-        "no from= given: the bundled model scenes-tiny is used; it was trained on drawn scenes only\n"
+        "no checkpoint named: the bundled model scenes-tiny is used; it was trained on drawn scenes only\n"
     )  # and no warning: such scenes are what it knows
     assert main(["match", "scene.png", text, text.replace("at the top", "in the middle")]) == 0
     right, wrong = (float(line.split()[0]) for line in capsys.readouterr().out.splitlines())
@@ -97,7 +97,7 @@ def test_training_and_search_start_from_it_too(
     for command in (finetune_command, evaluate_command, index_command, embed_command):
         full = command(words)
         assert full[full.index("--from") + 1] == DEFAULT
-        assert capsys.readouterr().err.startswith("no from= given: the bundled model scenes-tiny is ")
+        assert capsys.readouterr().err.startswith("no checkpoint named: the bundled model scenes-tiny is ")
         monkeypatch.setenv("RANK", "1")  # one process of several tells
         command(words)
         assert capsys.readouterr().err == ""

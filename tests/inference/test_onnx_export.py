@@ -423,5 +423,5 @@ def test_the_model_that_comes_along_is_exported_where_none_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export.main([str(tmp_path / "new"), "--format", "torch"], []) == 0
-    assert capsys.readouterr().err.startswith("no from= given: the bundled model scenes-tiny is exported")
+    assert capsys.readouterr().err.startswith("no checkpoint named: the bundled model scenes-tiny is exported")
     assert {path.stem for path in (tmp_path / "new").glob("*.pt2")} >= {"image_encoder", "text_encoder"}

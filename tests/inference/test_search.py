@@ -416,7 +416,7 @@ def test_all_images_of_a_set_without_splits_are_indexed(
     refused(lambda: main(of_files, []), ExitCode.USAGE, "--images: is a folder of files, but the index names rows of")
     printed = capsys.readouterr()
     assert printed.err.startswith(
-        "no from= given: using checkpoints/mine/best.ckpt, the checkpoint that the index was built with\n"
+        "no checkpoint named: using checkpoints/mine/best.ckpt, the checkpoint that the index was built with\n"
     )
     assert len(printed.out.splitlines()) == 10
     refused(
@@ -437,7 +437,7 @@ def test_no_place_that_an_index_names_is_opened_but_a_run_of_one_s_own(
     about = json.loads((copy / "index.json").read_text())
     (copy / "index.json").write_text(json.dumps(about | {"checkpoint": named}))
     assert checkpoint_of_index(SearchIndex.load(copy)) == "scenes-tiny"
-    assert capsys.readouterr().err.startswith("no from= given: the bundled model scenes-tiny is used")
+    assert capsys.readouterr().err.startswith("no checkpoint named: the bundled model scenes-tiny is used")
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

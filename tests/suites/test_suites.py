@@ -1110,7 +1110,7 @@ def test_the_model_that_comes_along_is_asked_where_none_is_named(
         warnings.simplefilter("error", UserWarning)  # strange words and images are no Python warnings
         assert main(["suite", "vsr", "--path", str(root), "--out", str(out)]) == 0
     output = capsys.readouterr()
-    assert output.err.startswith("no from= given: the bundled model scenes-tiny is used")
+    assert output.err.startswith("no checkpoint named: the bundled model scenes-tiny is used")
     assert len(output.err.splitlines()) == 1
     assert "words that the model's tokenizer does not know, of some of the texts: giraffe, zebra\n" in output.out
     assert "some texts are longer than the model reads, such as text 'The star is above a star" in output.out

@@ -30,6 +30,6 @@ def default_model(purpose: str) -> str:
     """
     ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
     if set(ranks) == {"0"}:  # only one of several processes prints
-        line = f"no from= given: the bundled model {DEFAULT} is {purpose}; it was trained on drawn scenes only"
+        line = f"no checkpoint named: the bundled model {DEFAULT} is {purpose}; it was trained on drawn scenes only"
         print(line, file=sys.stderr, flush=True)
     return DEFAULT

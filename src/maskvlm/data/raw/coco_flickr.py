@@ -87,8 +87,9 @@ def _open_flickr(root: Path, forms: Forms) -> RawSet:
     folder = root if root.is_dir() else root.parent
     # the first form present, Karpathy's before all others
     for name, (facts, read) in forms.items():
-        # `sentences` is a folder, all others are files
-        file = root / name if (root / name).is_dir() else find_file(root, name)
+        # `sentences` is a folder, `Sentences` in the authors' archive; all others are files
+        directory = next((root / each for each in (name, name.capitalize()) if (root / each).is_dir()), None)
+        file = directory or find_file(root, name)
         if file:
             check_below(file, folder)
             return CaptionSet(folder, facts, partial(_read, read, file, folder))
