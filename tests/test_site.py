@@ -92,7 +92,10 @@ def test_a_page_of_results_says_what_its_metrics_say(metrics: Path) -> None:
     assert printed <= lines
 
 
-WRITTEN = {"index.md": 4, "suites/README.md": 8, "inference/README.md": 2, "downstream/README.md": 4}
+WRITTEN = {
+    "index.md": 4, "suites/README.md": 8, "inference/README.md": 2, "downstream/README.md": 4,
+    "photographs/README.md": 2,
+}  # fmt: skip
 """Pages of results, and how many of their tables are written from files."""
 
 
@@ -146,6 +149,21 @@ def test_what_the_tables_of_results_say(tmp_path: Path) -> None:
     ]
     assert table_of(file, "image").splitlines()[2:] == ["| vqa | +61.0 (+59.5 to +62.5) | +60.0, +62.0 |"]
     assert table_of(file, "kinds").splitlines()[2:] == ["| vqa | size | 0.5 | 1.5 |  |"]
+
+    recalls = {f"retrieval/{way}_r{k}": 10.0 * k for way in ("itc_tr", "itc_ir", "tr", "ir") for k in (1, 5, 10)}
+    learned = {"mlm/accuracy": 30.0, "mlm/accuracy_wrong_image": 20.5, "mim/mse_gain": 5.0}
+    (tmp_path / "one.json").write_text(json.dumps(recalls | learned))
+    (tmp_path / "two.json").write_text(json.dumps(recalls | learned | {"retrieval/ir_r1": 11.0, "mim/mse_gain": 7.0}))
+    (tmp_path / "contrast.json").write_text(json.dumps({key: recalls[key] for key in recalls if "itc" in key}))
+    runs = {"runs": {"seed 1": "one.json", "seed 2": "two.json"}, "others": {"contrast": "contrast.json"}}
+    file.write_text(json.dumps(runs))
+    recall, words = "10.0 / 50.0 / 100.0", "+9.5 (30.0 / 20.5)"
+    assert table_of(file).splitlines()[2:] == [
+        f"| seed 1 | {recall} | {recall} | {recall} | {recall} | {words} | +5.0 % |",
+        f"| seed 2 | {recall} | {recall} | {recall} | 11.0 / 50.0 / 100.0 | {words} | +7.0 % |",
+        f"| **mean of 2 seeds** | {recall} | {recall} | {recall} | 10.5 / 50.0 / 100.0 | {words} | +6.0 % |",
+        f"| contrast | {recall} | {recall} |  |  |  |  |",
+    ]
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"found\.json: no metrics of a run"):
         table_of(file)

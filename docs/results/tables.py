@@ -1,6 +1,6 @@
-"""`python docs/results/tables.py`: write the tables of the results pages anew, from the `metrics.json` of runs, the
-`runs.csv` of a study, the `result.json` of suites, and what `inference/measure.py` and `downstream/study.py` found. A
-test holds that the pages are what this writes."""
+"""`python docs/results/tables.py`: write the tables of the results pages anew, from the `metrics.json` of runs (of one
+or of several seeds), the `runs.csv` of a study, the `result.json` of suites, and what `inference/measure.py` and
+`downstream/study.py` found. A test holds that the pages are what this writes."""
 
 import io
 import json
@@ -16,8 +16,11 @@ from maskvlm.reporting.metric_tables import metrics_table
 
 RESULTS = Path(__file__).parent
 PAGES = tuple(
-    RESULTS / name for name in ("index.md", "suites/README.md", "inference/README.md", "downstream/README.md")
-)
+    RESULTS / name
+    for name in (
+        "index.md", "suites/README.md", "inference/README.md", "downstream/README.md", "photographs/README.md",
+    )
+)  # fmt: skip
 TABLE = re.compile(r"(<!-- (\S+\.(?:json|csv)) ?(\w*) -->\n).*?(<!-- end -->)", re.DOTALL)
 """A table of a page, between two comments: the first one names the file that it is made from, and may say which of
 several tables it is."""
@@ -44,6 +47,34 @@ def study_table(path: Path) -> str:
     means, seeds = runs.groupby("cell")[measured].mean(), runs.groupby("cell").size()
     rows = [["", "seeds", *(name.removeprefix("study: ") for name in measured)]]
     rows += [[str(cell), str(seeds[cell]), *(f"{value:.2f}" for value in means.loc[cell])] for cell in means.index]
+    return markdown(rows)
+
+
+def runs_table(found: dict[str, dict[str, str]], folder: Path) -> str:
+    """Recall, words and pixels of runs of one recipe, their mean, and then of other runs, a row each.
+
+    Args:
+        found: `runs` and `others`, each with the name of a row and the file of the run's metrics.
+        folder: where these files are.
+    """
+
+    def metrics_of(group: str) -> dict[str, dict[str, float]]:
+        return {name: json.loads((folder / file).read_text(encoding="utf-8")) for name, file in found[group].items()}
+
+    def recalls(metrics: dict[str, float], way: str) -> str:
+        values = [metrics.get(f"retrieval/{way}_r{k}") for k in (1, 5, 10)]
+        return " / ".join(f"{value:.1f}" for value in values if value is not None)
+
+    runs = metrics_of("runs")
+    keys = next(iter(runs.values()))
+    runs[f"**mean of {len(runs)} seeds**"] = {key: mean(run[key] for run in runs.values()) for key in keys}
+    rows = [["R@1 / 5 / 10", "contrast: captions", "image", "re-ranked: captions", "image", "words", "pixels"]]
+    for name, metrics in (runs | metrics_of("others")).items():
+        row = [name, *(recalls(metrics, way) for way in ("itc_tr", "itc_ir", "tr", "ir"))]
+        if "mlm/accuracy" in metrics:
+            right, wrong = metrics["mlm/accuracy"], metrics["mlm/accuracy_wrong_image"]
+            row += [f"+{right - wrong:.1f} ({right:.1f} / {wrong:.1f})", f"+{metrics['mim/mse_gain']:.1f} %"]
+        rows.append(row + [""] * (len(rows[0]) - len(row)))
     return markdown(rows)
 
 
@@ -127,6 +158,8 @@ def table_of(path: Path, part: str = "") -> str:
         return share_tables(found)[part]
     if "image" in found:
         return fine_tuning_tables(found)[part]
+    if "runs" in found:
+        return runs_table(found, path.parent)
     if "retrieval/tr_r1" in found:
         return metrics_lines(path)
     raise ValueError(f"{path}: no metrics of a run, no result of a suite, and no shares of measure.py or study.py")
