@@ -72,7 +72,7 @@ def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]])
         `cider`: 100 times the mean over images, as printed in papers; 1,000 at most. Its idf is computed from these
         references, so that numbers of two splits cannot be compared. NaN for fewer than two images, as the idf of all
         words is then 0. `bleu_1` ... `bleu_4`: in percent, over all images together; a caption's length is compared
-        with that of the reference closest in length.
+        with that of the reference closest in length, the shorter of two.
     """
     captions, truths, rows = _readable(written, references)
     if not rows:
@@ -87,6 +87,10 @@ def _readable(
 ) -> tuple[list[str], list[list[str]], list[int]]:
     """The words of captions and references, and the rows that are kept: references without a letter or digit are
     dropped, and images without any others are left out."""
-    truths = [[words for text in each if (words := bare_words(text))] for each in references]
+    # Short ones first: of two references equally close in length, torchmetrics' BLEU takes the first, the official
+    # script the shorter.
+    truths = [
+        sorted((w for text in each if (w := bare_words(text))), key=lambda w: len(w.split())) for each in references
+    ]
     rows = [row for row, each in enumerate(truths) if each]
     return [bare_words(written[row]) for row in rows], [truths[row] for row in rows], rows

@@ -35,7 +35,7 @@ class Nlvr(Classification):
         self.methods = {"compare": Method(predict_labels, images_per_example, "sentence", description)}
 
     def extra_metrics(self, scored: list[ScoredExample]) -> dict[str, float]:
-        return {"consistency": consistency(scored), "consistency_chance": consistency_chance(scored)}
+        return {"consistency": consistency(scored), "consistency_chance": consistency_chance(scored, len(self.labels))}
 
 
 def groups_of(scored: list[ScoredExample]) -> list[list[ScoredExample]]:
@@ -54,7 +54,7 @@ def consistency(scored: list[ScoredExample]) -> float:
     return 100 * sum(correct) / len(correct) if correct else float("nan")
 
 
-def consistency_chance(scored: list[ScoredExample]) -> float:
-    """Consistency of random answers."""
-    level = [0.5 ** len(group) for group in groups_of(scored)]
+def consistency_chance(scored: list[ScoredExample], labels: int = 2) -> float:
+    """Consistency of random answers out of this many labels, in percent."""
+    level = [labels ** -len(group) for group in groups_of(scored)]
     return 100 * sum(level) / len(level) if level else float("nan")

@@ -6,7 +6,7 @@ Shapes: B questions, A answers in total, S answer tokens, L image positions, T t
 import json
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
@@ -228,9 +228,12 @@ class Vqa(Classification):
             return {}
         usual = Counter(one.truth for one in known).most_common(1)[0][0]
         # Ceiling: the best that the vocabulary allows. Prior: the same answer to all questions.
-        labels, all_answers = set(self.labels), [one.example["answers"] for one in known]
-        # An answer counts both as written and in the vocabulary's normalised form.
-        named = [{*answers, *map(normalise, answers)} & labels for answers in all_answers]
+        all_answers = [one.example["answers"] for one in known]
+        # A vocabulary may write an answer in its own way: what counts is the normalised form.
+        labels_of: dict[str, set[str]] = defaultdict(set)
+        for label in self.labels:
+            labels_of[normalise(label)].add(label)
+        named = [{label for each in answers for label in labels_of[normalise(each)]} for answers in all_answers]
         best = [
             max((accuracy(one, answers) for one in choices), default=0.0)
             for choices, answers in zip(named, all_answers, strict=True)

@@ -132,11 +132,16 @@ def test_the_classifier_is_two_linear_layers() -> None:
 def test_what_is_put_in_order_is_in_single_precision_also_under_autocast() -> None:
     torch.manual_seed(0)
     projection, matching = Projection(16, 16, 8), Matching(16)
+    classifier, tokens = Classifier(16, 16, 5), TokenHead(16, 9).eval()
+    classifier.layers[0] = nn.Identity()  # the first layer may be in bfloat16
     image_BLD, text_BTD, fused_MD = torch.randn(3, 5, 16), torch.randn(3, 4, 16), torch.randn(6, 16)
     attention_BT = torch.ones(3, 4, dtype=torch.bool)
 
     def outputs() -> list[torch.Tensor]:
-        return [projection.embed_image(image_BLD), projection.embed_text(text_BTD, attention_BT), matching(fused_MD)]
+        return [
+            projection.embed_image(image_BLD), projection.embed_text(text_BTD, attention_BT), matching(fused_MD),
+            classifier(fused_MD), tokens(text_BTD),
+        ]  # fmt: skip
 
     expected = outputs()
     with torch.autocast("cpu", torch.bfloat16):

@@ -447,6 +447,19 @@ def test_eighty_ten_ten() -> None:
     assert ((count_V - expected) ** 2 / expected).sum() < 75  # 38 degrees of freedom; every token, evenly
 
 
+def test_what_is_measured_is_always_masked() -> None:
+    """Fails where evaluation shows words, which the model could copy, or other words in their place."""
+    parts = {"token_CT": torch.full((50, 9), 7), "special_CT": torch.zeros(50, 9, dtype=torch.bool)}
+    parts["word_CT"] = torch.arange(9).expand(50, 9)
+    vocabulary = Vocabulary(MASK, VOCAB, 9, WORDS.__getitem__)
+    measured, trained = (
+        RandomTokens(1.0, keep_and_swap=True)(Texts(**parts, training=training), vocabulary, Noise())
+        for training in (False, True)
+    )
+    assert (measured.token_CT == MASK).all()
+    assert not (trained.token_CT == MASK).all()
+
+
 def test_every_word_is_as_likely_as_any_other() -> None:
     mask_CT = words([[7] * 9] * 6000, 0.3, Noise()).mask_CT[:, 1:10].double()
     expected = 6000 * 3 / 9

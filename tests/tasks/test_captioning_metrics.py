@@ -92,6 +92,13 @@ def test_bleu_by_hand() -> None:
     assert metrics["bleu_3"] == metrics["bleu_4"] == 0.0
 
 
+def test_the_shorter_of_two_references_counts_whatever_their_order() -> None:
+    """Of five words, references of four and of six are equally far: no penalty for being too short."""
+    references = ["a b c d", "a b c d e f"]
+    for order in (references, references[::-1]):
+        assert caption_metrics(["a b c d e", "x"], [order, ["x"]])["bleu_4"] == pytest.approx(100)
+
+
 def test_a_copy_of_the_only_reference_is_the_most_there_is() -> None:
     texts = ["one two three four five", "six seven eight nine ten"]
     assert caption_metrics(texts, [[text] for text in texts]) == pytest.approx(

@@ -30,6 +30,9 @@ def test_consistency_by_hand() -> None:
         "consistency": consistency(rows),
         "consistency_chance": consistency_chance(rows),
     }
+    assert consistency_chance(rows, 4) == pytest.approx(100 * (1 / 64 + 1 / 16 + 3 / 4) / 5)
+    of_four = Nlvr(("a", "b", "c", "d")).extra_metrics(rows)
+    assert of_four["consistency_chance"] == consistency_chance(rows, 4)
 
 
 def test_where_no_truth_is_published_nothing_is_said() -> None:

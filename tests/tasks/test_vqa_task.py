@@ -428,6 +428,9 @@ def test_metrics_by_hand() -> None:
         [ScoredExample(0, example(0, answers=["two"] * 6 + ["three"] * 4), "2", 1.0)]
     )
     assert numbers["accuracy_ceiling"] == 100
+    # A vocabulary of a user's own may write answers as it likes.
+    written = Vqa(("Yes", "No")).extra_metrics([ScoredExample(0, example(0, answers=["yes"] * 9 + ["no"]), "Yes", 1.0)])
+    assert written["accuracy_ceiling"] == 100
 
 
 def prediction_of(name: str, answer: str) -> Prediction:

@@ -81,7 +81,9 @@ def checkpoint_of_index(index: SearchIndex) -> str:
     own = next((file for file in runs.glob("*/*.ckpt") if file.is_file() and str(file) == named), None)
     if own is None:
         return default_model("used")
-    print(f"no checkpoint named: using {own}, the checkpoint that the index was built with", file=sys.stderr, flush=True)
+    print(
+        f"no checkpoint named: using {own}, the checkpoint that the index was built with", file=sys.stderr, flush=True
+    )
     return str(own)
 
 

@@ -141,8 +141,8 @@ class Classifier(nn.Module):
         return self.layers[-1]  # type: ignore[return-value]
 
     def forward(self, fused_BD: Tensor) -> Tensor:
-        """[B, width] to logits [B, labels]."""
-        return self.layers(fused_BD)
+        """[B, width] to logits [B, labels], float32: in bfloat16 the two best of many answers would often tie."""
+        return linear_in_float32(self.last, self.layers[:-1](fused_BD))
 
 
 class TokenHead(nn.Module):
@@ -179,8 +179,8 @@ class TokenHead(nn.Module):
         self.vocabulary.bias.copy_(share_V.log())
 
     def forward(self, text_CKD: Tensor) -> Tensor:
-        """[C, K, D] to logits over the vocabulary, [C, K, V]."""
-        return self.vocabulary(text_CKD)
+        """[C, K, D] to logits over the vocabulary, [C, K, V]; outside training in float32, so that no words tie."""
+        return self.vocabulary(text_CKD) if self.training else linear_in_float32(self.vocabulary, text_CKD)
 
 
 class WordDetector(nn.Module):

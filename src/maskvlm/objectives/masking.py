@@ -309,7 +309,7 @@ class RandomTokens(TextMasking):
         most: in training, each masking draws its share between `ratio` and this value (None: `ratio`); with several
             maskings per text, the first keeps `ratio`.
         whole_word: mask all pieces of a word together.
-        keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
+        keep_and_swap: in training, BERT's 80/10/10 replacement instead of always [MASK].
 
     Raises:
         UserError: a share is outside [0, 1], or `most` is below `ratio`.
@@ -325,9 +325,10 @@ class RandomTokens(TextMasking):
         self.whole_word, self.keep_and_swap = whole_word, keep_and_swap
 
     def __call__(self, texts: Texts, vocabulary: Vocabulary, uniform: Uniform) -> TokenMask:
+        # Evaluation measures the same with and without it: a word that is shown could be copied.
         return mask_tokens(
-            *texts[:3], self._share(texts, uniform), uniform,
-            vocabulary.mask_id, vocabulary.size, vocabulary.length, self.whole_word, self.keep_and_swap,
+            *texts[:3], self._share(texts, uniform), uniform, vocabulary.mask_id, vocabulary.size, vocabulary.length,
+            self.whole_word, self.keep_and_swap and texts.training,
         )  # fmt: skip
 
     def _share(self, texts: Texts, uniform: Uniform) -> float | Ratio:

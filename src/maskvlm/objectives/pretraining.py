@@ -129,7 +129,7 @@ class MaskedPretraining(Task):
             `masking.ChosenPhrases`: only the given phrases are masked.
         mask_both: reconstruct each modality from the *masked* other one (the paper's ablation, slightly worse).
         whole_word: mask all pieces of a word together.
-        keep_and_swap: BERT's 80/10/10 replacement instead of always [MASK].
+        keep_and_swap: in training, BERT's 80/10/10 replacement instead of always [MASK].
         pixel_loss: l1 (P), squared or smooth_l1.
         pixel_norm: normalise each target patch to mean 0 and variance 1 (MAE's option).
         decoder_layers: blocks of the pixel decoder (3, P).
