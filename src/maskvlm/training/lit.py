@@ -70,6 +70,20 @@ def check_source(task: Task, data: PairData) -> None:
         raise UserError("data.source", what, "Choose data for the task")
 
 
+def check_spec(backbone: MaskVLM, data: PairData) -> None:
+    """Check that the data are prepared as the model reads them: with another size, colour scale or text length, every
+    metric would be wrong, or the first pass would fail.
+
+    Raises:
+        UserError: `PairData(spec)` is another model's. (The tokenizer is checked by `set_tokenizer`.)
+    """
+    for name in ("image_size", "mean", "std", "text_length"):
+        theirs, own = getattr(data.spec, name), getattr(backbone.input_spec, name)
+        if theirs != own:
+            what = f"{name} is {theirs}, and the model's {own}"
+            raise UserError("PairData(spec)", what, "Give the model's own: PairData(spec=model.backbone.input_spec)")
+
+
 def check_labels(task: Task, theirs: Sequence[str] | None, path: str) -> None:
     """Check that the labels of a checkpoint's head are the task's, which come from the data. With another order, or
     other labels of the same number, every metric would be wrong.
@@ -171,7 +185,7 @@ class LitModel(L.LightningModule):
             raise UserError("model.stable", f"{stable} is out of range", "Give a number from 0 to below 1")
         if not 0 < layer_decay <= 1:
             raise UserError("model.layer_decay", f"{layer_decay} is out of range", "Give a number above 0, up to 1")
-        if not all(0 <= beta < 1 for beta in betas):
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise UserError("model.betas", f"{list(betas)} are not decay rates", "Give two numbers from 0 to below 1")
         if not isinstance(backbone, MaskVLM) or not isinstance(task, Task):
             what = f"{type(backbone).__name__} and {type(task).__name__} were given"
@@ -246,6 +260,7 @@ class LitModel(L.LightningModule):
         if not isinstance(self.data, PairData):
             raise UserError("trainer", "has no PairData", "Pass one: trainer.fit(model, PairData(...))")
         check_source(self.task, self.data)
+        check_spec(self.backbone, self.data)
         if stage == "fit":
             check_length(self.trainer, self.data)
         # Before an evaluation too, so that it uses the same attention as the run.
@@ -363,8 +378,27 @@ class LitModel(L.LightningModule):
         # Not Lightning's `estimated_stepping_batches`, which builds the loaders in order to count.
         total = self.data.total_steps
         self.late_step = first_step(share, total)
+        self.check_phases(groups, total)
         scheduler = schedule(optimizer, total, self.warmup, self.min_lr, self.late_step, self.stable)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def check_phases(self, groups: Sequence[Mapping[str, Any]], total: int) -> None:
+        """Check that each part of the model is trained for longer than its warm-up.
+
+        Raises:
+            UserError: a warm-up given in steps is longer than the run, or than what is left of it for parameters that
+                start later.
+        """
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        late = any(group.get("late") for group in groups)
+        steps = total - self.late_step if late else total
+        if self.warmup >= 1 and self.warmup > steps > 0:
+            what = f"{self.warmup:g} steps, but some parameters are trained for {steps} of the run's {total}"
+            raise UserError("model.warmup", what, f"Give at most {steps}, or a share below 1")
+        if late and not steps and rank() == 0:
+            what = f"warning: the first phase takes all {total} steps, so the losses that start after it are not trained"
+            log.warning("%s", f"{what}: what they measure is chance. Give more steps, or a smaller share of them first")
 
     @property
     def scales_gradients(self) -> bool:
