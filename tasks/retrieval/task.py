@@ -125,13 +125,16 @@ class Retrieval(Task):
 
     def warm_start(self, heads: Mapping[str, Tensor]) -> set[str]:
         """Also give the projections the checkpoint's width and inputs: random ones would lose the contrast that it has
-        learned."""
+        learned. Raises UserError as well if contrast is neither trained nor in the checkpoint."""
         theirs, own = heads.get("projection.image.weight"), self.projection.image
         if theirs is not None and theirs.shape != own.weight.shape:
             if self.contrast_dim is not None and len(theirs) != own.out_features:
                 what = f"{self.contrast_dim}, but the checkpoint's projections are {len(theirs)} wide"
                 raise UserError("model.task.contrast_dim", what, f"Leave it out, or give {len(theirs)}")
             self._project(theirs.shape, own.in_features)
+        if theirs is None and not self.weights["itc"]:
+            what = "0, but there is no checkpoint with contrast, which picks the candidates for matching"
+            raise UserError("model.task.weight_itc", what, "Give a weight, or start from pre-training with contrast")
         return super().warm_start(heads)
 
     # ------------------------------------------------------------------ training

@@ -377,7 +377,7 @@ def test_other_labels_of_the_same_number_are_refused_where_a_checkpoint_is_loade
 
 
 def test_scores_are_not_read_from_heads_that_a_checkpoint_lacks(tuned: Path, pretrained: Path) -> None:
-    with pytest.raises(UserError, match=r"model.task.reads: scores, but the checkpoint holds no "):
+    with pytest.raises(UserError, match=r"model.task.reads: scores, but there is no checkpoint that holds "):
         LitModel(bare_backbone(tuned), Entailment(("red", "green", "blue", "grey"), reads="scores"))
     heads = LitModel(bare_backbone(pretrained), Entailment(LABELS, reads="scores")).warm_started
     assert {name.partition(".")[0] for name in heads} == {"projection", "matching"}

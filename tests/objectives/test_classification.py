@@ -107,7 +107,7 @@ def test_scores_need_the_heads_of_pre_training() -> None:
     task = Classification(LABELS, reads="scores")
     task.build(backbone)
     with pytest.raises(
-        UserError, match=r"model.task.reads: scores, but the checkpoint holds no matching\.classify\.weight"
+        UserError, match=r"model.task.reads: scores, but there is no checkpoint that holds matching\.classify\.weight"
     ):
         task.warm_start(before.state_dict())
 

@@ -15,8 +15,10 @@ from maskvlm.checkpoint import hf_folder as folder
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.content import check_content
 from maskvlm.checkpoint.hub_client import folder_of_hub
+from maskvlm.checkpoint.model_spec import model_spec_of
 from maskvlm.config.old_names import current
 from maskvlm.data.text import tokenizer_from_json
+from maskvlm.utils.errors import UserError
 
 
 class LineageEntry(NamedTuple):
@@ -64,6 +66,7 @@ class Start(NamedTuple):
         labels: labels that its head predicts; None before a downstream task.
         history: the data that its weights were trained on, in order.
         known_images: features of validation images (`novelty.sample_of`); None if it holds none.
+        spec: class_path and init_args of its backbone; None if it does not state them.
     """
 
     path: str
@@ -73,6 +76,7 @@ class Start(NamedTuple):
     labels: tuple[str, ...] | None
     history: tuple[LineageEntry, ...]
     known_images: Tensor | None = None
+    spec: Mapping[str, Any] | None = None
 
 
 def read_content(path: str | Path) -> dict[str, Any]:
@@ -88,7 +92,12 @@ def read_content(path: str | Path) -> dict[str, Any]:
 
 def read_start(path: str) -> Start:
     """What a run takes over from a checkpoint; raises as `read_content`."""
-    return start_of(read_content(path), path)
+    content = read_content(path)
+    try:
+        spec = model_spec_of(content, path).backbone
+    except UserError:  # such as of a backbone of another package; the tensors are all that is needed
+        spec = None
+    return start_of(content, path)._replace(spec=spec)
 
 
 def start_of(content: Mapping[str, Any], path: str) -> Start:

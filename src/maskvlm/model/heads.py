@@ -14,9 +14,10 @@ from maskvlm.utils.errors import UserError
 
 def linear_in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
     """A linear layer in float32, even under autocast: the order of its outputs matters, and in bfloat16 many scores of
-    a large gallery would tie."""
+    a large gallery would tie. float64 stays float64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+        return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
 
 class Projection(nn.Module):

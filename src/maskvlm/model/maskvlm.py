@@ -3,7 +3,9 @@
 Shapes: B rows, L image positions (class token and patches), T tokens, D width.
 """
 
-from typing import NamedTuple
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,10 @@ from maskvlm.model.encoders import ImageEncoder, TextEncoder
 from maskvlm.model.init import init_normal, init_positions, init_xavier
 from maskvlm.utils.constructor import given_arguments
 from maskvlm.utils.errors import ExitCode, UserError, check_least, check_shares
+
+log = logging.getLogger(__name__)
+CROSS_HEADS = 12
+"""Attention heads of a cross encoder, if not given (paper: ViT-B)."""
 
 
 class Fused(NamedTuple):
@@ -68,7 +74,7 @@ class MaskVLM(nn.Module):
         image: ImageEncoder,
         text: TextEncoder,
         cross_layers: int = 3,
-        cross_heads: int = 12,
+        cross_heads: int = CROSS_HEADS,
         dropout: float = 0.0,
         checkpointing: bool = False,
         start: str | None = None,
@@ -118,8 +124,32 @@ class MaskVLM(nn.Module):
                 # The fault lies in the checkpoint, not in an option.
                 raise UserError(origin.path, f"tokenizer: {error.what}", error.todo, ExitCode.BAD_DATA) from error
         provenance = load_state(self, origin.backbone, origin.path)
+        if origin.spec is not None and (others := self.other_than(origin.spec)):
+            what = f"{origin.path} was trained with other settings, and its weights may not fit: {'; '.join(others)}"
+            log.warning("%s", f"warning: {what}")
         self.origin = origin._replace(backbone={})  # its tensors are not needed twice
         return provenance
+
+    def other_than(self, spec: Mapping[str, Any]) -> list[str]:
+        """Settings that change what the same tensors compute and differ from those of a checkpoint, in words.
+
+        Args:
+            spec: class_path and init_args of the checkpoint's backbone.
+        """
+        args = spec["init_args"]
+        image, text = (args[part]["init_args"] for part in ("image", "text"))
+        heads = self.image.vit.blocks[0].attn.num_heads
+        settings = {
+            "cross_heads": (self.cross_heads, args.get("cross_heads", CROSS_HEADS)),
+            "image.normalisation": (self.image.arguments["normalisation"], image.get("normalisation", "model")),
+            # Unknown if the checkpoint names a ViT of timm's.
+            "image heads": (heads, (image.get("config") or {}).get("num_heads", heads)),
+            "text heads": (
+                self.text.config.num_attention_heads,
+                (text.get("config") or {}).get("num_attention_heads", self.text.config.num_attention_heads),
+            ),
+        }
+        return [f"{name} {own}, there {theirs}" for name, (own, theirs) in settings.items() if own != theirs]
 
     @property
     def input_spec(self) -> InputSpec:
@@ -141,6 +171,12 @@ class MaskVLM(nn.Module):
                 if parameter.requires_grad:
                     parameter.requires_grad_(False)
                     self._frozen_for_task.append(parameter)
+
+    @property
+    def frozen_for_task(self) -> tuple[str, ...]:
+        """Names of the parameters that `freeze_for_task` has frozen."""
+        frozen = {id(parameter) for parameter in self._frozen_for_task}
+        return tuple(name for name, parameter in self.named_parameters() if id(parameter) in frozen)
 
     def unfreeze_for_task(self) -> None:
         """Undo `freeze_for_task`; parameters frozen by an option, or by hand, stay frozen."""

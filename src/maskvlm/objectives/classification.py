@@ -135,7 +135,7 @@ class Classification(Task):
         if self.reads == "scores":
             missing = [name for name in self.state_dict() if name.startswith(SCORING) and name not in heads]
             if missing:
-                what = f"scores, but the checkpoint holds no {missing[0]}"
+                what = f"scores, but there is no checkpoint that holds {missing[0]}"
                 raise UserError("model.task.reads", what, "Set it to fused, or start from pre-training")
             width = self.projection.image.in_features
             self._project(Projection.shaped_as(heads["projection.image.weight"].shape, width))

@@ -74,9 +74,11 @@ class Task(nn.Module, ABC):
         source_kind: class of its data source, `Source` for pairs or `ExampleSource`; None: any that yields its batches.
         arguments: the arguments that it was built with.
         built: whether its heads have been created.
+        unreached: names of the backbone's parameters that none of its losses reaches, frozen while it is trained.
     """
 
     built: bool = False
+    unreached: tuple[str, ...] = ()
     uniform: Uniform
     run_progress: float = 1.0
     compares_examples: bool = False
@@ -105,8 +107,15 @@ class Task(nn.Module, ABC):
             return False
         backbone.unfreeze_for_task()
         self.build(backbone)
+        self.unreached = backbone.frozen_for_task
         self.built = True
         return True
+
+    def freeze_unreached(self, backbone: "MaskVLM") -> None:
+        """Freeze what this task does not reach, as `build` has: another task may have been built on the backbone since,
+        which froze other parts."""
+        backbone.unfreeze_for_task()
+        backbone.freeze_for_task(*map(backbone.get_parameter, self.unreached))
 
     @abstractmethod
     def forward(self, backbone: "MaskVLM", batch: Any) -> dict[str, Tensor]:

@@ -220,7 +220,8 @@ class LitModel(L.LightningModule):
         """Load the heads of the checkpoint that the backbone starts from, except those for other labels."""
         origin, labels = self.backbone.origin, getattr(self.task, "labels", None)
         if origin is None:
-            return set()
+            # A task that needs a checkpoint's heads says so.
+            return self.task.warm_start({})
         heads = origin.heads
         if origin.labels is not None and labels is not None and origin.labels != tuple(labels):
             others = self.task.heads_of_labels()
@@ -260,6 +261,8 @@ class LitModel(L.LightningModule):
         if not isinstance(self.data, PairData):
             raise UserError("trainer", "has no PairData", "Pass one: trainer.fit(model, PairData(...))")
         check_source(self.task, self.data)
+        if stage == "fit":
+            self.task.freeze_unreached(self.backbone)
         check_spec(self.backbone, self.data)
         if stage == "fit":
             check_length(self.trainer, self.data)
@@ -397,7 +400,9 @@ class LitModel(L.LightningModule):
             what = f"{self.warmup:g} steps, but some parameters are trained for {steps} of the run's {total}"
             raise UserError("model.warmup", what, f"Give at most {steps}, or a share below 1")
         if late and not steps and rank() == 0:
-            what = f"warning: the first phase takes all {total} steps, so the losses that start after it are not trained"
+            what = (
+                f"warning: the first phase takes all {total} steps, so the losses that start after it are not trained"
+            )
             log.warning("%s", f"{what}: what they measure is chance. Give more steps, or a smaller share of them first")
 
     @property
