@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import save_file
 from toy_examples import LABELS, Nameless, Questions, bare_backbone, data_for, fit, trainer_in
 from toy_pretrained import BACKBONE, saved
-from toys import SIZE, toy_backbone
+from toys import PATCH, SIZE, WIDTH, toy_backbone
 
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.checkpoint.model_spec import model_spec_of
@@ -22,6 +22,8 @@ from maskvlm.cli.main import main
 from maskvlm.data.caption_text import stable_id
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.data.text import tokenizer_hash
+from maskvlm.model.encoders import ImageEncoder, TextEncoder
+from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.training.lit import LitModel
 from maskvlm.utils.errors import ExitCode, UserError
@@ -374,6 +376,44 @@ def test_other_labels_of_the_same_number_are_refused_where_a_checkpoint_is_loade
     )
     what += " data"
     assert (caught.value.where, caught.value.what, caught.value.code) == (str(tuned), what, ExitCode.BAD_DATA)
+
+
+def test_heads_that_no_loss_trains_come_from_a_checkpoint() -> None:
+    """Fails where random heads are frozen, without a word, because no checkpoint was named."""
+    with pytest.raises(UserError, match=r"model.task.reads: scores, but there is no checkpoint that holds "):
+        LitModel(toy_backbone(), Entailment(LABELS, reads="scores"))
+    with pytest.raises(UserError, match=r"model.task.weight_itc: 0, but there is no checkpoint with contrast"):
+        LitModel(toy_backbone(), Retrieval(weight_itc=0))
+    LitModel(toy_backbone(), Retrieval())
+
+
+@pytest.mark.parametrize(
+    ("change", "other"),
+    [
+        ({}, ""),
+        ({"cross_heads": 4}, "model.backbone.cross_heads 4 instead of 2"),
+        ({"normalisation": "clip"}, "model.backbone.image.normalisation clip instead of model"),
+        ({"image_heads": 4}, "attention heads of the image encoder 4 instead of 2"),
+        ({"text_heads": 4}, "attention heads of the text encoder 4 instead of 2"),
+    ],
+)
+def test_settings_that_no_tensor_tells_are_compared(
+    pretrained: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any], other: str
+) -> None:
+    """All of these load every tensor, and compute something else."""
+    vit = {"patch_size": PATCH, "embed_dim": WIDTH, "depth": 1, "num_heads": change.get("image_heads", 2)}
+    bert = {
+        "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": change.get("text_heads", 2),
+        "intermediate_size": 2 * WIDTH,
+    }  # fmt: skip
+    image = ImageEncoder(
+        "vit_tiny_patch16_224", SIZE, random_init=True, config=vit, normalisation=change.get("normalisation", "model")
+    )
+    text = TextEncoder("bert", 24, random_init=True, vocab_size=150, config=bert)
+    MaskVLM(image, text, cross_layers=2, cross_heads=change.get("cross_heads", 2), start=str(pretrained))
+    warned = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
+    expected = f"warning: {pretrained} was trained with other settings than this model has: {other}."
+    assert warned == ([f"{expected} Its weights may not work with them"] if other else [])
 
 
 def test_scores_are_not_read_from_heads_that_a_checkpoint_lacks(tuned: Path, pretrained: Path) -> None:

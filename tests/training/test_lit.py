@@ -633,3 +633,62 @@ def test_features_that_are_kept_follow_the_images(monkeypatch: pytest.MonkeyPatc
     assert names[0] == names[2] != names[1]
     assert names[3] not in names[:3]  # mirrored images have rows of their own
     assert rows == [1, 1, 1, 2]
+
+
+# ---------------------------------------------------------------------- what does not fit together
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("image_size", 64), ("mean", (0.1, 0.2, 0.3)), ("std", (0.1, 0.2, 0.3)), ("text_length", 8)],
+)
+def test_data_prepared_for_another_model_are_refused(field: str, value: Any) -> None:
+    """In an evaluation, too, whose figures would be those of other images or texts."""
+    model, data = make_model(), make_data()
+    data.spec = data.spec._replace(**{field: value})
+    with pytest.raises(UserError, match=rf"PairData\(spec\): {field} is .*, and the model's "):
+        make_trainer().fit(model, data)
+    with pytest.raises(UserError, match=rf"PairData\(spec\): {field} is "):
+        make_trainer().validate(model, data, verbose=False)
+
+
+def in_two_phases(share: float, **settings: Any) -> LitModel:
+    backbone = toy_backbone(length=24, vocab=150)
+    backbone.text.tokenizer = None
+    task = MaskedPretraining(mask_block=16, decoder_layers=1, contrast_dim=8, rerank_k=3, contrast_first=share)
+    return LitModel(backbone, task, **{"warmup": 1, **settings})
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.0, 6), (0.5, 3), (0.8, 1)])
+def test_a_warm_up_is_no_longer_than_what_it_warms(share: float, most: int) -> None:
+    with pytest.raises(
+        UserError, match=rf"model.warmup: {most + 1} steps, but .* are trained for {most} of the run's 6"
+    ):
+        make_trainer().fit(in_two_phases(share, warmup=most + 1), make_data(6))
+    make_trainer(limit_val_batches=0).fit(in_two_phases(share, warmup=most), make_data(6))
+
+
+def test_losses_that_no_step_is_left_for_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    for steps, told in ((2, 1), (6, 0)):
+        caplog.clear()
+        make_trainer(limit_val_batches=0).fit(in_two_phases(0.75), make_data(steps))
+        lines = [record.getMessage() for record in caplog.records if "first phase takes all" in record.getMessage()]
+        assert len(lines) == told
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.9, 0.9), (0.9, 1.0)])
+def test_two_decay_rates(betas: Any) -> None:
+    with pytest.raises(UserError, match=r"model\.betas: .*Give two numbers from 0 to below 1"):
+        make_model(betas=betas)
+
+
+def test_of_two_tasks_on_one_backbone_each_trains_its_own_parts() -> None:
+    """Fails where the task that was built last decides what is frozen for the one that is trained."""
+    first = make_model()
+    backbone = first.backbone
+    alone = {name for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
+    LitModel(backbone, Classification(LABELS))
+    assert not backbone.image.mask_token.requires_grad  # nothing is masked there
+    make_trainer(limit_val_batches=0).fit(first, make_data(1))
+    assert {name for name, parameter in backbone.named_parameters() if not parameter.requires_grad} == alone
+    assert backbone.image.mask_token.requires_grad

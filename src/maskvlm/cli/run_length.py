@@ -89,11 +89,13 @@ def check_warmup(settings: Namespace) -> None:
     # min: a share above 1 is the task's to refuse
     contrast_first = min((task.get("init_args") or Namespace()).get("contrast_first") or 0, 1)
     late = steps - first_step(contrast_first, steps)
-    if warmup > late:
+    # Where no step is left for the other losses, LitModel says so.
+    most = late or steps
+    if warmup > most:
         what = f"the run has {steps} steps"
         if warmup <= steps:
             what += f", of which {late} are left for the losses that start after contrast_first"
-        raise UserError("model.warmup", f"{warmup:g}, but {what}", f"Give at most {late}, or a share")
+        raise UserError("model.warmup", f"{warmup:g}, but {what}", f"Give at most {most}, or a share")
 
 
 @contextmanager

@@ -125,8 +125,8 @@ class MaskVLM(nn.Module):
                 raise UserError(origin.path, f"tokenizer: {error.what}", error.todo, ExitCode.BAD_DATA) from error
         provenance = load_state(self, origin.backbone, origin.path)
         if origin.spec is not None and (others := self.other_than(origin.spec)):
-            what = f"{origin.path} was trained with other settings, and its weights may not fit: {'; '.join(others)}"
-            log.warning("%s", f"warning: {what}")
+            what = f"{origin.path} was trained with other settings than this model has: {', '.join(others)}"
+            log.warning("%s", f"warning: {what}. Its weights may not work with them")
         self.origin = origin._replace(backbone={})  # its tensors are not needed twice
         return provenance
 
@@ -138,18 +138,23 @@ class MaskVLM(nn.Module):
         """
         args = spec["init_args"]
         image, text = (args[part]["init_args"] for part in ("image", "text"))
-        heads = self.image.vit.blocks[0].attn.num_heads
+        image_heads = self.image.vit.blocks[0].attn.num_heads
+        # Some kinds of text encoder have no attention, or give its heads another name.
+        text_heads = getattr(self.text.config, "num_attention_heads", None)
+        # A number that the checkpoint does not state counts as the same.
         settings = {
-            "cross_heads": (self.cross_heads, args.get("cross_heads", CROSS_HEADS)),
-            "image.normalisation": (self.image.arguments["normalisation"], image.get("normalisation", "model")),
-            # Unknown if the checkpoint names a ViT of timm's.
-            "image heads": (heads, (image.get("config") or {}).get("num_heads", heads)),
-            "text heads": (
-                self.text.config.num_attention_heads,
-                (text.get("config") or {}).get("num_attention_heads", self.text.config.num_attention_heads),
+            "model.backbone.cross_heads": (self.cross_heads, args.get("cross_heads", CROSS_HEADS)),
+            "model.backbone.image.normalisation": (
+                self.image.arguments["normalisation"], image.get("normalisation", "model")
             ),
-        }
-        return [f"{name} {own}, there {theirs}" for name, (own, theirs) in settings.items() if own != theirs]
+            "attention heads of the image encoder": (
+                image_heads, (image.get("config") or {}).get("num_heads", image_heads)
+            ),
+            "attention heads of the text encoder": (
+                text_heads, (text.get("config") or {}).get("num_attention_heads", text_heads)
+            ),
+        }  # fmt: skip
+        return [f"{name} {own} instead of {theirs}" for name, (own, theirs) in settings.items() if own != theirs]
 
     @property
     def input_spec(self) -> InputSpec:

@@ -261,11 +261,10 @@ class LitModel(L.LightningModule):
         if not isinstance(self.data, PairData):
             raise UserError("trainer", "has no PairData", "Pass one: trainer.fit(model, PairData(...))")
         check_source(self.task, self.data)
-        if stage == "fit":
-            self.task.freeze_unreached(self.backbone)
         check_spec(self.backbone, self.data)
         if stage == "fit":
             check_length(self.trainer, self.data)
+            self.task.freeze_unreached(self.backbone)
         # Before an evaluation too, so that it uses the same attention as the run.
         if self.trainer.strategy.root_device.type == "cpu" and str(self.trainer.precision) == "bf16-mixed":
             attend_by_products(self)
@@ -386,24 +385,25 @@ class LitModel(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_phases(self, groups: Sequence[Mapping[str, Any]], total: int) -> None:
-        """Check that each part of the model is trained for longer than its warm-up.
+        """Check that each part of the model is trained for longer than its warm-up; logs a warning if a part is not
+        trained at all.
 
         Raises:
-            UserError: a warm-up given in steps is longer than the run, or than what is left of it for parameters that
-                start later.
+            UserError: a warm-up given in steps is longer than the part of the run in which some parameters are trained.
         """
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         late = any(group.get("late") for group in groups)
-        steps = total - self.late_step if late else total
-        if self.warmup >= 1 and self.warmup > steps > 0:
-            what = f"{self.warmup:g} steps, but some parameters are trained for {steps} of the run's {total}"
-            raise UserError("model.warmup", what, f"Give at most {steps}, or a share below 1")
-        if late and not steps and rank() == 0:
-            what = (
-                f"warning: the first phase takes all {total} steps, so the losses that start after it are not trained"
-            )
-            log.warning("%s", f"{what}: what they measure is chance. Give more steps, or a smaller share of them first")
+        lengths = {total}
+        lengths |= {total - self.late_step} if late else set()
+        lengths |= {self.late_step} if any(group.get("stopping") for group in groups) else set()
+        shortest = min(length for length in lengths if length)
+        if self.warmup >= 1 and self.warmup > shortest:
+            what = f"{self.warmup:g} steps, but some parameters are trained for {shortest} of the run's {total}"
+            raise UserError("model.warmup", what, f"Give at most {shortest}, or a share below 1")
+        if late and self.late_step == total and rank() == 0:
+            what = f"warning: the first phase takes all {total} steps; losses that start after it are not trained"
+            log.warning("%s", f"{what}, and what they measure is chance. Give more steps, or a smaller share to it")
 
     @property
     def scales_gradients(self) -> bool:
