@@ -248,6 +248,28 @@ def test_a_signal_is_noted_and_nothing_else(capfd: pytest.CaptureFixture[str]) -
     assert caught.count == 0  # what was asked of one training is not asked of the next in this process
 
 
+def test_a_signal_that_comes_late_does_not_change_how_a_stopped_process_ends(small: list[str], tmp_path: Path) -> None:
+    """As when SIGTERM reaches two processes one after the other: the first has stopped both. Fails (-15) where the
+    handlers from before the training are back while the command still ends, or while Python does."""
+    code = (
+        "import os, signal, sys\n"
+        "from maskvlm.cli import main\n"
+        "from maskvlm.training.lit import LitModel\n"
+        "step, stopped, term = LitModel.training_step, main.stopped_early, lambda: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "LitModel.training_step = lambda *of: (term(), step(*of))[1]\n"
+        "main.stopped_early = lambda how: (term(), stopped(how))[1]\n"
+        "status = main.main()\n"
+        "term()\n"
+        "sys.exit(status)\n"
+    )
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    command = [sys.executable, "-c", code, "fit", "--run", str(tmp_path / "run"), *small]
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == ExitCode.REQUEUE, done.stderr
+    assert "SIGTERM: stopped after step 1; " in done.stderr
+
+
 def test_how_a_stopped_run_ends(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped_early(Stopped("stopped", signal.SIGTERM)) == ExitCode.REQUEUE == 75
     assert stopped_early(Stopped("stopped", signal.SIGINT)) == 130
@@ -326,7 +348,9 @@ def test_an_evaluation_that_was_cut_off_is_made_again(
 
     monkeypatch.setattr(LitModel, "validation_step", struck)
     command = ["fit", "--run", str(tmp_path / "run"), *small]
+    before = signal.getsignal(signal.SIGTERM)
     assert main(command) == 75
+    assert signal.getsignal(signal.SIGTERM) is before  # this process goes on
     content = load(tmp_path / "run" / "last.ckpt")
     assert content["global_step"] == 3
     assert not (tmp_path / "run" / "best.ckpt").exists()

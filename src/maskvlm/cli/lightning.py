@@ -52,6 +52,7 @@ from maskvlm.training.resume import may_go_on, newest_of
 from maskvlm.training.run_record import RunRecord, SaveConfig, claim_folder, finish_run, foreign_origin, give_up_folder
 from maskvlm.training.sharding import is_sharded
 from maskvlm.utils.errors import ExitCode, UserError, check_least
+from maskvlm.utils.launch import Stopped
 from maskvlm.utils.lock import HELD
 from maskvlm.utils.process_memory import keep_freed_memory
 from maskvlm.utils.signals import CAUGHT
@@ -362,9 +363,13 @@ class LightningCommand(LightningCLI):
         # An evaluation or a trial run does not count as an attempt of the training in that folder.
         trains = subcommand == "fit" and not self.settings.trainer.fast_dev_run
         attempt = attempted(Path(self.settings.run)) if trains else nullcontext()
+        saved = False
         try:
             with attempt, writing(self.settings.run), explain_interval_error(), memory:
                 super()._run_subcommand(subcommand)
+        except Stopped:
+            saved = True
+            raise
         except UserError:  # any other error leaves a report in the folder
             # With several processes the folder tells the others how this one ended.
             alone, begun = self.trainer.world_size == 1, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
@@ -372,7 +377,7 @@ class LightningCommand(LightningCLI):
                 give_up_folder(Path(self.settings.run))
             raise
         finally:
-            CAUGHT.restore()
+            CAUGHT.restore(ending=saved)
             HELD.release()
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,12 +32,18 @@ def main(argv: list[str] | None = None) -> int:
     library = logging.getLogger("maskvlm.inference")
     before = library.level
     library.setLevel(logging.ERROR)
+    handlers = {each: signal.getsignal(each) for each in signal.Signals if each.name in ("SIGTERM", "SIGUSR1")}
     try:
         code = end_of(argv)
     finally:
         library.setLevel(before)
     # Tells the other processes of the run, if any, how this one ended.
     leave(code)
+    # A caller's script goes on. Our own process ends, and may ignore signals by now (`Caught.restore`).
+    if argv is not None and threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            # None stands for a handler set by C code, which Python cannot set again.
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
     return code
 
 

@@ -39,9 +39,16 @@ class Caught:
         self.last, self.count = 0, 0
         self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
 
-    def restore(self) -> None:
-        """Restore the handlers that were there before `install`."""
+    def restore(self, ending: bool = False) -> None:
+        """Restore the handlers that were there before `install`.
+
+        Args:
+            ending: the training was stopped and is saved, and its process ends. From now on SIGTERM and SIGUSR1 are
+                ignored: one that arrives late must not change the exit status, which asks to be started again.
+        """
         for signum, handler in self._before.items():
+            if ending and signum != signal.SIGINT:
+                handler = signal.SIG_IGN
             # None stands for a handler set by C code, which Python cannot set again.
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
