@@ -676,6 +676,14 @@ def test_losses_that_no_step_is_left_for_are_told(caplog: pytest.LogCaptureFixtu
         assert len(lines) == told
 
 
+@pytest.mark.parametrize(("lr", "told"), [(1e-6, 1), (1e-4, 0)])
+def test_a_rate_that_never_falls_is_told(lr: float, told: int, caplog: pytest.LogCaptureFixture) -> None:
+    make_trainer(limit_val_batches=0).fit(make_model(lr=lr), make_data(2))
+    lines = [each.getMessage() for each in caplog.records if "min_lr 3e-05 is above" in each.getMessage()]
+    assert len(lines) == told
+    assert all("Give model.min_lr, such as 1e-07" in line for line in lines)
+
+
 @pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.9, 0.9), (0.9, 1.0)])
 def test_two_decay_rates(betas: Any) -> None:
     with pytest.raises(UserError, match=r"model\.betas: .*Give two numbers from 0 to below 1"):

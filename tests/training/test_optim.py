@@ -101,6 +101,15 @@ def test_every_kind_of_text_encoder_has_blocks(kind: str) -> None:
     assert [number for parameter, number in blocks_above(text) if parameter is table] == [2]
 
 
+def test_blocks_without_numbers_cannot_learn_at_different_rates() -> None:
+    """ALBERT has one block that is run several times. Fails where the full rate is used for all, silently."""
+    config = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    text = TextEncoder("albert", 10, random_init=True, vocab_size=40, config=config)
+    with pytest.raises(UserError, match=r"model\.layer_decay: the blocks of AlbertModel are not numbered"):
+        parameter_groups(text, (text,), nn.Linear(2, 2), 1.0, 0.1, 0.05, layer_decay=0.5)
+    assert parameter_groups(text, (text,), nn.Linear(2, 2), 1.0, 0.1, 0.05)
+
+
 def test_what_gets_no_gradient_is_in_no_group() -> None:
     backbone, task = build(weight_itm=0.0, weight_mlm=0.0)
     groups = parameter_groups(backbone, (backbone.image, backbone.text), task, 1.0, 1.0, 0.05)

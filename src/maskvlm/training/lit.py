@@ -386,7 +386,7 @@ class LitModel(L.LightningModule):
 
     def check_phases(self, groups: Sequence[Mapping[str, Any]], total: int) -> None:
         """Check that each part of the model is trained for longer than its warm-up; logs a warning if a part is not
-        trained at all.
+        trained at all, or if the learning rate never falls.
 
         Raises:
             UserError: a warm-up given in steps is longer than the part of the run in which some parameters are trained.
@@ -404,6 +404,10 @@ class LitModel(L.LightningModule):
         if late and self.late_step == total and rank() == 0:
             what = f"warning: the first phase takes all {total} steps; losses that start after it are not trained"
             log.warning("%s", f"{what}, and what they measure is chance. Give more steps, or a smaller share to it")
+        # The encoders' lower rates stay at their peak on purpose, as in the paper.
+        if 0 < self.lr < self.min_lr and rank() == 0:
+            what = f"warning: model.min_lr {self.min_lr:g} is above model.lr {self.lr:g}: the rate will not fall"
+            log.warning("%s", f"{what} after its warm-up. Give model.min_lr, such as {self.lr / 10:g}")
 
     @property
     def scales_gradients(self) -> bool:

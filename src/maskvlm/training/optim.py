@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from maskvlm.utils.errors import UserError
+
 
 def parameter_groups(
     backbone: nn.Module,
@@ -33,10 +35,16 @@ def parameter_groups(
 
     Parameters in `late` and `stopping` get groups of their own, marked as such for `schedule`.
 
+    Raises:
+        UserError: `layer_decay` is below 1, and an encoder's blocks are not numbered in the names of its parameters.
+
     Not decayed (C): biases, norms, class and mask tokens, positions of encoders, word embeddings and the temperature,
     that is, parameters with at most one dimension, or whose name shows that they are not weight matrices. (Positions of
     a text decoder are decayed: a group of their own would break the resuming of runs started with an older version.)
     """
+    if layer_decay < 1:
+        for encoder in encoders:
+            check_blocks(encoder)
     below = {id(p): number for encoder in encoders for p, number in blocks_above(encoder)}
     rates = {"cross": lr if lr_cross is None else lr_cross, "rest": lr}
     marks = {id(parameter): "late" for parameter in late} | {id(parameter): "stopping" for parameter in stopping}
@@ -76,6 +84,14 @@ def first_step(share: float, total: int) -> int:
     product alone may give the step after it."""
     step = math.ceil(share * total)
     return step - 1 if step and (step - 1) / total >= share else step
+
+
+def check_blocks(encoder: nn.Module) -> None:
+    """Raises UserError if no name of a parameter has the number of a block: ALBERT shares one block, XLM has none."""
+    if not any(BLOCK.search(f".{name}") for name, _ in encoder.named_parameters()):
+        inner = getattr(encoder, "vit", None) or getattr(encoder, "model", encoder)
+        what = f"the blocks of {type(inner).__name__} are not numbered, so their rates cannot differ"
+        raise UserError("model.layer_decay", what, "Set it to 1")
 
 
 def blocks_above(encoder: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
