@@ -387,13 +387,13 @@ def test_after_that_all_losses_are_those_of_a_step_without() -> None:
 
 def test_what_waits_for_contrast() -> None:
     backbone, task = build(contrast_first=0.25)
-    share, late, _ = task.late(backbone)
+    share, late, _ = task.training_phases(backbone)
     assert share == 0.25
     modules = (backbone.cross_image, backbone.cross_text, task.matching, task.tokens, task.pixels)
     assert {id(p) for p in late} == {id(p) for module in modules for p in module.parameters()}
-    assert not task.late(backbone).stopping
+    assert not task.training_phases(backbone).stopping
     _, task = build()
-    assert task.late(backbone) == (0.0, (), ())
+    assert task.training_phases(backbone) == (0.0, (), ())
 
 
 def test_what_stops_where_contrast_ends() -> None:
@@ -401,7 +401,7 @@ def test_what_stops_where_contrast_ends() -> None:
         backbone, task = build(contrast_first=0.25, freeze_aligned=freeze)
         modules = {"image": backbone.image, "text": backbone.text, "projection": task.projection}
         expected = {id(p) for name in names for p in modules[name].parameters()}
-        assert {id(p) for p in task.late(backbone).stopping} == expected
+        assert {id(p) for p in task.training_phases(backbone).stopping} == expected
 
 
 @pytest.mark.parametrize("left_out", [False, True])
@@ -426,7 +426,7 @@ def test_the_image_encoder_learns_in_a_share_of_the_run(left_out: bool, contrast
         assert set(results[0.5][1]) == set(results[1.0][1]) - (still if done == 0.5 else set())
         for name in results[0.5][1]:
             torch.testing.assert_close(results[0.5][1][name], results[1.0][1][name], atol=1e-6, rtol=1e-5)
-    share, late, stopping = task.late(backbone)
+    share, late, stopping = task.training_phases(backbone)
     assert (share, late) == (0.5, ())
     name_of = {id(parameter): f"0.image.{name}" for name, parameter in backbone.image.named_parameters()}
     assert {name_of[id(parameter)] for parameter in stopping} == still
@@ -453,11 +453,11 @@ def test_what_is_aligned_may_stand_still(
         total(task, terms).backward()
         results[still] = {name: term.detach() for name, term in terms.items()}, gradients(backbone, task)
     torch.testing.assert_close(results[freeze][0], results[False][0])
-    still_now = {id(parameter) for parameter in task.late(backbone).stopping}
+    still_now = {id(parameter) for parameter in task.training_phases(backbone).stopping}
     modules = enumerate((backbone, task))
     names = {f"{at}.{name}" for at, part in modules for name, p in part.named_parameters() if id(p) not in still_now}
     assert set(results[freeze][1]) == names & set(results[False][1])
-    waited = {id(parameter) for parameter in task.late(backbone).parameters}
+    waited = {id(parameter) for parameter in task.training_phases(backbone).late}
     parts = enumerate((backbone, task))
     assert {f"{at}.{n}" for at, part in parts for n, p in part.named_parameters() if id(p) in waited} <= names
     assert waited <= {id(p) for part in (backbone, task) for p in part.parameters() if p.grad is not None}
@@ -615,10 +615,10 @@ def test_until_then_contrast_learns_as_without() -> None:
 
 def test_a_mask_token_behind_the_encoder_waits_for_contrast_too() -> None:
     backbone, task = build(contrast_first=0.25, freeze_aligned=True)
-    late = {id(parameter) for parameter in task.late(backbone).parameters}
+    late = {id(parameter) for parameter in task.training_phases(backbone).late}
     assert id(backbone.image.mask_token) not in late
     backbone.image.left_out = True
-    late_now = {id(parameter) for parameter in task.late(backbone).parameters}
+    late_now = {id(parameter) for parameter in task.training_phases(backbone).late}
     assert late_now - late == {id(backbone.image.mask_token)}
 
 

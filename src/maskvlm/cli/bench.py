@@ -164,7 +164,7 @@ class Bench(LightningCommand):
     def before_fit(self) -> None:
         """Run the same number of steps in each phase."""
         super().before_fit()
-        share = self.model.task.late(self.model.backbone).share
+        share = self.model.task.training_phases(self.model.backbone).share
         self.stopwatch.begins = (0.0, share) if share else (0.0,)
         self.datamodule.steps = self.stopwatch.steps
 

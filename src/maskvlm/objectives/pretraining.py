@@ -480,7 +480,7 @@ class MaskedPretraining(Task):
         parts = (encoded, attention_CT, matched, reconstructs, self.mask_both, pairs, self.matching_trains_encoders)
         return cross_all(backbone, *parts)
 
-    def late(self, backbone: MaskVLM) -> TrainingPhases:
+    def training_phases(self, backbone: MaskVLM) -> TrainingPhases:
         """With `contrast_first`, the cross encoders, all heads except contrast's and a mask token after the ViT are
         trained only after the ITC-only phase. Otherwise all parameters are trained from the start, and the image
         encoder stops after `image_learns` of the steps."""

@@ -47,14 +47,16 @@ class Prediction(TypedDict):
 
 
 class TrainingPhases(NamedTuple):
-    """Parameters that are trained only after a share of the run: their learning rate starts to rise there.
+    """The two phases of a run, and which parameters are trained in one of them only; all others are trained in both.
 
-    stopping: parameters trained only until then, when their learning rate has decayed. All others are trained
-    throughout.
+    Attributes:
+        share: share of the run's steps in the first phase, 0 to 1; 0: there is only one phase.
+        late: trained in the second phase only: their learning rate starts to rise there.
+        stopping: trained in the first phase only: their learning rate has decayed at its end.
     """
 
     share: float = 0.0
-    parameters: Sequence[nn.Parameter] = ()
+    late: Sequence[nn.Parameter] = ()
     stopping: Sequence[nn.Parameter] = ()
 
 
@@ -153,7 +155,7 @@ class Task(nn.Module, ABC):
         self.load_state_dict(fitting, strict=False)
         return set(fitting)
 
-    def late(self, backbone: "MaskVLM") -> TrainingPhases:
+    def training_phases(self, backbone: "MaskVLM") -> TrainingPhases:
         """Which parameters are trained in which part of the run; by default all of them throughout."""
         return TrainingPhases()
 

@@ -372,7 +372,7 @@ class LitModel(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         encoders = (self.backbone.image, self.backbone.text)
         rates = (self.lr, self.lr_encoders, self.weight_decay, self.lr_cross, self.layer_decay)
-        share, late, stopping = self.task.late(self.backbone)
+        share, late, stopping = self.task.training_phases(self.backbone)
         groups = parameter_groups(self.backbone, encoders, self.task, *rates, late, stopping)
         # Only fused kernels read the guard's flag. In float16 Lightning unscales gradients before they are clipped,
         # which it does not do for a fused optimiser.

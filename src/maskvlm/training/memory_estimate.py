@@ -123,7 +123,7 @@ class StepSimulation:
         self.model = Simulated(backbone, task)
         self.kind, self.captions = AUTOCAST[precision], captions
         # ITC alone at first (model.task.contrast_first), or the image encoder trained only at first.
-        first = task.late(backbone).share
+        first = task.training_phases(backbone).share
         # Run progress within a phase -> the phase's share of the steps.
         self.phases = {0.0: first, 1.0: 1 - first} if first else {1.0: 1.0}
 
