@@ -172,6 +172,18 @@ def test_the_benchmark_measures_every_loader(tmp_path: Path) -> None:
     assert all(entry["images_per_second"] > 0 for entry in rows)
 
 
+def test_the_parts_of_an_image_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["loader.py", "--parts", "--count", "41", "--size", "32", "--rounds", "1"])
+    loader.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [" ".join(row.split()[:-1]) for row in rows] == [
+        "decode", "crop and resize", "with mirror and RandAugment"
+    ]  # fmt: skip
+    assert all(float(row.split()[-1]) > 0 for row in rows)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_memory_needs_ten_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Of fewer there is no tenth."""
