@@ -1,5 +1,6 @@
 """Tables of text: what a damaged row costs, how columns are found, and that no bytes lead astray."""
 
+import csv
 import json
 import unicodedata
 from collections.abc import Callable
@@ -93,8 +94,6 @@ def test_a_quote_left_open_in_a_large_file_costs_one_row(tmp_path: Path) -> None
 
 
 def test_the_limit_of_the_csv_module_is_left_as_it_was(tmp_path: Path) -> None:
-    import csv
-
     touch(tmp_path, "a.jpg")
     limit = csv.field_size_limit()
     (row,) = read(tmp_path / "x.csv", f'image,caption\na.jpg,"{"dog " * 1_300_000}"\n')
@@ -274,6 +273,23 @@ def test_names_that_windows_wrote(tmp_path: Path) -> None:
         str(tmp_path / "in" / name) for name in ("sub/a.jpg", "b\\c.jpg")
     ]
     assert [row.reason for row in rows if isinstance(row, BadRow)] == ["missing image", "missing image"]
+
+
+def test_a_cell_with_a_json_list_is_several_captions(tmp_path: Path) -> None:
+    """Fails where the list is one caption, brackets and all. Any other text in brackets is one."""
+    touch(tmp_path, "a.jpg")
+    texts = ['["a dog", "a hound"]', '["one"]', "['a cat', 'a kitten']", "[sic] a bird", "[1]", "[]"]
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "caption"], *(["a.jpg", text] for text in texts)])
+    raw_set = open_raw("csv", str(tmp_path / "x.csv"))
+    assert short([*raw_set.rows()]) == [
+        ("no caption", "7"),
+        (("a dog", "a hound", "one", "['a cat', 'a kitten']", "[sic] a bird", "[1]"), "2"),
+    ]
+    assert raw_set.notes == [
+        "x.csv: 2 cells with a JSON list of texts, each of which is a caption",
+        "x.csv: 1 cell with a list that is not JSON, which stays one caption; write it as JSON (Python: json.dumps)",
+    ]
 
 
 def test_a_space_before_a_quote_is_named(tmp_path: Path) -> None:
@@ -496,8 +512,6 @@ CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\x00\r"), max_s
 @given(st.lists(CELLS, min_size=1, max_size=8))
 def test_what_the_csv_module_writes_is_read_back(tmp_path: Path, captions: list[str]) -> None:
     """Fails where a quoted field with line ends, quotes or delimiters in it is not put together again."""
-    import csv
-
     file = tmp_path / "x.csv"
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")

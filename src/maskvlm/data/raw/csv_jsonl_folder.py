@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 from maskvlm.data.files import image_names, load_json
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, Merged, find_columns, leads_out, not_looked_at, split_named, split_of_path
-from maskvlm.data.raw.lines import NOT_UTF8, json_items, one_line, one_line_id, read_text, short_value, text_lines
+from maskvlm.data.raw.lines import (
+    NOT_UTF8,
+    json_items,
+    json_texts,
+    one_line,
+    one_line_id,
+    read_text,
+    short_value,
+    text_lines,
+)
 from maskvlm.data.raw.table import RawTable
 from maskvlm.data.safe_open import Inside, check_below
 from maskvlm.data.strict_json import flaw
@@ -127,8 +136,23 @@ def _entries(file: Path, given_columns: dict[str, str], notes: list[str]) -> Ite
         notes.append(note)
     # the first of two columns with the same name
     at = {role: table.columns.index(name) for role, name in columns.items()}
+    lists, other_lists = 0, 0
     for number, fields, problem in table.records():
-        yield FileRow(number, {} if problem else {role: fields[n] for role, n in at.items()}, problem)
+        values: dict[str, Any] = {} if problem else {role: fields[n] for role, n in at.items()}
+        text = values.get("caption", "").strip()
+        # a text in brackets that is not a list of texts stays one caption
+        if text.startswith("[") and (texts := json_texts(text)) is not None:
+            lists, values["caption"] = lists + bool(texts), texts
+        else:
+            other_lists += text.startswith(("['", '["')) and text.endswith("]")
+        yield FileRow(number, values, problem)
+    for count, what in (
+        (lists, "with a JSON list of texts, each of which is a caption"),
+        (other_lists, "with a list that is not JSON, which stays one caption; write it as JSON (Python: json.dumps)"),
+    ):
+        note = one_line(f"{file.name}: {'1 cell' if count == 1 else f'{count:,} cells'} {what}", 1000)
+        if count and note not in notes:
+            notes.append(note)
 
 
 def first_not_text(file: Path) -> int | None:

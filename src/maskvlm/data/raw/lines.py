@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from maskvlm.data.caption_text import clean_caption, stable_id
 from maskvlm.data.safe_open import MAX_LINE_BYTES, byte_lines, content_of, opened
-from maskvlm.data.strict_json import parse_first
+from maskvlm.data.strict_json import parse_first, parse_json
 from maskvlm.utils.errors import ExitCode, UserError
 
 CHUNK = 1_000_000
@@ -121,6 +121,15 @@ def _read(reader: TextIOWrapper, file: Path, size: int) -> str:
 
 def _damaged(file: Path, what: str) -> UserError:
     return UserError(file, what, "Fetch it again", ExitCode.BAD_DATA)
+
+
+def json_texts(text: str) -> list[str] | None:
+    """The texts of a JSON list of texts; None if it is anything else."""
+    try:
+        texts = parse_json(text)
+    except (ValueError, RecursionError):
+        return None
+    return texts if isinstance(texts, list) and all(isinstance(each, str) for each in texts) else None
 
 
 def one_line(text: object, most: int = 200) -> str:
