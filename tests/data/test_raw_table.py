@@ -138,6 +138,22 @@ def test_rows_of_an_image_are_one(tmp_path: Path) -> None:
     ]
 
 
+def test_a_caption_that_its_image_has_already_is_left_out(tmp_path: Path) -> None:
+    """Fails where the copy of a row is trained on as a second caption, or where it costs the image."""
+    touch(tmp_path, "a.jpg", "b.jpg")
+    table = "image,caption\na.jpg,one\nb.jpg,one\na.jpg,two\na.jpg, one\nb.jpg,one\n"
+    again = "its image has this caption already, at x"
+    assert read(tmp_path / "x.csv", table) == [
+        BadRow("duplicate caption", "x.csv:5", f"{again}.csv:2", "train"),
+        BadRow("duplicate caption", "x.csv:6", f"{again}.csv:3", "train"),
+        RawRow(str(tmp_path / "a.jpg"), ("one", "two"), "csv a.jpg", "train", "x.csv:2"),
+        RawRow(str(tmp_path / "b.jpg"), ("one",), "csv b.jpg", "train", "x.csv:3"),
+    ]
+    bad, row = read(tmp_path / "x.jsonl", '{"image": "a.jpg", "caption": ["one", "two", "one"]}\n', "jsonl")
+    assert bad == BadRow("duplicate caption", "x.jsonl:1", f"{again}.jsonl:1", "train")
+    assert row[1] == ("one", "two")
+
+
 def test_an_id_is_one_image(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.jpg")
     rows = read(tmp_path / "x.csv", "image,caption,id\na.jpg,one,7\nb.jpg,two,7\n")

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from maskvlm.data.caption_text import clean_caption
+from maskvlm.data.caption_text import clean_caption, stable_id
 from maskvlm.data.images import IMAGE_SUFFIXES
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.data.raw.lines import one_line, one_line_id
@@ -227,31 +227,48 @@ class Merged:
         prefix: prefix of ids.
         identity: path of the image and the table's own id, if any -> id of the image; by default prefix and own id,
             else prefix and path.
+        repeats: keep a caption that the image already has; published sets have some, and are counted with them.
     """
 
-    def __init__(self, file: str, prefix: str, identity: Callable[[str, str], str] | None = None) -> None:
+    def __init__(
+        self, file: str, prefix: str, identity: Callable[[str, str], str] | None = None, repeats: bool = True
+    ) -> None:
         self._file = file
         self._identity = identity or (lambda name, own: f"{prefix} {own or name}")
         self._rows: dict[str, list[Any]] = {}  # path -> [place, id, split, caption, caption, ...]
         self._path_of: dict[str, str] = {}
+        # hash of image and caption -> place
+        self._place_of: dict[int, int] | None = None if repeats else {}
 
     def add(
         self, path: str, captions: Iterable[str], split: str, place: int, own: str = "", name: str = ""
     ) -> BadRow | None:
-        """Add a row; it is bad if its image is in another split, or its id belongs to another image."""
-        # a known image: only its captions are added
-        if row := self._rows.get(path):
-            if row[2] != split:
-                what = f"its image is in split {row[2]!r} at {self._file}:{row[0]}"
-                return BadRow("image in two splits", f"{self._file}:{place}", what, split)
+        """Add a row; it is bad if its image is in another split, its id belongs to another image, or one of its
+        captions is left out as a repetition."""
+        row, origin = self._rows.get(path), f"{self._file}:{place}"
+        if row is None:
+            image_id = one_line_id(self._identity(name or path, own))
+            if (other := self._path_of.setdefault(image_id, path)) != path:
+                what = f"id {image_id!r} is that of another image, at {self._file}:{self._rows[other][0]}"
+                return BadRow("duplicate id", origin, what, split)
+            row = self._rows[path] = [place, image_id, split]
+        # of a known image only the captions are added
+        elif row[2] != split:
+            what = f"its image is in split {row[2]!r} at {self._file}:{row[0]}"
+            return BadRow("image in two splits", origin, what, split)
+        if self._place_of is None:
             row.extend(captions)
             return None
-        image_id = one_line_id(self._identity(name or path, own))
-        if (other := self._path_of.setdefault(image_id, path)) != path:
-            what = f"id {image_id!r} is that of another image, at {self._file}:{self._rows[other][0]}"
-            return BadRow("duplicate id", f"{self._file}:{place}", what, split)
-        self._rows[path] = [place, image_id, split, *captions]
-        return None
+        before: int | None = None
+        for text in captions:
+            key = stable_id(f"{path}\n{clean_caption(text)[0]}")
+            if key in self._place_of:
+                before = self._place_of[key]
+            else:
+                self._place_of[key] = place
+                row.append(text)
+        what = f"its image has this caption already, at {self._file}:{before}"
+        return None if before is None else BadRow("duplicate caption", origin, what, split)
 
     def rows(self) -> Iterator[RawRow]:
         """Rows in the order in which their images first appear."""

@@ -39,7 +39,7 @@ class FileRow(NamedTuple):
 
 class TableSet(RawSet):
     """Rows of one or several csv, tsv, jsonl or json files. Rows with the same image in one file are merged into one
-    image with several captions; in different files of a split they are duplicates.
+    image with several captions, each once; in different files of a split they are duplicates.
 
     Image names are relative to their file, or to `images/` next to it, or to the folder `images`, if given. Without a
     column for it, the split is given by the file's name (`val.csv`), else it is `train`.
@@ -91,7 +91,7 @@ def file_rows(
         UserError: the file cannot be read, or has no column for image or caption.
     """
     # rows are held until the whole file is read, as those of an image may be anywhere in it
-    merged, default = Merged(file.name, name), split_of_path(file.stem)
+    merged, default = Merged(file.name, name, repeats=False), split_of_path(file.stem)
     for entry in _entries(file, given_columns, notes if notes is not None else []):
         origin = f"{file.name}:{entry.place}"
         row = entry.problem or _values(entry.values, default)
