@@ -1,6 +1,7 @@
 """Tables of text: what a damaged row costs, how columns are found, and that no bytes lead astray."""
 
 import csv
+import gzip
 import json
 import unicodedata
 from collections.abc import Callable
@@ -363,6 +364,16 @@ def test_why_a_name_is_no_file(tmp_path: Path) -> None:
         (b"", "x.csv: is empty. It needs a header and one row per text."),
         (b"\n\n", "is empty"),
         (b"\xff\xfei\x00m\x00", "UTF-16 text. Save it as UTF-8"),
+        (
+            b"PK\x03\x04\x14\x00\n",
+            "a spreadsheet (xlsx, ods) or a zip archive, not text. Save the sheet as csv, in UTF-8.",
+        ),
+        (b"\xd0\xcf\x11\xe0\xa1\n", "a spreadsheet (xls), not text. Save the sheet as csv, in UTF-8."),
+        (gzip.compress(b"image,caption\n"), "compressed by gzip. Unpack it first (gunzip -k)."),
+        (
+            b"PAR1\x15\x04\n",
+            "a Parquet file, not text. If it holds the images themselves, use the set webdataset instead",
+        ),
         (b"a,b\xe9\nx,y\n", "x.csv:1: not UTF-8 text (byte 3 is not UTF-8). Save the file as UTF-8."),
         (b"a\x00b\n", "x.csv:1: null bytes"),
         (b'"image,caption\n', "x.csv:1: the names of the columns cannot be read"),

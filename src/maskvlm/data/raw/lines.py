@@ -16,6 +16,16 @@ CHUNK = 1_000_000
 NOT_UTF8 = "not UTF-8 text"
 """The reason for a line that is not UTF-8."""
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+NO_TEXT = {
+    b"PK\x03\x04": ("a spreadsheet (xlsx, ods) or a zip archive, not text", "Save the sheet as csv, in UTF-8"),
+    b"\xd0\xcf\x11\xe0": ("a spreadsheet (xls), not text", "Save the sheet as csv, in UTF-8"),
+    b"\x1f\x8b": ("compressed by gzip", "Unpack it first (gunzip -k)"),
+    b"PAR1": (
+        "a Parquet file, not text",
+        "If it holds the images themselves, use the set webdataset instead, else save it as csv (pandas: to_csv)",
+    ),
+}
+"""First bytes of files that are often given as tables -> what they are, and what to do."""
 
 
 class TextLine(NamedTuple):
@@ -33,12 +43,16 @@ def text_lines(file: Path) -> Iterator[TextLine]:
     and no text; the other lines are not affected.
 
     Raises:
-        UserError: the file cannot be read, or is UTF-16.
+        UserError: the file cannot be read, or is UTF-16, a spreadsheet, Parquet or compressed.
     """
     with opened(file) as stream:
         for number, content, problem in byte_lines(stream):
             if number == 1 and content.startswith(UTF16):
                 raise UserError(file, "UTF-16 text", "Save it as UTF-8", ExitCode.BAD_DATA)
+            if number == 1 and (
+                kind := next((kind for start, kind in NO_TEXT.items() if content.startswith(start)), None)
+            ):
+                raise UserError(file, *kind, ExitCode.BAD_DATA)
             # a byte order mark would become part of the first column's name
             content = content.removeprefix(b"\xef\xbb\xbf") if number == 1 else content
             yield TextLine(number, "", problem) if problem else TextLine(number, *decoded(content))
