@@ -123,6 +123,14 @@ def test_delimiter_line_ends_and_mark_make_no_difference(tmp_path: Path, name: s
     assert row[:4] == (str(tmp_path / "a.jpg"), ("one, two",), "csv a.jpg", "train")
 
 
+def test_excels_line_on_the_delimiter_is_honoured(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    for line in ("sep=;", '"sep=;"', "SEP=;"):
+        (row,) = read(tmp_path / "x.csv", f"{line}\r\nimage;caption\r\na.jpg;one, two, three\r\n")
+        assert row[1] == ("one, two, three",)
+        assert row[4] == "x.csv:3"
+
+
 def test_rows_of_an_image_are_one(tmp_path: Path) -> None:
     touch(tmp_path, "images/a.jpg", "images/b.jpg")
     table = (
@@ -387,6 +395,12 @@ def test_why_a_name_is_no_file(tmp_path: Path) -> None:
             "x.csv:2: is not UTF-8 text; and no column for the image and none for the caption (available: 'Datei', "
             "'Worte'). Save the file as UTF-8. Name one of them",
         ),
+        (
+            b"Our photos\n;\nimage;caption\na.jpg;one\n",
+            "no column for the image and none for the caption (available: 'Our photos'). "
+            "Line 3 has names that fit: remove the lines above it.",
+        ),
+        (b"sep=;\n", "is empty"),
         (b"image,words\na,b\n", "no column for the caption (available: 'image', 'words')"),
     ],
 )

@@ -1,7 +1,7 @@
 """Users' own data: images listed in a csv, tsv or jsonl file, or in a folder with caption files next to them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +19,12 @@ from maskvlm.data.raw.lines import (
     short_value,
     text_lines,
 )
-from maskvlm.data.raw.table import RawTable
+from maskvlm.data.raw.table import RawTable, delimiter_of, split_fields
 from maskvlm.data.safe_open import Inside, check_below
 from maskvlm.data.strict_json import flaw
 from maskvlm.utils.errors import ExitCode, UserError
 
-PROBE = 1000
+PROBE, TITLES = 1000, 20
 IMAGES_TODO = "; --images FOLDER names another folder of images, which the table may name by paths in it"
 UNKNOWN_LICENCE = "not known to this program: see where the data is from"
 
@@ -128,6 +128,9 @@ def _entries(file: Path, given_columns: dict[str, str], notes: list[str]) -> Ite
             what = f"is not UTF-8 text; and {error.what}"
             todo = f"Save the file as UTF-8. {error.todo}"
             raise UserError(f"{file}:{number}", what, todo, error.code) from error
+        if number := line_of_columns(file, given_columns):
+            todo = f"Line {number} has names that fit: remove the lines above it"
+            raise UserError(file, error.what, todo, error.code) from error
         raise
     # reported once, as a wrong guess of a column would otherwise go unnoticed
     if (rest := [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]) and (
@@ -159,6 +162,15 @@ def first_not_text(file: Path) -> int | None:
     """The first of the first PROBE lines that is not UTF-8, as in a table saved in Latin-1."""
     lines = islice(text_lines(file), PROBE)
     return next((line.number for line in lines if line.problem and line.problem[0] == NOT_UTF8), None)
+
+
+def line_of_columns(file: Path, given_columns: dict[str, str]) -> int | None:
+    """The first of the first TITLES lines that could be the names of the columns, as below a title."""
+    for line in islice(text_lines(file), TITLES):
+        names = split_fields(line.text, delimiter_of(file, line.text))
+        if isinstance(names, list) and _columns([name.strip() for name in names], given_columns, file):
+            return line.number
+    return None
 
 
 def _listed(columns: dict[str, str]) -> str:
@@ -197,7 +209,7 @@ def _objects(file: Path, given_columns: dict[str, str]) -> Iterator[FileRow]:
         yield FileRow(entry.place, {role: entry.values.get(name) for role, name in known[keys].items()})
 
 
-def _columns(keys: tuple[str, ...], given_columns: dict[str, str], file: Path) -> dict[str, str] | None:
+def _columns(keys: Sequence[str], given_columns: dict[str, str], file: Path) -> dict[str, str] | None:
     try:
         return find_columns(keys, given_columns, file)
     except UserError:
