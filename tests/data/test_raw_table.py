@@ -273,6 +273,20 @@ def test_images_may_be_in_another_folder(tmp_path: Path, set_name: str, file: st
     assert "; --images FOLDER names another folder" in row.message
 
 
+def test_the_named_folder_is_the_only_one(tmp_path: Path) -> None:
+    """Fails where nothing says that an image beside the table is not the one that is taken."""
+    touch(tmp_path, "photos/a.jpg", "tables/a.jpg")
+    table = tmp_path / "tables" / "x.csv"
+    table.write_text("image,caption\na.jpg,one\n")
+    raw_set = open_raw("csv", str(table), images=str(tmp_path / "photos"))
+    assert [row[0] for row in raw_set.rows()] == [str(tmp_path / "photos" / "a.jpg")]
+    note = f"x.csv: images are taken from {tmp_path}/photos (--images), and none from beside the table"
+    assert raw_set.notes == [note]
+    raw_set = open_raw("csv", str(table), images=str(tmp_path / "tables"))
+    assert len([*raw_set.rows()]) == 1
+    assert raw_set.notes == []
+
+
 def test_dots_in_a_name_are_relative_to_the_table(tmp_path: Path) -> None:
     """Fails where they are relative to the folder of images, or may leave it, also by a link."""
     touch(tmp_path, "photos/a.jpg", "photos/b.jpg", "tables/photos/b.jpg", "secret/x.jpg")

@@ -62,6 +62,11 @@ class TableSet(RawSet):
         places: dict[str, FirstPlace] = {}
         for file in self.files:
             folder = Folder(self.images, table=file.parent) if self.images else Folder(file.parent, IMAGES_TODO)
+            # told, as images of the same names may be beside the table
+            if self.images and os.path.realpath(self.images) != os.path.realpath(file.parent):
+                note = f"{file.name}: images are taken from {self.images} (--images), and none from beside the table"
+                if (note := one_line(note, 1000)) not in self.notes:
+                    self.notes.append(note)
             yield from file_rows(file, self.name, self.columns, folder, self.notes, places)
 
 
