@@ -366,9 +366,19 @@ def test_an_accent_may_be_written_otherwise_on_the_disk(tmp_path: Path, forms: t
 
 
 def test_why_a_name_is_no_file(tmp_path: Path) -> None:
-    touch(tmp_path, "UPPER.JPG", "images/sub/É.jpg", "outside.jpg")
+    touch(tmp_path, "UPPER.JPG", "images/sub/É.jpg", "outside.jpg", "1000268201.jpg", "v1.2.png", "notes.txt")
     (tmp_path / "LINK.jpg").symlink_to("/etc/hostname")
-    names = ["upper.jpg", "sub/é.jpg", "sub", "https://a.org/b.jpg", "no.jpg", "link.jpg"]
+    names = [
+        "upper.jpg",
+        "sub/é.jpg",
+        "sub",
+        "https://a.org/b.jpg",
+        "no.jpg",
+        "link.jpg",
+        "1000268201",
+        "v1.2",
+        "notes",
+    ]
     rows = read(tmp_path / "x.csv", "image,caption\n" + "".join(f"{name},one\n" for name in names))
     assert [(row.reason, row.message) for row in rows if isinstance(row, BadRow)] == [
         ("missing image", f"'upper.jpg' is not in {tmp_path}; did you mean 'UPPER.JPG'?"),
@@ -377,6 +387,9 @@ def test_why_a_name_is_no_file(tmp_path: Path) -> None:
         ("address", "'https://a.org/b.jpg': addresses are not fetched; download the images first"),
         ("missing image", f"'no.jpg' is not in {tmp_path}"),
         ("missing image", f"'link.jpg' is not in {tmp_path}"),
+        ("missing image", f"'1000268201' is not in {tmp_path}; did you mean '1000268201.jpg'?"),
+        ("missing image", f"'v1.2' is not in {tmp_path}; did you mean 'v1.2.png'?"),
+        ("missing image", f"'notes' is not in {tmp_path}"),
     ]
 
 

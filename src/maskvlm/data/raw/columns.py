@@ -129,7 +129,7 @@ class Folder:
         self.root, self._real, self._todo = str(root.absolute()), os.path.realpath(root), todo
         self._table = str((table or root).absolute())
         self._inside = Inside(root)
-        # folder -> its names by case-folded name; read when a name in it is missing
+        # folder -> its names by case-folded name, with and without suffix; read when a name in it is missing
         self._beside: dict[str, dict[str, str]] = {}
         self._room = MOST_BESIDE
 
@@ -167,23 +167,26 @@ class Folder:
             return "address", f"{quoted_name}: addresses are not fetched; download the images first"
         if any(os.path.isdir(os.path.join(self.root, folder, inside)) for folder in ("", "images")):
             return "folder", f"{quoted_name} is a folder; name an image in it"
-        near = next((match for folder in ("", "images") if (match := self._other_case(folder, inside))), None)
+        near = next((match for folder in ("", "images") if (match := self._similar(folder, inside))), None)
         question = f"; did you mean {one_line(near)!r}?" if near else ""
         return "missing image", f"{quoted_name} is not in {one_line(self.root)}{question}"
 
-    def _other_case(self, folder: str, inside: str) -> str | None:
-        """The name of a file that differs only in case, as it would be written in the table. It is suggested but not
-        used, as it may be another image."""
+    def _similar(self, folder: str, inside: str) -> str | None:
+        """The name of a file that differs only in case or has an image's suffix in addition, as it would be written in
+        the table. It is suggested but not used, as it may be another image."""
         place, last = os.path.split(inside)
         looked_at = os.path.join(self.root, folder, place)
         if looked_at not in self._beside and self._room > 0:
             try:
                 with os.scandir(looked_at) as entries:
-                    names = {folded_name(entry.name): entry.name for entry in islice(entries, self._room)}
+                    there = sorted(entry.name for entry in islice(entries, self._room))
             except OSError:
-                names = {}
-            self._beside[looked_at] = names
-            self._room -= len(names) + 1
+                there = []
+            parts = ((*os.path.splitext(name), name) for name in there)
+            names = {folded_name(stem): name for stem, suffix, name in parts if suffix.lower() in IMAGE_SUFFIXES}
+            # a whole name takes precedence
+            self._beside[looked_at] = names | {folded_name(name): name for name in there}
+            self._room -= len(there) + 1
         near = self._beside.get(looked_at, {}).get(folded_name(last))
         path = os.path.join(looked_at, near) if near else ""
         # a link out of the folder is not even suggested
