@@ -63,6 +63,11 @@ def test_repaired_captions_are_told_in_the_end(tmp_path: Path, capsys: pytest.Ca
     output = capsys.readouterr().out
     assert f"{line}{tmp_path / 'mine' / 'skipped.jsonl'}; for example pairs.csv:2: caption 2 of 3\n" in output
     assert "left out" not in output
+    (tmp_path / "one.csv").write_text("image,caption,\n0.jpg,dog,\n")
+    assert main(["csv", str(tmp_path / "one.csv"), "--out", str(tmp_path / "one"), "--workers", "1"], []) == 0
+    output = capsys.readouterr().out
+    assert "1 image (train 1), 1 caption; licence" in output
+    assert "caption as caption; not: (a column without a name)\n" in output
 
 
 COLUMNS = ["--columns", "image=ding,caption=spruch"]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from maskvlm.data.raw import BadRow, RawRow, open_raw
-from maskvlm.data.raw.columns import find_columns, split_named, split_of_path
+from maskvlm.data.raw.columns import find_columns, name_problem, split_named, split_of_path
 from maskvlm.data.raw.lines import CHUNK, MAX_LINE_BYTES, json_items, text_lines
 from maskvlm.data.raw.table import RawTable
 from maskvlm.utils.errors import ExitCode, UserError
@@ -190,6 +190,17 @@ def test_an_image_of_two_files_is_in_one_split(tmp_path: Path) -> None:
     assert [row if isinstance(row, BadRow) else row.image_id for row in rows] == ["mine 1", bad, "mine val 10"]
 
 
+def test_an_image_of_two_files_of_a_split_is_told_with_its_first_place(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "one.csv").write_text("image,caption\na.jpg,one\n")
+    (tmp_path / "two.csv").write_text("image,caption\nb.jpg,two\na.jpg,three\n")
+    rows = [*open_raw("csv", str(tmp_path)).rows()]
+    what = "its image is in another table, at one.csv:2; put its captions into one"
+    assert [row for row in rows if isinstance(row, BadRow)] == [
+        BadRow("image in two tables", "two.csv:3", what, "train")
+    ]
+
+
 def test_ids_may_start_anew_in_the_file_of_each_split(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.jpg")
     for split, image in (("train", "a"), ("val", "b")):
@@ -300,6 +311,16 @@ def test_dots_in_a_name_are_relative_to_the_table(tmp_path: Path) -> None:
     ]
     reasons = [row.reason for row in rows if isinstance(row, BadRow)]
     assert reasons == ["unsafe name", "link leads out", "unsafe name"]
+    (tmp_path / "x.csv").write_text("image,caption\nsub/../a.jpg,one\n")
+    (row,) = open_raw("csv", str(tmp_path / "x.csv"), images=str(tmp_path / "photos")).rows()
+    assert isinstance(row, BadRow)
+    what = "with `..` relative to the table, the name leads out of the folder"
+    assert row.message == f"'sub/../a.jpg': {what} {tmp_path}/photos"
+
+
+def test_a_name_that_stays_in_the_folder_is_not_said_to_lead_out() -> None:
+    assert name_problem("sub/../a.jpg") == "the name has '..' in it, below the folder"
+    assert {name_problem(name) for name in ("../a", "a/../../b", "/a")} == {"the name leads out of the folder"}
 
 
 def test_names_that_windows_wrote(tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         # 128 + SIGINT, as in shells
         return 130
     splits = ", ".join(f"{name} {split['pictures']:,}" for name, split in manifest["splits"].items())
-    captions = f", {manifest['captions']:,} captions" if manifest["captions"] else ""
+    number = manifest["captions"]
+    captions = f", {'1 caption' if number == 1 else f'{number:,} captions'}" if number else ""
     print(f"{root}: {manifest['coverage']} ({splits}){captions}; licence: {manifest['licence']}")
     for note in manifest["notes"]:
         print(f"note: {note}")

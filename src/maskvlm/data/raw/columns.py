@@ -106,9 +106,10 @@ def name_problem(name: str) -> str | None:
     path = PurePosixPath(name)
     if "\x00" in name or clean_caption(name)[1] == "surrogate":
         return "the name is not text"
-    if path.is_absolute() or ".." in path.parts:
+    if path.is_absolute() or PurePosixPath(os.path.normpath(name)).parts[:1] == ("..",):
         return "the name leads out of the folder"
-    return None
+    # refused too, as what precedes it may be a link
+    return "the name has '..' in it, below the folder" if ".." in path.parts else None
 
 
 class Folder:
@@ -127,7 +128,7 @@ class Folder:
 
     def __init__(self, root: Path, todo: str = "", table: Path | None = None) -> None:
         self.root, self._real, self._todo = str(root.absolute()), os.path.realpath(root), todo
-        self._table = str((table or root).absolute())
+        self._table, self._has_table = str((table or root).absolute()), table is not None
         self._inside = Inside(root)
         # folder -> its names by case-folded name, with and without suffix; read when a name in it is missing
         self._beside: dict[str, dict[str, str]] = {}
@@ -137,6 +138,9 @@ class Folder:
         """The path of an existing file, or (reason, message)."""
         inside = self._relative(name)
         if problem := name_problem(inside):
+            if ".." in PurePosixPath(inside).parts:
+                # `_relative` has followed it: from the folder itself the name might not lead out
+                problem = f"{'with `..` relative to the table, ' * self._has_table}the name leads out of the folder"
             return "", ("unsafe name", f"{one_line(name)!r}: {problem} {one_line(self.root)}{self._todo}")
         for spelled in spellings(inside):
             for folder in ("", "images"):

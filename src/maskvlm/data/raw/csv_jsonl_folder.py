@@ -75,6 +75,7 @@ class FirstPlace(NamedTuple):
 
     split: str
     origin: str
+    file: str
 
 
 def file_rows(
@@ -103,7 +104,8 @@ def file_rows(
         if isinstance(row, Values):
             path, problem = folder.place(row.image)
             # the path identifies the image, as two names may refer to it
-            before = places.setdefault(path, FirstPlace(row.split, origin)) if path and places is not None else None
+            here = FirstPlace(row.split, origin, file.name)
+            before = places.setdefault(path, here) if path and places is not None else None
             own = f"{default} {row.id}" if row.id and places is not None and default != "train" else row.id
             bad: BadRow | None
             if problem:
@@ -111,6 +113,9 @@ def file_rows(
             elif before is not None and before.split != row.split:
                 what = f"its image is in split {before.split!r} at {before.origin}"
                 bad = BadRow("image in two splits", origin, what, row.split)
+            elif before is not None and before.file != file.name:
+                what = f"its image is in another table, at {before.origin}; put its captions into one"
+                bad = BadRow("image in two tables", origin, what, row.split)
             else:
                 bad = merged.add(path, row.captions, row.split, entry.place, own, row.image)
             if bad:
@@ -138,9 +143,13 @@ def _entries(file: Path, given_columns: dict[str, str], notes: list[str]) -> Ite
             raise UserError(file, error.what, todo, error.code) from error
         raise
     # reported once, as a wrong guess of a column would otherwise go unnoticed
-    if (rest := [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]) and (
-        note := one_line(f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(dict.fromkeys(rest))}", 1000)
-    ) not in notes:
+    rest = [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]
+    unused = dict.fromkeys(name or "(a column without a name)" for name in rest)
+    if (
+        rest
+        and (note := one_line(f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(unused)}", 1000))
+        not in notes
+    ):
         notes.append(note)
     # the first of two columns with the same name
     at = {role: table.columns.index(name) for role, name in columns.items()}
