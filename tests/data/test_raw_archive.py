@@ -133,7 +133,7 @@ def test_an_image_of_a_parquet_file_is_bytes(tmp_path: Path, kind: pa.DataType) 
     assert [sample.problem for sample in parquet_samples(tmp_path / "raw" / "train-0.parquet", {})] == [
         ("no image", "no column of images")
     ]
-    with pytest.raises(UserError, match="no shards in this folder"):
+    with pytest.raises(UserError, match="holds no images"):
         reasons(tmp_path / "raw")
 
 
@@ -276,6 +276,22 @@ def test_a_key_counts_once(tmp_path: Path) -> None:
         *[("first",), ("a dog",), "duplicate key", ("a dog",)],
         "duplicate key",
     ]
+
+
+def test_parquet_with_columns_of_its_own_lists_them(tmp_path: Path) -> None:
+    """Fails where the line says that there is no shard, or that a .txt is missing."""
+    pq.write_table(pa.table({"bild": [JPEG], "wort": ["a dog"], "image": ["a.jpg"]}), tmp_path / "x.parquet")
+    there = r"\(available: 'bild', 'wort', 'image'\)\. "
+    with pytest.raises(UserError, match=rf"column 'image' holds no images \(bytes\) {there}Name the column that does"):
+        open_raw("webdataset", str(tmp_path))
+    with pytest.raises(UserError, match=rf"no column 'nix' {there}Name the column of images: --columns image=NAME"):
+        open_raw("webdataset", str(tmp_path), {"image": "nix"})
+    (row,) = open_raw("webdataset", str(tmp_path), {"image": "bild"}).rows()
+    assert isinstance(row, BadRow)
+    what = "no column for the caption (available: 'wort', 'image'); name it: --columns caption=NAME (make: ARGS=)"
+    assert row.message == what
+    (row,) = open_raw("webdataset", str(tmp_path), {"image": "bild", "caption": "wort"}).rows()
+    assert row[1] == ("a dog",)
 
 
 def test_a_folder_without_shards_says_what_was_looked_for(tmp_path: Path) -> None:

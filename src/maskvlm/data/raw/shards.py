@@ -7,7 +7,7 @@ from typing import Any
 
 from maskvlm.data.raw.archive import TAR
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
-from maskvlm.data.raw.columnar import has_images, parquet_samples
+from maskvlm.data.raw.columnar import has_images, listed_names, parquet_samples, without_images
 from maskvlm.data.raw.columns import ROLES, not_looked_at, split_named, split_of_path
 from maskvlm.data.raw.csv_jsonl_folder import texts_in
 from maskvlm.data.raw.lines import decoded, one_line, one_line_id, read_text
@@ -106,6 +106,11 @@ class WebShards(RawSet):
         for name in [wanted] if wanted else ROLES["caption"]:
             if (captions := texts_in(meta.get(name))) is not None:
                 return captions
+        if self._kind == "parquet":
+            names = listed_names([*meta])
+            return "no caption", f"no column {wanted!r} with a text (others: {names})" if wanted else (
+                f"no column for the caption (available: {names}); name it: --columns caption=NAME (make: ARGS=)"
+            )
         return "no caption", "neither a .txt nor a caption in a .json"
 
     def _compare(self, shard: Path, inside: str, split: str, images: int, cut: bool) -> Iterator[BadRow]:
@@ -154,7 +159,10 @@ def find_shards(
             left_out[reason] = [path for path in paths if TAR.search(path) or path.endswith(".parquet")]
     # next to tars, img2dataset writes Parquet files of the addresses, without images
     if not shards_by_kind["tar"]:
-        shards_by_kind["parquet"] = [path for path in shards_by_kind["parquet"] if has_images(path, columns)]
+        parquet = shards_by_kind["parquet"]
+        shards_by_kind["parquet"] = [path for path in parquet if has_images(path, columns)]
+        if parquet and not any(shards_by_kind.values()):
+            raise without_images(parquet[0], columns)
     # the first kind found: tar, parquet, files
     for kind, shards in shards_by_kind.items():
         if shards:
