@@ -278,6 +278,20 @@ def test_a_key_counts_once(tmp_path: Path) -> None:
     ]
 
 
+def test_files_of_a_key_that_are_apart_or_have_dots_are_told_with_the_first(tmp_path: Path) -> None:
+    """Fails where the message on the second part does not name the first, and why there are two."""
+    names = ("a.jpg", "b.jpg", "b.txt", "a.txt", "c.v1.jpg", "c.v1.txt", "c.v2.jpg", "c.v2.txt")
+    (tmp_path / "0.tar").write_bytes(tar(*((name, JPEG if name.endswith("jpg") else b"x") for name in names)))
+    why = "the members of a key must be adjacent, and it ends at the first dot of their names"
+    assert [row if isinstance(row, BadRow) else row.origin for row in read(tmp_path)] == [
+        BadRow("no caption", "0.tar!a.jpg", "neither a .txt nor a caption in a .json", "train"),
+        "0.tar!b.jpg",
+        BadRow("duplicate key", "0.tar!a.txt", f"key 'a' appears twice, first at a.jpg; {why}", "train"),
+        "0.tar!c.v1.jpg",
+        BadRow("duplicate key", "0.tar!c.v2.jpg", f"key 'c' appears twice, first at c.v1.jpg; {why}", "train"),
+    ]
+
+
 def test_parquet_with_columns_of_its_own_lists_them(tmp_path: Path) -> None:
     """Fails where the line says that there is no shard, or that a .txt is missing."""
     pq.write_table(pa.table({"bild": [JPEG], "wort": ["a dog"], "image": ["a.jpg"]}), tmp_path / "x.parquet")

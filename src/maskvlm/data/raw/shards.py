@@ -56,20 +56,28 @@ class WebShards(RawSet):
     def _rows_of(self, shard: Path) -> Iterator[RawRow | BadRow]:
         inside = shard.relative_to(self.root).as_posix() if shard != self.root else shard.name
         split, images, cut = split_of_path(inside), 0, False
-        # of one shard, as the keys of all shards would not fit into memory
-        seen_keys: set[str] = set()
+        # key -> its first member; of one shard, as the keys of all shards would not fit into memory
+        seen_keys: dict[str, str] = {}
         # one sample at a time; the problem of a whole shard has no key
         for sample in READERS[self._kind](shard, self.columns):
             origin = one_line(f"{inside}!{sample.origin}" if sample.origin else inside)
             row = self._row(sample, shard, origin, split)
             # downloaded images, usable or not, to compare with img2dataset's count
             images += isinstance(row, RawRow) or "image" in sample.parts
-            if sample.key and sample.key in seen_keys:
-                row = BadRow("duplicate key", origin, f"key {one_line(sample.key)!r} appears twice", split)
-            seen_keys.add(sample.key)
+            if sample.key in seen_keys:
+                row = BadRow("duplicate key", origin, self._twice(sample.key, seen_keys[sample.key]), split)
+            elif sample.key:
+                seen_keys[sample.key] = sample.origin
             cut |= not sample.key
             yield row
         yield from self._compare(shard, inside, split, images, cut)
+
+    def _twice(self, key: str, first: str) -> str:
+        """The message on the second sample of a key."""
+        what = f"key {one_line(key)!r} appears twice, first at {one_line(first)}"
+        if self._kind != "tar":
+            return what
+        return f"{what}; the members of a key must be adjacent, and it ends at the first dot of their names"
 
     def _row(self, sample: KeyedFiles, shard: Path, origin: str, split: str) -> RawRow | BadRow:
         meta, problem = _meta(sample)
