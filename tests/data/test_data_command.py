@@ -53,6 +53,23 @@ def test_a_row_without_a_caption_is_listed_by_its_own_line(tmp_path: Path, capsy
     ]
 
 
+def test_repaired_captions_are_told_in_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails where they are counted in the manifest only."""
+    (tmp_path / "0.jpg").write_bytes(encoded(photo(0)))
+    rows = ["image,caption", f"0.jpg,{'a dog ' * 1000}", "0.jpg,a\u200b dog", "0.jpg,a\u200b cat"]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    assert main(["csv", str(tmp_path / "pairs.csv"), "--out", str(tmp_path / "mine"), "--workers", "1"], []) == 0
+    line = "repaired or dropped: 3 captions (caption control: 2, caption cut: 1), listed in "
+    output = capsys.readouterr().out
+    assert f"{line}{tmp_path / 'mine' / 'skipped.jsonl'}; for example pairs.csv:2: caption 2 of 3\n" in output
+    assert "left out" not in output
+    (tmp_path / "one.csv").write_text("image,caption,\n0.jpg,dog,\n")
+    assert main(["csv", str(tmp_path / "one.csv"), "--out", str(tmp_path / "one"), "--workers", "1"], []) == 0
+    output = capsys.readouterr().out
+    assert "1 image (train 1), 1 caption; licence" in output
+    assert "caption as caption; not: (a column without a name)\n" in output
+
+
 COLUMNS = ["--columns", "image=ding,caption=spruch"]
 
 

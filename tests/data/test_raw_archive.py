@@ -133,7 +133,7 @@ def test_an_image_of_a_parquet_file_is_bytes(tmp_path: Path, kind: pa.DataType) 
     assert [sample.problem for sample in parquet_samples(tmp_path / "raw" / "train-0.parquet", {})] == [
         ("no image", "no column of images")
     ]
-    with pytest.raises(UserError, match="no shards in this folder"):
+    with pytest.raises(UserError, match="holds no images"):
         reasons(tmp_path / "raw")
 
 
@@ -276,6 +276,36 @@ def test_a_key_counts_once(tmp_path: Path) -> None:
         *[("first",), ("a dog",), "duplicate key", ("a dog",)],
         "duplicate key",
     ]
+
+
+def test_files_of_a_key_that_are_apart_or_have_dots_are_told_with_the_first(tmp_path: Path) -> None:
+    """Fails where the message on the second part does not name the first, and why there are two."""
+    names = ("a.jpg", "b.jpg", "b.txt", "a.txt", "c.v1.jpg", "c.v1.txt", "c.v2.jpg", "c.v2.txt")
+    (tmp_path / "0.tar").write_bytes(tar(*((name, JPEG if name.endswith("jpg") else b"x") for name in names)))
+    why = "the members of a key must be adjacent, and it ends at the first dot of their names"
+    assert [row if isinstance(row, BadRow) else row.origin for row in read(tmp_path)] == [
+        BadRow("no caption", "0.tar!a.jpg", "neither a .txt nor a caption in a .json", "train"),
+        "0.tar!b.jpg",
+        BadRow("duplicate key", "0.tar!a.txt", f"key 'a' appears twice, first at a.jpg; {why}", "train"),
+        "0.tar!c.v1.jpg",
+        BadRow("duplicate key", "0.tar!c.v2.jpg", f"key 'c' appears twice, first at c.v1.jpg; {why}", "train"),
+    ]
+
+
+def test_parquet_with_columns_of_its_own_lists_them(tmp_path: Path) -> None:
+    """Fails where the line says that there is no shard, or that a .txt is missing."""
+    pq.write_table(pa.table({"bild": [JPEG], "wort": ["a dog"], "image": ["a.jpg"]}), tmp_path / "x.parquet")
+    there = r"\(available: 'bild', 'wort', 'image'\)\. "
+    with pytest.raises(UserError, match=rf"column 'image' holds no images \(bytes\) {there}Name the column that does"):
+        open_raw("webdataset", str(tmp_path))
+    with pytest.raises(UserError, match=rf"no column 'nix' {there}Name the column of images: --columns image=NAME"):
+        open_raw("webdataset", str(tmp_path), {"image": "nix"})
+    (row,) = open_raw("webdataset", str(tmp_path), {"image": "bild"}).rows()
+    assert isinstance(row, BadRow)
+    what = "no column for the caption (available: 'wort', 'image'); name it: --columns caption=NAME (make: ARGS=)"
+    assert row.message == what
+    (row,) = open_raw("webdataset", str(tmp_path), {"image": "bild", "caption": "wort"}).rows()
+    assert row[1] == ("a dog",)
 
 
 def test_a_folder_without_shards_says_what_was_looked_for(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Tables of text: what a damaged row costs, how columns are found, and that no bytes lead astray."""
 
+import csv
+import gzip
 import json
 import unicodedata
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from maskvlm.data.raw import BadRow, RawRow, open_raw
-from maskvlm.data.raw.columns import find_columns, split_named, split_of_path
+from maskvlm.data.raw.columns import find_columns, name_problem, split_named, split_of_path
 from maskvlm.data.raw.lines import CHUNK, MAX_LINE_BYTES, json_items, text_lines
 from maskvlm.data.raw.table import RawTable
 from maskvlm.utils.errors import ExitCode, UserError
@@ -93,8 +95,6 @@ def test_a_quote_left_open_in_a_large_file_costs_one_row(tmp_path: Path) -> None
 
 
 def test_the_limit_of_the_csv_module_is_left_as_it_was(tmp_path: Path) -> None:
-    import csv
-
     touch(tmp_path, "a.jpg")
     limit = csv.field_size_limit()
     (row,) = read(tmp_path / "x.csv", f'image,caption\na.jpg,"{"dog " * 1_300_000}"\n')
@@ -123,6 +123,14 @@ def test_delimiter_line_ends_and_mark_make_no_difference(tmp_path: Path, name: s
     assert row[:4] == (str(tmp_path / "a.jpg"), ("one, two",), "csv a.jpg", "train")
 
 
+def test_excels_line_on_the_delimiter_is_honoured(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    for line in ("sep=;", '"sep=;"', "SEP=;"):
+        (row,) = read(tmp_path / "x.csv", f"{line}\r\nimage;caption\r\na.jpg;one, two, three\r\n")
+        assert row[1] == ("one, two, three",)
+        assert row[4] == "x.csv:3"
+
+
 def test_rows_of_an_image_are_one(tmp_path: Path) -> None:
     touch(tmp_path, "images/a.jpg", "images/b.jpg")
     table = (
@@ -137,6 +145,22 @@ def test_rows_of_an_image_are_one(tmp_path: Path) -> None:
         RawRow(str(tmp_path / "images/a.jpg"), ("one", "three"), "csv 7", "train", "x.csv:2"),
         RawRow(str(tmp_path / "images/b.jpg"), ("two",), "csv 8", "val", "x.csv:3"),
     ]
+
+
+def test_a_caption_that_its_image_has_already_is_left_out(tmp_path: Path) -> None:
+    """Fails where the copy of a row is trained on as a second caption, or where it costs the image."""
+    touch(tmp_path, "a.jpg", "b.jpg")
+    table = "image,caption\na.jpg,one\nb.jpg,one\na.jpg,two\na.jpg, one\nb.jpg,one\n"
+    again = "its image has this caption already, at x"
+    assert read(tmp_path / "x.csv", table) == [
+        BadRow("duplicate caption", "x.csv:5", f"{again}.csv:2", "train"),
+        BadRow("duplicate caption", "x.csv:6", f"{again}.csv:3", "train"),
+        RawRow(str(tmp_path / "a.jpg"), ("one", "two"), "csv a.jpg", "train", "x.csv:2"),
+        RawRow(str(tmp_path / "b.jpg"), ("one",), "csv b.jpg", "train", "x.csv:3"),
+    ]
+    bad, row = read(tmp_path / "x.jsonl", '{"image": "a.jpg", "caption": ["one", "two", "one"]}\n', "jsonl")
+    assert bad == BadRow("duplicate caption", "x.jsonl:1", f"{again}.jsonl:1", "train")
+    assert row[1] == ("one", "two")
 
 
 def test_an_id_is_one_image(tmp_path: Path) -> None:
@@ -164,6 +188,17 @@ def test_an_image_of_two_files_is_in_one_split(tmp_path: Path) -> None:
     rows = [*open_raw("csv", str(tmp_path), as_name="mine").rows()]
     bad = BadRow("image in two splits", "val.csv:3", "its image is in split 'train' at train.csv:2", "val")
     assert [row if isinstance(row, BadRow) else row.image_id for row in rows] == ["mine 1", bad, "mine val 10"]
+
+
+def test_an_image_of_two_files_of_a_split_is_told_with_its_first_place(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "one.csv").write_text("image,caption\na.jpg,one\n")
+    (tmp_path / "two.csv").write_text("image,caption\nb.jpg,two\na.jpg,three\n")
+    rows = [*open_raw("csv", str(tmp_path)).rows()]
+    what = "its image is in another table, at one.csv:2; put its captions into one"
+    assert [row for row in rows if isinstance(row, BadRow)] == [
+        BadRow("image in two tables", "two.csv:3", what, "train")
+    ]
 
 
 def test_ids_may_start_anew_in_the_file_of_each_split(tmp_path: Path) -> None:
@@ -249,6 +284,20 @@ def test_images_may_be_in_another_folder(tmp_path: Path, set_name: str, file: st
     assert "; --images FOLDER names another folder" in row.message
 
 
+def test_the_named_folder_is_the_only_one(tmp_path: Path) -> None:
+    """Fails where nothing says that an image beside the table is not the one that is taken."""
+    touch(tmp_path, "photos/a.jpg", "tables/a.jpg")
+    table = tmp_path / "tables" / "x.csv"
+    table.write_text("image,caption\na.jpg,one\n")
+    raw_set = open_raw("csv", str(table), images=str(tmp_path / "photos"))
+    assert [row[0] for row in raw_set.rows()] == [str(tmp_path / "photos" / "a.jpg")]
+    note = f"x.csv: images are taken from {tmp_path}/photos (--images), and none from beside the table"
+    assert raw_set.notes == [note]
+    raw_set = open_raw("csv", str(table), images=str(tmp_path / "tables"))
+    assert len([*raw_set.rows()]) == 1
+    assert raw_set.notes == []
+
+
 def test_dots_in_a_name_are_relative_to_the_table(tmp_path: Path) -> None:
     """Fails where they are relative to the folder of images, or may leave it, also by a link."""
     touch(tmp_path, "photos/a.jpg", "photos/b.jpg", "tables/photos/b.jpg", "secret/x.jpg")
@@ -262,6 +311,16 @@ def test_dots_in_a_name_are_relative_to_the_table(tmp_path: Path) -> None:
     ]
     reasons = [row.reason for row in rows if isinstance(row, BadRow)]
     assert reasons == ["unsafe name", "link leads out", "unsafe name"]
+    (tmp_path / "x.csv").write_text("image,caption\nsub/../a.jpg,one\n")
+    (row,) = open_raw("csv", str(tmp_path / "x.csv"), images=str(tmp_path / "photos")).rows()
+    assert isinstance(row, BadRow)
+    what = "with `..` relative to the table, the name leads out of the folder"
+    assert row.message == f"'sub/../a.jpg': {what} {tmp_path}/photos"
+
+
+def test_a_name_that_stays_in_the_folder_is_not_said_to_lead_out() -> None:
+    assert name_problem("sub/../a.jpg") == "the name has '..' in it, below the folder"
+    assert {name_problem(name) for name in ("../a", "a/../../b", "/a")} == {"the name leads out of the folder"}
 
 
 def test_names_that_windows_wrote(tmp_path: Path) -> None:
@@ -274,6 +333,23 @@ def test_names_that_windows_wrote(tmp_path: Path) -> None:
         str(tmp_path / "in" / name) for name in ("sub/a.jpg", "b\\c.jpg")
     ]
     assert [row.reason for row in rows if isinstance(row, BadRow)] == ["missing image", "missing image"]
+
+
+def test_a_cell_with_a_json_list_is_several_captions(tmp_path: Path) -> None:
+    """Fails where the list is one caption, brackets and all. Any other text in brackets is one."""
+    touch(tmp_path, "a.jpg")
+    texts = ['["a dog", "a hound"]', '["one"]', "['a cat', 'a kitten']", "[sic] a bird", "[1]", "[]"]
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "caption"], *(["a.jpg", text] for text in texts)])
+    raw_set = open_raw("csv", str(tmp_path / "x.csv"))
+    assert short([*raw_set.rows()]) == [
+        ("no caption", "7"),
+        (("a dog", "a hound", "one", "['a cat', 'a kitten']", "[sic] a bird", "[1]"), "2"),
+    ]
+    assert raw_set.notes == [
+        "x.csv: 2 cells with a JSON list of texts, each of which is a caption",
+        "x.csv: 1 cell with a list that is not JSON, which stays one caption; write it as JSON (Python: json.dumps)",
+    ]
 
 
 def test_a_space_before_a_quote_is_named(tmp_path: Path) -> None:
@@ -311,9 +387,19 @@ def test_an_accent_may_be_written_otherwise_on_the_disk(tmp_path: Path, forms: t
 
 
 def test_why_a_name_is_no_file(tmp_path: Path) -> None:
-    touch(tmp_path, "UPPER.JPG", "images/sub/É.jpg", "outside.jpg")
+    touch(tmp_path, "UPPER.JPG", "images/sub/É.jpg", "outside.jpg", "1000268201.jpg", "v1.2.png", "notes.txt")
     (tmp_path / "LINK.jpg").symlink_to("/etc/hostname")
-    names = ["upper.jpg", "sub/é.jpg", "sub", "https://a.org/b.jpg", "no.jpg", "link.jpg"]
+    names = [
+        "upper.jpg",
+        "sub/é.jpg",
+        "sub",
+        "https://a.org/b.jpg",
+        "no.jpg",
+        "link.jpg",
+        "1000268201",
+        "v1.2",
+        "notes",
+    ]
     rows = read(tmp_path / "x.csv", "image,caption\n" + "".join(f"{name},one\n" for name in names))
     assert [(row.reason, row.message) for row in rows if isinstance(row, BadRow)] == [
         ("missing image", f"'upper.jpg' is not in {tmp_path}; did you mean 'UPPER.JPG'?"),
@@ -322,6 +408,9 @@ def test_why_a_name_is_no_file(tmp_path: Path) -> None:
         ("address", "'https://a.org/b.jpg': addresses are not fetched; download the images first"),
         ("missing image", f"'no.jpg' is not in {tmp_path}"),
         ("missing image", f"'link.jpg' is not in {tmp_path}"),
+        ("missing image", f"'1000268201' is not in {tmp_path}; did you mean '1000268201.jpg'?"),
+        ("missing image", f"'v1.2' is not in {tmp_path}; did you mean 'v1.2.png'?"),
+        ("missing image", f"'notes' is not in {tmp_path}"),
     ]
 
 
@@ -331,6 +420,16 @@ def test_why_a_name_is_no_file(tmp_path: Path) -> None:
         (b"", "x.csv: is empty. It needs a header and one row per text."),
         (b"\n\n", "is empty"),
         (b"\xff\xfei\x00m\x00", "UTF-16 text. Save it as UTF-8"),
+        (
+            b"PK\x03\x04\x14\x00\n",
+            "a spreadsheet (xlsx, ods) or a zip archive, not text. Save the sheet as csv, in UTF-8.",
+        ),
+        (b"\xd0\xcf\x11\xe0\xa1\n", "a spreadsheet (xls), not text. Save the sheet as csv, in UTF-8."),
+        (gzip.compress(b"image,caption\n"), "compressed by gzip. Unpack it first (gunzip -k)."),
+        (
+            b"PAR1\x15\x04\n",
+            "a Parquet file, not text. If it holds the images themselves, use the set webdataset instead",
+        ),
         (b"a,b\xe9\nx,y\n", "x.csv:1: not UTF-8 text (byte 3 is not UTF-8). Save the file as UTF-8."),
         (b"a\x00b\n", "x.csv:1: null bytes"),
         (b'"image,caption\n', "x.csv:1: the names of the columns cannot be read"),
@@ -344,6 +443,12 @@ def test_why_a_name_is_no_file(tmp_path: Path) -> None:
             "x.csv:2: is not UTF-8 text; and no column for the image and none for the caption (available: 'Datei', "
             "'Worte'). Save the file as UTF-8. Name one of them",
         ),
+        (
+            b"Our photos\n;\nimage;caption\na.jpg;one\n",
+            "no column for the image and none for the caption (available: 'Our photos'). "
+            "Line 3 has names that fit: remove the lines above it.",
+        ),
+        (b"sep=;\n", "is empty"),
         (b"image,words\na,b\n", "no column for the caption (available: 'image', 'words')"),
     ],
 )
@@ -496,8 +601,6 @@ CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\x00\r"), max_s
 @given(st.lists(CELLS, min_size=1, max_size=8))
 def test_what_the_csv_module_writes_is_read_back(tmp_path: Path, captions: list[str]) -> None:
     """Fails where a quoted field with line ends, quotes or delimiters in it is not put together again."""
-    import csv
-
     file = tmp_path / "x.csv"
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")

@@ -343,7 +343,10 @@ def opened_data(settings: Namespace, simulation: StepSimulation) -> PairData:
 def contents(data: PairData) -> str:
     """Number of images in each split."""
     # A streamed split has length 0.
-    sizes = {name: f"{len(pairs):,} images" if len(pairs) else "a stream" for name, pairs in data.splits.items()}
+    sizes = {
+        name: f"{len(pairs):,} {'image' if len(pairs) == 1 else 'images'}" if len(pairs) else "a stream"
+        for name, pairs in data.splits.items()
+    }
     return ", ".join(f"{name}: {size}" for name, size in sizes.items())
 
 

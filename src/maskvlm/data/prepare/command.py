@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import choices
@@ -86,24 +87,30 @@ def main(arguments: list[str], allow_import: list[str]) -> int:
         print(f"interrupted; repeat the command to resume {root}", file=sys.stderr)
         # 128 + SIGINT, as in shells
         return 130
-    left_out = sum(entry["count"] for entry in manifest["left_out"].values())
     splits = ", ".join(f"{name} {split['pictures']:,}" for name, split in manifest["splits"].items())
-    captions = f", {manifest['captions']:,} captions" if manifest["captions"] else ""
+    number = manifest["captions"]
+    captions = f", {'1 caption' if number == 1 else f'{number:,} captions'}" if number else ""
     print(f"{root}: {manifest['coverage']} ({splits}){captions}; licence: {manifest['licence']}")
     for note in manifest["notes"]:
         print(f"note: {note}")
-    if left_out:
-        reasons = ", ".join(f"{reason}: {entry['count']:,}" for reason, entry in manifest["left_out"].items())
-        # rows of a table, or images of an archive: whatever the reader returns
-        rows = "1 row" if left_out == 1 else f"{left_out:,} rows"
-        example = first_example(next(iter(manifest["left_out"].values())))
-        print(f"left out: {rows} ({reasons}), listed in {root / SKIPPED}; for example {example}")
+    # rows of a table, or images of an archive: whatever the reader returns
+    print_counts("left out", "row", manifest["left_out"], root)
+    print_counts("repaired or dropped", "caption", manifest["mended"], root)
     # data=NAME would mean the file of that name, not this set
     if settings.name != options.set and settings.name in choices("data"):
         message = f"data={settings.name} still refers to the set of conf/data/{settings.name}.yaml"
         print(f"note: {message}, not this one: prepare it under another name to train on it")
     print(f"look at {root / LOOK}")
     return ExitCode.DONE
+
+
+def print_counts(what: str, unit: str, reasons: dict[str, Any], root: Path) -> None:
+    """Print a line on what is listed under these reasons (see `Reasons.card`), if there is anything."""
+    if not (total := sum(entry["count"] for entry in reasons.values())):
+        return
+    counts = ", ".join(f"{reason}: {entry['count']:,}" for reason, entry in reasons.items())
+    number, example = f"{total:,} {unit}{'' if total == 1 else 's'}", first_example(next(iter(reasons.values())))
+    print(f"{what}: {number} ({counts}), listed in {root / SKIPPED}; for example {example}")
 
 
 def verify_set(arguments: list[str], allow_import: list[str]) -> int:

@@ -77,7 +77,7 @@ class Captions:
             return "no captions"
         low, middle, high = self.percentiles(5, 50, 95)
         share = 100 * self.repeated() / len(self)
-        lengths = f"captions have {middle} words ({low} to {high} for nine of ten)"
+        lengths = f"captions have {middle} {'word' if middle == 1 else 'words'} ({low} to {high} for nine of ten)"
         return f"{lengths}; {share:.1f} % say what another one says"
 
 

@@ -10,11 +10,10 @@ from typing import Any
 from maskvlm.data.files import get, load_json, opened
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Merged, leads_out, name_problem, split_named
-from maskvlm.data.raw.lines import one_line, read_text, text_lines
+from maskvlm.data.raw.lines import json_texts, one_line, read_text, text_lines
 from maskvlm.data.raw.photos import PhotoIndex
 from maskvlm.data.raw.table import RawTable
 from maskvlm.data.safe_open import Inside, check_below
-from maskvlm.data.strict_json import parse_json
 from maskvlm.utils.errors import ExitCode, UserError
 
 KARPATHY = "Karpathy"
@@ -188,7 +187,7 @@ def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[CaptionRow |
         values = dict(zip(table.columns, map(str.strip, record.fields), strict=False))
         problem = record.problem
         # `raw` holds a JSON list, `comment` one caption per row
-        captions = [] if problem else _list(values[caption]) if caption == "raw" else [values[caption]]
+        captions = [] if problem else json_texts(values[caption]) if caption == "raw" else [values[caption]]
         # the table's own split, else that of the split lists
         split = split_named(values["split"]) if values.get("split") else split_of(values.get(image, ""))
         if captions is None:
@@ -200,14 +199,6 @@ def hub_csv(file: Path, split_of: Callable[[str], str]) -> Iterator[CaptionRow |
         elif bad := merged.add(values[image], captions or [], split or "train", record.number):
             yield bad
     yield from _named(merged)
-
-
-def _list(text: str) -> list[str] | None:
-    try:
-        captions = parse_json(text)
-    except (ValueError, RecursionError):
-        return None
-    return captions if isinstance(captions, list) and all(isinstance(each, str) for each in captions) else None
 
 
 def _named(merged: Merged) -> Iterator[CaptionRow]:

@@ -1,6 +1,6 @@
 """Parquet files with images in them, as written by img2dataset and on the Hugging Face hub."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +12,7 @@ from maskvlm.data.raw.columns import ROLES
 from maskvlm.data.raw.lines import one_line
 from maskvlm.data.raw.samples import KeyedFiles
 from maskvlm.data.safe_open import opened
-from maskvlm.utils.errors import UserError
+from maskvlm.utils.errors import ExitCode, UserError
 
 BATCH = 32
 """Rows in memory at once."""
@@ -44,6 +44,25 @@ def has_images(file: Path, columns: dict[str, str]) -> bool:
             return _image_column(pq.read_schema(stream), columns) is not None
     except (UserError, OSError, ValueError, pa.ArrowException):
         return True
+
+
+def without_images(file: Path, columns: dict[str, str]) -> UserError:
+    """The error for a readable Parquet file in which `has_images` finds none: lists its columns."""
+    with opened(file) as stream:
+        there = pq.read_schema(stream).names
+    names = [columns["image"]] if "image" in columns else [name for name in ROLES["image"] if name in there]
+    if names and names[0] in there:
+        what = f"column {one_line(names[0], 40)!r} holds no images (bytes)"
+        todo = "Name the column that does (--columns image=NAME), or save a table of paths as csv and use the set csv"
+    else:
+        what = f"no column {one_line(names[0], 40)!r}" if names else "no column for the image"
+        todo = "Name the column of images: --columns image=NAME,caption=NAME (make: ARGS=)"
+    return UserError(file, f"{what} (available: {listed_names(there)})", todo, ExitCode.BAD_DATA)
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """Names of columns for a message."""
+    return ", ".join(repr(one_line(name, 40)) for name in names[:30]) or "none"
 
 
 def parquet_samples(file: Path | IO[bytes], columns: dict[str, str]) -> Iterator[KeyedFiles]:

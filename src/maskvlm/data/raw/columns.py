@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from maskvlm.data.caption_text import clean_caption
+from maskvlm.data.caption_text import clean_caption, stable_id
 from maskvlm.data.images import IMAGE_SUFFIXES
 from maskvlm.data.raw.base import BadRow, RawRow
 from maskvlm.data.raw.lines import one_line, one_line_id
@@ -106,9 +106,10 @@ def name_problem(name: str) -> str | None:
     path = PurePosixPath(name)
     if "\x00" in name or clean_caption(name)[1] == "surrogate":
         return "the name is not text"
-    if path.is_absolute() or ".." in path.parts:
+    if path.is_absolute() or PurePosixPath(os.path.normpath(name)).parts[:1] == ("..",):
         return "the name leads out of the folder"
-    return None
+    # refused too, as what precedes it may be a link
+    return "the name has '..' in it, below the folder" if ".." in path.parts else None
 
 
 class Folder:
@@ -127,9 +128,9 @@ class Folder:
 
     def __init__(self, root: Path, todo: str = "", table: Path | None = None) -> None:
         self.root, self._real, self._todo = str(root.absolute()), os.path.realpath(root), todo
-        self._table = str((table or root).absolute())
+        self._table, self._has_table = str((table or root).absolute()), table is not None
         self._inside = Inside(root)
-        # folder -> its names by case-folded name; read when a name in it is missing
+        # folder -> its names by case-folded name, with and without suffix; read when a name in it is missing
         self._beside: dict[str, dict[str, str]] = {}
         self._room = MOST_BESIDE
 
@@ -137,6 +138,9 @@ class Folder:
         """The path of an existing file, or (reason, message)."""
         inside = self._relative(name)
         if problem := name_problem(inside):
+            if ".." in PurePosixPath(inside).parts:
+                # `_relative` has followed it: from the folder itself the name might not lead out
+                problem = f"{'with `..` relative to the table, ' * self._has_table}the name leads out of the folder"
             return "", ("unsafe name", f"{one_line(name)!r}: {problem} {one_line(self.root)}{self._todo}")
         for spelled in spellings(inside):
             for folder in ("", "images"):
@@ -167,23 +171,26 @@ class Folder:
             return "address", f"{quoted_name}: addresses are not fetched; download the images first"
         if any(os.path.isdir(os.path.join(self.root, folder, inside)) for folder in ("", "images")):
             return "folder", f"{quoted_name} is a folder; name an image in it"
-        near = next((match for folder in ("", "images") if (match := self._other_case(folder, inside))), None)
+        near = next((match for folder in ("", "images") if (match := self._similar(folder, inside))), None)
         question = f"; did you mean {one_line(near)!r}?" if near else ""
         return "missing image", f"{quoted_name} is not in {one_line(self.root)}{question}"
 
-    def _other_case(self, folder: str, inside: str) -> str | None:
-        """The name of a file that differs only in case, as it would be written in the table. It is suggested but not
-        used, as it may be another image."""
+    def _similar(self, folder: str, inside: str) -> str | None:
+        """The name of a file that differs only in case or has an image's suffix in addition, as it would be written in
+        the table. It is suggested but not used, as it may be another image."""
         place, last = os.path.split(inside)
         looked_at = os.path.join(self.root, folder, place)
         if looked_at not in self._beside and self._room > 0:
             try:
                 with os.scandir(looked_at) as entries:
-                    names = {folded_name(entry.name): entry.name for entry in islice(entries, self._room)}
+                    there = sorted(entry.name for entry in islice(entries, self._room))
             except OSError:
-                names = {}
-            self._beside[looked_at] = names
-            self._room -= len(names) + 1
+                there = []
+            parts = ((*os.path.splitext(name), name) for name in there)
+            names = {folded_name(stem): name for stem, suffix, name in parts if suffix.lower() in IMAGE_SUFFIXES}
+            # a whole name takes precedence
+            self._beside[looked_at] = names | {folded_name(name): name for name in there}
+            self._room -= len(there) + 1
         near = self._beside.get(looked_at, {}).get(folded_name(last))
         path = os.path.join(looked_at, near) if near else ""
         # a link out of the folder is not even suggested
@@ -227,31 +234,48 @@ class Merged:
         prefix: prefix of ids.
         identity: path of the image and the table's own id, if any -> id of the image; by default prefix and own id,
             else prefix and path.
+        repeats: keep a caption that the image already has; published sets have some, and are counted with them.
     """
 
-    def __init__(self, file: str, prefix: str, identity: Callable[[str, str], str] | None = None) -> None:
+    def __init__(
+        self, file: str, prefix: str, identity: Callable[[str, str], str] | None = None, repeats: bool = True
+    ) -> None:
         self._file = file
         self._identity = identity or (lambda name, own: f"{prefix} {own or name}")
         self._rows: dict[str, list[Any]] = {}  # path -> [place, id, split, caption, caption, ...]
         self._path_of: dict[str, str] = {}
+        # hash of image and caption -> place
+        self._place_of: dict[int, int] | None = None if repeats else {}
 
     def add(
         self, path: str, captions: Iterable[str], split: str, place: int, own: str = "", name: str = ""
     ) -> BadRow | None:
-        """Add a row; it is bad if its image is in another split, or its id belongs to another image."""
-        # a known image: only its captions are added
-        if row := self._rows.get(path):
-            if row[2] != split:
-                what = f"its image is in split {row[2]!r} at {self._file}:{row[0]}"
-                return BadRow("image in two splits", f"{self._file}:{place}", what, split)
+        """Add a row; it is bad if its image is in another split, its id belongs to another image, or one of its
+        captions is left out as a repetition."""
+        row, origin = self._rows.get(path), f"{self._file}:{place}"
+        if row is None:
+            image_id = one_line_id(self._identity(name or path, own))
+            if (other := self._path_of.setdefault(image_id, path)) != path:
+                what = f"id {image_id!r} is that of another image, at {self._file}:{self._rows[other][0]}"
+                return BadRow("duplicate id", origin, what, split)
+            row = self._rows[path] = [place, image_id, split]
+        # of a known image only the captions are added
+        elif row[2] != split:
+            what = f"its image is in split {row[2]!r} at {self._file}:{row[0]}"
+            return BadRow("image in two splits", origin, what, split)
+        if self._place_of is None:
             row.extend(captions)
             return None
-        image_id = one_line_id(self._identity(name or path, own))
-        if (other := self._path_of.setdefault(image_id, path)) != path:
-            what = f"id {image_id!r} is that of another image, at {self._file}:{self._rows[other][0]}"
-            return BadRow("duplicate id", f"{self._file}:{place}", what, split)
-        self._rows[path] = [place, image_id, split, *captions]
-        return None
+        before: int | None = None
+        for text in captions:
+            key = stable_id(f"{path}\n{clean_caption(text)[0]}")
+            if key in self._place_of:
+                before = self._place_of[key]
+            else:
+                self._place_of[key] = place
+                row.append(text)
+        what = f"its image has this caption already, at {self._file}:{before}"
+        return None if before is None else BadRow("duplicate caption", origin, what, split)
 
     def rows(self) -> Iterator[RawRow]:
         """Rows in the order in which their images first appear."""

@@ -1,7 +1,7 @@
 """Users' own data: images listed in a csv, tsv or jsonl file, or in a folder with caption files next to them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,13 +9,22 @@ from typing import Any, NamedTuple
 from maskvlm.data.files import image_names, load_json
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.columns import Folder, Merged, find_columns, leads_out, not_looked_at, split_named, split_of_path
-from maskvlm.data.raw.lines import NOT_UTF8, json_items, one_line, one_line_id, read_text, short_value, text_lines
-from maskvlm.data.raw.table import RawTable
+from maskvlm.data.raw.lines import (
+    NOT_UTF8,
+    json_items,
+    json_texts,
+    one_line,
+    one_line_id,
+    read_text,
+    short_value,
+    text_lines,
+)
+from maskvlm.data.raw.table import RawTable, delimiter_of, split_fields
 from maskvlm.data.safe_open import Inside, check_below
 from maskvlm.data.strict_json import flaw
 from maskvlm.utils.errors import ExitCode, UserError
 
-PROBE = 1000
+PROBE, TITLES = 1000, 20
 IMAGES_TODO = "; --images FOLDER names another folder of images, which the table may name by paths in it"
 UNKNOWN_LICENCE = "not known to this program: see where the data is from"
 
@@ -30,7 +39,7 @@ class FileRow(NamedTuple):
 
 class TableSet(RawSet):
     """Rows of one or several csv, tsv, jsonl or json files. Rows with the same image in one file are merged into one
-    image with several captions; in different files of a split they are duplicates.
+    image with several captions, each once; in different files of a split they are duplicates.
 
     Image names are relative to their file, or to `images/` next to it, or to the folder `images`, if given. Without a
     column for it, the split is given by the file's name (`val.csv`), else it is `train`.
@@ -53,6 +62,11 @@ class TableSet(RawSet):
         places: dict[str, FirstPlace] = {}
         for file in self.files:
             folder = Folder(self.images, table=file.parent) if self.images else Folder(file.parent, IMAGES_TODO)
+            # told, as images of the same names may be beside the table
+            if self.images and os.path.realpath(self.images) != os.path.realpath(file.parent):
+                note = f"{file.name}: images are taken from {self.images} (--images), and none from beside the table"
+                if (note := one_line(note, 1000)) not in self.notes:
+                    self.notes.append(note)
             yield from file_rows(file, self.name, self.columns, folder, self.notes, places)
 
 
@@ -61,6 +75,7 @@ class FirstPlace(NamedTuple):
 
     split: str
     origin: str
+    file: str
 
 
 def file_rows(
@@ -82,14 +97,15 @@ def file_rows(
         UserError: the file cannot be read, or has no column for image or caption.
     """
     # rows are held until the whole file is read, as those of an image may be anywhere in it
-    merged, default = Merged(file.name, name), split_of_path(file.stem)
+    merged, default = Merged(file.name, name, repeats=False), split_of_path(file.stem)
     for entry in _entries(file, given_columns, notes if notes is not None else []):
         origin = f"{file.name}:{entry.place}"
         row = entry.problem or _values(entry.values, default)
         if isinstance(row, Values):
             path, problem = folder.place(row.image)
             # the path identifies the image, as two names may refer to it
-            before = places.setdefault(path, FirstPlace(row.split, origin)) if path and places is not None else None
+            here = FirstPlace(row.split, origin, file.name)
+            before = places.setdefault(path, here) if path and places is not None else None
             own = f"{default} {row.id}" if row.id and places is not None and default != "train" else row.id
             bad: BadRow | None
             if problem:
@@ -97,6 +113,9 @@ def file_rows(
             elif before is not None and before.split != row.split:
                 what = f"its image is in split {before.split!r} at {before.origin}"
                 bad = BadRow("image in two splits", origin, what, row.split)
+            elif before is not None and before.file != file.name:
+                what = f"its image is in another table, at {before.origin}; put its captions into one"
+                bad = BadRow("image in two tables", origin, what, row.split)
             else:
                 bad = merged.add(path, row.captions, row.split, entry.place, own, row.image)
             if bad:
@@ -119,22 +138,53 @@ def _entries(file: Path, given_columns: dict[str, str], notes: list[str]) -> Ite
             what = f"is not UTF-8 text; and {error.what}"
             todo = f"Save the file as UTF-8. {error.todo}"
             raise UserError(f"{file}:{number}", what, todo, error.code) from error
+        if number := line_of_columns(file, given_columns):
+            todo = f"Line {number} has names that fit: remove the lines above it"
+            raise UserError(file, error.what, todo, error.code) from error
         raise
     # reported once, as a wrong guess of a column would otherwise go unnoticed
-    if (rest := [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]) and (
-        note := one_line(f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(dict.fromkeys(rest))}", 1000)
-    ) not in notes:
+    rest = [name for name in table.columns if name not in columns.values() or table.columns.count(name) > 1]
+    unused = dict.fromkeys(name or "(a column without a name)" for name in rest)
+    if (
+        rest
+        and (note := one_line(f"{file.name}: columns taken: {_listed(columns)}; not: {', '.join(unused)}", 1000))
+        not in notes
+    ):
         notes.append(note)
     # the first of two columns with the same name
     at = {role: table.columns.index(name) for role, name in columns.items()}
+    lists, other_lists = 0, 0
     for number, fields, problem in table.records():
-        yield FileRow(number, {} if problem else {role: fields[n] for role, n in at.items()}, problem)
+        values: dict[str, Any] = {} if problem else {role: fields[n] for role, n in at.items()}
+        text = values.get("caption", "").strip()
+        # a text in brackets that is not a list of texts stays one caption
+        if text.startswith("[") and (texts := json_texts(text)) is not None:
+            lists, values["caption"] = lists + bool(texts), texts
+        else:
+            other_lists += text.startswith(("['", '["')) and text.endswith("]")
+        yield FileRow(number, values, problem)
+    for count, what in (
+        (lists, "with a JSON list of texts, each of which is a caption"),
+        (other_lists, "with a list that is not JSON, which stays one caption; write it as JSON (Python: json.dumps)"),
+    ):
+        note = one_line(f"{file.name}: {'1 cell' if count == 1 else f'{count:,} cells'} {what}", 1000)
+        if count and note not in notes:
+            notes.append(note)
 
 
 def first_not_text(file: Path) -> int | None:
     """The first of the first PROBE lines that is not UTF-8, as in a table saved in Latin-1."""
     lines = islice(text_lines(file), PROBE)
     return next((line.number for line in lines if line.problem and line.problem[0] == NOT_UTF8), None)
+
+
+def line_of_columns(file: Path, given_columns: dict[str, str]) -> int | None:
+    """The first of the first TITLES lines that could be the names of the columns, as below a title."""
+    for line in islice(text_lines(file), TITLES):
+        names = split_fields(line.text, delimiter_of(file, line.text))
+        if isinstance(names, list) and _columns([name.strip() for name in names], given_columns, file):
+            return line.number
+    return None
 
 
 def _listed(columns: dict[str, str]) -> str:
@@ -173,7 +223,7 @@ def _objects(file: Path, given_columns: dict[str, str]) -> Iterator[FileRow]:
         yield FileRow(entry.place, {role: entry.values.get(name) for role, name in known[keys].items()})
 
 
-def _columns(keys: tuple[str, ...], given_columns: dict[str, str], file: Path) -> dict[str, str] | None:
+def _columns(keys: Sequence[str], given_columns: dict[str, str], file: Path) -> dict[str, str] | None:
     try:
         return find_columns(keys, given_columns, file)
     except UserError:

@@ -9,13 +9,23 @@ from typing import Any, NamedTuple
 
 from maskvlm.data.caption_text import clean_caption, stable_id
 from maskvlm.data.safe_open import MAX_LINE_BYTES, byte_lines, content_of, opened
-from maskvlm.data.strict_json import parse_first
+from maskvlm.data.strict_json import parse_first, parse_json
 from maskvlm.utils.errors import ExitCode, UserError
 
 CHUNK = 1_000_000
 NOT_UTF8 = "not UTF-8 text"
 """The reason for a line that is not UTF-8."""
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+NO_TEXT = {
+    b"PK\x03\x04": ("a spreadsheet (xlsx, ods) or a zip archive, not text", "Save the sheet as csv, in UTF-8"),
+    b"\xd0\xcf\x11\xe0": ("a spreadsheet (xls), not text", "Save the sheet as csv, in UTF-8"),
+    b"\x1f\x8b": ("compressed by gzip", "Unpack it first (gunzip -k)"),
+    b"PAR1": (
+        "a Parquet file, not text",
+        "If it holds the images themselves, use the set webdataset instead, else save it as csv (pandas: to_csv)",
+    ),
+}
+"""First bytes of files that are often given as tables -> what they are, and what to do."""
 
 
 class TextLine(NamedTuple):
@@ -33,12 +43,16 @@ def text_lines(file: Path) -> Iterator[TextLine]:
     and no text; the other lines are not affected.
 
     Raises:
-        UserError: the file cannot be read, or is UTF-16.
+        UserError: the file cannot be read, or is UTF-16, a spreadsheet, Parquet or compressed.
     """
     with opened(file) as stream:
         for number, content, problem in byte_lines(stream):
             if number == 1 and content.startswith(UTF16):
                 raise UserError(file, "UTF-16 text", "Save it as UTF-8", ExitCode.BAD_DATA)
+            if number == 1 and (
+                kind := next((kind for start, kind in NO_TEXT.items() if content.startswith(start)), None)
+            ):
+                raise UserError(file, *kind, ExitCode.BAD_DATA)
             # a byte order mark would become part of the first column's name
             content = content.removeprefix(b"\xef\xbb\xbf") if number == 1 else content
             yield TextLine(number, "", problem) if problem else TextLine(number, *decoded(content))
@@ -121,6 +135,15 @@ def _read(reader: TextIOWrapper, file: Path, size: int) -> str:
 
 def _damaged(file: Path, what: str) -> UserError:
     return UserError(file, what, "Fetch it again", ExitCode.BAD_DATA)
+
+
+def json_texts(text: str) -> list[str] | None:
+    """The texts of a JSON list of texts; None if it is anything else."""
+    try:
+        texts = parse_json(text)
+    except (ValueError, RecursionError):
+        return None
+    return texts if isinstance(texts, list) and all(isinstance(each, str) for each in texts) else None
 
 
 def one_line(text: object, most: int = 200) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from maskvlm.data.raw.archive import TAR
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
-from maskvlm.data.raw.columnar import has_images, parquet_samples
+from maskvlm.data.raw.columnar import has_images, listed_names, parquet_samples, without_images
 from maskvlm.data.raw.columns import ROLES, not_looked_at, split_named, split_of_path
 from maskvlm.data.raw.csv_jsonl_folder import texts_in
 from maskvlm.data.raw.lines import decoded, one_line, one_line_id, read_text
@@ -56,20 +56,28 @@ class WebShards(RawSet):
     def _rows_of(self, shard: Path) -> Iterator[RawRow | BadRow]:
         inside = shard.relative_to(self.root).as_posix() if shard != self.root else shard.name
         split, images, cut = split_of_path(inside), 0, False
-        # of one shard, as the keys of all shards would not fit into memory
-        seen_keys: set[str] = set()
+        # key -> its first member; of one shard, as the keys of all shards would not fit into memory
+        seen_keys: dict[str, str] = {}
         # one sample at a time; the problem of a whole shard has no key
         for sample in READERS[self._kind](shard, self.columns):
             origin = one_line(f"{inside}!{sample.origin}" if sample.origin else inside)
             row = self._row(sample, shard, origin, split)
             # downloaded images, usable or not, to compare with img2dataset's count
             images += isinstance(row, RawRow) or "image" in sample.parts
-            if sample.key and sample.key in seen_keys:
-                row = BadRow("duplicate key", origin, f"key {one_line(sample.key)!r} appears twice", split)
-            seen_keys.add(sample.key)
+            if sample.key in seen_keys:
+                row = BadRow("duplicate key", origin, self._twice(sample.key, seen_keys[sample.key]), split)
+            elif sample.key:
+                seen_keys[sample.key] = sample.origin
             cut |= not sample.key
             yield row
         yield from self._compare(shard, inside, split, images, cut)
+
+    def _twice(self, key: str, first: str) -> str:
+        """The message on the second sample of a key."""
+        what = f"key {one_line(key)!r} appears twice, first at {one_line(first)}"
+        if self._kind != "tar":
+            return what
+        return f"{what}; the members of a key must be adjacent, and it ends at the first dot of their names"
 
     def _row(self, sample: KeyedFiles, shard: Path, origin: str, split: str) -> RawRow | BadRow:
         meta, problem = _meta(sample)
@@ -106,6 +114,11 @@ class WebShards(RawSet):
         for name in [wanted] if wanted else ROLES["caption"]:
             if (captions := texts_in(meta.get(name))) is not None:
                 return captions
+        if self._kind == "parquet":
+            names = listed_names([*meta])
+            return "no caption", f"no column {wanted!r} with a text (others: {names})" if wanted else (
+                f"no column for the caption (available: {names}); name it: --columns caption=NAME (make: ARGS=)"
+            )
         return "no caption", "neither a .txt nor a caption in a .json"
 
     def _compare(self, shard: Path, inside: str, split: str, images: int, cut: bool) -> Iterator[BadRow]:
@@ -154,7 +167,10 @@ def find_shards(
             left_out[reason] = [path for path in paths if TAR.search(path) or path.endswith(".parquet")]
     # next to tars, img2dataset writes Parquet files of the addresses, without images
     if not shards_by_kind["tar"]:
-        shards_by_kind["parquet"] = [path for path in shards_by_kind["parquet"] if has_images(path, columns)]
+        parquet = shards_by_kind["parquet"]
+        shards_by_kind["parquet"] = [path for path in parquet if has_images(path, columns)]
+        if parquet and not any(shards_by_kind.values()):
+            raise without_images(parquet[0], columns)
     # the first kind found: tar, parquet, files
     for kind, shards in shards_by_kind.items():
         if shards:

@@ -1,6 +1,7 @@
 """Comma- or tab-separated tables whose rows may be damaged: readable rows are read, the others reported by line."""
 
 import csv
+import re
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ DELIMITERS = ",\t;|"
 MAX_JOINED = 100
 """Maximum number of lines of a quoted field, so that an unclosed quote does not swallow the rest of the file."""
 OPEN, WRONG = "open", "wrong"
+SEP = re.compile(rf'"?sep=([{re.escape(DELIMITERS)}])"?', re.I)
+"""Excel's line above the names of the columns, which gives the delimiter."""
 
 
 class TableRecord(NamedTuple):
@@ -25,11 +28,11 @@ class TableRecord(NamedTuple):
 
 
 class RawTable:
-    """A table with column names in the first line.
+    """A table with column names in the first line, or in the second one after Excel's `sep=;`.
 
     Attributes:
         columns: names of the columns.
-        delimiter: by the file's extension, else the most frequent one in the first line.
+        delimiter: that of `sep=`, else by the file's extension, else the most frequent one in the first line.
     """
 
     def __init__(self, file: Path, delimiter: str | None = None) -> None:
@@ -38,7 +41,10 @@ class RawTable:
         # lines that were peeked at, but not consumed
         self._ahead: deque[TextLine] = deque()
         # the first line that is not blank
-        header = next((line for line in self._lines if line.text.strip() or line.problem), None)
+        filled = (line for line in self._lines if line.text.strip() or line.problem)
+        header = next(filled, None)
+        if header is not None and (sep := SEP.fullmatch(header.text)):
+            delimiter, header = delimiter or sep[1], next(filled, None)
         if header is None:
             raise UserError(file, "is empty", "It needs a header and one row per text", ExitCode.BAD_DATA)
         where, todo = f"{file}:{header.number}", "The first line must name the columns"
@@ -48,8 +54,8 @@ class RawTable:
                 # what to do comes after the semicolon
                 why, todo = why.partition(";")[0], "Save the file as UTF-8"
             raise UserError(where, f"{reason} ({why})", todo, ExitCode.BAD_DATA)
-        self.delimiter = delimiter or _delimiter(file, header.text)
-        names = _split(header.text, self.delimiter)
+        self.delimiter = delimiter or delimiter_of(file, header.text)
+        names = split_fields(header.text, self.delimiter)
         if isinstance(names, str) or not any(name.strip() for name in names):
             raise UserError(where, "the names of the columns cannot be read", todo, ExitCode.BAD_DATA)
         self.columns = [name.strip() for name in names]
@@ -63,7 +69,7 @@ class RawTable:
                 yield self._record(line)
 
     def _record(self, line: TextLine) -> TableRecord:
-        fields, joined = _split(line.text, self.delimiter), 0
+        fields, joined = split_fields(line.text, self.delimiter), 0
         # a row that already has an image must not end within the next image's row
         size, own_image = len(line.text), self._has_image(line.text)
         while fields == OPEN and joined < MAX_JOINED and (following := self._peek(joined)):
@@ -74,7 +80,7 @@ class RawTable:
             # joined only then, as otherwise a long field would cost the square of its lines
             if '"' in following.text:  # only a quote can close the field
                 text = "\n".join([line.text, *(self._ahead[n].text for n in range(joined))])
-                fields = _split(text, self.delimiter)
+                fields = split_fields(text, self.delimiter)
                 # a mark within another row, such as 5" for five inches, does not close it
                 if isinstance(fields, list) and own_image and self._is_row(following.text):
                     fields = OPEN
@@ -106,7 +112,7 @@ class RawTable:
 
     def _is_row(self, text: str) -> bool:
         """Whether a line within an open quote looks like a row of its own: complete, with an image name."""
-        fields = _split(text, self.delimiter)
+        fields = split_fields(text, self.delimiter)
         return (isinstance(fields, str) or len(fields) == len(self.columns)) and self._has_image(text)
 
     def _has_image(self, text: str) -> bool:
@@ -115,7 +121,8 @@ class RawTable:
         return any(name[name.rfind(".") :].lower() in IMAGE_SUFFIXES for name in names if "." in name)
 
 
-def _delimiter(file: Path, header: str) -> str:
+def delimiter_of(file: Path, header: str) -> str:
+    """The delimiter by the file's extension, else the most frequent one in its header."""
     if file.suffix.lower() in (".tsv", ".tab"):
         return "\t"
     # on a tie, the first of DELIMITERS
@@ -123,7 +130,7 @@ def _delimiter(file: Path, header: str) -> str:
     return max(counts, key=counts.__getitem__)
 
 
-def _split(text: str, delimiter: str) -> list[str] | str:
+def split_fields(text: str, delimiter: str) -> list[str] | str:
     """The fields of a row; OPEN if a quote is unclosed, WRONG if quotes are otherwise invalid."""
     # the fast path, for nearly all rows
     if '"' not in text:
