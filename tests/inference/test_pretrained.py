@@ -706,11 +706,15 @@ def test_labels_and_verbs_survive_the_folder(tmp_path: Path) -> None:
     assert "3 labels" in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_a_misspelt_argument_is_told_and_others_pass(path: Path) -> None:
+def test_an_unknown_argument_is_told_and_those_of_transformers_pass(path: Path) -> None:
     """`AutoModel` hands on what is transformers' own."""
     for wrong, right in {"devise": "device", "dtyp": "dtype", "allow_imports": "allow_import"}.items():
         with pytest.raises(UserError, match=rf"no argument {wrong} \(did you mean {right}\?\)"):
             PretrainedMaskVLM.from_pretrained(path, **{wrong: None})
+    # Unlike any argument, or one of transformers' that would change the model.
+    for wrong in ("foo", "quantization_config"):
+        with pytest.raises(UserError, match=rf"no argument {wrong}\. .*available: device, dtype, "):
+            PretrainedMaskVLM.from_pretrained(path, **{wrong: 1})
     PretrainedMaskVLM.from_pretrained(path, torch_dtype=None, subfolder="", trust_remote_code=False)
 
 

@@ -58,6 +58,11 @@ from maskvlm.utils.write_errors import cannot_write
 log = logging.getLogger(__name__)
 WATCHED = 16  # images or texts checked per call, evenly spaced over it
 KEYWORDS = ("device", "dtype", "allow_import", "revision", "token", "cache_dir", "local_files_only")
+OF_TRANSFORMERS = (
+    "device_map", "torch_dtype", "config", "trust_remote_code", "adapter_kwargs", "force_download", "proxies",
+    "subfolder", "use_safetensors", "weights_only", "low_cpu_mem_usage", "attn_implementation",
+)  # fmt: skip
+"""Further arguments that `AutoModel` and common scripts pass on; the first two are read, the others change nothing."""
 DESCRIBED_MODELS: set[str] = set()  # models whose training data has already been logged
 MOST_WARNINGS = 1_000  # warnings and unknown words to remember
 MESSAGE = "Upload a MaskVLM model"
@@ -147,14 +152,14 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
 
         Raises:
             UserError: not found (66), damaged or not a MaskVLM model (65), cannot be read (74), it would run code (77),
-                no such device (69), no such precision or a misspelt argument (2).
+                no such device (69), no such precision or an unknown argument (2).
         """
         for name in hub:
-            # Others may be transformers' own, which `AutoModel` passes on.
-            known = name in KEYWORDS or name in ("device_map", "torch_dtype")
-            if not known and (near := nearest(name, KEYWORDS, 0.75)):
-                what = f"there is no argument {name} (did you mean {near}?)"
-                raise UserError("from_pretrained", what, "Correct or remove it")
+            # transformers marks its own internal arguments with an underscore.
+            if name not in (*KEYWORDS, *OF_TRANSFORMERS) and not name.startswith("_"):
+                near = nearest(name, KEYWORDS, 0.6)
+                what = f"there is no argument {name}" + (f" (did you mean {near}?)" if near else "")
+                raise UserError("from_pretrained", what, f"Correct or remove it; available: {', '.join(KEYWORDS)}")
         # transformers' own names for device and dtype also work.
         device = hub.get("device_map") if device is None and isinstance(hub.get("device_map"), str) else device
         allowed = [allow_import] if isinstance(allow_import, str) else list(allow_import or ())
