@@ -28,7 +28,7 @@ from maskvlm.data.text import Captioner, tokenizer_hash
 from maskvlm.data.transforms import eval_transform
 from maskvlm.inference import embeddings
 from maskvlm.inference import infill as unmask
-from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.pretrained import PretrainedMaskVLM, UnusedMask
 from maskvlm.inference.saliency import trace
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.masking import PatchMask
@@ -704,6 +704,15 @@ def test_labels_and_verbs_survive_the_folder(tmp_path: Path) -> None:
     assert again.config.labels == list(LABELS)
     assert again.answer(IMAGES[0], TEXTS[0]) == model.answer(IMAGES[0], TEXTS[0])
     assert "3 labels" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_the_processor_reads_special_tokens_in_texts_as_the_model_does(folder: Path) -> None:
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    texts = ["a [MASK] dog", "a dog [SEP] a [MASK]"]
+    with pytest.warns(UnusedMask):
+        token_CT = model.tokens(texts).token_CT
+    assert torch.equal(processor(text=texts, return_tensors="pt", padding=True)["input_ids"], token_CT)
+    assert model.backbone.text.mask_id not in token_CT
 
 
 def test_an_unknown_argument_is_told_and_those_of_transformers_pass(path: Path) -> None:

@@ -20,9 +20,8 @@ from maskvlm.config.bundled_models import default_model
 from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
 from maskvlm.data.inputs import is_image, save_image
-from maskvlm.inference.pretrained import PretrainedMaskVLM, TruncatedText, UnknownWords, unknown_line
+from maskvlm.inference.pretrained import INPUT_WARNINGS, PretrainedMaskVLM, unknown_line
 from maskvlm.inference.rebuild import PARTS
-from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import UserError
 
@@ -58,7 +57,7 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     with warn_afterwards(model):
         for answer, images, texts in ask(model, options.inputs, options):
             if options.json:
-                whole = inputs_of(images, texts) | answer | cautions(model, images, texts, seen)
+                whole = inputs_of(images, texts) | answer | cautions(model, images, texts, seen, method == "fill")
                 print(json_line(whole), flush=True)
             else:
                 print(answer_line(answer), flush=True)
@@ -85,35 +84,41 @@ def inputs_of(images: Sequence[ShellImage], texts: Sequence[str]) -> Answer:
 
 
 def cautions(
-    model: PretrainedMaskVLM, images: Sequence[ShellImage], texts: Sequence[str], seen: dict[ShellImage, str | None]
+    model: PretrainedMaskVLM,
+    images: Sequence[ShellImage],
+    texts: Sequence[str],
+    seen: dict[ShellImage, str | None],
+    fills: bool = False,
 ) -> Answer:
     """Reasons to treat an answer about these inputs with care: `far`, a line for each image unlike the training data,
-    `unknown_words`, and `truncated`, a line for each text of which only the beginning is read. An empty entry is left
-    out.
+    `unknown_words`, `truncated`, a line for each text of which only the beginning is read, and `unused_masks`, a line
+    for each text with [MASK]. An empty entry is left out.
 
     Args:
         seen: the result of `far` for the images of earlier answers; updated with these images.
+        fills: whether the method fills in [MASK].
     """
     new = [image for image in dict.fromkeys(images) if image not in seen]
     seen.update(zip(new, model.far(new), strict=True))
     far = [f"{cut(typed_name(image), 300)}: {seen[image]}" for image in images if seen[image] is not None]
     entries = {"far": far, "unknown_words": model.unknown_words(texts), "truncated": model.truncated(texts)}
+    entries["unused_masks"] = [] if fills else model.unused_masks(texts)
     return {name: each for name, each in entries.items() if each}
 
 
 @contextmanager
 def warn_afterwards(model: PretrainedMaskVLM, images: bool = True) -> Iterator[None]:
     """On exit, print a line to stderr for each image unlike the training data (unless `images` is false), one for
-    unknown words, and one for each text that is too long."""
+    unknown words, and one for each text that is too long or has a [MASK] that is not filled in."""
     with warnings.catch_warnings():
         # Python would print the source location of each.
-        for kind in (FarFromTraining, UnknownWords, TruncatedText):
+        for kind in INPUT_WARNINGS:
             warnings.simplefilter("ignore", kind)
         yield
     unknown = [unknown_line(model.warned_words)] if model.warned_words else []
     # A line that does not begin with a path is of the only image without one, that from standard input.
     far = [f"{PIPED}: {line}" if line.startswith("this image is unlike") else line for line in model.far_warnings]
-    for line in (*(far if images else []), *unknown, *model.truncated_warnings):
+    for line in (*(far if images else []), *unknown, *model.truncated_warnings, *model.mask_warnings):
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 

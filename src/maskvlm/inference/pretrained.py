@@ -35,7 +35,8 @@ from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.config.bundled_models import DEFAULT
 from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
-from maskvlm.data.inputs import ImageInput, as_list, open_image
+from maskvlm.data.inputs import MASK, ImageInput, as_list, open_image
+from maskvlm.data.text import CaptionTokens
 from maskvlm.inference.api import ModelMethods
 from maskvlm.inference.hf_config import (
     MaskVLMConfig,
@@ -77,6 +78,14 @@ class TruncatedText(UserWarning):
     """A text with more tokens than the model reads; the rest of it is ignored."""
 
 
+class UnusedMask(UserWarning):
+    """A [MASK] in a text of a method other than `fill_mask`: it is read as plain text, and nothing is filled in."""
+
+
+INPUT_WARNINGS = (FarFromTraining, UnknownWords, TruncatedText, UnusedMask)
+"""What a model warns about in its inputs."""
+
+
 @dataclass
 class MaskVLMOutput(ModelOutput):
     """What `MaskVLM.forward` returns; None for what the inputs or the checkpoint's heads cannot give.
@@ -112,6 +121,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         far_warnings: the latest of these warnings, each once; at most 1,000.
         warned_words: the latest unknown words in inputs, at most 1,000; each was warned about once (`UnknownWords`).
         truncated_warnings: the latest of these warnings, each once; at most 1,000 (`TruncatedText`).
+        mask_warnings: the latest of these warnings, each once; at most 1,000 (`UnusedMask`).
     """
 
     config_class = MaskVLMConfig
@@ -124,6 +134,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         self.far_warnings: deque[str] = deque(maxlen=MOST_WARNINGS)
         self.warned_words: deque[str] = deque(maxlen=MOST_WARNINGS)
         self.truncated_warnings: deque[str] = deque(maxlen=MOST_WARNINGS)
+        self.mask_warnings: deque[str] = deque(maxlen=MOST_WARNINGS)
         self.most_far = 0.0  # highest share warned about so far, among the images checked in calls with many
         # Sets what save_pretrained reads; would initialise weights with `_init_weights`, which does nothing here.
         self.post_init()
@@ -273,6 +284,22 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 read = self.words.text_length - 2
                 lines.append(f"text '{cut(text, 60)}': only the first {read} of its {count - 2:,} tokens are read")
         return lines
+
+    def tokens(self, texts: str | Sequence[str]) -> CaptionTokens:
+        """See `ModelMethods.tokens`. Warn about texts with [MASK]; of many texts, only a few are checked."""
+        # Every method but `fill_mask` gets its tokens here.
+        for line in self.unused_masks(some_of(as_list(texts)[0])):
+            if line not in self.mask_warnings:
+                self.mask_warnings.append(line)
+                warnings.warn(line, UnusedMask, stacklevel=calls_within())
+        return super().tokens(texts)
+
+    def unused_masks(self, texts: Sequence[Any]) -> list[str]:
+        """A line for each text with [MASK], which only `fill_mask` fills in."""
+        # Inputs that are not text are reported later.
+        masked = [text for text in texts if isinstance(text, str) and len(self.words.between_masks(text)) > 1]
+        todo = "only fill_mask (maskvlm fill) fills it in"
+        return [f"text '{cut(text, 60)}': {MASK} is read as plain text; {todo}" for text in masked]
 
     def unknown_words(self, texts: Sequence[Any]) -> list[str]:
         """The words in these texts that the tokenizer does not know, or only as single letters; each once. Of a text
