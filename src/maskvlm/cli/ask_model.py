@@ -19,7 +19,8 @@ from maskvlm.config.allowed_classes import OWN
 from maskvlm.config.bundled_models import default_model
 from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
-from maskvlm.data.inputs import is_image, save_image
+from maskvlm.data.images import BadImage
+from maskvlm.data.inputs import is_image, open_image, save_image
 from maskvlm.inference.pretrained import INPUT_WARNINGS, PretrainedMaskVLM, unknown_line
 from maskvlm.inference.rebuild import PARTS
 from maskvlm.objectives.task import Task
@@ -38,7 +39,8 @@ class Asked(NamedTuple):
     texts: Sequence[str]
 
 
-Ask = Callable[[PretrainedMaskVLM, list[Any], argparse.Namespace], Iterator[Asked]]
+Ask = Callable[[PretrainedMaskVLM, list[Any], argparse.Namespace], Iterator[Asked | BadImage]]
+"""Gives the answers; of several images, also the error of each that cannot be used."""
 
 
 def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> int:
@@ -47,6 +49,9 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     Args:
         options: parsed by `shell_methods.method_parser`, and checked.
         allowed: packages that the model's classes may come from.
+
+    Returns:
+        The exit status: that of the first of several images that could not be used, 0 if there is none.
     """
     named = options.source is not None
     options.source = options.source or default_model("used")
@@ -54,8 +59,14 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     # The methods that a task adds are known only once its checkpoint is loaded.
     ask = ASKS.get(method) or task_ask(model, method)
     seen: dict[ShellImage, str | None] = {}
+    code = 0
     with warn_afterwards(model):
-        for answer, images, texts in ask(model, options.inputs, options):
+        for each in ask(model, options.inputs, options):
+            if isinstance(each, BadImage):
+                print(f"error: {each}", file=sys.stderr, flush=True)
+                code = code or int(each.code)
+                continue
+            answer, images, texts = each
             if options.json:
                 whole = inputs_of(images, texts) | answer | cautions(model, images, texts, seen, method == "fill")
                 print(json_line(whole), flush=True)
@@ -63,7 +74,7 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
                 print(answer_line(answer), flush=True)
     if named:  # for the bundled model this was printed already
         print(f"{options.source}: {model.knows}", file=sys.stderr, flush=True)
-    return 0
+    return code
 
 
 def typed_name(image: ShellImage) -> str:
@@ -168,9 +179,15 @@ def ask_match(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Nam
         yield Asked({"match": probability, "text": text}, [image], [text])
 
 
-def ask_rank(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
-    """The candidates, best first."""
+def ask_rank(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked | BadImage]:
+    """The candidates, best first, without images that cannot be used."""
     query, *candidates = inputs
+    if not is_image(query) and is_image(candidates[0]):
+        bad = {place: error for place, each in enumerate(candidates) if (error := error_of(each)) is not None}
+        yield from bad.values()
+        candidates = [each for place, each in enumerate(candidates) if place not in bad]
+        if not candidates:
+            return
     for place, one in enumerate(model.rank(query, candidates, options.k), 1):
         ranked: Any = one
         candidate = candidates[ranked.place]
@@ -180,10 +197,23 @@ def ask_rank(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Name
         yield Asked(answer, [image], [text])
 
 
-def ask_caption(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
-    """A caption for each image."""
+def error_of(image: ShellImage) -> BadImage | None:
+    """Why an image cannot be used; None if it can."""
+    try:
+        open_image(image)
+    except BadImage as bad:
+        return bad
+    return None
+
+
+def ask_caption(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked | BadImage]:
+    """A caption for each image, or its error."""
     for image in inputs:
-        answer = {"caption": model.caption(image)}
+        try:
+            answer = {"caption": model.caption(image)}
+        except BadImage as bad:
+            yield bad
+            continue
         yield Asked({"image": typed_name(image), **answer} if len(inputs) > 1 else answer, [image], [])
 
 
