@@ -15,13 +15,13 @@ from PIL import Image
 from toy_pretrained import saved
 
 from maskvlm.checkpoint import io as checkpoint
-from maskvlm.cli.ask_model import ASKS, answer_line, ask_fill, box_mask, inputs_of, lot_mask
+from maskvlm.cli.ask_model import ASKS, answer_line, ask_fill, box_mask, inputs_of, lot_mask, warn_afterwards
 from maskvlm.cli.commands import ASK, REGISTRY
 from maskvlm.cli.convert import convert
 from maskvlm.cli.main import main
 from maskvlm.cli.shell_methods import METHODS
 from maskvlm.inference.infill import Guess
-from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.pretrained import PretrainedMaskVLM, unknown_line
 from maskvlm.utils.errors import ExitCode, UserError
 
 TEXT = "a red circle on the left"
@@ -251,6 +251,18 @@ def test_bad_images_among_several_are_told_and_the_others_answered(
     ]
     assert main([*words, "half.png", "half.png"]) == ExitCode.BAD_DATA
     assert capsys.readouterr().out == ""
+
+
+def test_warnings_of_many_texts_are_one_line_of_each_kind(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = PretrainedMaskVLM.from_pretrained(place / "best.ckpt")
+    with warn_afterwards(model):
+        for number in range(15):
+            model.encode_text([f"xyzzy{number} " * 60, f"a [MASK] circle, the {number}"])
+    words, long, masked = capsys.readouterr().err.splitlines()
+    assert "xyzzy0, " in words
+    assert long.startswith(f"warning: {model.truncated_warnings[0]}; the same for 14 other texts")
+    assert masked == f"warning: {model.mask_warnings[0]}; the same for 14 other texts"
+    assert unknown_line([*"abcdefghijklmnopqrstuvw"]).endswith("s, t and 3 more; take the answers with care")
 
 
 def test_the_earlier_name_of_an_option_works_and_is_told(

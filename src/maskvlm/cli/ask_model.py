@@ -120,7 +120,7 @@ def cautions(
 @contextmanager
 def warn_afterwards(model: PretrainedMaskVLM, images: bool = True) -> Iterator[None]:
     """On exit, print a line to stderr for each image unlike the training data (unless `images` is false), one for
-    unknown words, and one for each text that is too long or has a [MASK] that is not filled in."""
+    unknown words, one for texts that are too long, and one for texts with a [MASK] that is not filled in."""
     with warnings.catch_warnings():
         # Python would print the source location of each.
         for kind in INPUT_WARNINGS:
@@ -129,8 +129,16 @@ def warn_afterwards(model: PretrainedMaskVLM, images: bool = True) -> Iterator[N
     unknown = [unknown_line(model.warned_words)] if model.warned_words else []
     # A line that does not begin with a path is of the only image without one, that from standard input.
     far = [f"{PIPED}: {line}" if line.startswith("this image is unlike") else line for line in model.far_warnings]
-    for line in (*(far if images else []), *unknown, *model.truncated_warnings, *model.mask_warnings):
+    texts = [*one_line(model.truncated_warnings), *one_line(model.mask_warnings)]
+    for line in (*(far if images else []), *unknown, *texts):
         print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def one_line(warned: Sequence[str]) -> list[str]:
+    """The first of the warnings about texts, with the number of the others; an empty list if there is none."""
+    count = len(warned) - 1
+    more = f"; the same for {count} other text{'' if count == 1 else 's'}" if count > 0 else ""
+    return [f"{line}{more}" for line in [*warned][:1]]
 
 
 def json_line(answer: Answer) -> str:

@@ -66,6 +66,7 @@ OF_TRANSFORMERS = (
 """Further arguments that `AutoModel` and common scripts pass on; the first two are read, the others change nothing."""
 DESCRIBED_MODELS: set[str] = set()  # models whose training data has already been logged
 MOST_WARNINGS = 1_000  # warnings and unknown words to remember
+MOST_NAMED = 20  # unknown words in a warning
 MESSAGE = "Upload a MaskVLM model"
 TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
@@ -497,8 +498,10 @@ def some_of(items: list[Any]) -> list[Any]:
 
 
 def unknown_line(words: Sequence[str]) -> str:
-    """The warning message."""
-    return f"words that the model's tokenizer does not know: {', '.join(words)}; take the answers with care"
+    """The warning message; it names at most MOST_NAMED of the words."""
+    more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
+    named = ", ".join([*words][:MOST_NAMED])
+    return f"words that the model's tokenizer does not know: {named}{more}; take the answers with care"
 
 
 def known_of(backbone: Backbone, origin: Start) -> KnownRange | None:
