@@ -50,6 +50,7 @@ from maskvlm.inference.model_card import UNNAMED, KnownSet, limits, model_card
 from maskvlm.inference.rebuild import build_model
 from maskvlm.model.maskvlm import MaskVLM as Backbone
 from maskvlm.objectives.loaded_model import numbered
+from maskvlm.objectives.methods import TASK_METHODS
 from maskvlm.objectives.novelty import FarFromTraining, KnownRange, distance_to, far_line, fit_range, mean_patch
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
@@ -471,15 +472,28 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
             if task is None:
                 raise
             if name not in task.methods:
-                brings = ", ".join(task.methods) or "no method of its own"
-                message = f"no attribute '{name}'; the checkpoint's task, {type(task).__name__}, brings {brings}"
+                message = f"no attribute '{name}'"
                 # Also tools ask for attributes that nobody typed, such as `_repr_html_`.
-                message += "" if name.startswith("_") else "; fine-tuned models have more: maskvlm finetune TASK"
+                if not name.startswith("_"):
+                    message += advice_on(name, task)
                 raise AttributeError(message, name=name, obj=self) from None
         return asking(self, name)
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self.task.methods]
+
+
+def advice_on(name: str, task: Task) -> str:
+    """The rest of the message about an attribute that a model of this task does not have."""
+    public = [each for each in vars(ModelMethods) if not each.startswith("_")]
+    if name not in TASK_METHODS and (near := nearest(name, [*public, *task.methods], 0.6)):
+        return f" (did you mean {near}?)"
+    brings = ", ".join(task.methods) or "no method of its own"
+    which = TASK_METHODS.get(name, "TASK")
+    return (
+        f"; the checkpoint's task, {type(task).__name__}, brings {brings}; "
+        f"fine-tuned models have {'it' if name in TASK_METHODS else 'more'}: maskvlm finetune {which}"
+    )
 
 
 def calls_within() -> int:
