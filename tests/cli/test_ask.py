@@ -15,13 +15,13 @@ from PIL import Image
 from toy_pretrained import saved
 
 from maskvlm.checkpoint import io as checkpoint
-from maskvlm.cli.ask_model import ASKS, answer_line, ask_fill, box_mask, inputs_of, lot_mask
+from maskvlm.cli.ask_model import ASKS, answer_line, ask_fill, box_mask, inputs_of, lot_mask, warn_afterwards
 from maskvlm.cli.commands import ASK, REGISTRY
 from maskvlm.cli.convert import convert
 from maskvlm.cli.main import main
 from maskvlm.cli.shell_methods import METHODS
 from maskvlm.inference.infill import Guess
-from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.pretrained import PretrainedMaskVLM, unknown_line
 from maskvlm.utils.errors import ExitCode, UserError
 
 TEXT = "a red circle on the left"
@@ -139,7 +139,7 @@ def test_a_bad_image_is_told_before_a_model_is_loaded(
         Path(name).mkdir()
     else:
         Path(name).write_bytes(content)
-    for words in (["caption", str(place / "0.png"), name], ["match", name, "a dog"]):
+    for words in (["caption", name], ["match", name, "a dog"]):
         assert main([*words, "--from", "no.ckpt"]) in (ExitCode.BAD_DATA, ExitCode.MISSING_INPUT)
         error = capsys.readouterr().err
         assert message in error
@@ -167,7 +167,7 @@ def test_a_bad_image_is_told_before_a_model_is_loaded(
             ExitCode.USAGE,
         ),
         (["fill", "--from", "best.ckpt", "0.png", "--", "--out"], "no word in it is masked", ExitCode.USAGE),
-        (["caption", "--from", "best.ckpt", "0.png", "no.png"], "no.png: bad image, missing", ExitCode.MISSING_INPUT),
+        (["caption", "--from", "best.ckpt", "no.png"], "no.png: bad image, missing", ExitCode.MISSING_INPUT),
         (
             ["inpaint", "--from", "best.ckpt", "0.png", "a", "--out", "x"],
             "x: cannot be written (it has no extension)",
@@ -230,6 +230,39 @@ def test_a_mistake_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("method", ["caption", "rank"])
+def test_bad_images_among_several_are_told_and_the_others_answered(
+    method: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("0.png", "1.png"):
+        shutil.copy(place / name, name)
+    Path("half.png").write_bytes(Path("0.png").read_bytes()[:1000])
+    words = [method, "--from", str(place / "best.ckpt"), "--json", *([TEXT] if method == "rank" else [])]
+    assert main([*words, "0.png", "half.png", "no.png", "1.png"]) == ExitCode.BAD_DATA  # of the first bad one
+    output = capsys.readouterr()
+    assert sorted(json.loads(line)["image"] for line in output.out.splitlines()) == ["0.png", "1.png"]
+    errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
+    assert [line.partition(":")[2].partition(" (")[0] for line in errors] == [
+        " half.png: bad image, truncated",
+        " no.png: bad image, missing",
+    ]
+    assert main([*words, "half.png", "half.png"]) == ExitCode.BAD_DATA
+    assert capsys.readouterr().out == ""
+
+
+def test_warnings_of_many_texts_are_one_line_of_each_kind(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = PretrainedMaskVLM.from_pretrained(place / "best.ckpt")
+    with warn_afterwards(model):
+        for number in range(15):
+            model.encode_text([f"xyzzy{number} " * 60, f"a [MASK] circle, the {number}"])
+    words, long, masked = capsys.readouterr().err.splitlines()
+    assert "xyzzy0, " in words
+    assert long.startswith(f"warning: {model.truncated_warnings[0]}; the same for 14 other texts")
+    assert masked == f"warning: {model.mask_warnings[0]}; the same for 14 other texts"
+    assert unknown_line([*"abcdefghijklmnopqrstuvw"]).endswith("s, t and 3 more; take the answers with care")
 
 
 def test_the_earlier_name_of_an_option_works_and_is_told(

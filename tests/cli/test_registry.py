@@ -12,9 +12,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from maskvlm.cli.commands import COMMANDS, REGISTRY, TASK_METHODS, WORDS, help_of, overview
+from maskvlm.cli.commands import COMMANDS, REGISTRY, WORDS, help_of, overview
 from maskvlm.cli.main import common, main
 from maskvlm.config.compose import choices, sets_of, tasks
+from maskvlm.objectives.methods import TASK_METHODS
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode
 

@@ -18,7 +18,7 @@ from maskvlm.config.bundled_models import DEFAULT, FOLDER, bundled_folder, bundl
 from maskvlm.data.scenes.source import Scenes
 from maskvlm.demo.samples import PHOTOS
 from maskvlm.inference import infill
-from maskvlm.inference.pretrained import PretrainedMaskVLM, TruncatedText, UnknownWords
+from maskvlm.inference.pretrained import PretrainedMaskVLM, TruncatedText, UnknownWords, UnusedMask
 from maskvlm.inference.saliency import word_places
 from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.utils.errors import UserError
@@ -201,6 +201,37 @@ def test_a_text_longer_than_is_read_is_told_once(tmp_path: Path, capsys: pytest.
     output = capsys.readouterr()
     assert json.loads(output.out)["truncated"] == [*model.truncated_warnings]
     assert f"warning: {model.truncated_warnings[0]}" in output.err.splitlines()
+
+
+def test_a_mask_where_none_is_filled_in_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = MaskVLM.from_pretrained()
+    image, text = Scenes().split("val")[3]["image"], "a [MASK] star and a red square"
+    line = f"text '{text}': [MASK] is read as plain text; only fill_mask (maskvlm fill) fills it in"
+    with pytest.warns(UnusedMask, match=re.escape(line)) as told:
+        model.score(image, text)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnusedMask)
+        model.match(image, text)
+        model.fill_mask(image, ["the [MASK] star", "a star at the [MASK]"])
+    assert [*model.mask_warnings] == [line]
+    methods = (
+        lambda text: model.match(image, text),
+        lambda text: model.rank(image, [text]),
+        lambda text: model.explain(image, text, "star"),
+        lambda text: model.reconstruct(image, np.eye(3, dtype=bool), text),
+        model.encode_text,
+        model.tokens,
+    )
+    for number, method in enumerate(methods):
+        with pytest.warns(UnusedMask, match=f"'{number} "):
+            method(f"{number} [MASK] star")
+    image.save(tmp_path / "scene.png")
+    for method, masks in (("match", [line]), ("fill", [])):
+        assert main([method, "--from", DEFAULT, str(tmp_path / "scene.png"), text, "--json"]) == 0
+        output = capsys.readouterr()
+        assert json.loads(output.out).get("unused_masks", []) == masks
+        assert [row for row in output.err.splitlines() if "[MASK]" in row] == [f"warning: {each}" for each in masks]
 
 
 def test_the_shell_tells_what_is_strange_after_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,9 +174,14 @@ def test_punctuation_follows_its_word() -> None:
 
 def test_a_verb_that_is_not_there_names_those_that_are(model: PretrainedMaskVLM) -> None:
     assert not hasattr(model, "answer")
-    brings = "MaskedPretraining, brings no method of its own; fine-tuned models have more: maskvlm finetune TASK"
-    with pytest.raises(AttributeError, match=brings):
+    brings = "MaskedPretraining, brings no method of its own; fine-tuned models have "
+    with pytest.raises(AttributeError, match=f"{brings}it: maskvlm finetune vqa$"):
         model.answer(IMAGE, "what")
+    with pytest.raises(AttributeError, match=f"{brings}more: maskvlm finetune TASK$"):
+        model.generate(IMAGE)
+    for wrong, right in {"fill": "fill_mask", "embed_text": "encode_text", "matches": "match"}.items():
+        with pytest.raises(AttributeError, match=rf"^no attribute '{wrong}' \(did you mean {right}\?\)"):
+            getattr(model, wrong)
 
 
 def test_the_processor_takes_every_mode_of_an_image(place: Path) -> None:

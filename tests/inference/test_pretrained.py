@@ -28,7 +28,7 @@ from maskvlm.data.text import Captioner, tokenizer_hash
 from maskvlm.data.transforms import eval_transform
 from maskvlm.inference import embeddings
 from maskvlm.inference import infill as unmask
-from maskvlm.inference.pretrained import PretrainedMaskVLM
+from maskvlm.inference.pretrained import PretrainedMaskVLM, UnusedMask
 from maskvlm.inference.saliency import trace
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.masking import PatchMask
@@ -706,11 +706,24 @@ def test_labels_and_verbs_survive_the_folder(tmp_path: Path) -> None:
     assert "3 labels" in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_a_misspelt_argument_is_told_and_others_pass(path: Path) -> None:
+def test_the_processor_reads_special_tokens_in_texts_as_the_model_does(folder: Path) -> None:
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    texts = ["a [MASK] dog", "a dog [SEP] a [MASK]"]
+    with pytest.warns(UnusedMask):
+        token_CT = model.tokens(texts).token_CT
+    assert torch.equal(processor(text=texts, return_tensors="pt", padding=True)["input_ids"], token_CT)
+    assert model.backbone.text.mask_id not in token_CT
+
+
+def test_an_unknown_argument_is_told_and_those_of_transformers_pass(path: Path) -> None:
     """`AutoModel` hands on what is transformers' own."""
     for wrong, right in {"devise": "device", "dtyp": "dtype", "allow_imports": "allow_import"}.items():
         with pytest.raises(UserError, match=rf"no argument {wrong} \(did you mean {right}\?\)"):
             PretrainedMaskVLM.from_pretrained(path, **{wrong: None})
+    # Unlike any argument, or one of transformers' that would change the model.
+    for wrong in ("foo", "quantization_config"):
+        with pytest.raises(UserError, match=rf"no argument {wrong}\. .*available: device, dtype, "):
+            PretrainedMaskVLM.from_pretrained(path, **{wrong: 1})
     PretrainedMaskVLM.from_pretrained(path, torch_dtype=None, subfolder="", trust_remote_code=False)
 
 

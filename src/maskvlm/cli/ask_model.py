@@ -19,10 +19,10 @@ from maskvlm.config.allowed_classes import OWN
 from maskvlm.config.bundled_models import default_model
 from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
-from maskvlm.data.inputs import is_image, save_image
-from maskvlm.inference.pretrained import PretrainedMaskVLM, TruncatedText, UnknownWords, unknown_line
+from maskvlm.data.images import BadImage
+from maskvlm.data.inputs import is_image, open_image, save_image
+from maskvlm.inference.pretrained import INPUT_WARNINGS, PretrainedMaskVLM, unknown_line
 from maskvlm.inference.rebuild import PARTS
-from maskvlm.objectives.novelty import FarFromTraining
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import UserError
 
@@ -39,7 +39,8 @@ class Asked(NamedTuple):
     texts: Sequence[str]
 
 
-Ask = Callable[[PretrainedMaskVLM, list[Any], argparse.Namespace], Iterator[Asked]]
+Ask = Callable[[PretrainedMaskVLM, list[Any], argparse.Namespace], Iterator[Asked | BadImage]]
+"""Gives the answers; of several images, also the error of each that cannot be used."""
 
 
 def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> int:
@@ -48,6 +49,9 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     Args:
         options: parsed by `shell_methods.method_parser`, and checked.
         allowed: packages that the model's classes may come from.
+
+    Returns:
+        The exit status: that of the first of several images that could not be used, 0 if there is none.
     """
     named = options.source is not None
     options.source = options.source or default_model("used")
@@ -55,16 +59,22 @@ def ask_method(method: str, options: argparse.Namespace, allowed: list[str]) -> 
     # The methods that a task adds are known only once its checkpoint is loaded.
     ask = ASKS.get(method) or task_ask(model, method)
     seen: dict[ShellImage, str | None] = {}
+    code = 0
     with warn_afterwards(model):
-        for answer, images, texts in ask(model, options.inputs, options):
+        for each in ask(model, options.inputs, options):
+            if isinstance(each, BadImage):
+                print(f"error: {each}", file=sys.stderr, flush=True)
+                code = code or int(each.code)
+                continue
+            answer, images, texts = each
             if options.json:
-                whole = inputs_of(images, texts) | answer | cautions(model, images, texts, seen)
+                whole = inputs_of(images, texts) | answer | cautions(model, images, texts, seen, method == "fill")
                 print(json_line(whole), flush=True)
             else:
                 print(answer_line(answer), flush=True)
     if named:  # for the bundled model this was printed already
         print(f"{options.source}: {model.knows}", file=sys.stderr, flush=True)
-    return 0
+    return code
 
 
 def typed_name(image: ShellImage) -> str:
@@ -85,36 +95,50 @@ def inputs_of(images: Sequence[ShellImage], texts: Sequence[str]) -> Answer:
 
 
 def cautions(
-    model: PretrainedMaskVLM, images: Sequence[ShellImage], texts: Sequence[str], seen: dict[ShellImage, str | None]
+    model: PretrainedMaskVLM,
+    images: Sequence[ShellImage],
+    texts: Sequence[str],
+    seen: dict[ShellImage, str | None],
+    fills: bool = False,
 ) -> Answer:
     """Reasons to treat an answer about these inputs with care: `far`, a line for each image unlike the training data,
-    `unknown_words`, and `truncated`, a line for each text of which only the beginning is read. An empty entry is left
-    out.
+    `unknown_words`, `truncated`, a line for each text of which only the beginning is read, and `unused_masks`, a line
+    for each text with [MASK]. An empty entry is left out.
 
     Args:
         seen: the result of `far` for the images of earlier answers; updated with these images.
+        fills: whether the method fills in [MASK].
     """
     new = [image for image in dict.fromkeys(images) if image not in seen]
     seen.update(zip(new, model.far(new), strict=True))
     far = [f"{cut(typed_name(image), 300)}: {seen[image]}" for image in images if seen[image] is not None]
     entries = {"far": far, "unknown_words": model.unknown_words(texts), "truncated": model.truncated(texts)}
+    entries["unused_masks"] = [] if fills else model.unused_masks(texts)
     return {name: each for name, each in entries.items() if each}
 
 
 @contextmanager
 def warn_afterwards(model: PretrainedMaskVLM, images: bool = True) -> Iterator[None]:
     """On exit, print a line to stderr for each image unlike the training data (unless `images` is false), one for
-    unknown words, and one for each text that is too long."""
+    unknown words, one for texts that are too long, and one for texts with a [MASK] that is not filled in."""
     with warnings.catch_warnings():
         # Python would print the source location of each.
-        for kind in (FarFromTraining, UnknownWords, TruncatedText):
+        for kind in INPUT_WARNINGS:
             warnings.simplefilter("ignore", kind)
         yield
     unknown = [unknown_line(model.warned_words)] if model.warned_words else []
     # A line that does not begin with a path is of the only image without one, that from standard input.
     far = [f"{PIPED}: {line}" if line.startswith("this image is unlike") else line for line in model.far_warnings]
-    for line in (*(far if images else []), *unknown, *model.truncated_warnings):
+    texts = [*first_with_count(model.truncated_warnings), *first_with_count(model.mask_warnings)]
+    for line in (*(far if images else []), *unknown, *texts):
         print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def first_with_count(warned: Sequence[str]) -> list[str]:
+    """The first of the warnings about texts, with the number of the others; an empty list if there is none."""
+    count = len(warned) - 1
+    more = f"; the same for {count} other text{'' if count == 1 else 's'}" if count > 0 else ""
+    return [f"{line}{more}" for line in [*warned][:1]]
 
 
 def json_line(answer: Answer) -> str:
@@ -163,9 +187,15 @@ def ask_match(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Nam
         yield Asked({"match": probability, "text": text}, [image], [text])
 
 
-def ask_rank(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
-    """The candidates, best first."""
+def ask_rank(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked | BadImage]:
+    """The candidates, best first, without images that cannot be used."""
     query, *candidates = inputs
+    if not is_image(query) and is_image(candidates[0]):
+        bad = {place: error for place, each in enumerate(candidates) if (error := error_of(each)) is not None}
+        yield from bad.values()
+        candidates = [each for place, each in enumerate(candidates) if place not in bad]
+        if not candidates:
+            return
     for place, one in enumerate(model.rank(query, candidates, options.k), 1):
         ranked: Any = one
         candidate = candidates[ranked.place]
@@ -175,10 +205,23 @@ def ask_rank(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Name
         yield Asked(answer, [image], [text])
 
 
-def ask_caption(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked]:
-    """A caption for each image."""
+def error_of(image: ShellImage) -> BadImage | None:
+    """Why an image cannot be used; None if it can."""
+    try:
+        open_image(image)
+    except BadImage as bad:
+        return bad
+    return None
+
+
+def ask_caption(model: PretrainedMaskVLM, inputs: list[Any], options: argparse.Namespace) -> Iterator[Asked | BadImage]:
+    """A caption for each image, or its error."""
     for image in inputs:
-        answer = {"caption": model.caption(image)}
+        try:
+            answer = {"caption": model.caption(image)}
+        except BadImage as bad:
+            yield bad
+            continue
         yield Asked({"image": typed_name(image), **answer} if len(inputs) > 1 else answer, [image], [])
 
 

@@ -172,9 +172,6 @@ ELSEWHERE = {
 }
 """Commands of a plain LightningCLI that are missing here, and what replaces them."""
 
-TASK_METHODS = {"answer": "vqa", "compare": "nlvr", "entail": "entailment"}
-"""Methods that this project's tasks add, and the task of each. Those of other packages are found in the checkpoint."""
-
 USAGE = """maskvlm COMMAND [word=value ...] [--key value ...]
 {commands}
 TASK.TOOL and methods of tasks

@@ -12,11 +12,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from maskvlm.cli.commands import COMMANDS, DATA, ELSEWHERE, LEARN, LIGHTNING, TASK_METHODS, help_of, overview
+from maskvlm.cli.commands import COMMANDS, DATA, ELSEWHERE, LEARN, LIGHTNING, help_of, overview
 from maskvlm.config.compose import find_packages, find_tasks, home, own_home, same_command
 from maskvlm.config.given_options import given_places, nearest
 from maskvlm.config.given_options import options as settings
 from maskvlm.config.safe_yaml import cut
+from maskvlm.objectives.methods import TASK_METHODS
 from maskvlm.training.failure import EARLIER, failed_first, process_rank, report
 from maskvlm.training.peers import leave
 from maskvlm.utils.errors import ExitCode, UserError

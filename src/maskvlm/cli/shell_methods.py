@@ -36,8 +36,6 @@ class ShellMethod(NamedTuple):
 
 PIPED = "-"
 """The input that stands for an image from standard input."""
-OPENED_EARLY = 8
-"""Number of images that are checked before the model is loaded, which takes seconds."""
 PAINT = ("--out", "--mask-ratio", "--box", "--seed")
 METHODS: dict[str, ShellMethod] = {
     "fill": ShellMethod(
@@ -229,7 +227,7 @@ def check_count(inputs: list[str], form: str, least: int, most: int | None, meth
 
 
 def check_images(method: str, images: list[str], rest: list[str]) -> None:
-    """Check that the images exist, and that the first few are images.
+    """Check that an image exists and is one. Of several, each is reported when its turn comes, and the others answered.
 
     Raises:
         UserError: an image's name is empty, or a text is given in place of an image, and an image after it.
@@ -239,22 +237,23 @@ def check_images(method: str, images: list[str], rest: list[str]) -> None:
 
     if "" in images:
         raise UserError(method, f"the name of image {images.index('') + 1} is empty", "Name an image file")
+    if len(images) > 1:
+        return
+    image = images[0]
     # Not Path.exists, which raises OSError for a text that is too long to be a file name.
-    absent = next((each for each in images if each != PIPED and not os.path.exists(each)), None)
-    if absent is not None:
+    if image != PIPED and not os.path.exists(image):
         after = next((each for each in rest if each == PIPED or os.path.isfile(each)), None)
-        if len(images) == 1 and after is not None:
-            what = f"'{cut(absent)}' is not a file, but {after} after it is {'an image' if after == PIPED else 'one'}"
+        if after is not None:
+            what = f"'{cut(image)}' is not a file, but {after} after it is {'an image' if after == PIPED else 'one'}"
             raise UserError(method, what, "Give the image before the text")
-        raise BadImage(absent, "missing").without_row()
-    for image in images[:OPENED_EARLY]:
-        # A pipe can be read only once.
-        if os.path.isfile(image) or os.path.isdir(image):
-            try:
-                # At an eighth of its size where the format allows it, as only damage is of interest.
-                safe_open(image, image, least=1)
-            except BadImage as bad:
-                raise bad.without_row() from bad
+        raise BadImage(image, "missing").without_row()
+    # A pipe can be read only once.
+    if os.path.isfile(image) or os.path.isdir(image):
+        try:
+            # At an eighth of its size where the format allows it, as only damage is of interest.
+            safe_open(image, image, least=1)
+        except BadImage as bad:
+            raise bad.without_row() from bad
 
 
 def check_texts(texts: list[str], last: str | None) -> None:

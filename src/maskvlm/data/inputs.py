@@ -170,8 +170,7 @@ class MarkedTexts:
         Raises:
             UserError: no word is masked, or a masked word is beyond the model's text length.
         """
-        # the text between the masked words: one more piece than there are masks
-        pieces = check_text(text).replace(str(self.tokenizer.mask_token), MASK).split(MASK)
+        pieces = self.between_masks(check_text(text))
         if len(pieces) == 1:
             raise UserError(f"text '{cut(text, 60)}'", "no word in it is masked", f"Replace one with {MASK}")
         ids: list[int] = []
@@ -188,16 +187,20 @@ class MarkedTexts:
                 raise UserError("text", what, "Shorten it")
         return torch.tensor([start, *ids, end])
 
+    def between_masks(self, text: str) -> list[str]:
+        """The parts of a text between its masked words: one more than there are masked words."""
+        return text.replace(str(self.tokenizer.mask_token), MASK).split(MASK)
+
     def count(self, text: str) -> int:
         """Number of tokens of a text, start and end included, however many the model reads."""
-        pieces = clean_caption(text)[0].replace(str(self.tokenizer.mask_token), MASK).split(MASK)
+        pieces = self.between_masks(clean_caption(text)[0])
         return sum(map(self.captioner.count, pieces)) + len(pieces) - 1 + len(self.ends)
 
     def unknown_words(self, text: str) -> list[str]:
         """Words of a text unknown to the tokenizer, within the text length; masked words do not count."""
         words, room = list[str](), self.text_length - len(self.ends)
         # as `masked`
-        for piece in clean_caption(text)[0].replace(str(self.tokenizer.mask_token), MASK).split(MASK):
+        for piece in self.between_masks(clean_caption(text)[0]):
             words += self.captioner.unknown_words(piece, max(0, room))
             # a masked word is a token too
             room -= len(self.captioner.inner(piece)) + 1

@@ -13,8 +13,7 @@ from PIL import Image
 
 from maskvlm.data.images import safe_open
 from maskvlm.data.inputs import check_text
-from maskvlm.inference.pretrained import TruncatedText, UnknownWords
-from maskvlm.objectives.novelty import FarFromTraining
+from maskvlm.inference.pretrained import INPUT_WARNINGS
 from maskvlm.utils.errors import ExitCode, UserError
 
 ANSWER_SECONDS = 20.0
@@ -55,7 +54,7 @@ def _quietly(function: Callable[..., T], *arguments: Any) -> T:
     """Call a function without warnings about inputs: Python remembers every warning shown, and visitors cause any
     number of them. The page shows them elsewhere."""
     with warnings.catch_warnings():
-        for kind in (FarFromTraining, UnknownWords, TruncatedText):
+        for kind in INPUT_WARNINGS:
             warnings.simplefilter("ignore", kind)
         return function(*arguments)
 

@@ -399,7 +399,8 @@ class ModelMethods(nn.Module):
         return torch.stack(tensors).to(next(self.backbone.parameters()))
 
     def tokens(self, texts: str | Sequence[str]) -> CaptionTokens:
-        """Ids and masks of texts, [C, T] each, on the model's device."""
+        """Ids and masks of texts, [C, T] each, on the model's device. [MASK] is plain text here; only `fill_mask` fills
+        it in."""
         device = next(self.backbone.parameters()).device
         return CaptionTokens(*(part.to(device) for part in self.words(as_list(texts)[0])))
 

@@ -119,6 +119,8 @@ class MaskVLMProcessor(ProcessorMixin):
         # A tokenizer without a limit has 1e30 here, which does not fit.
         if Whole(1, 100_000).fits(length):
             tokenizer.model_max_length = length
+        # As in training and in the model's own methods, no text has special tokens, such as [MASK], in it.
+        tokenizer.split_special_tokens = True
         return cls(MaskVLMImageProcessor(resample=BICUBIC, do_convert_rgb=True, **settings), tokenizer)
 
 

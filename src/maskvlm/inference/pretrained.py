@@ -35,7 +35,8 @@ from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.config.bundled_models import DEFAULT
 from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
-from maskvlm.data.inputs import ImageInput, as_list, open_image
+from maskvlm.data.inputs import MASK, ImageInput, as_list, open_image
+from maskvlm.data.text import CaptionTokens
 from maskvlm.inference.api import ModelMethods
 from maskvlm.inference.hf_config import (
     MaskVLMConfig,
@@ -49,6 +50,7 @@ from maskvlm.inference.model_card import UNNAMED, KnownSet, limits, model_card
 from maskvlm.inference.rebuild import build_model
 from maskvlm.model.maskvlm import MaskVLM as Backbone
 from maskvlm.objectives.loaded_model import numbered
+from maskvlm.objectives.methods import TASK_METHODS
 from maskvlm.objectives.novelty import FarFromTraining, KnownRange, distance_to, far_line, fit_range, mean_patch
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import ExitCode, UserError
@@ -58,8 +60,14 @@ from maskvlm.utils.write_errors import cannot_write
 log = logging.getLogger(__name__)
 WATCHED = 16  # images or texts checked per call, evenly spaced over it
 KEYWORDS = ("device", "dtype", "allow_import", "revision", "token", "cache_dir", "local_files_only")
+OF_TRANSFORMERS = (
+    "device_map", "torch_dtype", "config", "trust_remote_code", "adapter_kwargs", "force_download", "proxies",
+    "subfolder", "use_safetensors", "weights_only", "low_cpu_mem_usage", "attn_implementation",
+)  # fmt: skip
+"""Further arguments that `AutoModel` and common scripts pass on; the first two are read, the others change nothing."""
 DESCRIBED_MODELS: set[str] = set()  # models whose training data has already been logged
 MOST_WARNINGS = 1_000  # warnings and unknown words to remember
+MOST_NAMED = 20  # unknown words in a warning
 MESSAGE = "Upload a MaskVLM model"
 TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
@@ -70,6 +78,14 @@ class UnknownWords(UserWarning):
 
 class TruncatedText(UserWarning):
     """A text with more tokens than the model reads; the rest of it is ignored."""
+
+
+class UnusedMask(UserWarning):
+    """A [MASK] in a text of a method other than `fill_mask`: it is read as plain text, and nothing is filled in."""
+
+
+INPUT_WARNINGS = (FarFromTraining, UnknownWords, TruncatedText, UnusedMask)
+"""What a model warns about in its inputs."""
 
 
 @dataclass
@@ -107,6 +123,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         far_warnings: the latest of these warnings, each once; at most 1,000.
         warned_words: the latest unknown words in inputs, at most 1,000; each was warned about once (`UnknownWords`).
         truncated_warnings: the latest of these warnings, each once; at most 1,000 (`TruncatedText`).
+        mask_warnings: the latest of these warnings, each once; at most 1,000 (`UnusedMask`).
     """
 
     config_class = MaskVLMConfig
@@ -119,6 +136,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         self.far_warnings: deque[str] = deque(maxlen=MOST_WARNINGS)
         self.warned_words: deque[str] = deque(maxlen=MOST_WARNINGS)
         self.truncated_warnings: deque[str] = deque(maxlen=MOST_WARNINGS)
+        self.mask_warnings: deque[str] = deque(maxlen=MOST_WARNINGS)
         self.most_far = 0.0  # highest share warned about so far, among the images checked in calls with many
         # Sets what save_pretrained reads; would initialise weights with `_init_weights`, which does nothing here.
         self.post_init()
@@ -147,14 +165,14 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
 
         Raises:
             UserError: not found (66), damaged or not a MaskVLM model (65), cannot be read (74), it would run code (77),
-                no such device (69), no such precision or a misspelt argument (2).
+                no such device (69), no such precision or an unknown argument (2).
         """
         for name in hub:
-            # Others may be transformers' own, which `AutoModel` passes on.
-            known = name in KEYWORDS or name in ("device_map", "torch_dtype")
-            if not known and (near := nearest(name, KEYWORDS, 0.75)):
-                what = f"there is no argument {name} (did you mean {near}?)"
-                raise UserError("from_pretrained", what, "Correct or remove it")
+            # transformers marks its own internal arguments with an underscore.
+            if name not in (*KEYWORDS, *OF_TRANSFORMERS) and not name.startswith("_"):
+                near = nearest(name, KEYWORDS, 0.6)
+                what = f"there is no argument {name}" + (f" (did you mean {near}?)" if near else "")
+                raise UserError("from_pretrained", what, f"Correct or remove it; available: {', '.join(KEYWORDS)}")
         # transformers' own names for device and dtype also work.
         device = hub.get("device_map") if device is None and isinstance(hub.get("device_map"), str) else device
         allowed = [allow_import] if isinstance(allow_import, str) else list(allow_import or ())
@@ -268,6 +286,22 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 read = self.words.text_length - 2
                 lines.append(f"text '{cut(text, 60)}': only the first {read} of its {count - 2:,} tokens are read")
         return lines
+
+    def tokens(self, texts: str | Sequence[str]) -> CaptionTokens:
+        """See `ModelMethods.tokens`. Warn about texts with [MASK]; of many texts, only a few are checked."""
+        # Every method but `fill_mask` gets its tokens here.
+        for line in self.unused_masks(some_of(as_list(texts)[0])):
+            if line not in self.mask_warnings:
+                self.mask_warnings.append(line)
+                warnings.warn(line, UnusedMask, stacklevel=calls_within())
+        return super().tokens(texts)
+
+    def unused_masks(self, texts: Sequence[Any]) -> list[str]:
+        """A line for each text with [MASK], which only `fill_mask` fills in."""
+        # Inputs that are not text are reported later.
+        masked = [text for text in texts if isinstance(text, str) and len(self.words.between_masks(text)) > 1]
+        todo = "only fill_mask (maskvlm fill) fills it in"
+        return [f"text '{cut(text, 60)}': {MASK} is read as plain text; {todo}" for text in masked]
 
     def unknown_words(self, texts: Sequence[Any]) -> list[str]:
         """The words in these texts that the tokenizer does not know, or only as single letters; each once. Of a text
@@ -438,15 +472,28 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
             if task is None:
                 raise
             if name not in task.methods:
-                brings = ", ".join(task.methods) or "no method of its own"
-                message = f"no attribute '{name}'; the checkpoint's task, {type(task).__name__}, brings {brings}"
+                message = f"no attribute '{name}'"
                 # Also tools ask for attributes that nobody typed, such as `_repr_html_`.
-                message += "" if name.startswith("_") else "; fine-tuned models have more: maskvlm finetune TASK"
+                if not name.startswith("_"):
+                    message += advice_on(name, task)
                 raise AttributeError(message, name=name, obj=self) from None
         return asking(self, name)
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self.task.methods]
+
+
+def advice_on(name: str, task: Task) -> str:
+    """The rest of the message about an attribute that a model of this task does not have."""
+    public = [each for each in vars(ModelMethods) if not each.startswith("_")]
+    if name not in TASK_METHODS and (near := nearest(name, [*public, *task.methods], 0.6)):
+        return f" (did you mean {near}?)"
+    brings = ", ".join(task.methods) or "no method of its own"
+    which = TASK_METHODS.get(name, "TASK")
+    return (
+        f"; the checkpoint's task, {type(task).__name__}, brings {brings}; "
+        f"fine-tuned models have {'it' if name in TASK_METHODS else 'more'}: maskvlm finetune {which}"
+    )
 
 
 def calls_within() -> int:
@@ -465,8 +512,10 @@ def some_of(items: list[Any]) -> list[Any]:
 
 
 def unknown_line(words: Sequence[str]) -> str:
-    """The warning message."""
-    return f"words that the model's tokenizer does not know: {', '.join(words)}; take the answers with care"
+    """The warning message; it names at most MOST_NAMED of the words."""
+    more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
+    named = ", ".join([*words][:MOST_NAMED])
+    return f"words that the model's tokenizer does not know: {named}{more}; take the answers with care"
 
 
 def known_of(backbone: Backbone, origin: Start) -> KnownRange | None:

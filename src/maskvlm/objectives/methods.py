@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+TASK_METHODS = {"answer": "vqa", "compare": "nlvr", "entail": "entailment"}
+"""Methods that this project's tasks add, and the task of each. Those of other packages are found in the checkpoint."""
+
 
 class Method(NamedTuple):
     """A question type that a fine-tuned model answers, in Python, on the command line and on the demo page.

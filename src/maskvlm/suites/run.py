@@ -18,8 +18,7 @@ from maskvlm.data.images import BadImage
 from maskvlm.data.inputs import open_image
 from maskvlm.data.raw.lines import one_line
 from maskvlm.data.subset import hash_of_photo
-from maskvlm.inference.pretrained import PretrainedMaskVLM, TruncatedText, UnknownWords, some_of
-from maskvlm.objectives.novelty import FarFromTraining
+from maskvlm.inference.pretrained import INPUT_WARNINGS, PretrainedMaskVLM, some_of
 from maskvlm.suites.scores import within
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.utils.errors import ExitCode, UserError
@@ -92,7 +91,7 @@ def run_suite(
         raise UserError(path, f"no item can be used: {first}", "Check --path and --images", ExitCode.BAD_DATA)
     with warnings.catch_warnings():
         # Unusual images are intended, and a warning would be about one of thousands; texts get notes below.
-        for kind in (FarFromTraining, UnknownWords, TruncatedText):
+        for kind in INPUT_WARNINGS:
             warnings.simplefilter("ignore", kind)
         scores = {way: suite.ask(model, items, way) for way in ways}
     looked_at = some_of(list(dict.fromkeys(image for item in items for image in item.images)))
@@ -106,6 +105,8 @@ def run_suite(
         notes.append(f"words that the model's tokenizer does not know, of some of the texts: {named}{more}")
     if model.truncated_warnings:
         notes.append(f"some texts are longer than the model reads, such as {model.truncated_warnings[0]}")
+    if model.mask_warnings:
+        notes.append(f"some texts hold a masked word, such as {model.mask_warnings[0]}")
     metrics = {}
     for way in ways:
         places = [row for row, each in enumerate(scores[way]) if len(each)]
