@@ -184,6 +184,24 @@ def test_a_verb_that_is_not_there_names_those_that_are(model: PretrainedMaskVLM)
             getattr(model, wrong)
 
 
+def test_an_image_in_the_place_of_a_text_is_told_and_the_reverse(model: PretrainedMaskVLM, tmp_path: Path) -> None:
+    file = str(tmp_path / "photo.png")
+    IMAGE.save(file)
+    for ask in (model.encode_text, lambda text: model.score(IMAGE, text), lambda text: model.match(IMAGE, text)):
+        with pytest.raises(UserError, match=r"photo\.png' is an image file, not a text\. Give it as the image"):
+            ask(file)
+    with pytest.raises(UserError, match=r"^text 2: "):
+        model.encode_text(["a star", file])
+    for ask in (model.encode_image, model.caption):
+        with pytest.raises(UserError, match=r"no file a dog on grass.*It looks like a text"):
+            ask("a dog on grass")
+    # These may well be misspelt paths.
+    for name in ("my photo.jpg", "dog", "photos/my dog"):
+        with pytest.raises(UserError, match="Check the path"):
+            model.encode_image(name)
+    assert model.encode_text("no-such-photo.png").shape == model.encode_text("a star").shape
+
+
 def test_the_processor_takes_every_mode_of_an_image(place: Path) -> None:
     processor = AutoProcessor.from_pretrained(place / "model")
     wanted = processor(images=IMAGE, text=TEXT, return_tensors="pt")["pixel_values"]

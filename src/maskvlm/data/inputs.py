@@ -78,7 +78,15 @@ def open_image(image: ImageInput, name: str = "image") -> Image.Image:
     try:
         return safe_open(image, name)
     except BadImage as bad:
+        if bad.reason == "missing" and isinstance(image, str) and looks_like_text(image):
+            todo = "It looks like a text: give the image in its place"
+            raise BadImage(bad.where, bad.reason, bad.detail, todo) from bad
         raise bad.without_row() from bad
+
+
+def looks_like_text(name: str) -> bool:
+    """Whether this is surely no path of an image: it has several words, and neither a folder nor a suffix."""
+    return len(name.split()) > 1 and not os.path.dirname(name) and not Path(name).suffix
 
 
 def save_image(image: Image.Image, path: Path) -> str:
@@ -137,6 +145,13 @@ def check_whole(method: str, name: str, value: object, least: int) -> None:
     """Raise UserError unless a value is an integer of at least `least`."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise UserError(method, f"{name} is {value!r}"[:80], f"Give a whole number, {least} or more")
+
+
+def check_no_file(text: str, name: str) -> None:
+    """Raise UserError, which calls it `name`, if a text is the name of an existing image file."""
+    if Path(text).suffix.lower() in SUFFIXES and is_image(text):
+        what = f"'{cut(text, 300)}' is an image file, not a text"
+        raise UserError(name, what, "Give it as the image, and a text in its place")
 
 
 def check_text(value: object, name: str = "text") -> str:

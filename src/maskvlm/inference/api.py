@@ -17,6 +17,7 @@ from maskvlm.data.inputs import (
     MarkedTexts,
     as_list,
     check_absent,
+    check_no_file,
     check_text,
     check_whole,
     is_image,
@@ -376,10 +377,13 @@ class ModelMethods(nn.Module):
         return self.notice_images(image_list), single
 
     def _texts(self, texts: Any) -> tuple[list[Any], bool]:
-        """A method's texts as a list, and whether a single one was passed. Raises UserError if one is no text."""
+        """A method's texts as a list, and whether a single one was passed. Raises UserError if one is no text, or the
+        name of an image file."""
         text_list, single = as_list(texts)
         for number, text in enumerate(text_list, 1):
-            check_text(text, "text" if len(text_list) == 1 else f"text {number}")
+            name = "text" if len(text_list) == 1 else f"text {number}"
+            check_text(text, name)
+            check_no_file(text, name)
         self.notice_texts(text_list)
         return text_list, single
 
