@@ -185,6 +185,11 @@ def test_a_bad_image_is_told_before_a_model_is_loaded(
             "7.0 is out of range",
             ExitCode.USAGE,
         ),
+        (
+            ["inpaint", "--from", "best.ckpt", "0.png", "a", "--mask-ratio", "0.01"],
+            "--mask-ratio: 0.01 masks none of the 16 patches",
+            ExitCode.USAGE,
+        ),
         (["reconstruct", "--from", "best.ckpt", "0.png", "a", "--box", "1,2"], "'1,2' is not a box", ExitCode.USAGE),
         (["inpaint", "--from", "best.ckpt", "0.png", "a", "--box", "0,0,2,1"], "outside", ExitCode.USAGE),
         (

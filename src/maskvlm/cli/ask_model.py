@@ -275,6 +275,8 @@ def lot_mask(share: float, seed: int, grid: tuple[int, int]) -> np.ndarray[Any, 
     """A mask over a random share of the patches."""
     check_masked_share(share)
     patches = grid[0] * grid[1]
+    if not round(share * patches):
+        raise UserError("--mask-ratio", f"{share} masks none of the {patches} patches", "Give a larger share")
     # A separate generator: the same patches whatever else has drawn random numbers.
     chosen = random.Random(seed).sample(range(patches), round(share * patches))
     return np.isin(np.arange(patches), chosen).reshape(grid)

@@ -377,11 +377,8 @@ class ModelMethods(nn.Module):
         return self.notice_images(image_list), single
 
     def _texts(self, texts: Any) -> tuple[list[Any], bool]:
-        """A method's texts as a list, and whether a single one was passed.
-
-        Raises:
-            UserError: one is no text, or the name of an image file.
-        """
+        """A method's texts as a list, and whether a single one was passed. Raises UserError if one is no text, or the
+        name of an image file."""
         text_list, single = as_list(texts)
         for number, text in enumerate(text_list, 1):
             name = "text" if len(text_list) == 1 else f"text {number}"
@@ -412,7 +409,8 @@ class ModelMethods(nn.Module):
         return CaptionTokens(*(part.to(device) for part in self.words(as_list(texts)[0])))
 
     def mask(self, mask: Mask) -> Tensor:
-        """One mask over the patches, [N], on the model's device. Raises UserError for another shape."""
+        """One mask over the patches, [N], on the model's device. Raises UserError for another shape, values other than
+        true and false (or 1 and 0), or if nothing is masked."""
         rows, columns = self.grid
         todo = f"Give [{rows}, {columns}] of true (masked) and false"
         try:
@@ -422,10 +420,14 @@ class ModelMethods(nn.Module):
             raise UserError("mask", f"{type(mask).__name__} is not a mask", todo) from error
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
             raise UserError("mask", "contains non-numbers", todo)
+        if not bool(((tensor == 0) | (tensor == 1)).all()):
+            raise UserError("mask", "contains values other than true and false (1 and 0)", todo)
         mask_RC = tensor.bool()
         if tuple(mask_RC.shape) != (rows, columns):
             what = f"a mask of shape {list(mask_RC.shape)}, the model has {rows} rows of {columns} patches"
             raise UserError("mask", what, todo)
+        if not bool(mask_RC.any()):
+            raise UserError("mask", "masks no patch, so there is nothing to fill in", todo)
         return mask_RC.flatten().to(next(self.backbone.parameters()).device)
 
     def head(self, name: str, method: str) -> Any:
