@@ -24,7 +24,7 @@ from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.methods import Method
 from maskvlm.objectives.task import Prediction, Task
 from maskvlm.utils.distributed import Draw, gather_objects, shared_count
-from maskvlm.utils.errors import check_least
+from maskvlm.utils.errors import check_counts
 from tasks.captioning.metrics import caption_metrics, cider_function, cider_of_images, usual_caption
 
 
@@ -75,7 +75,7 @@ class Captioning(Task):
 
     def __init__(self, beams: int = 3, image_ablation: bool = False) -> None:
         super().__init__()
-        check_least(1, {"model.task.beams": beams})
+        check_counts(1, {"model.task.beams": beams})
         self.beams = beams
         self.blind = ImageAblation() if image_ablation else None  # its name in checkpoints
         self.judged = False  # whether the metrics have been found to be installed

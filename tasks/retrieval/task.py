@@ -29,7 +29,7 @@ from maskvlm.objectives.rerank import CHUNK, EncodedBatch, Gallery, gather_galle
 from maskvlm.objectives.retrieval_metrics import Ranking, Rankings, named, rankings, recall_of, retrieval_metrics
 from maskvlm.objectives.task import Prediction, Task
 from maskvlm.utils.distributed import Draw, gather, shared_count, world_size
-from maskvlm.utils.errors import UserError, check_least
+from maskvlm.utils.errors import UserError, check_counts, check_least
 
 
 class CaptionContrast(NamedTuple):
@@ -92,7 +92,7 @@ class Retrieval(Task):
         super().__init__()
         check_least(0, {"model.task.rerank_contrast": rerank_contrast})
         check_least(0, {"model.task.weight_itc": weight_itc, "model.task.weight_itm": weight_itm})
-        check_least(
+        check_counts(
             1, {"model.task.contrast_dim": contrast_dim, "model.task.rerank_k": rerank_k, "model.task.chunk": chunk}
         )
         check_temperature(temperature)

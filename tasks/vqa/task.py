@@ -26,7 +26,7 @@ from maskvlm.objectives.classification import EVAL_SEED, Classification, LabelPr
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.methods import Method
 from maskvlm.utils.distributed import Draw, rank, shared_count
-from maskvlm.utils.errors import check_choices, check_least
+from maskvlm.utils.errors import check_choices, check_counts
 from tasks.vqa.decoder import AnswerDecoder
 from tasks.vqa.metric import accuracy, normalise
 
@@ -70,8 +70,8 @@ class Vqa(Classification):
         check_choices(
             {"model.task.head": (head, ("generate", "classify")), "model.task.decode": (decode, ("rank", "free"))}
         )
-        check_least(1, {"model.task.candidates": candidates})
-        check_least(3, {"model.task.answer_length": answer_length})
+        check_counts(1, {"model.task.candidates": candidates})
+        check_counts(3, {"model.task.answer_length": answer_length})
         self.generates, self.decode = head == "generate", decode
         self.candidates, self.answer_length = candidates, answer_length
         self.table: tuple[Tensor, Tensor] | None = None

@@ -16,7 +16,7 @@ from maskvlm.data.files import get, load_json, opened
 from maskvlm.data.prepared.manifest import write_set_json
 from maskvlm.data.raw.lines import text_lines
 from maskvlm.data.strict_json import json_kind
-from maskvlm.utils.errors import ExitCode, UserError, check_least
+from maskvlm.utils.errors import ExitCode, UserError, check_counts
 from maskvlm.utils.paths import expand_user
 from tasks.vqa.metric import credit, normalise
 
@@ -53,7 +53,7 @@ def build_vocabulary(answers: Iterable[str], min_count: int = 9) -> tuple[str, .
         answers: one per question, its `multiple_choice_answer`.
         min_count: number of questions that must share an answer.
     """
-    check_least(1, {"min_count": min_count})
+    check_counts(1, {"min_count": min_count})
     counts = Counter(map(normalise, answers))
     frequent = [answer for answer, count in counts.items() if count >= min_count]
     return tuple(sorted(frequent, key=lambda answer: (-counts[answer], answer)))

@@ -244,10 +244,10 @@ def test_a_row_outside_the_split_is_an_index_error(index: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [
-        ({"train": 0}, "scenes.train"),
-        ({"val": -1}, "scenes.val"),
-        ({"test": 0}, "scenes.test"),
-        ({"size": 0}, "scenes.size"),
+        ({"train": 0}, "data.source.train"),
+        ({"val": -1}, "data.source.val"),
+        ({"test": 0}, "data.source.test"),
+        ({"size": 0}, "data.source.size"),
     ],
 )
 def test_counts_and_sizes_must_be_positive(arguments: dict[str, int], where: str) -> None:

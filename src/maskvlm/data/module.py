@@ -30,7 +30,7 @@ from maskvlm.data.unknown_words import check_unknown, some_captions, some_texts
 from maskvlm.data.workers import check_shared, noted_loader
 from maskvlm.utils.cores import cores
 from maskvlm.utils.distributed import gather_objects, rank, world_size
-from maskvlm.utils.errors import Absent, ExitCode, UserError, check_least
+from maskvlm.utils.errors import Absent, ExitCode, UserError, check_counts, check_least
 
 MOST_LISTED = 1000
 FEW = 20
@@ -110,18 +110,13 @@ class PairData(L.LightningDataModule):
         if (steps is None) == (epochs is None):
             todo = "Set exactly one of the two, the other to null, such as --data.epochs null --data.steps 500"
             raise UserError("data", f"steps is {steps} and epochs is {epochs}", todo)
-        for name, value in (("batch_size", batch_size), ("steps", steps), ("epochs", epochs)):
-            if value is not None and value <= 0:
-                raise UserError(
-                    f"data.{name}",
-                    f"{value} is not greater than 0",
-                    "Give 1 or more" if name != "epochs" else "Give a number above 0",
-                )
-        check_least(
-            1, {"data.eval_batch_size": eval_batch_size, "data.accumulate": accumulate, "data.captions": captions}
-        )
-        check_least(0, {"data.workers": workers, "data.max_bad_fraction": max_bad_fraction})
-        check_least(0, {"data.max_unknown": max_unknown})
+        check_least(0, {"data.epochs": epochs})
+        if epochs == 0:
+            raise UserError("data.epochs", "0 is not greater than 0", "Give a number above 0")
+        check_counts(1, {"data.batch_size": batch_size, "data.steps": steps, "data.eval_batch_size": eval_batch_size})
+        check_counts(1, {"data.accumulate": accumulate, "data.captions": captions})
+        check_counts(0, {"data.workers": workers})
+        check_least(0, {"data.max_bad_fraction": max_bad_fraction, "data.max_unknown": max_unknown})
         # Each is a process with all libraries in memory: thousands would freeze the machine before the first step.
         if workers is not None and workers > (most := max(64, 8 * cores())):
             raise UserError("data.workers", f"{workers} are too many for {cores()} cores", f"Give at most {most}")

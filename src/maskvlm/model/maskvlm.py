@@ -18,7 +18,7 @@ from maskvlm.model.cross_attention import CrossEncoder
 from maskvlm.model.encoders import ImageEncoder, TextEncoder
 from maskvlm.model.init import init_normal, init_positions, init_xavier
 from maskvlm.utils.constructor import given_arguments
-from maskvlm.utils.errors import ExitCode, UserError, check_least, check_shares
+from maskvlm.utils.errors import ExitCode, UserError, check_counts, check_shares
 
 log = logging.getLogger(__name__)
 CROSS_HEADS = 12
@@ -84,8 +84,8 @@ class MaskVLM(nn.Module):
         super().__init__()
         # Encoders record their own arguments.
         self.arguments = {k: value for k, value in given_arguments(self).items() if k not in ("image", "text")}
-        check_least(1, {"model.backbone.cross_layers": cross_layers, "model.backbone.cross_heads": cross_heads})
-        check_least(1, {"model.backbone.width": width})
+        check_counts(1, {"model.backbone.cross_layers": cross_layers, "model.backbone.cross_heads": cross_heads})
+        check_counts(1, {"model.backbone.width": width})
         check_shares({"model.backbone.dropout": dropout})
         width = text.width if width is None else width
         if width % cross_heads:

@@ -21,7 +21,7 @@ from maskvlm.objectives.loaded_model import Model, numbered
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.task import Task
 from maskvlm.utils.distributed import Draw, shared_count
-from maskvlm.utils.errors import UserError, check_choices, check_least, check_shares
+from maskvlm.utils.errors import UserError, check_choices, check_counts, check_shares
 
 EVAL_SEED = 20230502
 TOP_LABELS = 5  # labels reported per prediction
@@ -71,8 +71,8 @@ class Classification(Task):
         name: prefix of the metrics.
 
     Raises:
-        UserError: no labels, `images_per_example` or `hidden` below 1, a share outside [0, 1], or `scores` from a
-            checkpoint without the pre-training heads.
+        UserError: no labels, or two that are the same, `images_per_example` or `hidden` below 1, a share
+            outside [0, 1], or `scores` from a checkpoint without the pre-training heads.
     """
 
     name = "classification"
@@ -91,7 +91,8 @@ class Classification(Task):
         if labels is None:
             what = "it has no labels for the task to predict"
             raise UserError("data.source", what, "Choose the task's own data; in a script give labels=data.labels")
-        check_least(1, {"model.task.images_per_example": images_per_example, "model.task.hidden": hidden})
+        check_labels_differ(labels)
+        check_counts(1, {"model.task.images_per_example": images_per_example, "model.task.hidden": hidden})
         check_shares({"model.task.dropout": dropout})
         check_choices({"model.task.reads": (reads, get_args(Reads))})
         self.labels, self.images_per_example, self.hidden, self.dropout = (
@@ -236,6 +237,16 @@ class Classification(Task):
     def chance_levels(self, batch_size: int) -> dict[str, float]:
         """Entropy of equally frequent labels."""
         return {self.name: float(torch.tensor(float(len(self.labels))).log())}
+
+
+def check_labels_differ(labels: Sequence[str]) -> None:
+    """Raise UserError unless these are texts, at least one, and all different."""
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise UserError("labels", f"{labels!r:.80} is not a list of texts", "Give a list, such as ['yes', 'no']")
+    if twice := next((label for label in labels if [*labels].count(label) > 1), None):
+        raise UserError("labels", f"{twice!r:.80} is given twice", "Give each label once")
+    if not labels:
+        raise UserError("labels", "there are none", "Give a list, such as ['yes', 'no']")
 
 
 def top_labels(probability_BK: Tensor, labels: Sequence[str]) -> list[LabelPrediction]:

@@ -61,7 +61,7 @@ from maskvlm.objectives.pretraining_losses import (
 )
 from maskvlm.objectives.task import Task, TrainingPhases
 from maskvlm.utils.distributed import shared_count, world_size
-from maskvlm.utils.errors import UserError, check_choices, check_least, check_shares
+from maskvlm.utils.errors import UserError, check_choices, check_counts, check_least, check_shares
 
 
 def check_plug_ins(losses: object, image_masking: object, text_masking: object) -> None:
@@ -200,8 +200,9 @@ class MaskedPretraining(Task):
         shares = (image_mask_ratio, text_mask_ratio, fully_masked_share, exchanged_share)
         names = ("image_mask_ratio", "text_mask_ratio", "fully_masked_share", "exchanged_share")
         check_shares({f"model.task.{name}": share for name, share in zip(names, shares, strict=True)})
-        check_least(1, {"model.task.rerank_k": rerank_k, "model.task.masks_per_text": masks_per_text})
-        check_least(0, {"model.task.rerank_contrast": rerank_contrast, "model.task.negative_queue": negative_queue})
+        check_counts(1, {"model.task.rerank_k": rerank_k, "model.task.masks_per_text": masks_per_text})
+        check_counts(0, {"model.task.negative_queue": negative_queue})
+        check_least(0, {"model.task.rerank_contrast": rerank_contrast})
         # The losses and their settings.
         self.contrastive = ImageTextContrast(weight_itc, contrast_dim, temperature, contrast_reads)
         self.masked_pixels = MaskedPixels(weight_mim, pixel_loss, pixel_norm, decoder_layers, decoder_positions)

@@ -33,7 +33,7 @@ from maskvlm.objectives.cross_batch import Contrast, Crossed, Encoded, Masks, co
 from maskvlm.objectives.hard_negatives import Negatives
 from maskvlm.objectives.loss_functions import PixelLoss
 from maskvlm.utils.distributed import gather, shared_count, without_gradient
-from maskvlm.utils.errors import UserError, check_choices, check_least
+from maskvlm.utils.errors import UserError, check_choices, check_counts
 from maskvlm.utils.on_cpu import on_cpu
 
 FADE = 0.9999
@@ -223,7 +223,7 @@ class ImageTextContrast(PretrainingLoss):
         reads: ContrastReads = "class",
     ) -> None:
         super().__init__(weight)
-        check_least(1, {"model.task.contrast_dim": width})
+        check_counts(1, {"model.task.contrast_dim": width})
         check_choices({"model.task.contrast_reads": (reads, get_args(ContrastReads))})
         check_temperature(temperature)
         self.width, self.temperature, self.reads = width, temperature, reads
@@ -396,7 +396,7 @@ class MaskedPixels(PretrainingLoss):
         positions: bool = False,
     ) -> None:
         super().__init__(weight)
-        check_least(1, {"model.task.decoder_layers": layers})
+        check_counts(1, {"model.task.decoder_layers": layers})
         check_choices({"model.task.pixel_loss": (kind, get_args(PixelLoss))})
         self.kind, self.norm, self.layers, self.positions = kind, norm, layers, positions
         self.patch_size = 0  # known once it is built

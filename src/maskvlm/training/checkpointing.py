@@ -40,7 +40,7 @@ from maskvlm.training.resume import LAST, PREVIOUS
 from maskvlm.training.run_record import foreign_origin
 from maskvlm.training.sharding import is_sharded, own_part
 from maskvlm.utils.distributed import shared_count
-from maskvlm.utils.errors import ExitCode, UserError, check_least
+from maskvlm.utils.errors import ExitCode, UserError, check_counts, check_least
 from maskvlm.utils.launch import Stopped
 from maskvlm.utils.lock import HELD
 from maskvlm.utils.signals import CAUGHT, Agreement
@@ -68,7 +68,7 @@ class KeepState(Checkpoint):
     def __init__(
         self, folder: str, steps: int | None = 500, minutes: float | None = 10.0, background: bool = True
     ) -> None:
-        check_least(1, {"trainer.callbacks.steps": steps})
+        check_counts(1, {"trainer.callbacks.steps": steps})
         check_least(0, {"trainer.callbacks.minutes": minutes})
         self.folder, self.steps, self.minutes, self.background = Path(folder), steps, minutes, background
         self.io = SafeCheckpointIO()  # the trainer's own, once that is known

@@ -32,7 +32,7 @@ from maskvlm.training.optim import begin_late, build_adamw, first_step, keep_set
 from maskvlm.training.resume_check import check_resumable, restore
 from maskvlm.training.sharding import gather_weights, is_sharded, release_weights, shard, unsharded
 from maskvlm.utils.distributed import Draw, mix, rank
-from maskvlm.utils.errors import ExitCode, UserError, check_least
+from maskvlm.utils.errors import ExitCode, UserError, check_counts, check_least
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class LitModel(L.LightningModule):
         super().__init__()
         check_least(0, {"model.lr": lr, "model.lr_encoders": lr_encoders, "model.weight_decay": weight_decay})
         check_least(0, {"model.lr_cross": lr_cross})
-        check_least(1, {"model.chunk": chunk})
+        check_counts(1, {"model.chunk": chunk})
         check_least(0, {"model.warmup": warmup, "model.min_lr": min_lr})
         if not 0 <= stable < 1:
             raise UserError("model.stable", f"{stable} is out of range", "Give a number from 0 to below 1")

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from maskvlm.training.run_record import folder_of, note_divergence, write_bad_samples
 from maskvlm.utils.distributed import gather_objects, shared_count
-from maskvlm.utils.errors import ExitCode, UserError, check_least
+from maskvlm.utils.errors import ExitCode, UserError, check_counts
 
 WINDOW = 128  # latest losses with which a new one is compared
 LEAST = 8  # losses needed before the first comparison
@@ -106,7 +106,7 @@ class StepGuard(Callback):
     """
 
     def __init__(self, stop_after: int = 10) -> None:
-        check_least(1, {"trainer.callbacks.stop_after": stop_after})
+        check_counts(1, {"trainer.callbacks.stop_after": stop_after})
         self.stop_after = stop_after
         self.window = LossWindow()
         self.in_a_row, self.steps, self.listed = 0, 0, 0

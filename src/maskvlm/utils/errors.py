@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from math import inf
+from numbers import Integral, Real
 
 
 class ExitCode(IntEnum):
@@ -102,6 +104,19 @@ def check_choices(values: Mapping[str, tuple[object, Sequence[object]]]) -> None
             raise UserError(key, f"{value!r} is not one of the choices", f"Give {', '.join(map(str, choices))}")
 
 
+def check_counts(least: int, values: Mapping[str, int | None]) -> None:
+    """Check that numbers are whole and at least `least`; None is accepted. See `check_least`.
+
+    Raises:
+        UserError: a value is not a whole number, or too small; names the key, the value and what to give.
+    """
+    for key, value in values.items():
+        # True is an integer in Python, but no count.
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise UserError(key, f"{value!r:.80} is not a whole number", f"Give a whole number, {least} or more")
+    check_least(least, values)
+
+
 def check_least(least: float, values: Mapping[str, float | None]) -> None:
     """Check that numbers are at least `least`; None is accepted.
 
@@ -113,9 +128,11 @@ def check_least(least: float, values: Mapping[str, float | None]) -> None:
         values: by configuration key.
 
     Raises:
-        UserError: a value is too small; names the key, the value and the bound.
+        UserError: a value is too small, infinite or not a number; names the key, the value and the bound.
     """
     for key, value in values.items():
+        if value is not None and (not isinstance(value, Real) or value == inf):
+            raise UserError(key, f"{value!r:.80} is not a finite number", f"Give {least} or more")
         # Not `value < least`, which is false for NaN.
         if value is not None and not value >= least:
             raise UserError(key, f"{value} is too small", f"Give {least} or more")

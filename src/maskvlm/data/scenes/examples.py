@@ -28,7 +28,7 @@ from maskvlm.data.scenes.world import (
     choose,
     shuffled,
 )
-from maskvlm.utils.errors import UserError, check_least
+from maskvlm.utils.errors import UserError, check_counts
 
 VERSION = 2  # raise it when the same seed gives other examples
 SMALLEST = 12  # pixels: below, shapes cannot be told apart
@@ -233,8 +233,8 @@ class SceneSplits:
 
     def __init__(self, task: str, tell: Tell, counts: dict[str, int], size: int, seed: int, multiple: int = 1) -> None:
         self.task, self.tell, self.counts, self.size, self.seed = task, tell, counts, size, seed
-        check_least(1, {f"{task}.{name}": count for name, count in counts.items()})
-        check_least(SMALLEST, {f"{task}.size": size})
+        check_counts(1, {f"{task}.{name}": count for name, count in counts.items()})
+        check_counts(SMALLEST, {f"{task}.size": size})
         # an incomplete set would not be balanced
         for name, count in counts.items():
             if count % multiple:

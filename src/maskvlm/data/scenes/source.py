@@ -12,7 +12,7 @@ from maskvlm.data.batch import Row, Source
 from maskvlm.data.scenes.captions import Caption, captions_of, describes, tell_short, vocabulary
 from maskvlm.data.scenes.drawing import draw_object_mask, draw_scene
 from maskvlm.data.scenes.world import SPLITS, Scene, Thing, scene_of_split
-from maskvlm.utils.errors import UserError, check_least
+from maskvlm.utils.errors import UserError, check_counts
 
 __all__ = ["Caption", "Scene", "ScenePairs", "Scenes", "Thing", "captions_of", "describes", "vocabulary"]
 
@@ -127,12 +127,9 @@ class Scenes(Source):
     ) -> None:
         self.counts = {"train": train, "val": val, "test": test}
         self.size, self.seed, self.short, self.relations = size, seed, short, relations
-        check_least(0, {"data.source.short": short, "data.source.relations": relations})
-        for name, count in self.counts.items():
-            if count < 1:
-                raise UserError(f"scenes.{name}", f"{count} images", "Use at least one")
-        if size < SMALLEST:
-            raise UserError("scenes.size", f"{size} pixels", f"Use at least {SMALLEST}")
+        check_counts(0, {"data.source.short": short, "data.source.relations": relations})
+        check_counts(1, {f"data.source.{name}": count for name, count in self.counts.items()})
+        check_counts(SMALLEST, {"data.source.size": size})
 
     def split(self, name: str) -> ScenePairs:
         """The pairs of `train`, `val` or `test`. Raises UserError for any other name."""

@@ -21,7 +21,7 @@ from maskvlm.data.raw.base import RawRow
 from maskvlm.data.sampler import Pick
 from maskvlm.data.streaming.remote import ENDINGS, list_shards, read_shards
 from maskvlm.utils.distributed import mix, rank
-from maskvlm.utils.errors import ExitCode, UserError, check_least
+from maskvlm.utils.errors import ExitCode, UserError, check_counts
 
 if TYPE_CHECKING:
     import datasets
@@ -200,7 +200,7 @@ class Stream(Source):
         buffer: int = 1000,
         replay: bool = True,
     ) -> None:
-        check_least(0, {"data.source.buffer": buffer})
+        check_counts(0, {"data.source.buffer": buffer})
         self.root, self.evaluate, self.streaming, self.name = root, evaluate, streaming, name
         self.buffer, self.replay = buffer, replay
 
