@@ -25,6 +25,7 @@ from maskvlm.data.raw import open_raw
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.rebuild import make_part
 from maskvlm.objectives.masking import ChosenPhrases, RandomBlocks, RandomTokens, TextMasking
+from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.pretraining_losses import EvaluatedBatch, ImageTextContrast, Need, PretrainingLoss, Step
 from maskvlm.training.failure import report
 from maskvlm.utils.errors import ExitCode, UserError
@@ -327,6 +328,17 @@ def test_a_masking_that_masks_nothing_is_told_in_the_first_step(settings: dict[s
     task(backbone, eventful_batch())
     backbone, task = build(image_mask_ratio=0.0, text_mask_ratio=0.0)  # somebody's wish
     task(backbone, eventful_batch())
+
+
+def test_a_loss_that_forgets_its_base_class_is_named() -> None:
+    class Forgetful(TextLength):
+        name = "forgetful"
+
+        def __init__(self) -> None:
+            self.extra = 1.0
+
+    with pytest.raises(UserError, match=r"losses: Forgetful: has no weight\. Call super\(\)\.__init__\(weight\)"):
+        MaskedPretraining(losses=[Forgetful()])
 
 
 @pytest.mark.parametrize(

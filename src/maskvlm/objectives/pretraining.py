@@ -278,6 +278,10 @@ class MaskedPretraining(Task):
     def _order(self, paper: Sequence[PretrainingLoss], more: Sequence[PretrainingLoss]) -> list[PretrainingLoss]:
         """The losses with a weight above 0, the paper's first, so that their heads get the same random initial values
         with or without additional losses."""
+        for loss in more:
+            if not hasattr(loss, "weight"):
+                what, todo = "has no weight", "Call super().__init__(weight) in its __init__"
+                raise UserError(f"model.task.losses: {type(loss).__name__}", what, todo)
         self.weights = {loss.name: loss.weight for loss in (*paper, *more)}
         if len(self.weights) < len(paper) + len(more):
             names = [loss.name for loss in (*paper, *more)]
