@@ -65,6 +65,23 @@ def test_augmentation_that_no_image_can_have_is_refused_at_once(settings: dict[s
     assert ready(randaugment=None, crop_scale=(1.0, 1.0)).total_steps == 6
 
 
+def test_an_evaluation_split_of_few_images_is_warned_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = "warning: the {} images: its numbers mean little; hold out hundreds to compare models"
+    data = ready()
+    assert few.format("val split has only 7") in capsys.readouterr().out.splitlines()
+    data.setup("validate")  # the evaluation that ends the run
+    assert "warning" not in capsys.readouterr().out
+    ready(stage="test")
+    assert few.format("test split has only 5") in capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(module, "FEW", 7)
+    ready()
+    as_process(monkeypatch, 1, 2)
+    ready(stage="test")
+    assert "warning" not in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------- training
 
 
