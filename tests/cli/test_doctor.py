@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from maskvlm.checkpoint.warm_start import read_start
 from maskvlm.cli import doctor
 from maskvlm.cli.main import main
+from maskvlm.data.text import tokenizer_hash
 from maskvlm.training.memory_estimate import MemoryEstimate, StepSimulation, StepWork
 from maskvlm.utils.errors import UserError
 
@@ -173,6 +175,20 @@ def test_images_are_read_by_one_core_and_threads_come_back() -> None:
     threads = torch.get_num_threads()
     assert doctor.images_per_second(data) > 0
     assert torch.get_num_threads() == threads
+
+
+def test_texts_are_counted_with_the_tokenizer_of_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails where a tokenizer is trained on the captions although the checkpoint has one: other texts are cut then."""
+    seen = []
+    opened = doctor.opened_data
+    monkeypatch.setattr(doctor, "opened_data", lambda *args: seen.append(opened(*args)) or seen[0])
+    run(capsys, "from=scenes-tiny", "where=cpu", "--data.source.train", "60")
+    wanted = read_start("scenes-tiny").tokenizer
+    assert wanted is not None
+    assert seen[0].tokenizer is not None
+    assert tokenizer_hash(seen[0].tokenizer) == tokenizer_hash(wanted)
 
 
 def test_what_is_wrong_with_a_strangers_file_cannot_reach_the_terminal() -> None:

@@ -19,8 +19,10 @@ import timm
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.throughput import get_available_flops
+from transformers import PreTrainedTokenizerFast
 
 from maskvlm.checkpoint.hub_client import WEIGHT_FILES, Unreachable, hub_reachable, is_cached
+from maskvlm.checkpoint.warm_start import read_start
 from maskvlm.cli.lightning import Parsed, built_source, check_cards, run_command
 from maskvlm.config.arguments import OptionParser
 from maskvlm.config.compose import data_root
@@ -28,6 +30,7 @@ from maskvlm.config.parser import MODE, CommandParser
 from maskvlm.config.safe_yaml import cut
 from maskvlm.data.module import PairData
 from maskvlm.data.workers import SHARED, check_shared
+from maskvlm.model.hf_text import pretrained_tokenizer
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.task import Task
 from maskvlm.training.failure import process_rank
@@ -335,9 +338,22 @@ def hub_of_vit(name: str) -> str:
 def opened_data(settings: Namespace, simulation: StepSimulation) -> PairData:
     """The configured data, set up as for training. Raises UserError if they are missing or unsuitable."""
     arguments = {key: value for key, value in vars(settings.data.init_args).items() if key not in ("source", "spec")}
-    data = PairData(built_source(settings), simulation.model.backbone.input_spec, **arguments)
+    spec = simulation.model.backbone.input_spec
+    # The simulated model has none of the weights, and so may lack the tokenizer that belongs to them.
+    spec = spec._replace(tokenizer=spec.tokenizer or tokenizer_of_weights(settings))
+    data = PairData(built_source(settings), spec, **arguments)
     data.setup("fit")
     return data
+
+
+def tokenizer_of_weights(settings: Namespace) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of the weights that the run starts from; None if they have none, or would have to be fetched.
+    With another one, other texts would be counted as cut than in the run."""
+    start, text = settings["from"], settings.model.backbone.init_args.text.init_args
+    if start is not None:
+        return read_start(start).tokenizer
+    there = expand_user(text.name).is_dir() or is_cached(text.name, WEIGHT_FILES)
+    return pretrained_tokenizer(text.name, text.tokenizer) if there and not settings.model.random_init else None
 
 
 def contents(data: PairData) -> str:
