@@ -171,6 +171,7 @@ class PairData(L.LightningDataModule):
             # leaks are dropped first, so that the fraction is of the images that may be trained on
             pairs = without_leaks(splits["train"], self.held_out, self.contamination)
             splits["train"] = fraction_of(pairs, self.fraction, self.seed)
+        new = needed[0] not in self.splits  # not the evaluation that ends a run
         # the splits of another stage stay
         self.splits |= splits
         if self.tokenizer is None:
@@ -184,7 +185,7 @@ class PairData(L.LightningDataModule):
             # Only reported: the evaluation runs in any case.
             check_unknown(self.splits[needed[0]], captioner, 1.0, "measured")
         # a streamed split has length 0
-        if rank() == 0 and 0 < (rows := len(self.splits[needed[0]])) < FEW:
+        if new and rank() == 0 and 0 < (rows := len(self.splits[needed[0]])) < FEW:
             unit = "example" if isinstance(self.source, ExampleSource) else "image"
             what = f"the {needed[0]} split has only {rows} {unit}{'' if rows == 1 else 's'}"
             print(f"warning: {what}: its numbers mean little; hold out hundreds to compare models", flush=True)
