@@ -298,12 +298,11 @@ def parts(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     jpeg_files = [path.read_bytes() for path in sorted((work / "folder").glob("*.jpg"))]
     spec = InputSpec(options.size, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), text_length=30, vocab_size=200)
     whole = TrainTransform(spec, normalise=False)
-    least = whole.least
     crop = TrainTransform(spec, randaugment=None, flip=False, normalise=False)
     taken: dict[str, list[float]] = {"decode": [], "crop and resize": [], "with mirror and RandAugment": []}
     for _ in range(options.rounds):
         began = time.process_time()
-        images = [safe_open(jpeg, "", least) for jpeg in jpeg_files]
+        images = [safe_open(jpeg, "", whole.least) for jpeg in jpeg_files]
         taken["decode"].append(time.process_time() - began)
         for name, transform in (("crop and resize", crop), ("with mirror and RandAugment", whole)):
             began = time.process_time()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from toys import toy_backbone
 
@@ -45,7 +46,5 @@ def test_a_rate_is_a_finite_number(value: Any) -> None:
 
 
 def test_numbers_that_are_allowed() -> None:
-    import numpy as np
-
     check_counts(1, {"a": 1, "b": None, "c": np.int64(3)})
     check_least(0, {"a": 0, "b": None, "c": 1e-9, "d": np.float32(2)})

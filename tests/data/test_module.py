@@ -80,6 +80,14 @@ def test_an_evaluation_split_of_few_images_is_warned_of(
     as_process(monkeypatch, 1, 2)
     ready(stage="test")
     assert "warning" not in capsys.readouterr().out
+    as_process(monkeypatch, 0, 1)
+    monkeypatch.setattr(module, "FEW", 20)
+    unmeasured = ready()
+    capsys.readouterr()
+    unmeasured.splits = {}
+    unmeasured.trainer = SimpleNamespace(limit_val_batches=0)  # type: ignore[assignment]
+    unmeasured.setup("fit")
+    assert "warning" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- training

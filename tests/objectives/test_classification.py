@@ -236,7 +236,7 @@ def test_levels_card_and_settings() -> None:
         ({"labels": []}, "labels: there are none"),
         ({"labels": "yes"}, "labels: 'yes' is not a list of texts"),
         ({"labels": [1, 2]}, "labels: [1, 2] is not a list of texts"),
-        ({"labels": ["a", "b", "a"]}, "labels: 'a' is given twice"),
+        ({"labels": ["a", "b", "a"]}, "labels: 'a' is given 2 times"),
         ({"images_per_example": 0}, "model.task.images_per_example: 0 is too small"),
         ({"hidden": 0}, "model.task.hidden: 0 is too small"),
         ({"reads": "score"}, "model.task.reads: 'score' is not one of the choices. Give fused, scores"),

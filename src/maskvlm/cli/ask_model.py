@@ -129,16 +129,15 @@ def warn_afterwards(model: PretrainedMaskVLM, images: bool = True) -> Iterator[N
     unknown = [unknown_line(model.warned_words)] if model.warned_words else []
     # A line that does not begin with a path is of the only image without one, that from standard input.
     far = [f"{PIPED}: {line}" if line.startswith("this image is unlike") else line for line in model.far_warnings]
-    texts = [*first_with_count(model.truncated_warnings), *first_with_count(model.mask_warnings)]
+    texts = [first_with_count(warned) for warned in (model.truncated_warnings, model.mask_warnings) if warned]
     for line in (*(far if images else []), *unknown, *texts):
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def first_with_count(warned: Sequence[str]) -> list[str]:
-    """The first of the warnings about texts, with the number of the others; an empty list if there is none."""
-    count = len(warned) - 1
-    more = f"; the same for {count} other text{'' if count == 1 else 's'}" if count > 0 else ""
-    return [f"{line}{more}" for line in [*warned][:1]]
+def first_with_count(warned: Sequence[str]) -> str:
+    """The first of the warnings about texts, with the number of the others."""
+    others = len(warned) - 1
+    return f"{warned[0]}; the same for {others} other text{'' if others == 1 else 's'}" if others else warned[0]
 
 
 def json_line(answer: Answer) -> str:

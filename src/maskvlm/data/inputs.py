@@ -147,10 +147,11 @@ def check_whole(method: str, name: str, value: object, least: int) -> None:
         raise UserError(method, f"{name} is {value!r}"[:80], f"Give a whole number, {least} or more")
 
 
-def check_no_file(text: str, name: str) -> None:
-    """Raise UserError, which calls it `name`, if a text is the name of an existing image file."""
-    if Path(text).suffix.lower() in SUFFIXES and is_image(text):
-        what = f"'{cut(text, 300)}' is an image file, not a text"
+def check_no_name(text: str, name: str) -> None:
+    """Raise UserError, which calls it `name`, if a text is one word with the suffix of an image. Whether there is such
+    a file is not looked up: the text may be a stranger's, who would learn it."""
+    if len(text.split()) == 1 and Path(text.strip()).suffix.lower() in SUFFIXES:
+        what = f"'{cut(text, 300)}' is the name of an image, not a text"
         raise UserError(name, what, "Give it as the image, and a text in its place")
 
 

@@ -184,8 +184,9 @@ class PairData(L.LightningDataModule):
         else:
             # Only reported: the evaluation runs in any case.
             check_unknown(self.splits[needed[0]], captioner, 1.0, "measured")
+        evaluates = self.trainer is None or self.trainer.limit_val_batches != 0
         # a streamed split has length 0
-        if new and rank() == 0 and 0 < (rows := len(self.splits[needed[0]])) < FEW:
+        if new and evaluates and rank() == 0 and 0 < (rows := len(self.splits[needed[0]])) < FEW:
             unit = "example" if isinstance(self.source, ExampleSource) else "image"
             what = f"the {needed[0]} split has only {rows} {unit}{'' if rows == 1 else 's'}"
             print(f"warning: {what}: its numbers mean little; hold out hundreds to compare models", flush=True)

@@ -17,7 +17,7 @@ from maskvlm.data.inputs import (
     MarkedTexts,
     as_list,
     check_absent,
-    check_no_file,
+    check_no_name,
     check_text,
     check_whole,
     is_image,
@@ -378,12 +378,12 @@ class ModelMethods(nn.Module):
 
     def _texts(self, texts: Any) -> tuple[list[Any], bool]:
         """A method's texts as a list, and whether a single one was passed. Raises UserError if one is no text, or the
-        name of an image file."""
+        only one is the name of an image; among many captions such a name may be one."""
         text_list, single = as_list(texts)
         for number, text in enumerate(text_list, 1):
-            name = "text" if len(text_list) == 1 else f"text {number}"
-            check_text(text, name)
-            check_no_file(text, name)
+            check_text(text, "text" if len(text_list) == 1 else f"text {number}")
+        if single:
+            check_no_name(text_list[0], "text")
         self.notice_texts(text_list)
         return text_list, single
 

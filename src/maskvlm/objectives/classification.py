@@ -4,6 +4,7 @@ text with one or more images.
 Shapes: B examples, P images per example, L image positions, T tokens, D width, K labels.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -91,7 +92,7 @@ class Classification(Task):
         if labels is None:
             what = "it has no labels for the task to predict"
             raise UserError("data.source", what, "Choose the task's own data; in a script give labels=data.labels")
-        check_labels_differ(labels)
+        check_label_names(labels)
         check_counts(1, {"model.task.images_per_example": images_per_example, "model.task.hidden": hidden})
         check_shares({"model.task.dropout": dropout})
         check_choices({"model.task.reads": (reads, get_args(Reads))})
@@ -239,14 +240,15 @@ class Classification(Task):
         return {self.name: float(torch.tensor(float(len(self.labels))).log())}
 
 
-def check_labels_differ(labels: Sequence[str]) -> None:
+def check_label_names(labels: Sequence[str]) -> None:
     """Raise UserError unless these are texts, at least one, and all different."""
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         raise UserError("labels", f"{labels!r:.80} is not a list of texts", "Give a list, such as ['yes', 'no']")
-    if twice := next((label for label in labels if [*labels].count(label) > 1), None):
-        raise UserError("labels", f"{twice!r:.80} is given twice", "Give each label once")
     if not labels:
         raise UserError("labels", "there are none", "Give a list, such as ['yes', 'no']")
+    label, times = Counter(labels).most_common(1)[0]
+    if times > 1:
+        raise UserError("labels", f"{label!r:.80} is given {times} times", "Give each label once")
 
 
 def top_labels(probability_BK: Tensor, labels: Sequence[str]) -> list[LabelPrediction]:

@@ -35,12 +35,12 @@ def parameter_groups(
 
     Parameters in `late` and `stopping` get groups of their own, marked as such for `schedule`.
 
-    Raises:
-        UserError: `layer_decay` is below 1, and an encoder's blocks are not numbered in the names of its parameters.
-
     Not decayed (C): biases, norms, class and mask tokens, positions of encoders, word embeddings and the temperature,
     that is, parameters with at most one dimension, or whose name shows that they are not weight matrices. (Positions of
     a text decoder are decayed: a group of their own would break the resuming of runs started with an older version.)
+
+    Raises:
+        UserError: `layer_decay` is below 1, and an encoder's blocks are not numbered in the names of its parameters.
     """
     if layer_decay < 1:
         for encoder in encoders:

@@ -140,7 +140,9 @@ class Folder:
         if problem := name_problem(inside):
             if ".." in PurePosixPath(inside).parts:
                 # `_relative` has followed it: from the folder itself the name might not lead out
-                problem = f"{'with `..` relative to the table, ' * self._has_table}the name leads out of the folder"
+                problem = "the name leads out of the folder"
+                if self._has_table:
+                    problem = f"with `..` relative to the table, {problem}"
             return "", ("unsafe name", f"{one_line(name)!r}: {problem} {one_line(self.root)}{self._todo}")
         for spelled in spellings(inside):
             for folder in ("", "images"):

@@ -116,9 +116,10 @@ class WebShards(RawSet):
                 return captions
         if self._kind == "parquet":
             names = listed_names([*meta])
-            return "no caption", f"no column {wanted!r} with a text (others: {names})" if wanted else (
-                f"no column for the caption (available: {names}); name it: --columns caption=NAME (make: ARGS=)"
-            )
+            if wanted:
+                return "no caption", f"no column {wanted!r} with a text (others: {names})"
+            todo = "name it: --columns caption=NAME (make: ARGS=)"
+            return "no caption", f"no column for the caption (available: {names}); {todo}"
         return "no caption", "neither a .txt nor a caption in a .json"
 
     def _compare(self, shard: Path, inside: str, split: str, images: int, cut: bool) -> Iterator[BadRow]:
