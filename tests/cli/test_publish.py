@@ -223,7 +223,10 @@ def test_what_is_not_known_is_said() -> None:
     config = MaskVLMConfig(evaluation={"card": {"versions": versions}, "metrics": {"step": 3}}, step=3)
     assert "abc+" in next(missing(config))
     assert limits([LINEAGE_ENTRY.words() | {"source": "unknown"}]).endswith("is unknown.")
-    assert "at most 3 different images" in limits([LINEAGE_ENTRY.words() | {"source": "x.Y"}] * 2)
+    photographs = LINEAGE_ENTRY.words() | {"source": "x.Y"}
+    assert "at most 3 different images with their texts: " in limits([photographs] * 2)
+    drawn = LINEAGE_ENTRY.words() | {"source": "maskvlm.data.scenes.source.Scenes", "sha": "1"}
+    assert "at most 6 different images with their texts, a part of them drawn scenes: " in limits([photographs, drawn])
 
 
 @pytest.mark.parametrize(

@@ -435,6 +435,10 @@ def test_words_that_the_model_does_not_know_are_named_wherever_a_text_is_asked(a
     assert note in asker.tell("find", "click", query=text)["found"]
     assert note in asker.tell("other", "blur", image=image, text="a red square", other=text)["right"]
     long = asker.tell("match", "click", image=image, texts="a red <b>" + " square" * 60)["matches"]
+    masked, mark = "a [MASK] square", "only the tab Words fills it in"
+    assert mark in asker.tell("match", "click", image=image, texts=masked)["matches"]
+    assert mark in asker.tell("find", "click", query=masked)["found"]
+    assert mark not in asker.tell("text", "blur", image=image, text=masked)["strange"]
     assert "tokens are read" in long
     assert "<b>" not in long
 

@@ -217,11 +217,13 @@ def test_it_goes_through_the_hubs_format_and_back(tmp_path: Path) -> None:
     assert torch.equal(*(checkpoint.load(tmp_path / name)["known_images"] for name in ("a.ckpt", "b.ckpt")))
 
 
-def test_a_checkpoint_without_it_says_nothing(tmp_path: Path) -> None:
+def test_a_checkpoint_without_it_does_not_warn_and_says_so(tmp_path: Path) -> None:
     for kind, more in (("pretrain", {"known_images": None}), ("vqa", {})):
         model = MaskVLM.from_pretrained(write(tmp_path / f"{kind}.ckpt", kind, **more))
         assert model.known is None
         assert model.far([toy_image(0)]) == [None]
+        assert "does not warn about images" in model.knows
+    assert "warn" not in MaskVLM.from_pretrained(write(tmp_path / "with.ckpt")).knows
 
 
 @pytest.mark.parametrize(

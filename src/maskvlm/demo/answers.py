@@ -55,11 +55,17 @@ def covered(text: str, chosen: Iterable[int]) -> tuple[str, list[str]]:
     return covered_text + text[end:], truths
 
 
-def unknown(model: PretrainedMaskVLM, texts: Sequence[str]) -> str:
-    """A note on words that the model's tokenizer does not know, and on texts that are longer than it reads; "" if there
-    are none."""
+def text_notes(model: PretrainedMaskVLM, texts: Sequence[str], fills: bool = False) -> str:
+    """Notes on words that the model's tokenizer does not know, on texts that are longer than it reads, and on a [MASK]
+    that stays; "" if there are none.
+
+    Args:
+        fills: whether the answer fills in [MASK].
+    """
     words = model.unknown_words(texts)
     lines = [*([unknown_line(words)] if words else []), *model.truncated(texts)]
+    if not fills and any(len(model.words.between_masks(text)) > 1 for text in texts):
+        lines.append(f"{MASK} is read as plain text here; only the tab Words fills it in")
     return "".join(note(sentence(line)) for line in lines)
 
 

@@ -72,7 +72,7 @@ class ChosenRun:
         """A note if the image is unlike the model's training data, and one on words that it does not know."""
         line = None if image is None else self.model.far([image])[0]
         far_note = answers.note(answers.sentence(line)) if line else ""
-        return far_note + answers.unknown(self.model, [text])
+        return far_note + answers.text_notes(self.model, [text], fills=True)
 
 
 class Desk:

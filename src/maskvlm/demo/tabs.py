@@ -158,7 +158,7 @@ class Patches:
         pictures = [
             answers.picture(each, f"The covered patches, from: {of}") for each, of in zip(paintings, texts, strict=True)
         ]
-        pictures[1] += answers.unknown(model, [other])  # for the first text it is shown under the image
+        pictures[1] += answers.text_notes(model, [other])  # for the first text it is shown under the image
         return [board, *pictures]
 
 
@@ -176,7 +176,7 @@ def match_and_caption(desk: "Desk", first: PageSample) -> gr.Textbox:
     def matched(number: int, path: str | None, lines: str) -> dict[Any, Any]:
         candidates = input_limits.lines_of(lines)
         model = desk.chosen(number).model
-        return {likely: answers.matches(model, desk.open(path), candidates) + answers.unknown(model, candidates)}
+        return {likely: answers.matches(model, desk.open(path), candidates) + answers.text_notes(model, candidates)}
 
     def captioned(number: int, path: str | None) -> dict[Any, Any]:
         return {written: answers.captioned(desk.chosen(number).model, desk.open(path))}
@@ -206,8 +206,8 @@ class SearchTab:
         def texted(number: int, text: str) -> dict[Any, Any]:
             chosen = desk.chosen(number)
             hits = chosen.searched.by_text(input_limits.checked_text(text))
-            unknown = answers.unknown(chosen.model, [text])
-            return {self.hits: unknown + answers.hits(hits, f"The best first, for: {text}")}
+            notes = answers.text_notes(chosen.model, [text])
+            return {self.hits: notes + answers.hits(hits, f"The best first, for: {text}")}
 
         def imaged(number: int, path: str | None) -> dict[Any, Any]:
             hits = desk.chosen(number).searched.by_image(desk.open(path))
@@ -343,4 +343,4 @@ class TaskTab:
             (answer,) = loaded.method.run(loaded.model.task, loaded.model, [(*images, *texts)])
         own = truth[0] and truth[1] == digest(images[0])  # other tabs change the image, too
         known = answers.note(f"The example's own answer: {truth[0]}") if own else ""
-        return {self.answer: answers.decided(answer) + known + answers.unknown(loaded.model, texts)}
+        return {self.answer: answers.decided(answer) + known + answers.text_notes(loaded.model, texts)}

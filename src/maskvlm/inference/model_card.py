@@ -155,7 +155,9 @@ def limits(lineage: Sequence[Mapping[str, Any]]) -> str:
             f"It knows drawn scenes alone ({count}ones): of photographs, and of words beyond those of the scenes, it "
             "knows nothing."
         )
-    return f"It was trained on {count}images with their texts: of what these do not show or say it knows little."
+    drawn = any(DRAWN.fullmatch(str(entry["source"])) for entry in lineage)
+    some = ", a part of them drawn scenes" if drawn else ""
+    return f"It was trained on {count}images with their texts{some}: of what these do not show or say it knows little."
 
 
 def shape_of_pretrained(config: MaskVLMConfig) -> str:

@@ -68,6 +68,7 @@ OF_TRANSFORMERS = (
 DESCRIBED_MODELS: set[str] = set()  # models whose training data has already been logged
 MOST_WARNINGS = 1_000  # warnings and unknown words to remember
 MOST_NAMED = 20  # unknown words in a warning
+NO_RANGE = "It does not warn about images unlike these, as its checkpoint has no sample of validation images."
 MESSAGE = "Upload a MaskVLM model"
 TO_HUB = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
@@ -219,8 +220,10 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
 
     @property
     def knows(self) -> str:
-        """One sentence on what it was trained on and so knows, as far as the checkpoint records it."""
-        return limits(self.config.lineage or [])
+        """What it was trained on and so knows, as far as the checkpoint records it, and whether it can warn about
+        images unlike its training data, in one or two sentences."""
+        known = limits(self.config.lineage or [])
+        return known if self.known is not None else f"{known} {NO_RANGE}"
 
     def notice_images(self, images: list[Any]) -> list[Any]:
         """See `ModelMethods.notice_images`. For a few images, warn about each that is unlike the training data, by its
