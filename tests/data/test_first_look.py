@@ -38,7 +38,8 @@ def test_a_raw_set_is_told_and_drawn_but_not_prepared(tmp_path: Path) -> None:
         "mine: 32 images with 64 captions (train 31, val 1)",
         "captions have 3 words (3 to 3 for nine of ten); 48.4 % say what another one says",
         "would be left out: 4",
-        "          1  duplicate image id; for example toy.csv:3: the image 'toy 3' stands there for the second time",
+        "          1  duplicate image id; for example toy.csv:3: id 'toy 3' was given to an earlier row; "
+        "each image needs its own",
         "          1  empty caption; for example toy.csv:40: no caption is left",
         "          1  missing; for example toy.csv:41: /no.jpg: there is no such file",
         "          1  gone; for example x",

@@ -193,7 +193,7 @@ def test_a_second_row_of_an_image_and_an_unknown_split_are_bad_rows() -> None:
     screened_rows = [*screened(iter(rows))]
     assert [screened_rows[0], screened_rows[2], screened_rows[4]] == [rows[0], rows[2], rows[4]]
     assert screened_rows[1] == BadRow(
-        "duplicate image id", "b:9", "b:9: the image 'toy 1' stands there for the second time", "val"
+        "duplicate image id", "b:9", "id 'toy 1' was given to an earlier row; each image needs its own", "val"
     )
     assert screened_rows[3][:2] == ("unknown split", "toy.csv:2")
 

@@ -1,6 +1,7 @@
 """The sets known by name, each in the forms in which people have it: true files where there are, small ones else."""
 
 import json
+import re
 import zlib
 from collections import Counter
 from hashlib import md5
@@ -495,6 +496,18 @@ def test_a_set_that_the_hub_does_not_have_is_one_line(tmp_path: Path, own_cache:
 def test_a_set_that_there_is_not_is_suggested() -> None:
     with pytest.raises(UserError, match=r"there is no set 'flickr30'\. Did you mean flickr30k\? Use one of coco, "):
         open_raw("flickr30", ".")
+
+
+def test_a_file_in_the_place_of_a_set_is_told_how_to_be_named(tmp_path: Path) -> None:
+    (tmp_path / "my.csv").touch()
+    (tmp_path / "x.bin").touch()
+    for name, what, todo in (
+        ("my.csv", "a file", "Name its kind before it: csv"),
+        ("x.bin", "a file", "Name its kind before it."),
+        (".", "a folder", "Name its kind before it: folder"),
+    ):
+        with pytest.raises(UserError, match=rf"^SET: .* is {what}, not a kind of set\. {re.escape(todo)}"):
+            open_raw(str(tmp_path / name), "out")
 
 
 @pytest.mark.parametrize("raw", ["", "nowhere", "nowhere/else"])

@@ -209,6 +209,33 @@ def test_ids_may_start_anew_in_the_file_of_each_split(tmp_path: Path) -> None:
     assert [row[2] for row in rows] == ["mine 0", "mine val 0"]
 
 
+def test_ids_may_start_anew_in_each_table(tmp_path: Path) -> None:
+    """All of a table's ids change, so that they can be told apart; and no image is lost."""
+    for table, first in (("one", 0), ("two", 2), ("three", 4)):
+        names = [f"{first}.jpg", f"{first + 1}.jpg"]
+        touch(tmp_path, *names)
+        lines = "".join(f"{name},some,{number}\n" for number, name in enumerate(names, 1 if table == "two" else 0))
+        (tmp_path / f"{table}.csv").write_text(f"image,caption,id\n{lines}")
+    raw_set = open_raw("csv", str(tmp_path), as_name="mine")
+    expected = ["mine 0", "mine 1", "mine three 0", "mine three 1", "mine two 1", "mine two 2"]
+    for _ in range(2):  # notes are given once
+        assert [row[2] for row in raw_set.rows()] == expected
+    assert [note for note in raw_set.notes if "ids" in note] == [
+        f"{table}.csv: its ids are also those of other images in an earlier table; read as '{table}' and the id"
+        for table in ("three", "two")
+    ]
+
+
+def test_a_split_that_only_the_name_of_a_table_says_is_told(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    for name, count in (("my_test.csv", 1), ("test.csv", 0), ("mine.csv", 0)):
+        (tmp_path / name).write_text("image,caption\na.jpg,one\n")
+        raw_set = open_raw("csv", str(tmp_path / name))
+        (row,) = raw_set.rows()
+        assert row.split == ("train" if name == "mine.csv" else "test")
+        assert len([note for note in raw_set.notes if "are of split 'test'" in note]) == count
+
+
 def test_names_that_look_alike_in_one_line_have_ids_of_their_own(tmp_path: Path) -> None:
     long = "x" * 120 + "/" + "y" * 90
     names = ["a b.jpg", "a  b.jpg", f"{long}/1.jpg", f"{long}/2.jpg"]
@@ -425,7 +452,7 @@ def test_why_a_name_is_no_file(tmp_path: Path) -> None:
             "a spreadsheet (xlsx, ods) or a zip archive, not text. Save the sheet as csv, in UTF-8.",
         ),
         (b"\xd0\xcf\x11\xe0\xa1\n", "a spreadsheet (xls), not text. Save the sheet as csv, in UTF-8."),
-        (gzip.compress(b"image,caption\n"), "compressed by gzip. Unpack it first (gunzip -k)."),
+        (gzip.compress(b"image,caption\n", mtime=0), "compressed by gzip. Unpack it first (gunzip -k)."),
         (
             b"PAR1\x15\x04\n",
             "a Parquet file, not text. If it holds the images themselves, use the set webdataset instead",

@@ -177,14 +177,14 @@ def screened(rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
     seen_ids: set[int] = set()  # some 60 bytes per image: 200 MB for three million
     for row in rows:
         if isinstance(row, RawRow) and row.split not in SPLITS:
-            message = f"{row.origin}: split '{row.split}' is none of {', '.join(SPLITS)}"
+            message = f"split '{row.split}' is none of {', '.join(SPLITS)}"
             row = BadRow("unknown split", row.origin, message, SPLITS[0])
         elif isinstance(row, RawRow):
             # the set only grows if the id is new
             known = len(seen_ids)
             seen_ids.add(stable_id(row.image_id))
             if len(seen_ids) == known:
-                message = f"{row.origin}: the image '{row.image_id}' stands there for the second time"
+                message = f"id '{row.image_id}' was given to an earlier row; each image needs its own"
                 row = BadRow("duplicate image id", row.origin, message, row.split)
         yield row
 

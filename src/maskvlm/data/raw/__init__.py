@@ -14,7 +14,7 @@ from maskvlm.data.raw.annotated import open_daquar, open_nlvr2, open_nlvr_pairs,
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
 from maskvlm.data.raw.coco_flickr import open_coco, open_flickr8k, open_flickr30k
 from maskvlm.data.raw.columns import ROLES
-from maskvlm.data.raw.csv_jsonl_folder import open_csv, open_folder, open_jsonl
+from maskvlm.data.raw.csv_jsonl_folder import CSV, JSON, open_csv, open_folder, open_jsonl
 from maskvlm.data.raw.genome import open_genome
 from maskvlm.data.raw.hub import open_hub
 from maskvlm.data.raw.shards import open_webdataset
@@ -67,6 +67,9 @@ FACTS: dict[str, Facts] = {
 WITH_IMAGES = {"csv": open_csv, "jsonl": open_jsonl}
 """The sets whose images may be in another folder than RAW."""
 
+SUFFIXES = {"csv": CSV, "jsonl": JSON, "webdataset": (".tar", ".parquet")}
+"""Suffixes of the files of users' own data, by set."""
+
 WITH_COLUMNS = ("csv", "jsonl", "folder", "hf", "webdataset", "sbu", "cc3m", "cc12m")
 
 
@@ -95,6 +98,19 @@ def reader_of(path: str) -> type[RawSet]:
     return reader
 
 
+def check_not_raw(name: str) -> None:
+    """Raise UserError, with the right order of words, if the name of a set is that of a file or folder."""
+    path = expand_user(name)
+    if not os.path.exists(path):
+        return
+    if os.path.isdir(path):
+        what, kinds = "a folder", ["folder"]
+    else:
+        what, kinds = "a file", [kind for kind, suffixes in SUFFIXES.items() if path.suffix.lower() in suffixes]
+    todo = f"Name its kind before it: {kinds[0]} {name}" if kinds else "Name its kind before it"
+    raise UserError("SET", f"{name!r} is {what}, not a kind of set", todo)
+
+
 def open_raw(
     name: str,
     raw: str,
@@ -117,8 +133,9 @@ def open_raw(
             files.
     """
     # with a dot it is the path of a class; none of our sets has one
-    kind = reader_of(name) if "." in name else None
+    kind = reader_of(name) if "." in name and not os.path.exists(expand_user(name)) else None
     if kind is None and name not in SETS:
+        check_not_raw(name)
         near = difflib.get_close_matches(name, SETS, 1)
         todo = f"Did you mean {near[0]}? " if near else ""
         raise UserError("data", f"there is no set {name!r}", f"{todo}Use one of {', '.join(SETS)}")

@@ -6,9 +6,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from maskvlm.data.caption_text import stable_id
 from maskvlm.data.files import image_names, load_json
 from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
-from maskvlm.data.raw.columns import Folder, Merged, find_columns, leads_out, not_looked_at, split_named, split_of_path
+from maskvlm.data.raw.columns import (
+    SPLITS,
+    Folder,
+    Merged,
+    find_columns,
+    leads_out,
+    not_looked_at,
+    split_named,
+    split_of_path,
+)
 from maskvlm.data.raw.lines import (
     NOT_UTF8,
     json_items,
@@ -25,6 +35,8 @@ from maskvlm.data.strict_json import flaw
 from maskvlm.utils.errors import ExitCode, UserError
 
 PROBE, TITLES = 1000, 20
+CSV, JSON = (".csv", ".tsv", ".tab"), (".jsonl", ".ndjson", ".json")
+"""Suffixes of tables."""
 IMAGES_TODO = "; --images FOLDER names another folder of images, which the table may name by paths in it"
 UNKNOWN_LICENCE = "not known to this program: see where the data is from"
 
@@ -59,7 +71,7 @@ class TableSet(RawSet):
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """Rows of each file: first the bad rows, then the images in the order of their first appearance."""
-        places: dict[str, FirstPlace] = {}
+        earlier = Earlier({}, set())
         for file in self.files:
             folder = Folder(self.images, table=file.parent) if self.images else Folder(file.parent, IMAGES_TODO)
             # told, as images of the same names may be beside the table
@@ -67,7 +79,7 @@ class TableSet(RawSet):
                 note = f"{file.name}: images are taken from {self.images} (--images), and none from beside the table"
                 if (note := one_line(note, 1000)) not in self.notes:
                     self.notes.append(note)
-            yield from file_rows(file, self.name, self.columns, folder, self.notes, places)
+            yield from file_rows(file, self.name, self.columns, folder, self.notes, earlier)
 
 
 class FirstPlace(NamedTuple):
@@ -78,35 +90,48 @@ class FirstPlace(NamedTuple):
     file: str
 
 
+class Earlier(NamedTuple):
+    """What earlier tables of a set hold. places: images, by path. ids: hashes of their ids."""
+
+    places: dict[str, FirstPlace]
+    ids: set[int]
+
+
 def file_rows(
     file: Path,
     name: str,
     given_columns: dict[str, str],
     folder: Folder,
     notes: list[str] | None = None,
-    places: dict[str, FirstPlace] | None = None,
+    earlier: Earlier | None = None,
 ) -> Iterator[RawRow | BadRow]:
     """The rows of one file; a line on the columns used is appended to `notes`.
 
     Args:
         folder: where its images are.
-        places: images of earlier files, by path; those of this file are added. Ids in a file named after a split are
-            specific to that split, as each file may count from 0.
+        earlier: what earlier files hold; this file's images and ids are added. Ids in a file named after a split are
+            specific to that split, and those of a file that repeats an earlier one's to that file, as each may count
+            from 0.
 
     Raises:
         UserError: the file cannot be read, or has no column for image or caption.
     """
     # rows are held until the whole file is read, as those of an image may be anywhere in it
     merged, default = Merged(file.name, name, repeats=False), split_of_path(file.stem)
-    for entry in _entries(file, given_columns, notes if notes is not None else []):
+    notes = notes if notes is not None else []
+    if earlier is not None and default != "train" and file.stem.lower() not in SPLITS:
+        note = f"{file.name}: rows without a split of their own are of split {default!r}, as the file's name says"
+        if (note := one_line(note, 1000)) not in notes:
+            notes.append(note)
+    for entry in _entries(file, given_columns, notes):
         origin = f"{file.name}:{entry.place}"
         row = entry.problem or _values(entry.values, default)
         if isinstance(row, Values):
             path, problem = folder.place(row.image)
             # the path identifies the image, as two names may refer to it
             here = FirstPlace(row.split, origin, file.name)
-            before = places.setdefault(path, here) if path and places is not None else None
-            own = f"{default} {row.id}" if row.id and places is not None and default != "train" else row.id
+            before = earlier.places.setdefault(path, here) if path and earlier is not None else None
+            own = f"{default} {row.id}" if row.id and earlier is not None and default != "train" else row.id
             bad: BadRow | None
             if problem:
                 bad = BadRow(problem[0], origin, problem[1], row.split)
@@ -122,11 +147,25 @@ def file_rows(
                 yield bad
         else:
             yield BadRow(row[0], origin, row[1], default)
-    yield from merged.rows()
+    yield from merged.rows() if earlier is None else own_ids([*merged.rows()], file, name, notes, earlier.ids)
+
+
+def own_ids(rows: list[RawRow], file: Path, name: str, notes: list[str], ids: set[int]) -> Iterator[RawRow]:
+    """The rows of a table; if an earlier one has used one of their ids, for another image, all ids get this table's
+    name. `ids` grows by their hashes."""
+    if any(stable_id(row.image_id) in ids for row in rows):
+        prefix = one_line(file.stem)
+        note = f"{file.name}: its ids are also those of other images in an earlier table; read as {prefix!r} and the id"
+        if (note := one_line(note, 1000)) not in notes:
+            notes.append(note)
+        own = (one_line_id(f"{name} {prefix} {row.image_id.removeprefix(f'{name} ')}") for row in rows)
+        rows = [row._replace(image_id=image_id) for row, image_id in zip(rows, own, strict=True)]
+    ids.update(stable_id(row.image_id) for row in rows)
+    yield from rows
 
 
 def _entries(file: Path, given_columns: dict[str, str], notes: list[str]) -> Iterator[FileRow]:
-    if file.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+    if file.suffix.lower() in JSON:
         yield from _objects(file, given_columns)
         return
     table = RawTable(file)
@@ -392,12 +431,12 @@ def open_table(raw: str, name: str, columns: dict[str, str], images: Path | None
 
 def open_csv(raw: str, name: str, columns: dict[str, str], images: Path | None = None) -> RawSet:
     """Text tables: csv, tsv. images: see `TableSet`."""
-    return open_table(raw, name, columns, images, (".csv", ".tsv", ".tab"))
+    return open_table(raw, name, columns, images, CSV)
 
 
 def open_jsonl(raw: str, name: str, columns: dict[str, str], images: Path | None = None) -> RawSet:
     """JSON objects, one per line or in one list. images: see `TableSet`."""
-    return open_table(raw, name, columns, images, (".jsonl", ".ndjson", ".json"))
+    return open_table(raw, name, columns, images, JSON)
 
 
 def open_folder(raw: str, name: str, columns: dict[str, str]) -> RawSet:
