@@ -20,6 +20,7 @@ from maskvlm import MaskVLM
 from maskvlm.data.scenes.captions import (
     NOTES,
     SENTENCES,
+    Mention,
     Statement,
     describes,
     tell_all,
@@ -28,16 +29,41 @@ from maskvlm.data.scenes.captions import (
 )
 from maskvlm.data.scenes.drawing import draw_scene
 from maskvlm.data.scenes.source import ScenePairs, Scenes
-from maskvlm.data.scenes.world import COLOURS, PATTERNS, PLACES, SHAPES
+from maskvlm.data.scenes.world import BACKGROUNDS, COLOURS, PATTERNS, PLACES, SHAPES, Scene
 
 TURNED = {"left": "right", "right": "left", "above": "below", "below": "above", "over": "under", "under": "over"}
 SIZES = (*SENTENCES.sizes.values(), *NOTES.sizes.values())
 EXCHANGED = {"colours": COLOURS, "shapes": SHAPES, "sizes": SIZES, "patterns": PATTERNS, "places": PLACES}
+TRAITS = {
+    **{word: ("colour", word) for word in COLOURS},
+    **{word: ("pattern", word) for word in PATTERNS},
+    **{word: ("size", size) for style in (SENTENCES, NOTES) for size, word in style.sizes.items()},
+}
+"""Adjective -> attribute and its value."""
+PLACE = "|".join(sorted(PLACES, key=len, reverse=True))  # "top left" is neither "top" nor "left"
+OBJECT = re.compile(
+    rf"(?:\b(?P<before>{PLACE})(?: is an?)? )?"
+    rf"(?P<adjectives>(?:\b(?:{'|'.join(TRAITS)}) )*)(?P<shape>{'|'.join(SHAPES)})\b"
+    rf"(?: (?:(?:at|on|in) the )?(?P<after>{PLACE})\b(?! of))?"
+)
+"""An object in a caption, with the place that stands before or after it; "left of" is a relation, not a place."""
 
 
 def named(text: str) -> list[tuple[str, str]]:
     """(colour, shape) that stand side by side in a text."""
     return [(a, b) for a, b in pairwise(re.findall("[a-z]+", text)) if a in COLOURS and b in SHAPES]
+
+
+def claims(text: str, places: bool = True) -> Statement:
+    """What a caption says of objects that it calls by their shapes; with their places and the background, or without.
+    Relations and numbers are not read."""
+    mentions = []
+    for found in OBJECT.finditer(text):
+        traits = dict(TRAITS[word] for word in found["adjectives"].split())
+        place = (found["after"] or found["before"]) if places else None
+        mentions.append(Mention(shape=found["shape"], place=place, **traits))
+    grounds = [word for word in re.findall("[a-z]+", text) if word in BACKGROUNDS]
+    return Statement(tuple(mentions), background=grounds[0] if places and grounds else None)
 
 
 def exchange(text: str, phrases: tuple[str, ...]) -> str | None:
@@ -75,15 +101,33 @@ def share(method: str, question: str, verdicts: list[bool], chance: float | None
     return Share(method, question, sum(verdicts), len(verdicts), chance)
 
 
-def captions(model: MaskVLM, pairs: ScenePairs, count: int) -> list[tuple[str, bool, bool]]:
-    """Text, whether it names a thing rightly, whether all it names is right."""
-    rows, scenes = [], [pairs.scene(index) for index in range(count)]
+class Written(NamedTuple):
+    """A caption, and whether it is right. one: it names an object with its colour and its shape. names: every colour
+    with a shape is there. objects: every object is there, with what it says of colour, size and pattern. all: also
+    places and background are right. Nothing is right of a text that names no object."""
+
+    text: str
+    one: bool
+    names: bool
+    objects: bool
+    all: bool
+
+
+def judged(text: str, scene: Scene) -> Written:
+    """The caption, compared with the scene."""
+    true = {(thing.colour, thing.shape) for thing in scene.things}
+    names = [name in true for name in named(text)]
+    objects, everything = (
+        bool(claim.mentions) and describes(claim, scene) for claim in (claims(text, places=False), claims(text))
+    )
+    return Written(text, any(names), bool(names) and all(names), objects, everything)
+
+
+def captions(model: MaskVLM, pairs: ScenePairs, count: int) -> list[Written]:
+    """A caption of each scene, judged."""
+    scenes = [pairs.scene(index) for index in range(count)]
     texts = model.caption([draw_scene(scene, pairs.size) for scene in scenes])
-    for scene, text in zip(scenes, texts, strict=True):
-        true = {(thing.colour, thing.shape) for thing in scene.things}
-        names = named(text)
-        rows.append((text, any(one in true for one in names), bool(names) and all(one in true for one in names)))
-    return rows
+    return [judged(text, scene) for scene, text in zip(scenes, texts, strict=True)]
 
 
 def preferred(model: MaskVLM, pairs: ScenePairs, count: int) -> dict[tuple[str, str], list[bool]]:
@@ -174,13 +218,17 @@ def measured(model: MaskVLM, pairs: ScenePairs, scenes: int, only: list[str]) ->
     shares: list[Share] = []
     if "caption" in only:
         written = captions(model, pairs, scenes)
-        for text, right, _ in written[:12]:
-            print(f"  {'right' if right else 'wrong'}  {text}")
-        names = "names an object with its colour and its shape"
-        shares.append(share("caption", names, [right for _, right, _ in written], None))
-        shares.append(
-            share("caption", "every colour with a shape that it names is there", [every for *_, every in written], None)
-        )
+        for each in written[:12]:
+            print(f"  {'right' if each.all else 'wrong'}  {each.text}")
+        for question, verdicts in {
+            "names an object with its colour and its shape": [each.one for each in written],
+            "every colour with a shape that it names is there": [each.names for each in written],
+            "every object that it names is there, with its colour, size and pattern": [
+                each.objects for each in written
+            ],
+            "the same, and places and background are right (relations not read)": [each.all for each in written],
+        }.items():
+            shares.append(share("caption", question, verdicts, None))
     if "fill" in only:
         chances = {"colour": 100 / len(COLOURS), "place": 100 / len(PLACES)}
         for name, values in filled(model, pairs, scenes).items():
