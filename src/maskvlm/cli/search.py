@@ -17,7 +17,7 @@ from maskvlm.inference.faiss_index import RECALL, faiss_module, kinds
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.search import ABOUT, SearchIndex, SearchResult, index_folder, search_index
 from maskvlm.inference.vector_files import Facts
-from maskvlm.utils.errors import UserError
+from maskvlm.utils.errors import UserError, check_positive_shares
 
 CAPTION_WIDTH = 200
 """Most characters of a caption in a line of results."""
@@ -57,8 +57,7 @@ def make(arguments: list[str], allowed: list[str]) -> int:
         names = [name for name, value in vars(options).items() if value != parser.get_default(name) and name not in own]
         for name in (*(OPTION_OF.get(name, f"--{name}") for name in names), *rest):
             raise UserError(name, "has no effect with --vectors", "Leave it out")
-    if not 0 < options.exact_share <= 1:
-        raise UserError("--exact-share", f"{options.exact_share} is out of range", "Give a number above 0, up to 1")
+    check_positive_shares({"--exact-share": options.exact_share})
     vectors = options.vectors or options.out / "vectors"
     if options.vectors is None:
         print(embed_data(options, rest, allowed, vectors, (0, 1)), flush=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from maskvlm.data.caption_text import stable_id
 from maskvlm.utils.distributed import mix
-from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.errors import ExitCode, UserError, check_positive_shares
 
 Ids = NDArray[np.uint64]
 PART = 100_000  # ids held as Python strings at a time
@@ -168,8 +168,7 @@ def fraction_of(pairs: Any, fraction: float, seed: int) -> Any:
     Raises:
         UserError: it is out of range or leaves nothing, or the split does not know its images' ids.
     """
-    if not 0 < fraction <= 1:
-        raise UserError("data.fraction", f"{fraction} is out of range", "Give a number above 0, up to 1")
+    check_positive_shares({"data.fraction": fraction})
     if fraction == 1:
         return pairs
     ids_NP = row_ids(pairs)

@@ -61,7 +61,14 @@ from maskvlm.objectives.pretraining_losses import (
 )
 from maskvlm.objectives.task import Task, TrainingPhases
 from maskvlm.utils.distributed import shared_count, world_size
-from maskvlm.utils.errors import UserError, check_choices, check_counts, check_least, check_shares
+from maskvlm.utils.errors import (
+    UserError,
+    check_choices,
+    check_counts,
+    check_least,
+    check_positive_shares,
+    check_shares,
+)
 
 
 def check_plug_ins(losses: object, image_masking: object, text_masking: object) -> None:
@@ -197,9 +204,21 @@ class MaskedPretraining(Task):
     ) -> None:
         super().__init__()
         check_plug_ins(losses, image_masking, text_masking)
-        shares = (image_mask_ratio, text_mask_ratio, fully_masked_share, exchanged_share)
-        names = ("image_mask_ratio", "text_mask_ratio", "fully_masked_share", "exchanged_share")
-        check_shares({f"model.task.{name}": share for name, share in zip(names, shares, strict=True)})
+        check_shares({
+            "model.task.image_mask_ratio": image_mask_ratio,
+            "model.task.text_mask_ratio": text_mask_ratio,
+            "model.task.fully_masked_share": fully_masked_share,
+            "model.task.exchanged_share": exchanged_share,
+        })  # fmt: skip
+        check_positive_shares({
+            "model.task.masked_image_share": masked_image_share,
+            "model.task.contrast_patches": contrast_patches,
+            "model.task.image_learns": image_learns,
+        })  # fmt: skip
+        if not 0 <= contrast_first < 1:
+            todo = "Give 0, or a share below 1"
+            raise UserError("model.task.contrast_first", f"{contrast_first} is not a share below 1", todo)
+        check_choices({"model.task.freeze_aligned": (freeze_aligned, (True, False, "image"))})
         check_counts(1, {"model.task.rerank_k": rerank_k, "model.task.masks_per_text": masks_per_text})
         check_counts(0, {"model.task.negative_queue": negative_queue})
         check_least(0, {"model.task.rerank_contrast": rerank_contrast})
@@ -209,6 +228,45 @@ class MaskedPretraining(Task):
         self.masked_tokens = MaskedTokens(weight_mlm, tokens_from_words)
         paper = [self.contrastive, ImageTextMatching(weight_itm), self.masked_tokens, self.masked_pixels]
         self.losses = self._order(paper, [WordsPresent(weight_words), PatchSpread(weight_spread), *losses])
+        # Settings that contradict each other; the error names the one to change.
+        beside_contrast = any(weight for name, weight in self.weights.items() if name != "itc")
+        # WordsPresent (weight_words) trains the image encoder alone.
+        both_encoders = bool(weight_itc or weight_mlm or weight_mim or weight_spread)
+        for name, contradicts, what, todo in (
+            (
+                "masked_image_share", mask_both and masked_image_share < 1,
+                "mask_both masks every image", "Give 1, or a smaller share without mask_both",
+            ),
+            (
+                "contrast_first", contrast_first and not weight_itc,
+                "there is no contrast: weight_itc is 0", "Give 0, or a share below 1 with weight_itc above 0",
+            ),
+            (
+                "freeze_aligned", freeze_aligned and not contrast_first,
+                "nothing is aligned first: contrast_first is 0", "Set it to false, or give contrast_first a share",
+            ),
+            (
+                "freeze_aligned", freeze_aligned is True and not beside_contrast,
+                "contrast is the only loss: after contrast_first nothing would learn",
+                "Set it to false, or give another loss a weight",
+            ),
+            (
+                "image_learns", image_learns < 1 and contrast_first,
+                "contrast_first has phases of its own, and freeze_aligned says what is frozen after the first",
+                "Set it to 1, or contrast_first to 0",
+            ),
+            (
+                "matching_trains_encoders", not (matching_trains_encoders or both_encoders),
+                "no other loss trains the encoders", "Set it to true, or give another loss a weight",
+            ),
+            (
+                "exchanged_share", exchanged_share and not weight_itm,
+                f"{exchanged_share}, but there is no matching: weight_itm is 0",
+                "Set it to 0, or weight_itm above 0",
+            ),
+        ):  # fmt: skip
+            if contradicts:
+                raise UserError(f"model.task.{name}", what, todo)
         # How inputs are masked: passing a masking overrides the settings of the built-in one.
         self.image_masking = image_masking or RandomBlocks(image_mask_ratio, mask_block, fully_masked_share)
         # Checked here because the maskings do not know the names of these options.
@@ -218,56 +276,14 @@ class MaskedPretraining(Task):
             raise UserError("model.task.text_mask_most", what, todo)
         self.text_masking = text_masking or RandomTokens(text_mask_ratio, text_mask_most, whole_word, keep_and_swap)
         self.mask_both, self.masks_per_text = mask_both, masks_per_text
-        # Interdependent settings; the error names the one to change.
-        if not 0 < masked_image_share <= 1 or (mask_both and masked_image_share < 1):
-            what = (
-                f"{masked_image_share} is not a share above 0, up to 1"
-                if not 0 < masked_image_share <= 1
-                else "mask_both masks every image"
-            )
-            raise UserError("model.task.masked_image_share", what, "Give 1, or a smaller share without mask_both")
-        if not 0 < contrast_patches <= 1:
-            what = f"{contrast_patches} is not a share above 0, up to 1"
-            raise UserError("model.task.contrast_patches", what, "Give 1, or a smaller share")
-        self.contrast_patches = contrast_patches
-        if not 0 <= contrast_first < 1 or (contrast_first and not weight_itc):
-            what = f"{contrast_first} is not a share below 1" if weight_itc else "there is no contrast: weight_itc is 0"
-            raise UserError("model.task.contrast_first", what, "Give 0, or a share below 1 with weight_itc above 0")
-        self.masked_image_share, self.contrast_first = masked_image_share, contrast_first
-        if freeze_aligned and not contrast_first:
-            what, todo = (
-                "nothing is aligned first: contrast_first is 0",
-                "Set it to false, or give contrast_first a share",
-            )
-            raise UserError("model.task.freeze_aligned", what, todo)
-        if freeze_aligned is True and not any(weight for name, weight in self.weights.items() if name != "itc"):
-            what = "contrast is the only loss: after contrast_first nothing would learn"
-            raise UserError("model.task.freeze_aligned", what, "Set it to false, or give another loss a weight")
-        if not 0 < image_learns <= 1:
-            todo = "Give 1, or a smaller share"
-            raise UserError("model.task.image_learns", f"{image_learns} is not a share above 0, up to 1", todo)
-        if image_learns < 1 and contrast_first:
-            what = "contrast_first has phases of its own, and freeze_aligned says what is frozen after the first"
-            todo = "Set it to 1, or contrast_first to 0"
-            raise UserError("model.task.image_learns", what, todo)
-        check_choices({"model.task.freeze_aligned": (freeze_aligned, (True, False, "image"))})
+        self.masked_image_share, self.contrast_patches = masked_image_share, contrast_patches
+        self.contrast_first, self.exchanged_share = contrast_first, exchanged_share
         # One mechanism for both: freeze_aligned ends the image encoder's training with the ITC-only phase.
         self.image_learns = contrast_first if freeze_aligned else image_learns
         self.aligned_stops = freeze_aligned is True  # the text encoder and the projections stop with it
         self.rerank_contrast = rerank_contrast
-        # WordsPresent (weight_words) trains the image encoder alone.
-        if not (matching_trains_encoders or weight_itc or weight_mlm or weight_mim or weight_spread):
-            todo = "Set it to true, or give another loss a weight"
-            raise UserError("model.task.matching_trains_encoders", "no other loss trains the encoders", todo)
         self.matching_trains_encoders = matching_trains_encoders
         self.queue = NegativeQueue(negative_queue) if negative_queue and weight_itm else None
-        if exchanged_share and not weight_itm:
-            what, todo = (
-                f"{exchanged_share}, but there is no matching: weight_itm is 0",
-                "Set it to 0, or weight_itm above 0",
-            )
-            raise UserError("model.task.exchanged_share", what, todo)
-        self.exchanged_share = exchanged_share
         self.pairs_at_once: int | None = None
         self.compares_examples = bool(weight_itc or weight_itm)
         self.masked_before = False  # only the first training step checks that a masking masks something

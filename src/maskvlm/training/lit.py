@@ -32,7 +32,7 @@ from maskvlm.training.optim import begin_late, build_adamw, first_step, keep_set
 from maskvlm.training.resume_check import check_resumable, restore
 from maskvlm.training.sharding import gather_weights, is_sharded, release_weights, shard, unsharded
 from maskvlm.utils.distributed import Draw, mix, rank
-from maskvlm.utils.errors import ExitCode, UserError, check_counts, check_least
+from maskvlm.utils.errors import ExitCode, UserError, check_counts, check_least, check_positive_shares
 
 log = logging.getLogger(__name__)
 
@@ -183,8 +183,7 @@ class LitModel(L.LightningModule):
         check_least(0, {"model.warmup": warmup, "model.min_lr": min_lr})
         if not 0 <= stable < 1:
             raise UserError("model.stable", f"{stable} is out of range", "Give a number from 0 to below 1")
-        if not 0 < layer_decay <= 1:
-            raise UserError("model.layer_decay", f"{layer_decay} is out of range", "Give a number above 0, up to 1")
+        check_positive_shares({"model.layer_decay": layer_decay})
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise UserError("model.betas", f"{list(betas)} are not decay rates", "Give two numbers from 0 to below 1")
         if not isinstance(backbone, MaskVLM) or not isinstance(task, Task):

@@ -90,6 +90,20 @@ def check_shares(values: Mapping[str, float | None]) -> None:
             raise UserError(key, f"{value} is out of range", "Give 0 to 1")
 
 
+def check_positive_shares(values: Mapping[str, float]) -> None:
+    """Check that values are shares above 0, up to 1.
+
+    Args:
+        values: by configuration key.
+
+    Raises:
+        UserError: a value is out of range; names the key and the value.
+    """
+    for key, value in values.items():
+        if not 0 < value <= 1:
+            raise UserError(key, f"{value} is out of range", "Give a number above 0, up to 1")
+
+
 def check_choices(values: Mapping[str, tuple[object, Sequence[object]]]) -> None:
     """Check that values are among those offered: the command line checks `Literal` arguments, Python does not.
 
