@@ -70,6 +70,43 @@ def test_a_gpu_is_waited_for_only_where_the_clock_is_read(monkeypatch: pytest.Mo
     assert [phase.share for phase in watch.speed] == [0.25, 0.75]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("passes", "warmup", "timed"), [(1, 5, 20), (4, 2, 5), (32, 1, 1)])
+def test_whole_steps_are_timed_however_many_passes_they_have(
+    passes: int, warmup: int, timed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails where the optimiser's step lies outside of what is timed: it is in the last pass of each step."""
+    clock = [0.0]
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    watch, batch = bench.Stopwatch(passes), SimpleNamespace(valid_B=[True] * 8)
+    trainer = SimpleNamespace(world_size=1, precision="32-true", accumulate_grad_batches=passes)
+    module = SimpleNamespace(device=torch.device("cpu"))
+    assert watch.steps == warmup + timed
+    for number in range(watch.steps * passes):
+        watch.on_train_batch_start(trainer, module, batch, number)  # type: ignore[arg-type]
+        clock[0] += 1.0 + 100.0 * ((number + 1) % passes == 0)
+        watch.on_train_batch_end(trainer, module, None, batch, number)  # type: ignore[arg-type]
+    assert watch.speed is not None
+    assert watch.speed.milliseconds == 1000 * (passes + 100)
+    assert watch.speed.pairs_per_second == 8 * passes / (passes + 100)
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind"),
+    [
+        ("bf16-mixed", torch.bfloat16),
+        ("16-mixed", torch.float16),
+        ("16-true", torch.float16),
+        ("32-true", torch.float32),
+    ],
+)
+def test_the_peak_is_that_of_the_precision(precision: str, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 0)
+    monkeypatch.setattr(bench, "get_available_flops", lambda _, asked: 1.0 if asked is kind else 2.0)
+    speed = bench.measured(torch.device("cuda"), precision, 8, [bench.PhaseSpeed(1.0, 1.0, 1)])
+    assert speed.peak_flops == 1.0
+
+
 def test_blocks_are_compiled_after_the_step_whose_operations_are_counted() -> None:
     """Fails where they are called while operations are counted: torch never compiles them then."""
     block, counter = FeedForward(2), CompileCounter()

@@ -16,12 +16,13 @@ from uuid import uuid4
 
 import pytest
 import torch
+from jsonargparse import Namespace
 from torch.utils.data import DataLoader, Dataset
 
 from maskvlm.cli import commands
 from maskvlm.cli.lightning import Parsed, run_command
 from maskvlm.cli.main import main
-from maskvlm.cli.run_length import check_interval, explain_interval_error
+from maskvlm.cli.run_length import check_interval, explain_interval_error, set_length
 from maskvlm.config.compose import task_folder
 from maskvlm.config.parser import option_names
 from maskvlm.config.safe_yaml import check_yaml
@@ -76,6 +77,17 @@ def test_a_warm_up_longer_than_what_it_warms_is_told(fails: Callable[..., str]) 
     message = fails(*words, "--model.warmup=4")
     what = "4, but the run has 6 steps, of which 3 are left for the losses that start after contrast_first"
     assert message == f"model.warmup: {what}. Give at most 3, or a share."
+
+
+def test_a_pass_that_is_typed_is_a_pass() -> None:
+    """One is also what Lightning is always given, so only what was typed tells them apart."""
+    for typed, steps, epochs in (({"trainer.max_epochs"}, None, 1.0), (set(), 100, None)):
+        settings = Namespace(
+            trainer=Namespace(max_steps=-1, max_epochs=1, fast_dev_run=False),
+            data=Namespace(init_args=Namespace(steps=100, epochs=None)),
+        )
+        set_length(settings, typed)
+        assert (settings.data.init_args.steps, settings.data.init_args.epochs) == (steps, epochs)
 
 
 def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
@@ -136,6 +148,10 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
         ("--data.init_args.accumulate=3", "Give --trainer.accumulate_grad_batches"),
         ("--trainer.max_epochs 0", "trainer.max_epochs: 0 passes over the data"),
         ("--trainer.max_epochs -1", "trainer.max_epochs: -1 passes over the data"),
+        ("--trainer.max_steps 0", "trainer.max_steps: 0 steps. Give 1 or more"),
+        ("--trainer.check_val_every_n_epoch 2", "trainer.check_val_every_n_epoch: 2, but a run is one epoch"),
+        ("--trainer.limit_val_batches 0.5", "trainer.limit_val_batches: 0.5 is a share"),
+        ("--trainer.use_distributed_sampler true", "trainer.use_distributed_sampler: the data already distribute"),
         ("--trainer.max_epochs 2 --trainer.max_steps 3", "trainer.max_steps: beside 2 trainer.max_epochs"),
         ("--trainer.max_steps 3 --data.steps 5", "--trainer.max_steps: beside --data.steps. Give one of the two"),
         ("--trainer.max_epochs 3 --data.epochs 5", "--trainer.max_epochs: beside --data.epochs"),

@@ -38,6 +38,18 @@ def test_the_batch_script_is_the_command_with_a_task_for_every_card(
     assert "'" + str(tmp_path / "a run") + "'" in command
 
 
+def test_the_name_of_a_folder_is_one_word_and_no_pattern(
+    cluster: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """sbatch splits its lines at spaces, and puts numbers in the place of %j."""
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
+    assert main(["submit", "--run", str(tmp_path / "a %j b"), *cluster]) == 0
+    script = (tmp_path / "a %j b" / "job.sh").read_text()
+    assert "#SBATCH --job-name='a %j b'\n" in script
+    assert f"#SBATCH --output='{tmp_path}/a %%j b/slurm-%j.out'\n" in script
+    assert f"sbatch '{tmp_path}/a %j b/job.sh'" in capsys.readouterr().out
+
+
 def test_a_run_on_processors_asks_for_no_cards(
     cluster: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

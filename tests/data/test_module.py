@@ -1,5 +1,6 @@
 """The data module: length of a run, who reads what, the tokenizer, and the share of rows that may be bad."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,9 @@ def test_the_length_is_given_in_steps_or_in_epochs() -> None:
     assert ready(steps=6).total_steps == 6
     assert ready(steps=None, epochs=1.5).total_steps == 6  # 16 images
     assert ready(steps=None, epochs=1.6).total_steps == 7
+    data = ready(steps=None, epochs=1.1, batch_size=10)
+    data.splits["train"] = range(100)
+    assert data.total_steps == 11  # 1.1 * 100 is above 110 in floats
     for steps, epochs in ((None, None), (3, 3)):
         with pytest.raises(UserError, match="exactly one"):
             PairData(Squares(), SPEC, steps=steps, epochs=epochs)
@@ -158,8 +162,9 @@ def test_a_batch_that_cannot_be_shared_is_refused(
 
 def test_evaluation_reads_every_image_once_with_all_captions() -> None:
     batches = list(ready().val_dataloader())
-    assert [batch.index_B.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [batch.owner_C.tolist() for batch in batches] == [[0, 0, 0, 1, 1, 1, 2, 2, 2]] * 2 + [[0, 0, 0]]
+    # The last image would be alone, without a wrong one to compare with.
+    assert [batch.index_B.tolist() for batch in batches] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert [batch.owner_C.tolist() for batch in batches] == [[0, 0, 0, 1, 1, 1, 2, 2, 2], *[[0, 0, 0, 1, 1, 1]] * 2]
     assert sum(len(batch.index_B) for batch in ready(stage="test").test_dataloader()) == 5
 
 
@@ -169,7 +174,7 @@ def test_processes_share_whole_batches_of_evaluation(monkeypatch: pytest.MonkeyP
     for rank in range(world):
         as_process(monkeypatch, rank, world)
         batches_by_rank[rank] = [batch.index_B.tolist() for batch in ready().val_dataloader()]
-    each = [[0, 1, 2], [3, 4, 5], [6]] if world == 2 else [[0, 1], [2, 3], [4, 5], [6]]
+    each = [[0, 1, 2], [3, 4], [5, 6]] if world == 2 else [[0, 1], [2, 3], [4, 5], [6]]
     assert sorted(batch for batches in batches_by_rank.values() for batch in batches) == each
     assert [len(batches) for batches in batches_by_rank.values()] == ([2, 1] if world == 2 else [1, 1, 1, 1])
 
@@ -188,6 +193,15 @@ def test_a_limit_in_batches_is_of_all_processes_together(monkeypatch: pytest.Mon
         measured += [image for batch in data.val_dataloader() for image in batch.index_B.tolist()]
         assert data.share_looked_at == 6 / 7
     assert sorted(measured) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_limit_that_is_a_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning takes it of each process's batches: with more processes other images would be measured."""
+    for limit, right in ((0.5, False), (1.0, True), (0.0, True), (2, True)):
+        data = ready()
+        monkeypatch.setattr(data, "trainer", SimpleNamespace(limit_val_batches=limit), raising=False)
+        with nullcontext() if right else pytest.raises(UserError, match=r"trainer\.limit_val_batches: 0\.5 is a share"):
+            data.val_dataloader()
 
 
 # ---------------------------------------------------------------------- tokenizer and fingerprint
@@ -251,7 +265,7 @@ def test_no_process_is_left_without_an_evaluation_batch(
 
 def test_more_processes_than_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "world_size", lambda: 8)
-    with pytest.raises(UserError, match="7 images are fewer than the 8 processes"):
+    with pytest.raises(UserError, match="7 rows to evaluate are fewer than the 8 processes"):
         ready().val_dataloader()
 
 

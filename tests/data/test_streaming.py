@@ -21,6 +21,7 @@ from maskvlm.data import module
 from maskvlm.data.batch import Batch
 from maskvlm.data.caption_text import stable_id
 from maskvlm.data.module import PairData
+from maskvlm.data.pairs import ProcessShare
 from maskvlm.data.streaming.remote import list_shards, read_shards
 from maskvlm.data.streaming.source import Stream
 from maskvlm.utils.errors import ExitCode, UserError
@@ -108,6 +109,21 @@ def test_tars_and_parquet_at_any_address_give_the_same_rows(tmp_path: Path) -> N
     assert [[row.captions for row in shard] for shard in rows] == [[(f"number {n}",) for n in range(6)]] * 3
     assert [[row.image_id for row in shard] for shard in rows] == [[f"toy {n:05}" for n in range(6)]] * 3
     assert rows[0][3].image == rows[1][3].image == png(square(COLOURS[3]))
+
+
+def test_shards_of_the_same_names_in_several_folders_are_told_apart(tmp_path: Path) -> None:
+    """Fails where two images would count as the same one: neither is then a negative of the other."""
+    for folder in ("cc3m/a", "cc12m/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "00000.tar").write_bytes(tar(range(2)))
+    pairs = Stream([str(tmp_path / "cc3m" / "a"), str(tmp_path / "cc12m" / "a")], "x").split("train")
+    (rows,) = [[*pairs.epoch(0, ProcessShare(0, 1, 2))]]
+    ids = {record["row"].image_id for record in rows}
+    assert len(ids) == len({record["origin"] for record in rows}) == 4
+    assert {image_id.partition("/")[0] for image_id in ids} == {"stream cc3m", "stream cc12m"}
+    (alone,) = [[*Stream(str(tmp_path / "cc3m" / "a"), "x").split("train").epoch(0, ProcessShare(0, 1, 2))]]
+    assert {record["row"].image_id.partition(" ")[0] for record in alone} == {"stream"}
+    assert all("cc3m" not in record["origin"] for record in alone)
 
 
 def test_a_place_without_shards_is_one_line(tmp_path: Path) -> None:

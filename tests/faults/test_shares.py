@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_processes import ends, free_port
 
-from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, size_for_all
+from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, evaluation_batches, size_for_all
 from maskvlm.data.streaming.source import check_shards
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -63,8 +63,22 @@ def test_a_batch_is_dealt_out_to_all_processes_whole(world: int) -> None:
     assert math.ceil(250 / size_for_all(250, 250, world)) == world
 
 
+@given(st.integers(1, 400), st.integers(1, 70), st.integers(1, 9))
+def test_no_row_is_alone_where_another_can_be_beside_it(count: int, most: int, world: int) -> None:
+    """Its loss has nothing to be compared with: what the right partner gains would be measured on other images."""
+    if count < world:
+        return
+    batches = evaluation_batches(count, most, world)
+    size = size_for_all(count, most, world)
+    assert [*chain(*batches)] == [*range(count)]
+    assert len(batches) == math.ceil(count / size)
+    assert all(len(batch) <= size for batch in batches)
+    if size > 2 and count > size:
+        assert min(map(len, batches)) > 1
+
+
 def test_fewer_images_than_processes_are_refused() -> None:
-    with pytest.raises(UserError, match="3 images are fewer than the 4 processes"):
+    with pytest.raises(UserError, match="3 rows to evaluate are fewer than the 4 processes"):
         size_for_all(3, 64, 4)
 
 

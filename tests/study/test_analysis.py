@@ -104,6 +104,15 @@ def test_one_lead_against_another(tmp_path: Path) -> None:
     assert compared.verdict == "holds"
 
 
+def test_rounding_decides_nothing(tmp_path: Path) -> None:
+    """Leads that are equal but for the last digits of the values whose differences they are."""
+    values = {"few": [0.0] * 3, "all": [71.9, 33.3, 8.1], "all@0.25": [71.9 + 2e-14, 33.3 + 3e-14, 8.1 + 2e-14]}
+    study, runs = a_study(tmp_path, values, {"questions": [{**MORE, "metric": "R@1"}]})
+    (compared,) = answer(frame_of(study, runs), study.questions[0]).compared
+    assert len({*compared.by_seed}) > 1
+    assert compared.verdict == "undecided"
+
+
 @pytest.mark.parametrize("cell", ["few", "all", "all@0.25"])
 def test_a_run_that_was_lost_on_either_side_leaves_it_undecided(tmp_path: Path, cell: str) -> None:
     """Also one of the lead that is held against."""

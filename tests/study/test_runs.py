@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from maskvlm.study import runs as runs_module
 from maskvlm.study.definition import Cell
 from maskvlm.study.runs import ABOUT, LOG, Runner, StudyRun, check_same_run, last_line, on_signals, step_of
 from maskvlm.utils.errors import ExitCode, UserError
@@ -59,6 +60,34 @@ def test_one_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     (again,) = Runner(1).make([run(tmp_path, FAILS, 0)])
     assert run(tmp_path, FAILS, 0).seconds == pytest.approx(before + again.seconds)
     assert (tmp_path / "all-s0" / LOG).read_text().count("no such thing") == 2
+
+
+def test_a_folder_that_cannot_be_written_is_the_failure_of_its_run_alone(tmp_path: Path) -> None:
+    """Fails where the others are made without a line, and the error ends the study."""
+    broken, other = run(tmp_path, ENDS, 0), run(tmp_path, ENDS, 1)
+    broken.folder.parent.mkdir(parents=True, exist_ok=True)
+    broken.folder.write_text("a file")
+    ended = {each.run.seed: each for each in Runner(1).make([broken, other])}
+    assert ended[0].code == ExitCode.CANNOT_CREATE
+    assert str(broken.folder) in ended[0].why
+    assert ended[1].code == 0
+
+
+def test_a_time_that_cannot_be_noted_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where the run is no longer waited for: another would begin beside it."""
+    note, calls = StudyRun.note, list[float]()
+
+    def noted(self: StudyRun, seconds: float) -> None:
+        calls.append(seconds)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        note(self, seconds)
+
+    monkeypatch.setattr(StudyRun, "note", noted)
+    monkeypatch.setattr(runs_module, "TICK", 0.05)
+    (ended,) = Runner(1).make([run(tmp_path, "import time; time.sleep(0.5)", 0)])
+    assert ended.code == 0
+    assert len(calls) > 2
 
 
 def test_only_what_was_timed_from_its_beginning_has_hours(tmp_path: Path) -> None:

@@ -194,6 +194,16 @@ def test_the_log_goes_on_where_it_ended(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_what_a_callback_logs_beside_a_loss_is_not_of_an_evaluation(tmp_path: Path) -> None:
+    """Its step is not made again, so the row would be lost."""
+    log = Writer(str(tmp_path))
+    log.log_metrics({"train/loss": 1.0, "temperature": 0.5}, 3)
+    log.log_metrics({"score": 5.0}, 3)
+    log.save()
+    log.forget(3, unmeasured=True, ended=False)
+    assert [set(row) - {"step"} for row in log.rows] == [{"train/loss", "temperature"}]
+
+
 def test_the_evaluation_of_an_end_stays_and_the_step_after_it_is_logged_anew(tmp_path: Path) -> None:
     """Both stand under the step that comes next: of a run that ended after two steps, and then died in its third."""
     log = Writer(str(tmp_path))

@@ -2,6 +2,7 @@
 differ in cost (`contrast_first`, `image_learns`), the mean and each kind of step are reported."""
 
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from maskvlm.training.failure import process_rank
 from maskvlm.training.memory_estimate import ATTENTION
 from maskvlm.training.run_record import machine
 
-WARMUP = 5  # steps that are not timed: kernels are selected, memory is reserved
+WARMUP = 5  # passes that are not timed: kernels are selected, memory is reserved
 STEPS = 25
 
 
@@ -64,21 +65,36 @@ class BenchSpeed(NamedTuple):
 class Stopwatch(L.Callback):
     """Counts the operations of the first step and times the steps after the warm-up, in each phase of a run in turn.
 
+    Args:
+        passes: passes accumulated in a step. Whole steps are timed, as many as WARMUP and STEPS passes hold, at least
+            one of each.
+
     Attributes:
         begins: the fractions of a run at which its phases begin.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, passes: int = 1) -> None:
         self.begins: tuple[float, ...] = (0.0,)
+        self.passes = passes
         self.counter, self.counting = FlopCounterMode(display=False, custom_mapping=ATTENTION), ExitStack()
         self.phase, self.flops, self.started = 0, 0, 0.0
         self.phase_speeds: list[PhaseSpeed] = []
         self.speed: BenchSpeed | None = None
 
     @property
+    def warmup_passes(self) -> int:
+        """Passes of a phase that are not timed."""
+        return self.passes * math.ceil(WARMUP / self.passes)
+
+    @property
+    def phase_passes(self) -> int:
+        """Passes of a phase."""
+        return self.warmup_passes + self.passes * math.ceil((STEPS - WARMUP) / self.passes)
+
+    @property
     def steps(self) -> int:
         """Number of steps to run, over all phases."""
-        return STEPS * len(self.begins)
+        return self.phase_passes // self.passes * len(self.begins)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # These few steps are not a whole run: each step is told which point of the run it stands for.
@@ -88,9 +104,10 @@ class Stopwatch(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.phase, step = divmod(min(batch_idx, self.steps - 1), STEPS)
-        # Not a `with` block, as it spans two hooks. Counting slows a step down, so the first one is not timed.
-        if step == 0:
+        last = self.phase_passes * len(self.begins) - 1
+        self.phase, number = divmod(min(batch_idx, last), self.phase_passes)
+        # Not a `with` block, as it spans two hooks. Counting slows a pass down, so the first one is not timed.
+        if number == 0:
             # A block first called under the counter would not be compiled (model.compile), then or later.
             self.counting.enter_context(torch.compiler.set_stance("force_eager"))
             self.counting.enter_context(self.counter)
@@ -98,30 +115,30 @@ class Stopwatch(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx >= self.steps:
+        if batch_idx >= self.phase_passes * len(self.begins):
             return
-        step = batch_idx % STEPS + 1
-        if step == 1:
+        number = batch_idx % self.phase_passes + 1
+        if number == 1:
             self.counting.close()
             self.flops = self.counter.get_total_flops()
         # Kernels are queued: without this the clock would be read before they have run. Training does not synchronise
         # after each step, so the other steps do not either.
-        if step in (WARMUP, STEPS) and pl_module.device.type == "cuda":
+        if number in (self.warmup_passes, self.phase_passes) and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
             # The peak over all phases is read at the end.
-            if batch_idx + 1 == WARMUP:
+            if batch_idx + 1 == self.warmup_passes:
                 # The operation counter keeps the first step's activations alive longer than training does.
                 torch.cuda.reset_peak_memory_stats(pl_module.device)
-        if step == WARMUP:
+        if number == self.warmup_passes:
             self.started = time.perf_counter()
-        elif step == STEPS:
-            # Counts and times are per pass; with gradient accumulation a step has several.
-            passes = trainer.accumulate_grad_batches
-            seconds = passes * (time.perf_counter() - self.started) / (STEPS - WARMUP)
+        elif number == self.phase_passes:
+            timed_steps = (self.phase_passes - self.warmup_passes) / self.passes
+            seconds = (time.perf_counter() - self.started) / timed_steps
             ends = (*self.begins[1:], 1.0)[self.phase]
-            self.phase_speeds.append(PhaseSpeed(ends - self.begins[self.phase], seconds, passes * self.flops))
+            # Operations are counted in one pass.
+            self.phase_speeds.append(PhaseSpeed(ends - self.begins[self.phase], seconds, self.passes * self.flops))
             if len(self.phase_speeds) == len(self.begins):
-                pairs = len(batch.valid_B) * trainer.world_size * passes
+                pairs = len(batch.valid_B) * trainer.world_size * self.passes
                 self.speed = measured(pl_module.device, str(trainer.precision), pairs, self.phase_speeds)
 
 
@@ -130,7 +147,7 @@ def measured(device: torch.device, precision: str, pairs: int, phases: Sequence[
     cuda = device.type == "cuda"
     seconds = sum(phase.share * phase.seconds for phase in phases)
     flops = round(sum(phase.share * phase.flops for phase in phases))
-    kind = torch.bfloat16 if "bf16" in precision else torch.float32
+    kind = torch.bfloat16 if "bf16" in precision else torch.float16 if precision.startswith("16") else torch.float32
     return BenchSpeed(
         torch.cuda.get_device_name(device) if cuda else machine()["processor"],
         precision,
@@ -172,7 +189,7 @@ class Bench(LightningCommand):
         """Keeps nothing."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch(self.settings.trainer.accumulate_grad_batches)
         return super().instantiate_trainer(callbacks=[self.stopwatch], **kwargs)
 
 

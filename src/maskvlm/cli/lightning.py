@@ -27,6 +27,7 @@ from maskvlm.cli.ask_model import how_to_ask
 from maskvlm.cli.from_checkpoint import check_same_task, parts_left_behind, recipe_of_another, with_start
 from maskvlm.cli.run_length import (
     check_interval,
+    check_trainer,
     check_warmup,
     explain_interval_error,
     one_length,
@@ -126,6 +127,7 @@ class LightningCommand(LightningCLI):
         refuse_linked(typed)
         refuse_idle(typed, self.settings.model.task)
         set_length(self.settings, typed)
+        check_trainer(self.settings, typed)
         if self.config.subcommand == "fit":
             check_interval(self.settings)
             check_warmup(self.settings)

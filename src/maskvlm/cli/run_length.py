@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from jsonargparse import Namespace
 
 from maskvlm.config.given_options import options
+from maskvlm.data.sampler import check_limit
 from maskvlm.training.optim import first_step
 from maskvlm.utils.errors import UserError
 
@@ -37,7 +38,7 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
         typed: keys that the command line gives; none may silently override another.
 
     Raises:
-        UserError: two of them are given, or a number of epochs below 1.
+        UserError: two of them are given, or a number of steps or epochs below 1.
     """
     # A length in the data's keys and in the trainer's.
     beside = [key for key in ("data.steps", "data.epochs") if key in typed]
@@ -53,9 +54,12 @@ def set_length(settings: Namespace, typed: Collection[str] = ()) -> None:
     if passes < 1:
         what, todo = f"{passes} passes over the data", "Give 1 or more, or set data.steps"
         raise UserError("trainer.max_epochs", what, todo)
+    if "trainer.max_steps" in typed and trainer.max_steps < 1 and trainer.max_steps != -1:
+        raise UserError("trainer.max_steps", f"{trainer.max_steps} steps", "Give 1 or more, or -1 for no limit")
     if trainer.max_steps > 0:
         data.steps, data.epochs = trainer.max_steps, None
-    elif passes != 1:
+    # One pass is also what conf/base.yaml gives Lightning, whatever the length is.
+    elif passes != 1 or ("trainer.max_epochs" in typed and trainer.max_epochs is not None):
         data.steps, data.epochs = None, float(passes)
     # Lightning sees a single epoch, which `data` ends. Its own epoch count is wrong once a run has resumed twice.
     trainer.max_steps, trainer.max_epochs = -1, 1
@@ -73,6 +77,29 @@ def check_interval(settings: Namespace) -> None:
     interval = trainer.val_check_interval
     if batches and evaluates and not trainer.fast_dev_run and isinstance(interval, int) and interval > batches:
         raise interval_too_long(interval, batches)
+
+
+def check_trainer(settings: Namespace, typed: Collection[str] = ()) -> None:
+    """Check trainer settings that a run, which Lightning sees as one epoch of samples that the data distributes, cannot
+    follow.
+
+    Args:
+        typed: keys that the command line gives.
+
+    Raises:
+        UserError: evaluation in every nth epoch, which would never come; on a share of the batches (see
+            `data.sampler.check_limit`); or Lightning's own distribution of samples (2).
+    """
+    trainer = settings.trainer
+    if (epochs := trainer.check_val_every_n_epoch) not in (None, 1):
+        what = f"{epochs}, but a run is one epoch of Lightning: it would never be evaluated"
+        raise UserError("trainer.check_val_every_n_epoch", what, "Set trainer.val_check_interval instead")
+    check_limit("trainer.limit_val_batches", trainer.limit_val_batches)
+    check_limit("trainer.limit_test_batches", trainer.limit_test_batches)
+    # On by default; it does nothing in a single process.
+    if trainer.use_distributed_sampler and "trainer.use_distributed_sampler" in typed:
+        what = "the data already distribute the samples over the processes"
+        raise UserError("trainer.use_distributed_sampler", what, "Leave it false")
 
 
 def check_warmup(settings: Namespace) -> None:

@@ -23,7 +23,7 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node={devices}
 {gpus}#SBATCH --cpus-per-task={cpus}
-#SBATCH --output={folder}/slurm-%j.out
+#SBATCH --output={output}
 #SBATCH --open-mode=append{array}
 #SBATCH --requeue
 #SBATCH --signal=USR1@120
@@ -123,8 +123,9 @@ def hand_over(path: Path, script: str) -> str:
         UserError: sbatch rejected the script (69).
     """
     write_text(path, script)
+    how = shlex.join(["sbatch", str(path)])
     if shutil.which("sbatch") is None:
-        return f"{path}: written; sbatch was not found here; submit it where SLURM is installed: sbatch {path}"
+        return f"{path}: written; sbatch was not found here; submit it where SLURM is installed: {how}"
     done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True)
     if done.returncode:
         raise UserError("sbatch", " ".join(done.stderr.split()), f"Fix {path}", ExitCode.UNAVAILABLE)
@@ -154,13 +155,14 @@ def batch_script(
     task = ' --task "$SLURM_ARRAY_TASK_ID"' if array else ""
     allow = [word for name in allowed for word in ("--allow-import", name)]
     return SCRIPT.format(
-        name=Path(settings.run).name,
+        name=shlex.quote(Path(settings.run).name),
         nodes=settings.trainer.num_nodes,
         devices=devices,
         gpus="" if settings.trainer.accelerator == "cpu" else f"#SBATCH --gpus-per-node={devices}\n",
         # Two cores besides the data workers, for the training itself.
         cpus=workers + 2,
-        folder=settings.run,
+        # sbatch splits words as a shell does, and takes %j for the job's number.
+        output=shlex.quote(f"{str(settings.run).replace('%', '%%')}/slurm-%j.out"),
         array=f"\n#SBATCH --array={array}" if array else "",
         places="".join(f"export {name}={shlex.quote(value)}\n" for name, value in surroundings(variables).items()),
         here=shlex.quote(str(Path.cwd())),

@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import lightning as L
@@ -22,7 +23,7 @@ from maskvlm.data.contamination import leaks_left_out, without_leaks
 from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExamples
 from maskvlm.data.examples import ExampleBatch, ExampleSource
 from maskvlm.data.pairs import Collate, EvalPairs, ProcessShare, TrainPairs
-from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_share, size_for_all
+from maskvlm.data.sampler import FlatBatchSampler, FlatOrder, check_limit, check_share, evaluation_batches
 from maskvlm.data.subset import fraction_of, hashed_image_ids
 from maskvlm.data.text import Captioner, tokenizer_hash, train_tokenizer
 from maskvlm.data.transforms import Augment, Mirroring, Normalise, check_augmentation, eval_transform, train_transform
@@ -236,7 +237,8 @@ class PairData(L.LightningDataModule):
         if not len(self.splits["train"]):
             what = "the length of a streamed set is not known, so its passes cannot be counted"
             raise UserError("data.epochs", what, "Set data.steps instead, and data.epochs to null")
-        return math.ceil(self.epochs * len(self.splits["train"]) / self.batch_size)
+        # as typed, since 1.1 * 100 is more than 110 in floats
+        return math.ceil(Fraction(str(self.epochs)) * len(self.splits["train"]) / self.batch_size)
 
     # ------------------------------------------------------------------ position of a run
 
@@ -317,24 +319,29 @@ class PairData(L.LightningDataModule):
         return self._loader(data, share // world_size(), batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._evaluation(self.splits["val"], getattr(self.trainer, "limit_val_batches", 1.0))
+        return self._evaluation(self.splits["val"], "limit_val_batches")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._evaluation(self.splits["test"], getattr(self.trainer, "limit_test_batches", 1.0))
+        return self._evaluation(self.splits["test"], "limit_test_batches")
 
-    def _evaluation(self, pairs: Any, limit: int | float) -> DataLoader[Any]:
+    def _evaluation(self, pairs: Any, option: str) -> DataLoader[Any]:
         """Loader of an evaluation split. Each process takes its own batches: no image is added as padding or counted
         twice, and a batch (whose content determines masks and negatives) is the same for any number of processes for
-        which there are enough batches of `eval_batch_size`. limit: number of such batches over all processes (Lightning
-        counts per process: more processes would then evaluate more images, and recall would fall)."""
-        count = len(pairs)
+        which there are enough batches of `eval_batch_size`. option: the trainer's limit on the number of such batches,
+        here over all processes (Lightning counts per process: more processes would then evaluate more images, and
+        recall would fall).
+
+        Raises:
+            UserError: the limit is a share.
+        """
+        count, limit = len(pairs), getattr(self.trainer, option, 1.0)
+        check_limit(f"trainer.{option}", limit)
         if isinstance(limit, int) and limit:
             count = min(count, max(limit * self.eval_batch_size, world_size()))
         self.share_looked_at = count / max(1, len(pairs))
-        size, whole = size_for_all(count, self.eval_batch_size, world_size()), range(count)
-        batches = [list(whole[first : first + size]) for first in whole[::size]]
+        batches = evaluation_batches(count, self.eval_batch_size, world_size())
         # whole batches, in turn
-        return self._measured(pairs, batches[rank() :: world_size()], size)
+        return self._measured(pairs, batches[rank() :: world_size()], max(map(len, batches), default=0))
 
     def validation_rows(self, rows: list[int]) -> DataLoader[Any]:
         """Loader of the given rows of the validation split, all in this process."""

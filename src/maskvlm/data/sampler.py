@@ -90,6 +90,32 @@ def check_share(batch_size: int, passes: int, world: int) -> None:
         raise UserError("data.batch_size", what, "choose a batch size that they divide")
 
 
+def evaluation_batches(count: int, most: int, world: int) -> list[list[int]]:
+    """The rows of each batch of an evaluation, of the size of `size_for_all`. A last row that would be alone takes one
+    of the batch before it, if that leaves two: the metrics compare an image with a wrong one of its batch, and without
+    one they would compare the errors of different images.
+
+    Raises:
+        UserError: there are fewer rows than processes.
+    """
+    size, rows = size_for_all(count, most, world), range(count)
+    batches = [list(rows[first : first + size]) for first in rows[::size]]
+    if len(batches) > 1 and size > 2 and len(batches[-1]) == 1:
+        batches[-1].insert(0, batches[-2].pop())
+    return batches
+
+
+def check_limit(option: str, limit: int | float | None) -> None:
+    """Check a limit on the batches of an evaluation.
+
+    Raises:
+        UserError: it is a share. Lightning takes it of each process's batches, so the metrics would depend on the
+            number of processes.
+    """
+    if isinstance(limit, float) and limit not in (0.0, 1.0):
+        raise UserError(option, f"{limit} is a share", "Give a number of batches (over all processes), or 1.0 for all")
+
+
 def size_for_all(count: int, most: int, world: int) -> int:
     """Rows in an evaluation batch, such that every process has a batch: without one, Lightning would end it, and the
     others would wait for it forever. It is `most` if that gives at least as many batches as processes, in which case
@@ -100,8 +126,8 @@ def size_for_all(count: int, most: int, world: int) -> int:
         UserError: there are fewer rows than processes.
     """
     if count < world:
-        what = f"{count} images are fewer than the {world} processes that evaluate them"
-        raise UserError("data", what, "Start fewer processes, or set trainer.limit_val_batches to 0")
+        what = f"{count} rows to evaluate are fewer than the {world} processes"
+        raise UserError("data", what, "Start fewer processes, or give the split more rows")
     if math.ceil(count / most) >= world:
         return most
     # `world` batches, and no more if possible, as a limit on batches would leave out the last one.

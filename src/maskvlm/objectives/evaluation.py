@@ -34,7 +34,8 @@ EVAL_SEED = 20230501
 class PretrainingMetrics:
     """Collects evaluation batches and computes the metrics of an epoch.
 
-    The wrong partner is that of the next row in the batch; a batch of one image has none. "None" is an image of
+    The wrong partner is that of the next row in the batch; an image alone in its batch has none
+    (`data.sampler.evaluation_batches` leaves none alone). "None" is an image of
     the mean colour (zeros after normalisation) or a caption without words.
 
     Masks depend only on the batch's position in the data set and its size (`eval_batch_size`), on what is masked and

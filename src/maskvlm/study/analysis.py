@@ -1,6 +1,7 @@
 """Results of a study: means with intervals, differences paired by seed, and a verdict on each claim."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -77,15 +78,19 @@ def outcome_of(run: StudyRun) -> Outcome | None:
     return Outcome(hours, metrics, hashlib.sha256(content).hexdigest(), run.remark)
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and confidence interval of independent values, such as one per seed."""
+def interval(values: Sequence[float], size: float = 0.0) -> Interval:
+    """Mean and confidence interval of independent values, such as one per seed.
+
+    Args:
+        size: magnitude of the numbers whose differences the values are; the rounding of these is no spread.
+    """
     sample = np.asarray(values, float)
     mean = float(sample.mean()) if len(sample) else float("nan")
     if len(sample) < 2:
         return Interval(mean, float("nan"), float("nan"), len(sample))
     error = stats.sem(sample)
     # SciPy's interval is NaN if there is no spread. Differences from rounding alone do not count as spread.
-    if error <= 1e-9 * np.abs(sample).max():
+    if error <= 1e-9 * max(np.abs(sample).max(), size):
         return Interval(mean, mean, mean, len(sample))
     low, high = stats.t.interval(CONFIDENCE, len(sample) - 1, loc=mean, scale=error)
     return Interval(mean, float(low), float(high), len(sample))
@@ -119,9 +124,11 @@ def answer(frame: pd.DataFrame, question: Claim) -> Answer:
         ahead = lead(frame, comparison, question.metric)
         if question.more_than is not None:
             ahead = (ahead - lead(frame, question.more_than, question.metric)).dropna()
-        estimate = interval(ahead.tolist())
-        # If diverged runs were ignored, their arm would look better than it is, or its rival worse by comparison.
         pairs = [comparison, *([question.more_than] if question.more_than is not None else [])]
+        # Of all values that were compared.
+        sizes = [values_of(frame, cell, question.metric).abs().max() for pair in pairs for cell in pair]
+        estimate = interval(ahead.tolist(), max((size for size in sizes if not math.isnan(size)), default=0.0))
+        # If diverged runs were ignored, their arm would look better than it is, or its rival worse by comparison.
         lost = any(has_lost_runs(frame, pair, question.metric) for pair in pairs)
         compared.append(
             Compared(comparison, estimate, tuple(ahead), "undecided" if lost else verdict_by(estimate, question.by))

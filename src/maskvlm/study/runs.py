@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -258,6 +258,16 @@ class Runner:
                     yield from (ended for each in done if (ended := each.result()) is not None)
 
     def _one(self, run: StudyRun) -> Ended | None:
+        """Make one run; None if the study is being stopped. A folder or file of it that cannot be written is this
+        run's failure, and no other's."""
+        try:
+            return self._make(run)
+        except OSError as error:
+            return Ended(run, ExitCode.CANNOT_CREATE, f"{run.folder}: {error}", 0.0)
+        except UserError as error:
+            return Ended(run, error.code, str(error), 0.0)
+
+    def _make(self, run: StudyRun) -> Ended | None:
         if self.stopping.is_set():
             return None
         if run.waits_for is not None:
@@ -279,7 +289,9 @@ class Runner:
             if self.stopping.is_set():  # stopped between the check and the start
                 process.send_signal(signal.SIGTERM)
             while (code := self._wait(process)) is None:
-                run.note(before + time.monotonic() - start)  # so a killed study has counted nearly all of it
+                # So that a killed study has counted nearly all of it. The run goes on where this cannot be written.
+                with suppress(OSError, UserError):
+                    run.note(before + time.monotonic() - start)
             del self.processes[run.name]
         seconds = time.monotonic() - start
         run.note(before + seconds)

@@ -110,7 +110,8 @@ def _keeps(row: Row, step: int, unmeasured: bool, ended: bool) -> bool:
         at = int(float(row.get("step", 0)))
     except (ValueError, OverflowError):  # a damaged row
         return False
-    measured = any(_measured(key) for key in row)
+    # An evaluation's row has no training loss; one that a callback adds to a training row is not of an evaluation.
+    measured = any(_measured(key) for key in row) and not any(key.startswith("train/") for key in row)
     # The step's training row was logged before the checkpoint was written; its evaluation may be pending.
     return at < step or (at == step and not (unmeasured and measured)) or (ended and at == step + 1 and measured)
 

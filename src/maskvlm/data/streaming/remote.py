@@ -3,8 +3,9 @@ files with images, Arrow shards of prepared sets. They use the same readers as p
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -91,23 +92,38 @@ def sums_in(folder: str) -> dict[str, str]:
     return {each["file"].rpartition("/")[2]: each["sha256"] for each in shards}
 
 
-class Streamed(WebShards):
-    """The rows of one shard at an address, like those of `WebShards` for a shard in a folder."""
+def folders_of(addresses: list[str]) -> dict[str, str]:
+    """Address -> its folder, from where the folders begin to differ; "" if all are in one. Sets that were downloaded
+    alike have the same names of shards and the same keys in them, so only the folders tell them apart."""
+    folders = [address.rpartition("/")[0].split("/") for address in addresses]
+    # Equal parts at the beginning of all folders.
+    common = sum(1 for _ in takewhile(lambda parts: len({*parts}) == 1, zip(*folders, strict=False)))
+    return {address: "/".join(folder[common:]) for address, folder in zip(addresses, folders, strict=True)}
 
-    def __init__(self, address: str, name: str) -> None:
-        self.address, self.name, self.columns = address, name, dict[str, str]()
+
+class Streamed(WebShards):
+    """The rows of one shard at an address, like those of `WebShards` for a shard in a folder.
+
+    Args:
+        name: name of the set; prefix of the ids.
+        folder: from `folders_of`; part of origins, and of ids unless the shard has its own.
+    """
+
+    def __init__(self, address: str, name: str, folder: str = "") -> None:
+        self.address, self.folder, self.columns = address, folder, dict[str, str]()
+        self.name = f"{name} {folder}" if folder else name
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """Rows in order; if a row cannot be read, a single bad row stands for it and the rest of the shard."""
         import fsspec
 
-        inside = Path(self.address.rsplit("/", 1)[-1])
+        inside = Path(self.folder, self.address.rsplit("/", 1)[-1])
         try:
             with fsspec.open(self.address, "rb") as stream:
                 if inside.suffix == ".arrow":
                     sums = sums_in(self.address.rpartition("/")[0])
                     # read whole, as a prepared shard is small and its checksum covers all bytes
-                    yield from arrow_rows(stream.read(), inside.name, sums.get(inside.name))
+                    yield from arrow_rows(stream.read(), str(inside), sums.get(inside.name))
                     return
                 read = parquet_samples if inside.suffix == ".parquet" else tar_samples
                 for sample in read(stream, self.columns):
@@ -135,10 +151,16 @@ def check_sum(content: bytes, name: str, sha256: str | None) -> None:
         raise damaged(Path(name), f"sha256 is {there[:16]}..., the manifest says {sha256[:16]}...")
 
 
-def read_shards(shards: list[str], name: str) -> Iterator[dict[str, Any]]:
-    """Rows of one shard after the other, as plain dictionaries, for `datasets.IterableDataset`."""
+def read_shards(shards: list[str], name: str, folders: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of one shard after the other, as plain dictionaries, for `datasets.IterableDataset`.
+
+    Args:
+        shards: addresses.
+        name: name of the set.
+        folders: from `folders_of`, for all shards of the set.
+    """
     for shard in shards:
-        for row in Streamed(shard, name).rows():
+        for row in Streamed(shard, name, (folders or {}).get(shard, "")).rows():
             if isinstance(row, BadRow):
                 yield {"origin": row.origin, "problem": (row.reason, f"{row.origin}: {row.message}")}
             # rows of other splits in the shards are not used for training

@@ -19,7 +19,7 @@ from maskvlm.data.pairs import ProcessShare, Sample, TrainPairs
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.raw.base import RawRow
 from maskvlm.data.sampler import Pick
-from maskvlm.data.streaming.remote import ENDINGS, list_shards, read_shards
+from maskvlm.data.streaming.remote import ENDINGS, folders_of, list_shards, read_shards
 from maskvlm.utils.distributed import mix, rank
 from maskvlm.utils.errors import ExitCode, UserError, check_counts
 
@@ -52,7 +52,7 @@ class StreamedPairs:
 
         # the library divides a list in `gen_kwargs`: each item is a shard
         rows = datasets.IterableDataset.from_generator(
-            read_shards, gen_kwargs={"shards": self.shards, "name": self.name}
+            read_shards, gen_kwargs={"shards": self.shards, "name": self.name, "folders": folders_of(self.shards)}
         )
         # One shard at a time feeds the buffer: with ten, the default, reading takes twice as long.
         rows = rows.shuffle(seed=seed, buffer_size=max(1, self.buffer), max_buffer_input_shards=1)
@@ -81,7 +81,7 @@ class StreamedPairs:
 
     def first_captions(self, most: int) -> Iterator[str]:
         """Captions of the first `most` readable rows, shard by shard by name: the same for all processes."""
-        for record in read_shards(self.shards, self.name):
+        for record in read_shards(self.shards, self.name, folders_of(self.shards)):
             # `most` counts images
             if most <= 0:
                 return
