@@ -35,6 +35,7 @@ from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.config.bundled_models import DEFAULT
 from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.inputs import MASK, ImageInput, as_list, open_image
 from maskvlm.data.text import CaptionTokens
 from maskvlm.inference.api import ModelMethods
@@ -276,18 +277,19 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 self.truncated_warnings.append(line)
                 warnings.warn(line, TruncatedText, stacklevel=calls_within())
 
-    def truncated(self, texts: Sequence[Any]) -> list[str]:
+    def truncated(self, texts: str | Sequence[Any]) -> list[str]:
         """A line for each text of which the model reads only the beginning."""
         lines = []
-        # Inputs that are not text are reported later.
-        for text in (each for each in texts if isinstance(each, str)):
+        for text in only_texts(texts):
             # A token has at least one byte: most texts need not be counted.
             if (
                 len(text.encode(errors="replace")) + 2 > self.words.text_length
                 and (count := self.words.count(text)) > self.words.text_length
             ):
                 read = self.words.text_length - 2
-                lines.append(f"text '{cut(text, 60)}': only the first {read} of its {count - 2:,} tokens are read")
+                # Of a very long text, only the part that is left by cleaning is counted.
+                its = "more than" if clean_caption(text)[1] == "cut" else "its"
+                lines.append(f"text '{cut(text, 60)}': only the first {read} of {its} {count - 2:,} tokens are read")
         return lines
 
     def tokens(self, texts: str | Sequence[str]) -> CaptionTokens:
@@ -299,18 +301,16 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 warnings.warn(line, UnusedMask, stacklevel=calls_within())
         return super().tokens(texts)
 
-    def unused_masks(self, texts: Sequence[Any]) -> list[str]:
+    def unused_masks(self, texts: str | Sequence[Any]) -> list[str]:
         """A line for each text with [MASK], which only `fill_mask` fills in."""
-        # Inputs that are not text are reported later.
-        masked = [text for text in texts if isinstance(text, str) and len(self.words.between_masks(text)) > 1]
+        masked = [text for text in only_texts(texts) if len(self.words.between_masks(text)) > 1]
         todo = "only fill_mask (maskvlm fill) fills it in"
         return [f"text '{cut(text, 60)}': {MASK} is read as plain text; {todo}" for text in masked]
 
-    def unknown_words(self, texts: Sequence[Any]) -> list[str]:
+    def unknown_words(self, texts: str | Sequence[Any]) -> list[str]:
         """The words in these texts that the tokenizer does not know, or only as single letters; each once. Of a text
         longer than the model's maximum, only the first words count."""
-        # Inputs that are not text are reported later.
-        return list(dict.fromkeys(word for text in texts for word in self.words.unknown_words(str(text))))
+        return list(dict.fromkeys(word for text in only_texts(texts) for word in self.words.unknown_words(text)))
 
     @torch.no_grad()
     def far(self, images: ImageInput | Sequence[ImageInput]) -> list[str | None]:
@@ -512,6 +512,11 @@ def some_of(items: list[Any]) -> list[Any]:
     """All items if there are few, otherwise WATCHED evenly spaced ones."""
     count = min(len(items), WATCHED)
     return [items[place * len(items) // count] for place in range(count)]
+
+
+def only_texts(texts: str | Sequence[Any]) -> list[str]:
+    """The texts among the inputs, or a single one; what is not text is reported when it is encoded."""
+    return [texts] if isinstance(texts, str) else [text for text in texts if isinstance(text, str)]
 
 
 def unknown_line(words: Sequence[str]) -> str:
