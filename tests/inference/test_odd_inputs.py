@@ -263,6 +263,38 @@ def test_an_explanation_in_inference_mode(model: PretrainedMaskVLM) -> None:
     assert np.array_equal(found.gradcam, wanted.gradcam)
 
 
+def test_an_explanation_by_a_model_that_was_loaded_in_inference_mode(place: Path, model: PretrainedMaskVLM) -> None:
+    for name in ("best.ckpt", "model"):
+        with torch.inference_mode():
+            loaded = PretrainedMaskVLM.from_pretrained(place / name)
+            loaded.match(IMAGE, TEXT)
+        found = loaded.explain(IMAGE, TEXT, "red")
+        assert np.array_equal(found.gradcam, model.explain(IMAGE, TEXT, "red").gradcam)
+
+
+def test_a_task_s_inputs_may_be_given_by_their_names(tmp_path: Path) -> None:
+    saved(tmp_path / "vqa.ckpt", "vqa")
+    model = PretrainedMaskVLM.from_pretrained(tmp_path / "vqa.ckpt")
+    wanted = model.answer(IMAGE, "what")
+    assert model.answer(question="what", image=IMAGE) == model.answer(IMAGE, question="what") == wanted
+    for names, what in (
+        ({"picture": IMAGE, "question": "what"}, "missing a required argument: 'image'"),
+        ({"image": IMAGE, "question": "what", "k": 3}, "got an unexpected keyword argument 'k'"),
+        ({"image": IMAGE}, "missing a required argument: 'question'"),
+    ):
+        with pytest.raises(UserError, match=rf"(?m)^answer: {what}\. Give image, question\.$"):
+            model.answer(**names)
+    with pytest.raises(UserError, match="answer: multiple values for argument 'image'"):
+        model.answer(IMAGE, image=IMAGE)
+
+
+def test_unit_vectors_are_float32_in_every_precision(place: Path) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        model = PretrainedMaskVLM.from_pretrained(place / "best.ckpt", dtype=dtype)
+        vectors = (model.encode_image(IMAGE), model.encode_text([TEXT]), model.encode_image([]), model.encode_text([]))
+        assert {vector.dtype for vector in vectors} == {torch.float32}
+
+
 def test_a_folder_that_cannot_be_made_is_named(model: PretrainedMaskVLM, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file" / "below", tmp_path / ("a" * 300)):

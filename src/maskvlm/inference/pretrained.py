@@ -147,6 +147,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         """Weights come from the checkpoint."""
 
     @classmethod
+    @torch.inference_mode(False)  # in this mode, weights could never be part of a gradient, which `explain` needs
     def from_pretrained(  # type: ignore[override]
         cls,
         path: str | Path = DEFAULT,
@@ -541,18 +542,24 @@ def known_of(backbone: Backbone, origin: Start) -> KnownRange | None:
 def asking(model: PretrainedMaskVLM, name: str) -> Callable[..., Any]:
     """A task's method as a regular Python method, with its name, signature and docstring."""
     method = model.task.methods[name]
-
-    def call(*inputs: Any) -> Any:
-        return ask(model, name, *inputs)
-
     images = ["image"] if method.images == 1 else [f"image_{number}" for number in range(1, method.images + 1)]
-    kind = inspect.Parameter.POSITIONAL_ONLY
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     named = [*images, *([method.text] if method.text else [])]
     parameters = [inspect.Parameter(each.replace(" ", "_"), kind) for each in named]
+    signature = inspect.Signature(parameters)
+
+    def call(*inputs: Any, **by_name: Any) -> Any:
+        if by_name:  # without names, `ask` counts them
+            try:
+                inputs = signature.bind(*inputs, **by_name).args
+            except TypeError as error:
+                raise UserError(name, str(error), f"Give {', '.join(signature.parameters)}") from error
+        return ask(model, name, *inputs)
+
     call.__name__ = call.__qualname__ = name
     note = "Each input is a single one or a list; a single one goes with every row of the others."
     call.__doc__ = f"{method.description[0].upper()}{method.description[1:]}.\n\n{note}"
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__signature__ = signature  # type: ignore[attr-defined]
     return call
 
 
