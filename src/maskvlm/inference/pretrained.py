@@ -349,9 +349,12 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 arguments of transformers: weights are stored in one file.
 
         Raises:
-            UserError: an unknown argument, an empty name, a file instead of a folder, or no tokenizer (2); the folder
-                or the card cannot be written (73, 74); the hub rejects the upload or cannot be reached (69).
+            UserError: an unknown argument, an empty name or none, a file instead of a folder, or no tokenizer (2); the
+                folder or the card cannot be written (73, 74); the hub rejects the upload or cannot be reached (69).
         """
+        if not isinstance(save_directory, str | os.PathLike):
+            what = f"{type(save_directory).__name__} is not the name of a folder"
+            raise UserError("save_pretrained", what, "Name a folder, . for the current one")
         if not str(save_directory):
             raise UserError("save_pretrained", "the folder's name is empty", "Name a folder, . for the current one")
         folder = Path(save_directory)
