@@ -179,6 +179,16 @@ def test_words_beyond_what_is_read_are_not_named() -> None:
     assert model.unknown_words([f"horse {masked}zebra", "[MASK]", ""]) == ["horse"]
 
 
+def test_a_single_text_is_looked_at_as_a_whole(model: PretrainedMaskVLM) -> None:
+    """Not letter by letter."""
+    text = "a zebra eats a [MASK]" + " red" * 30
+    assert model.unknown_words(text) == model.unknown_words([text]) == ["zebra", "eats"]
+    for lines in (model.truncated, model.unused_masks):
+        assert lines(text) == lines([text])
+        assert len(lines(text)) == 1
+    assert model.unknown_words([7, None, "zebra"]) == ["zebra"]  # no texts: reported when encoded
+
+
 def test_a_text_longer_than_is_read_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = MaskVLM.from_pretrained()
     image, room = Scenes().split("val")[3]["image"], model.words.text_length - 2
@@ -196,6 +206,8 @@ def test_a_text_longer_than_is_read_is_told_once(tmp_path: Path, capsys: pytest.
         model.score(image, "a" * 20)  # spelt in letters
     assert len(model.truncated_warnings) == 1
     assert len(model.truncated(["[MASK] " * (room + 1), "ü", "", 7])) == 1
+    (very_long,) = model.truncated("red " * 3000)  # cleaning leaves 4,096 bytes of it
+    assert f"only the first {room} of more than 1,024 tokens are read" in very_long
     image.save(tmp_path / "scene.png")
     assert main(["score", "--from", DEFAULT, str(tmp_path / "scene.png"), long, "--json"]) == 0
     output = capsys.readouterr()

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,29 @@ from maskvlm.utils.errors import ExitCode, UserError
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
 TEXT = "a red circle on the left"
 MASK = np.eye(4, dtype=bool)
+
+
+class Column:
+    """Like a pandas Series: values one after another that are compared one by one, and no list."""
+
+    ndim = 1
+
+    def __init__(self, *values: object) -> None:
+        self.values = values
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self.values)
+
+    def __eq__(self, other: object) -> Any:
+        return np.array([value == other for value in self.values])
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def closed() -> io.BytesIO:
+    file = io.BytesIO(b"x")
+    file.close()
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +91,25 @@ def model(place: Path) -> PretrainedMaskVLM:
         (lambda m: m.reconstruct(IMAGE, np.full(m.grid, 0.5), "a"), "mask: contains values other than true and false"),
         (lambda m: m.inpaint(IMAGE, 255 * torch.tensor(MASK), "a"), "mask: contains values other than true and false"),
         (lambda m: m.encode_image(np.array([["a", "b"]], dtype=object)), "image 1: array of object"),
+        (lambda m: m.encode_image(np.array(["a.png"])), r"array of <U5\. .*; give several as list\(\.\.\.\)"),
+        (lambda m: m.encode_image(Column("a.png", "b.png")), r"(?m)Column is not.*; give several as list.{5}\.$"),
+        (lambda m: m.caption(Column("a.png", "b.png")), r"image 1: Column is not .* several as list"),
+        (lambda m: m.far(Column("a.png", "b.png")), r"image 1: Column is not .* several as list"),
+        (lambda m: m.match(Column("a.png", "b.png"), ["a", "b"]), r"image 1: Column is not .* several as list"),
+        (lambda m: m.encode_image(each for each in ["a.png"]), "image 1: generator is not .* several as list"),
+        (lambda m: m.encode_text(Column("a", "b")), r"text: Column is not text.* strings; give several as list"),
+        (lambda m: m.score(IMAGE, np.array(["a", "b"])), "text: ndarray is not text.* several as list"),
+        (lambda m: m.match(IMAGE, (each for each in "ab")), "text: generator is not text.* several as list"),
+        (lambda m: m.explain(IMAGE, TEXT, {"red", "circle"}), "text: set is not text.* several as list"),
+        (lambda m: m.rank(IMAGE, {"a", "b"}), "rank: set as candidates. Give a list of texts or of images; give sev"),
+        (lambda m: m.rank(IMAGE, (each for each in "ab")), "rank: generator as candidates"),
+        (lambda m: m.rank(IMAGE, {"a": 1}), r"(?m)rank: dict as candidates. Give a list of texts or of images\.$"),
+        (lambda m: m.encode_image(closed()), r"image 1: bad image, unreadable \(I/O operation on closed file\)"),
+        (lambda m: m.caption([IMAGE, closed()]), "image 2: bad image, unreadable .* Open it with 'rb', and close it l"),
+        (lambda m: m.encode_text(closed()), "text: BytesIO is not text"),
+        (lambda m: m.caption(np.zeros((0, 0, 3), np.uint8)), r"image 1: array of shape \[0, 0, 3\] has no pixels"),
+        (lambda m: m.caption(torch.zeros(3, 0, 9)), r"image 1: tensor of shape \[3, 0, 9\] has no pixels"),
+        (lambda m: m.save_pretrained(None), "save_pretrained: NoneType is not the name of a folder. Name a folder"),
         (lambda m: m.encode_image(np.ones((4, 4, 3), complex)), "image 1: array of complex128"),
         (lambda m: m.reconstruct([IMAGE] * 2, [MASK] * 3, "a"), "2 images, 3 masks and 1 texts"),
         (lambda m: m.encode_image([IMAGE] * 69 + [b"x"]), "image 70: "),
@@ -261,6 +304,38 @@ def test_an_explanation_in_inference_mode(model: PretrainedMaskVLM) -> None:
     with torch.inference_mode():
         found = model.explain(IMAGE, TEXT, "red")
     assert np.array_equal(found.gradcam, wanted.gradcam)
+
+
+def test_an_explanation_by_a_model_that_was_loaded_in_inference_mode(place: Path, model: PretrainedMaskVLM) -> None:
+    for name in ("best.ckpt", "model"):
+        with torch.inference_mode():
+            loaded = PretrainedMaskVLM.from_pretrained(place / name)
+            loaded.match(IMAGE, TEXT)
+        found = loaded.explain(IMAGE, TEXT, "red")
+        assert np.array_equal(found.gradcam, model.explain(IMAGE, TEXT, "red").gradcam)
+
+
+def test_a_task_s_inputs_may_be_given_by_their_names(tmp_path: Path) -> None:
+    saved(tmp_path / "vqa.ckpt", "vqa")
+    model = PretrainedMaskVLM.from_pretrained(tmp_path / "vqa.ckpt")
+    wanted = model.answer(IMAGE, "what")
+    assert model.answer(question="what", image=IMAGE) == model.answer(IMAGE, question="what") == wanted
+    for names, what in (
+        ({"picture": IMAGE, "question": "what"}, "missing a required argument: 'image'"),
+        ({"image": IMAGE, "question": "what", "k": 3}, "got an unexpected keyword argument 'k'"),
+        ({"image": IMAGE}, "missing a required argument: 'question'"),
+    ):
+        with pytest.raises(UserError, match=rf"(?m)^answer: {what}\. Give image, question\.$"):
+            model.answer(**names)
+    with pytest.raises(UserError, match="answer: multiple values for argument 'image'"):
+        model.answer(IMAGE, image=IMAGE)
+
+
+def test_unit_vectors_are_float32_in_every_precision(place: Path) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        model = PretrainedMaskVLM.from_pretrained(place / "best.ckpt", dtype=dtype)
+        vectors = (model.encode_image(IMAGE), model.encode_text([TEXT]), model.encode_image([]), model.encode_text([]))
+        assert {vector.dtype for vector in vectors} == {torch.float32}
 
 
 def test_a_folder_that_cannot_be_made_is_named(model: PretrainedMaskVLM, tmp_path: Path) -> None:

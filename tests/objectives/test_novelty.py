@@ -271,6 +271,27 @@ def test_the_shell_says_it_once_for_each_image(tmp_path: Path, capsys: pytest.Ca
     assert "unlike" not in output.out
 
 
+@pytest.mark.parametrize("count", [16, 17])
+def test_of_many_far_images_the_shell_says_how_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Of captions, each image is asked about by itself."""
+    path = write(tmp_path / "a.ckpt", sign=-1)
+    files = [str(tmp_path / f"{seed}.png") for seed in range(count)]
+    for seed, file in enumerate(files):
+        open_image(toy_image(seed)).save(file)
+    assert main(["caption", "--from", path, "--json", *files]) == 0
+    output = capsys.readouterr()
+    lines = [line.removeprefix("warning: ") for line in output.err.splitlines() if "unlike" in line]
+    far = [line for answer in output.out.splitlines() for line in json.loads(answer)["far"]]
+    assert [line.partition(": ")[0] for line in far] == files
+    told = "17 images are unlike those that the model was trained on (--json says which); take the answers with care"
+    assert lines == (far if count == 16 else [told])
+    monkeypatch.setattr("maskvlm.cli.ask_model.MOST_WARNINGS", count)
+    assert main(["caption", "--from", path, *files]) == 0
+    assert ("17 or more images are unlike" in capsys.readouterr().err) == (count > 16)
+
+
 def test_each_answer_tells_what_is_strange_about_its_own_inputs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

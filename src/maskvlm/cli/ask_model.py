@@ -21,7 +21,7 @@ from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
 from maskvlm.data.images import BadImage
 from maskvlm.data.inputs import is_image, open_image, save_image
-from maskvlm.inference.pretrained import INPUT_WARNINGS, PretrainedMaskVLM, unknown_line
+from maskvlm.inference.pretrained import INPUT_WARNINGS, MOST_WARNINGS, WATCHED, PretrainedMaskVLM, unknown_line
 from maskvlm.inference.rebuild import PARTS
 from maskvlm.objectives.task import Task
 from maskvlm.utils.errors import UserError
@@ -119,8 +119,9 @@ def cautions(
 
 @contextmanager
 def warn_afterwards(model: PretrainedMaskVLM, images: bool = True) -> Iterator[None]:
-    """On exit, print a line to stderr for each image unlike the training data (unless `images` is false), one for
-    unknown words, one for texts that are too long, and one for texts with a [MASK] that is not filled in."""
+    """On exit, print a line to stderr for each image unlike the training data, or one for all of more than 16 (none if
+    `images` is false), one for unknown words, one for texts that are too long, and one for texts with a [MASK] that is
+    not filled in."""
     with warnings.catch_warnings():
         # Python would print the source location of each.
         for kind in INPUT_WARNINGS:
@@ -129,6 +130,11 @@ def warn_afterwards(model: PretrainedMaskVLM, images: bool = True) -> Iterator[N
     unknown = [unknown_line(model.warned_words)] if model.warned_words else []
     # A line that does not begin with a path is of the only image without one, that from standard input.
     far = [f"{PIPED}: {line}" if line.startswith("this image is unlike") else line for line in model.far_warnings]
+    if len(far) > WATCHED:  # `caption` has asked about each image by itself
+        # The model remembers no more than these.
+        count = f"{len(far):,}{' or more' if len(far) == MOST_WARNINGS else ''}"
+        told = f"{count} images are unlike those that the model was trained on (--json says which)"
+        far = [f"{told}; take the answers with care"]
     texts = [first_with_count(warned) for warned in (model.truncated_warnings, model.mask_warnings) if warned]
     for line in (*(far if images else []), *unknown, *texts):
         print(f"warning: {line}", file=sys.stderr, flush=True)

@@ -5,7 +5,8 @@ Shapes: B images, C texts, T tokens, H and W pixels.
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from io import BytesIO, IOBase, TextIOBase
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,21 @@ def as_list(value: Any) -> tuple[list[Any], bool]:
 
 
 def read_once(value: Any) -> Any:
-    """The content of an open file, which can only be read once; anything else is returned as is."""
-    return value.read() if isinstance(value, IOBase) and not isinstance(value, TextIOBase) else value
+    """The content of an open file, which can only be read once. Anything else is returned as is, and so is a file that
+    cannot be read: `open_image` says which one it is."""
+    if isinstance(value, IOBase) and not isinstance(value, TextIOBase):
+        with suppress(OSError, ValueError):
+            return value.read()
+    return value
+
+
+def listed_hint(value: object) -> str:
+    """What to do besides, if a value that was taken for a single input may hold several: a pandas Series, an array of
+    strings, a generator, a set."""
+    single = isinstance(value, str | bytes | list | tuple | Mapping) or hasattr(value, "read")
+    # A table's list(...) would be the names of its columns.
+    listed = isinstance(value, Iterable) and not single and getattr(value, "ndim", 1) == 1
+    return "; give several as list(...)" if listed else ""
 
 
 def is_image(value: object) -> bool:
@@ -56,24 +70,29 @@ def open_image(image: ImageInput, name: str = "image") -> Image.Image:
 
     Raises:
         BadImage: it is missing (66), cannot be read (74), or is not an image, damaged or too large (65).
-        UserError: an array or tensor has another shape, type or range, a file is open in text mode, or it is something
-            else that is not an image (2).
+        UserError: an array or tensor has another shape, type or range or no pixels, a file is open in text mode, or it
+            is something else that is not an image (2).
     """
     if isinstance(image, Tensor | np.ndarray):
         return Image.fromarray(_eight_bits(image, name))
     # a path names itself in errors
-    if image == "":
-        raise UserError(name, "its path is empty", "Name a file")
     if isinstance(image, str | Path):
+        if not str(image):
+            raise UserError(name, "its path is empty", "Name a file")
         image, name = str(image), str(image)
     if isinstance(image, bytearray | memoryview):
         image = bytes(image)
     if isinstance(image, TextIOBase):
         raise UserError(name, "a file opened in text mode", "Open it with 'rb'")
-    image = read_once(image)
+    if isinstance(image, IOBase):
+        try:
+            image = image.read()
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            todo = "Open it with 'rb', and close it later"
+            raise BadImage(name, "unreadable", str(error).rstrip("."), todo) from error
     # everything else has become one of these by now
     if not isinstance(image, str | bytes | Image.Image):
-        todo = "Give a path, encoded bytes, a Pillow image, an array or a tensor"
+        todo = f"Give a path, encoded bytes, a Pillow image, an array or a tensor{listed_hint(image)}"
         raise UserError(name, f"{type(image).__name__} is not an image", todo)
     try:
         return safe_open(image, name)
@@ -111,7 +130,8 @@ def _eight_bits(image: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[A
     array = image.detach().float().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
     integers = not image.is_floating_point() if isinstance(image, Tensor) else array.dtype.kind in "iub"
     if array.dtype.kind not in "uifb":
-        raise UserError(name, f"array of {array.dtype}", "Give 8-bit integers from 0 to 255, or floats from 0 to 1")
+        todo = f"Give 8-bit integers from 0 to 255, or floats from 0 to 1{listed_hint(image)}"
+        raise UserError(name, f"array of {array.dtype}", todo)
     if image.dtype in (bool, torch.bool):
         array, integers = array * np.float32(1), False  # true is white, as in Pillow
     shape, wanted = list(array.shape), "[3, H, W]" if is_tensor else "[H, W, 3]"
@@ -121,15 +141,17 @@ def _eight_bits(image: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[A
     elif is_tensor and array.ndim == 3:
         # (3, H, W) -> (H, W, 3)
         array = array.transpose(1, 2, 0)
+    kind = "tensor" if is_tensor else "array"
     if array.ndim != 3 or array.shape[2] not in (1, 3):
-        kind = "tensor" if is_tensor else "array"
         raise UserError(name, f"{kind} of shape {shape}", f"Give {wanted} or [H, W]")
+    if array.size == 0:
+        raise UserError(name, f"{kind} of shape {shape} has no pixels", f"Give {wanted} or [H, W] with some")
     # (H, W, 1) -> (H, W, 3)
     array = np.repeat(array, 3, 2) if array.shape[2] == 1 else array
     top = 255 if integers else 1
     # rejects normalised floats, which have negative values and would look like noise
-    if not np.isfinite(array).all() or array.size == 0 or array.min() < 0 or array.max() > top:
-        what = f"numbers from {array.min(initial=0):.3g} to {array.max(initial=0):.3g}"
+    if not np.isfinite(array).all() or array.min() < 0 or array.max() > top:
+        what = f"numbers from {array.min():.3g} to {array.max():.3g}"
         raise UserError(name, what, "Give 8-bit integers from 0 to 255, or floats from 0 to 1; not normalised")
     return np.rint(array.astype(np.float32) * (1 if integers else 255)).astype(np.uint8)
 
@@ -158,7 +180,8 @@ def check_no_name(text: str, name: str) -> None:
 def check_text(value: object, name: str = "text") -> str:
     """Clean a text. Raises UserError, which calls it `name`, if it is not a string or has no word in it."""
     if not isinstance(value, str):
-        raise UserError(name, f"{type(value).__name__} is not text", "Give a string, or a list of strings")
+        todo = f"Give a string, or a list of strings{listed_hint(value)}"
+        raise UserError(name, f"{type(value).__name__} is not text", todo)
     text = clean_caption(value)[0]
     if not text:
         raise UserError(name, "it has no words", "Write one")

@@ -4,8 +4,7 @@ Shapes: B images, C texts, E contrast width, N patches.
 """
 
 from collections.abc import Iterable, Sequence
-from io import IOBase
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from maskvlm.data.inputs import (
     check_text,
     check_whole,
     is_image,
+    listed_hint,
     open_image,
 )
 from maskvlm.data.text import CaptionTokens
@@ -140,7 +140,7 @@ class ModelMethods(nn.Module):
         Args:
             query: an image to rank texts, or a text to rank images, or a list of either. Of two strings, the one that
                 names a file is the image.
-            candidates: texts or images.
+            candidates: a list of texts or of images.
             k: number of candidates to re-rank; 0 for none.
 
         Returns:
@@ -150,10 +150,11 @@ class ModelMethods(nn.Module):
             UserError: candidates that are not a list, an empty list, query and candidates of the same kind, or k above
                 0 for a model without matching.
         """
-        queries, single = as_list(cast(Any, query))
-        gallery, one = as_list(_listed(candidates))
+        queries, single = as_list(query)
+        gallery, one = as_list(candidates)
         if one:
-            raise UserError("rank", f"{type(candidates).__name__} as candidates", "Give a list of texts or of images")
+            todo = f"Give a list of texts or of images{listed_hint(candidates)}"
+            raise UserError("rank", f"{type(candidates).__name__} as candidates", todo)
         check_whole("rank", "k", k, 0)
         if k and hasattr(self.task, "projection") and not hasattr(self.task, "matching"):
             raise UserError("rank", "this model has no matching, and ranks by contrast alone", "Give k=0")
@@ -446,12 +447,6 @@ class ModelMethods(nn.Module):
         rows = [(images[i], i + 1, check_text(texts[t])) for i, t in pairs]
         parts = [Part(*map(list, zip(*part, strict=True))) for part in embeddings.in_batches(rows, self.batch_size)]
         return parts, one_image and one_text
-
-
-def _listed(inputs: Any) -> Any:
-    """Iterables as a list; a single image or text unchanged."""
-    single = isinstance(inputs, str | bytes | bytearray | memoryview | IOBase | Tensor | np.ndarray)
-    return list(inputs) if isinstance(inputs, Iterable) and not single else inputs
 
 
 def _is_one_mask(mask: Any) -> bool:

@@ -24,8 +24,8 @@ class Ranked(NamedTuple):
 
 
 class EncodedSide(NamedTuple):
-    """Images or texts. inputs: as passed in. images: whether they are images. vector_XE: unit vectors. features:
-    encoder features, [L, D] each, if all were encoded in one batch; otherwise empty."""
+    """Images or texts. inputs: as passed in. images: whether they are images. vector_XE: unit vectors, float32.
+    features: encoder features, [L, D] each, if all were encoded in one batch; otherwise empty."""
 
     inputs: Sequence[Any]
     images: bool
@@ -84,12 +84,13 @@ def encode(model: Model, inputs: Sequence[Any], images: bool) -> EncodedSide:
         for text_CTD, attention_CT in texts_encoded(model, inputs):
             features += without_padding(text_CTD, attention_CT) if keep else []
             vectors.append(projection.embed_text(text_CTD, attention_CT))
-    return EncodedSide(inputs, images, torch.cat(vectors), features)
+    # A model in float64 gives vectors of float64.
+    return EncodedSide(inputs, images, torch.cat(vectors).float(), features)
 
 
 def no_vectors(projection: Projection) -> Tensor:
     """The unit vectors of no images or texts, [0, E]."""
-    # float32 whatever the model's precision, like `Projection`'s unit vectors.
+    # float32 whatever the model's precision, like the vectors of `encode`.
     return projection.text.weight.new_zeros(0, projection.text.out_features, dtype=torch.float32)
 
 

@@ -35,6 +35,7 @@ from maskvlm.checkpoint.warm_start import Start, read_content, start_of
 from maskvlm.config.bundled_models import DEFAULT
 from maskvlm.config.given_options import nearest
 from maskvlm.config.safe_yaml import cut
+from maskvlm.data.caption_text import clean_caption
 from maskvlm.data.inputs import MASK, ImageInput, as_list, open_image
 from maskvlm.data.text import CaptionTokens
 from maskvlm.inference.api import ModelMethods
@@ -146,6 +147,7 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         """Weights come from the checkpoint."""
 
     @classmethod
+    @torch.inference_mode(False)  # in this mode, weights could never be part of a gradient, which `explain` needs
     def from_pretrained(  # type: ignore[override]
         cls,
         path: str | Path = DEFAULT,
@@ -276,18 +278,19 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 self.truncated_warnings.append(line)
                 warnings.warn(line, TruncatedText, stacklevel=calls_within())
 
-    def truncated(self, texts: Sequence[Any]) -> list[str]:
+    def truncated(self, texts: str | Sequence[Any]) -> list[str]:
         """A line for each text of which the model reads only the beginning."""
         lines = []
-        # Inputs that are not text are reported later.
-        for text in (each for each in texts if isinstance(each, str)):
+        for text in only_texts(texts):
             # A token has at least one byte: most texts need not be counted.
             if (
                 len(text.encode(errors="replace")) + 2 > self.words.text_length
                 and (count := self.words.count(text)) > self.words.text_length
             ):
                 read = self.words.text_length - 2
-                lines.append(f"text '{cut(text, 60)}': only the first {read} of its {count - 2:,} tokens are read")
+                # Of a very long text, only the part that is left by cleaning is counted.
+                its = "more than" if clean_caption(text)[1] == "cut" else "its"
+                lines.append(f"text '{cut(text, 60)}': only the first {read} of {its} {count - 2:,} tokens are read")
         return lines
 
     def tokens(self, texts: str | Sequence[str]) -> CaptionTokens:
@@ -299,18 +302,16 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 warnings.warn(line, UnusedMask, stacklevel=calls_within())
         return super().tokens(texts)
 
-    def unused_masks(self, texts: Sequence[Any]) -> list[str]:
+    def unused_masks(self, texts: str | Sequence[Any]) -> list[str]:
         """A line for each text with [MASK], which only `fill_mask` fills in."""
-        # Inputs that are not text are reported later.
-        masked = [text for text in texts if isinstance(text, str) and len(self.words.between_masks(text)) > 1]
+        masked = [text for text in only_texts(texts) if len(self.words.between_masks(text)) > 1]
         todo = "only fill_mask (maskvlm fill) fills it in"
         return [f"text '{cut(text, 60)}': {MASK} is read as plain text; {todo}" for text in masked]
 
-    def unknown_words(self, texts: Sequence[Any]) -> list[str]:
+    def unknown_words(self, texts: str | Sequence[Any]) -> list[str]:
         """The words in these texts that the tokenizer does not know, or only as single letters; each once. Of a text
         longer than the model's maximum, only the first words count."""
-        # Inputs that are not text are reported later.
-        return list(dict.fromkeys(word for text in texts for word in self.words.unknown_words(str(text))))
+        return list(dict.fromkeys(word for text in only_texts(texts) for word in self.words.unknown_words(text)))
 
     @torch.no_grad()
     def far(self, images: ImageInput | Sequence[ImageInput]) -> list[str | None]:
@@ -348,9 +349,12 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
                 arguments of transformers: weights are stored in one file.
 
         Raises:
-            UserError: an unknown argument, an empty name, a file instead of a folder, or no tokenizer (2); the folder
-                or the card cannot be written (73, 74); the hub rejects the upload or cannot be reached (69).
+            UserError: an unknown argument, an empty name or none, a file instead of a folder, or no tokenizer (2); the
+                folder or the card cannot be written (73, 74); the hub rejects the upload or cannot be reached (69).
         """
+        if not isinstance(save_directory, str | os.PathLike):
+            what = f"{type(save_directory).__name__} is not the name of a folder"
+            raise UserError("save_pretrained", what, "Name a folder, . for the current one")
         if not str(save_directory):
             raise UserError("save_pretrained", "the folder's name is empty", "Name a folder, . for the current one")
         folder = Path(save_directory)
@@ -514,6 +518,11 @@ def some_of(items: list[Any]) -> list[Any]:
     return [items[place * len(items) // count] for place in range(count)]
 
 
+def only_texts(texts: str | Sequence[Any]) -> list[str]:
+    """The texts among the inputs, or a single one; what is not text is reported when it is encoded."""
+    return [texts] if isinstance(texts, str) else [text for text in texts if isinstance(text, str)]
+
+
 def unknown_line(words: Sequence[str]) -> str:
     """The warning message; it names at most MOST_NAMED of the words."""
     more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
@@ -536,18 +545,24 @@ def known_of(backbone: Backbone, origin: Start) -> KnownRange | None:
 def asking(model: PretrainedMaskVLM, name: str) -> Callable[..., Any]:
     """A task's method as a regular Python method, with its name, signature and docstring."""
     method = model.task.methods[name]
-
-    def call(*inputs: Any) -> Any:
-        return ask(model, name, *inputs)
-
     images = ["image"] if method.images == 1 else [f"image_{number}" for number in range(1, method.images + 1)]
-    kind = inspect.Parameter.POSITIONAL_ONLY
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     named = [*images, *([method.text] if method.text else [])]
     parameters = [inspect.Parameter(each.replace(" ", "_"), kind) for each in named]
+    signature = inspect.Signature(parameters)
+
+    def call(*inputs: Any, **by_name: Any) -> Any:
+        if by_name:  # without names, `ask` counts them
+            try:
+                inputs = signature.bind(*inputs, **by_name).args
+            except TypeError as error:
+                raise UserError(name, str(error), f"Give {', '.join(signature.parameters)}") from error
+        return ask(model, name, *inputs)
+
     call.__name__ = call.__qualname__ = name
     note = "Each input is a single one or a list; a single one goes with every row of the others."
     call.__doc__ = f"{method.description[0].upper()}{method.description[1:]}.\n\n{note}"
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__signature__ = signature  # type: ignore[attr-defined]
     return call
 
 
