@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 from toy_examples import LABELS, Questions, bare_backbone, data_for, fit
+from toy_pretrained import LINEAGE_ENTRY
 from toys import SIZE
 
 from maskvlm.checkpoint.io import load
 from maskvlm.checkpoint.model_spec import ModelSpec
 from maskvlm.cli.commands import COMMANDS
-from maskvlm.cli.from_checkpoint import recipe_of_another
+from maskvlm.cli.from_checkpoint import measured_on_scenes, recipe_of_another
 from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
 from maskvlm.config.compose import PRETRAINING, pretraining, read_words
+from maskvlm.data.scenes.source import Scenes
+from maskvlm.data.streaming.source import Stream
 from maskvlm.training.lit import LitModel
 from tasks.vqa.task import Vqa
 
@@ -67,6 +70,25 @@ def test_a_run_from_a_checkpoint_keeps_its_words_and_names_its_origin(
     )
     measured = json.loads((tmp_path / "third" / "metrics.json").read_text())
     assert {"retrieval/tr_r1", "mlm/accuracy_wrong_image", "mim/mse_wrong_text"} <= set(measured)
+
+
+def test_other_data_than_those_of_the_weights_are_told_where_they_are_the_default(tmp_path: Path) -> None:
+    photographs = LINEAGE_ENTRY._replace(source="maskvlm.data.prepared.source.Prepared")
+    for history, warned in (
+        ((LINEAGE_ENTRY, photographs), True),
+        ((photographs, LINEAGE_ENTRY), False),
+        ((LINEAGE_ENTRY._replace(source="unknown"),), False),
+        ((), False),
+    ):
+        line = measured_on_scenes(history, Scenes())
+        assert (line is not None) == warned
+        # Any other data was named.
+        assert measured_on_scenes(history, Stream("x", "y")) is None
+    line = measured_on_scenes((photographs,), Scenes())
+    assert line is not None
+    assert line.startswith(
+        "this measures drawn scenes, and the weights were last trained on other data (maskvlm.data.pre"
+    )
 
 
 def test_another_models_recipe_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

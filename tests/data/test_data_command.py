@@ -166,6 +166,10 @@ def test_the_folder_of_sets_is_named_by_the_environment(
     [
         (["cocoo", "x"], "data: there is no set 'cocoo'. Did you mean coco?"),
         (["coco", "/no/such"], "/no/such: there is no such file or folder"),
+        (
+            ["csv", "RAW", "--columns", "caption=a,image=x,caption=b"],
+            "--columns: caption is named twice.",
+        ),
         (["csv", "RAW", "--side", "4"], "--side: 4 is not from 8 to 10000"),
         (["csv", "RAW", "--quality", "101"], "--quality: 101 is not from 1 to 100"),
         (["csv", "RAW", "--side", "big"], "maskvlm data: argument --side: invalid int value"),

@@ -158,14 +158,17 @@ def test_the_bench_holds_images_against_the_checkpoint_s_own_range(
 def test_words_that_it_does_not_know_are_named_once() -> None:
     model = MaskVLM.from_pretrained()
     image = Scenes().split("val")[3]["image"]
-    with pytest.warns(UnknownWords, match="does not know: giraffe, Zebra; take"):
+    with pytest.warns(UnknownWords, match="does not know: giraffe, '&', Zebra, '!'; take"):
         model.match(image, "a giraffe & a Zebra on the left!")
     with pytest.warns(UnknownWords, match="does not know: horse;"):
         model.fill_mask(image, "a [MASK] horse and a giraffe")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnknownWords)
         model.score(image, "a giraffe, a blue star and a red square")
-    assert [*model.warned_words] == ["giraffe", "Zebra", "horse"]
+    assert [*model.warned_words] == ["giraffe", "&", "Zebra", "!", "horse"]
+    # A full stop lowers a score by more than a wrong colour does.
+    with pytest.warns(UnknownWords, match=r"does not know: '\.'; take"):
+        model.score(image, "a blue star.")
 
 
 def test_words_beyond_what_is_read_are_not_named() -> None:

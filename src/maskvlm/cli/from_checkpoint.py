@@ -12,11 +12,14 @@ from typing import Any
 from jsonargparse import Namespace
 
 from maskvlm.checkpoint.model_spec import ModelSpec, backbone_yaml
+from maskvlm.checkpoint.warm_start import LineageEntry
 from maskvlm.config.compose import choices, chosen
 from maskvlm.config.given_options import config_text, find_place, given_places, options
 from maskvlm.config.old_names import current
 from maskvlm.config.safe_yaml import read_yaml
+from maskvlm.inference.model_card import DRAWN, UNKNOWN
 from maskvlm.inference.rebuild import checked_spec_of, checked_task_of, pretraining_task_of, task_name
+from maskvlm.training.lit import class_path
 from maskvlm.utils.errors import UserError
 
 RECIPE_FILE = re.compile(r"(?:^|/)pretrain-(\w+)\.yaml$")
@@ -140,3 +143,20 @@ def check_same_task(start: ModelSpec | None, path: str, measured: str) -> None:
     if theirs.startswith("maskvlm."):  # pre-training, which every task may start from
         return
     raise UserError(path, f"was fine-tuned as {theirs}, not as {measured_name}", f"Name its task: evaluate {theirs}")
+
+
+def measured_on_scenes(history: Sequence[LineageEntry], source: object) -> str | None:
+    """A warning if weights that were last trained on other data are evaluated on drawn scenes, the default of data=;
+    None if they are not.
+
+    Args:
+        history: of the weights.
+        source: the data that they are evaluated on.
+    """
+    if not history or not DRAWN.fullmatch(class_path(type(source))):
+        return None
+    last = history[-1].source
+    if last == UNKNOWN or DRAWN.fullmatch(last):
+        return None
+    other = f"the weights were last trained on other data ({last})"
+    return f"this measures drawn scenes, and {other}: to measure on those, name them with data= (make: DATA=)"

@@ -24,7 +24,13 @@ from maskvlm.checkpoint.integrity import newest_valid
 from maskvlm.checkpoint.io import load, save
 from maskvlm.checkpoint.model_spec import ModelSpec, portable_yaml, task_yaml
 from maskvlm.cli.ask_model import how_to_ask
-from maskvlm.cli.from_checkpoint import check_same_task, parts_left_behind, recipe_of_another, with_start
+from maskvlm.cli.from_checkpoint import (
+    check_same_task,
+    measured_on_scenes,
+    parts_left_behind,
+    recipe_of_another,
+    with_start,
+)
 from maskvlm.cli.run_length import (
     check_interval,
     check_trainer,
@@ -251,8 +257,10 @@ class LightningCommand(LightningCLI):
         return cpu_precision(image.vit.blocks[-1], length, image.vit.embed_dim, Path(self.settings.run))
 
     def before_validate(self) -> None:
-        """Reject a checkpoint without the task's heads before anything is written. With --ckpt_path the heads are
-        loaded later."""
+        """Reject a checkpoint without the task's heads before anything is written, and warn if the data are the default
+        and not those of the checkpoint. With --ckpt_path the heads are loaded later."""
+        if process_rank() == 0 and (line := measured_on_scenes(self.model.history_before, self.datamodule.source)):
+            warn(line)
         if self.settings.get("ckpt_path") is None:
             try:
                 self.model.on_validation_start()

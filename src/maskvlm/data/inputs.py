@@ -236,11 +236,11 @@ class MarkedTexts:
         return sum(map(self.captioner.count, pieces)) + len(pieces) - 1 + len(self.ends)
 
     def unknown_words(self, text: str) -> list[str]:
-        """Words of a text unknown to the tokenizer, within the text length; masked words do not count."""
+        """Words and signs of a text unknown to the tokenizer, within the text length; masked words do not count."""
         words, room = list[str](), self.text_length - len(self.ends)
         # as `masked`
         for piece in self.between_masks(clean_caption(text)[0]):
-            words += self.captioner.unknown_words(piece, max(0, room))
+            words += self.captioner.unknown_words(piece, max(0, room), signs=True)
             # a masked word is a token too
             room -= len(self.captioner.inner(piece)) + 1
         return words

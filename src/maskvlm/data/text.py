@@ -104,13 +104,14 @@ class Captioner:
         word_CT = torch.tensor(words).long().view(shape).masked_fill(special_CT, -1)
         return CaptionTokens(self._plain(token_CT, special_CT), attention_CT, special_CT, word_CT)
 
-    def unknown_words(self, text: str, most: int | None = None) -> list[str]:
+    def unknown_words(self, text: str, most: int | None = None, signs: bool = False) -> list[str]:
         """Words of a text that the tokenizer does not know, as written in the text: a part of the word is the unknown
         token, or the word is spelled, with mostly single-character pieces. Words, or ends of words, beyond the tokens
         that the model reads do not count.
 
         Args:
             most: number of tokens of the text that are read; None: as many as for a single text.
+            signs: also name what has neither a letter nor a digit, such as a full stop, if it is the unknown token.
         """
         text = clean_caption(text)[0]
         encoding = self._backend.encode(text)
@@ -123,8 +124,7 @@ class Captioner:
             pieces = [piece.removeprefix("##").lstrip("\u0120\u2581") for piece in encoding.tokens[start:end]]
             spelt = len(pieces) > 1 and 2 * sum(len(piece) == 1 for piece in pieces) > len(pieces)
             written = text[slice(*encoding.word_to_chars(word))].strip()  # type: ignore[misc]
-            # an unknown symbol is not a word
-            if (spelt or self.unknown in encoding.ids[start:end]) and any(map(str.isalnum, written)):
+            if (spelt or self.unknown in encoding.ids[start:end]) and (signs or any(map(str.isalnum, written))):
                 words.append(written)
         return words
 

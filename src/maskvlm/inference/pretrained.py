@@ -309,8 +309,8 @@ class PretrainedMaskVLM(ModelMethods, PreTrainedModel):
         return [f"text '{cut(text, 60)}': {MASK} is read as plain text; {todo}" for text in masked]
 
     def unknown_words(self, texts: str | Sequence[Any]) -> list[str]:
-        """The words in these texts that the tokenizer does not know, or only as single letters; each once. Of a text
-        longer than the model's maximum, only the first words count."""
+        """The words and signs in these texts that the tokenizer does not know, or only as single letters; each once. Of
+        a text longer than the model's maximum, only the first words count."""
         return list(dict.fromkeys(word for text in only_texts(texts) for word in self.words.unknown_words(text)))
 
     @torch.no_grad()
@@ -526,7 +526,8 @@ def only_texts(texts: str | Sequence[Any]) -> list[str]:
 def unknown_line(words: Sequence[str]) -> str:
     """The warning message; it names at most MOST_NAMED of the words."""
     more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
-    named = ", ".join([*words][:MOST_NAMED])
+    # A comma or a full stop is quoted, as it would be read as part of the sentence.
+    named = ", ".join(word if any(map(str.isalnum, word)) else f"'{word}'" for word in [*words][:MOST_NAMED])
     return f"words that the model's tokenizer does not know: {named}{more}; take the answers with care"
 
 

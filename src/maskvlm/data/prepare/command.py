@@ -174,6 +174,9 @@ def named_columns(options: list[str]) -> dict[str, str]:
         role, equals, column = part.partition("=")
         if role.strip() not in ROLES or not equals or not column.strip():
             raise UserError("--columns", f"'{part}' is not ROLE=COLUMN", f"Available roles: {', '.join(ROLES)}")
+        if role.strip() in columns:
+            todo = "Give one column; captions of several columns can be rows of their own, with the same image"
+            raise UserError("--columns", f"{role.strip()} is named twice", todo)
         columns[role.strip()] = column.strip()
     return columns
 
