@@ -197,7 +197,7 @@ def test_a_limit_in_batches_is_of_all_processes_together(monkeypatch: pytest.Mon
 
 def test_a_limit_that_is_a_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning takes it of each process's batches: with more processes other images would be measured."""
-    for limit, right in ((0.5, False), (1.0, True), (0.0, True), (2, True)):
+    for limit, right in ((0.5, False), (1.0, True), (0.0, True), (2, True), (2.0, True)):
         data = ready()
         monkeypatch.setattr(data, "trainer", SimpleNamespace(limit_val_batches=limit), raising=False)
         with nullcontext() if right else pytest.raises(UserError, match=r"trainer\.limit_val_batches: 0\.5 is a share"):

@@ -112,7 +112,8 @@ def check_limit(option: str, limit: int | float | None) -> None:
         UserError: it is a share. Lightning takes it of each process's batches, so the metrics would depend on the
             number of processes.
     """
-    if isinstance(limit, float) and limit not in (0.0, 1.0):
+    # Lightning takes 2.0 as 2 batches, and 1.0 as all.
+    if isinstance(limit, float) and not limit.is_integer():
         raise UserError(option, f"{limit} is a share", "Give a number of batches (over all processes), or 1.0 for all")
 
 
