@@ -215,7 +215,7 @@ def test_an_id_in_two_shards_is_counted_and_named(build: Build, tmp_path: Path) 
     assert isinstance(rows[1], BadRow)
     assert rows[1].reason == "duplicate image id"
     assert "flickr 77" in rows[1].message
-    assert rows[1].message.startswith("1.tar!0.png: ")
+    assert rows[1].origin == "1.tar!0.png"
 
 
 # ---------------------------------------------------------------------- evaluation
