@@ -320,6 +320,12 @@ def test_without_a_masked_word_the_score_is_recall_alone() -> None:
     assert metrics["score"] == (metrics["retrieval/tr_r1"] + metrics["retrieval/ir_r1"]) / 2
 
 
+def test_without_contrast_and_a_masked_word_the_score_is_that_of_the_pixels() -> None:
+    backbone, task = build(text_mask_ratio=0.0, weight_itc=0.0, weight_itm=0.0)
+    metrics = measured(task, backbone, several(), 4, 3)
+    assert metrics["score"] == -metrics["mim/l1"]
+
+
 # ---------------------------------------------------------------------- partners that can be seen
 
 

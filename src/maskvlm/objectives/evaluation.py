@@ -194,7 +194,7 @@ class PretrainingMetrics:
             if math.isfinite(metrics.get("mlm/accuracy", math.nan)):  # no word may have been masked
                 # `score` is the mean of the two R@1 so far, so it counts twice in the mean of three.
                 metrics["score"] = (2 * metrics["score"] + metrics["mlm/accuracy"]) / 3
-        elif losses := [metrics[name] for name in ("mlm/nats", "mim/l1") if name in metrics]:
+        elif losses := [metrics[name] for name in ("mlm/nats", "mim/l1") if math.isfinite(metrics.get(name, math.nan))]:
             metrics["score"] = -sum(losses)  # no contrast to retrieve with; higher is better
         elif task.run_progress < 1:
             metrics["score"] = task.run_progress  # nothing to choose by: the latest checkpoint counts as the best
