@@ -1,7 +1,7 @@
 """Fake CUDA tensors that pass the autograd engine, on a torch without CUDA. Import it before torch: torch looks for its
 CUDA hooks when it starts.
 
-The small library behind it (`hooks.cpp`) is compiled once for each version of torch, into the folder of temporary
+The small library behind it (`hooks.cpp`) is compiled once for each installation of torch, into the folder of temporary
 files; that takes a C++ compiler and some seconds.
 """
 
@@ -26,15 +26,17 @@ def compiler() -> str | None:
 
 
 def library() -> Path:
-    """The compiled hooks. A name of its own for each source, torch and user: another one's file is never loaded."""
-    about = SOURCE.read_bytes() + importlib.metadata.version("torch").encode() + sys.version.encode()
+    """The compiled hooks. A name of its own for each source, torch, its place and user: another one's file is never
+    loaded, nor one that looks for the libraries of an environment that is gone."""
+    torch_folder = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
+    versions = (importlib.metadata.version("torch"), sys.version, str(torch_folder))
+    about = SOURCE.read_bytes() + "".join(versions).encode()
     folder = Path(tempfile.gettempdir()) / f"maskvlm-fake-cuda-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise RuntimeError(f"{folder} belongs to another user")
     built = folder / f"hooks-{hashlib.sha256(about).hexdigest()[:16]}.so"
     if not built.exists():
-        torch_folder = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
         include, lib = torch_folder / "include", torch_folder / "lib"
         headers = (include, include / "torch/csrc/api/include", sysconfig.get_paths()["include"])
         part = built.with_suffix(f".{os.getpid()}.so")

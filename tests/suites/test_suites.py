@@ -1112,7 +1112,7 @@ def test_the_model_that_comes_along_is_asked_where_none_is_named(
     output = capsys.readouterr()
     assert output.err.startswith("no checkpoint named: the bundled model scenes-tiny is used")
     assert len(output.err.splitlines()) == 1
-    assert "words that the model's tokenizer does not know, of some of the texts: giraffe, zebra\n" in output.out
+    assert "words that the model's tokenizer does not know, of some of the texts: giraffe, zebra, '.'\n" in output.out
     assert "some texts are longer than the model reads, such as text 'The star is above a star" in output.out
     assert re.search(r"(\d) of \1 images checked are unlike those that the model was trained on", output.out)
     assert json.loads((out / "result.json").read_text())["options"]["source"] == "scenes-tiny"

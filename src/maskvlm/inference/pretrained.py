@@ -523,12 +523,16 @@ def only_texts(texts: str | Sequence[Any]) -> list[str]:
     return [texts] if isinstance(texts, str) else [text for text in texts if isinstance(text, str)]
 
 
+def named_words(words: Sequence[str], most: int = MOST_NAMED) -> str:
+    """At most `most` of the words in one line, and how many more there are. Signs are quoted: a comma would be read as
+    part of the line."""
+    named = ", ".join(word if any(map(str.isalnum, word)) else f"'{word}'" for word in [*words][:most])
+    return f"{named} and {len(words) - most} more" if len(words) > most else named
+
+
 def unknown_line(words: Sequence[str]) -> str:
     """The warning message; it names at most MOST_NAMED of the words."""
-    more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
-    # A comma or a full stop is quoted, as it would be read as part of the sentence.
-    named = ", ".join(word if any(map(str.isalnum, word)) else f"'{word}'" for word in [*words][:MOST_NAMED])
-    return f"words that the model's tokenizer does not know: {named}{more}; take the answers with care"
+    return f"words that the model's tokenizer does not know: {named_words(words)}; take the answers with care"
 
 
 def known_of(backbone: Backbone, origin: Start) -> KnownRange | None:

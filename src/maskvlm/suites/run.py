@@ -4,7 +4,6 @@ import json
 import random
 import warnings
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from maskvlm.data.images import BadImage
 from maskvlm.data.inputs import open_image
 from maskvlm.data.raw.lines import one_line
 from maskvlm.data.subset import hash_of_photo
-from maskvlm.inference.pretrained import INPUT_WARNINGS, PretrainedMaskVLM, some_of
+from maskvlm.inference.pretrained import INPUT_WARNINGS, PretrainedMaskVLM, named_words, some_of
 from maskvlm.suites.scores import within
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.utils.errors import ExitCode, UserError
@@ -100,9 +99,8 @@ def run_suite(
         note = f"{far} of {len(looked_at)} images checked are unlike those that the model was trained on"
         notes.append(f"{note}; take the metrics with care")
     if model.warned_words:
-        more = f" and {len(model.warned_words) - MOST_WORDS} more" if len(model.warned_words) > MOST_WORDS else ""
-        named = ", ".join(islice(model.warned_words, MOST_WORDS))
-        notes.append(f"words that the model's tokenizer does not know, of some of the texts: {named}{more}")
+        named = named_words(model.warned_words, MOST_WORDS)
+        notes.append(f"words that the model's tokenizer does not know, of some of the texts: {named}")
     if model.truncated_warnings:
         notes.append(f"some texts are longer than the model reads, such as {model.truncated_warnings[0]}")
     if model.mask_warnings:
