@@ -19,7 +19,7 @@ from maskvlm.training.memory_estimate import ATTENTION
 from maskvlm.training.run_record import machine
 
 WARMUP = 5  # passes that are not timed: kernels are selected, memory is reserved
-STEPS = 25
+STEPS = 25  # passes of a phase, with the warm-up
 
 
 class PhaseSpeed(NamedTuple):

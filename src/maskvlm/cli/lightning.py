@@ -259,7 +259,9 @@ class LightningCommand(LightningCLI):
     def before_validate(self) -> None:
         """Reject a checkpoint without the task's heads before anything is written, and warn if the data are the default
         and not those of the checkpoint. With --ckpt_path the heads are loaded later."""
-        if process_rank() == 0 and (line := measured_on_scenes(self.model.history_before, self.datamodule.source)):
+        # Another package's data module need not have a source.
+        source = getattr(self.datamodule, "source", None)
+        if process_rank() == 0 and (line := measured_on_scenes(self.model.history_before, source)):
             warn(line)
         if self.settings.get("ckpt_path") is None:
             try:

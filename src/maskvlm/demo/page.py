@@ -69,7 +69,7 @@ class ChosenRun:
         return "\n".join([sample.text, sample.other, *others[:2]])
 
     def strange(self, image: Image.Image | None, text: str) -> str:
-        """A note if the image is unlike the model's training data, and one on words that it does not know."""
+        """A note if the image is unlike the model's training data, and those on the text."""
         line = None if image is None else self.model.far([image])[0]
         far_note = answers.note(answers.sentence(line)) if line else ""
         return far_note + answers.text_notes(self.model, [text], fills=True)

@@ -34,9 +34,9 @@ EVAL_SEED = 20230501
 class PretrainingMetrics:
     """Collects evaluation batches and computes the metrics of an epoch.
 
-    The wrong partner is that of the next row in the batch; an image alone in its batch has none
-    (`data.sampler.evaluation_batches` leaves none alone). "None" is an image of
-    the mean colour (zeros after normalisation) or a caption without words.
+    The wrong partner is that of the next row in the batch. An image alone in its batch has none; with batches of three
+    or more, `data.sampler.evaluation_batches` leaves none alone. "None" is an image of the mean colour (zeros after
+    normalisation) or a caption without words.
 
     Masks depend only on the batch's position in the data set and its size (`eval_batch_size`), on what is masked and
     how, and on the kind of device. Every checkpoint of an objective is therefore evaluated on the same masks, with any
