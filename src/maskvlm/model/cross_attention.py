@@ -301,11 +301,15 @@ class CrossEncoder(nn.Module):
         last = context.blocks[-1].rows(context.index_B)
         parts: list[Tensor] = []
         read = ALL if read_RK is None else read_RK
-        for rows, asking in ((slice(0, num_full), read), (slice(num_full, None), FIRST)):
-            if x_BLD[rows].shape[0]:
+        # split, as the gradient of two slices is a whole tensor of zeros for each, and their sum
+        sizes = [num_full, x_BLD.shape[0] - num_full]
+        pieces = zip(x_BLD.split(sizes), last.key.split(sizes), last.value.split(sizes), strict=True)
+        asked = ((slice(0, num_full), read), (slice(num_full, None), FIRST))
+        for (rows, asking), (x, key, value) in zip(asked, pieces, strict=True):
+            if x.shape[0]:
                 mask = None if self_mask is None else self_mask[rows]
-                picked = KeyValue(last.key[rows], last.value[rows])
-                parts.append(self.run_part(blocks[-1], x_BLD[rows], mask, picked, context.mask(rows), asking, place_LD))
+                picked = KeyValue(key, value)
+                parts.append(self.run_part(blocks[-1], x, mask, picked, context.mask(rows), asking, place_LD))
         # (num_full, L, D) and (B, D); a batch without pairs leaves `parts` empty.
         whole = parts[0] if num_full else x_BLD[:0]
         # The sum over one position is that position; if no position is needed, the sum is 0.
