@@ -119,6 +119,15 @@ def test_bash_completes(words: tuple[str, ...], offered: list[str]) -> None:
     assert complete(*words) == offered
 
 
+def test_bash_completes_prepared_sets_where_they_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.json").touch()
+    for words in (("pretrain",), ("finetune", "retrieval"), ("finetune", "captioning")):
+        assert complete("maskvlm", *words, "data", "=", "mi") == ["mine"]
+    assert complete("maskvlm", "finetune", "vqa", "data", "=", "mi") == []
+
+
 def test_bash_completes_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("first", "second"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)

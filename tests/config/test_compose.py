@@ -306,16 +306,29 @@ def test_packages_of_the_working_directory_are_found_where_the_command_names_one
     assert (sys.path[-1] == str(elsewhere)) == on_path
 
 
-def test_a_set_of_your_own_is_named_where_a_task_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_on_images_with_captions_takes_a_set_of_your_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
-    for name in ("mine", "empty"):
+    for name in ("mine", "flickr8k", "empty"):
         (tmp_path / name).mkdir()
-    (tmp_path / "mine" / "manifest.json").touch()
-    with pytest.raises(UserError, match=rf"data=mine: .*data=prepared --data.source.root {tmp_path / 'mine'}"):
-        composed("finetune captioning from=x data=mine")
-    for name in ("other", "empty", ".."):
-        with pytest.raises(UserError, match=rf"data={re.escape(name)}: no such data set of captioning"):
-            composed(f"finetune captioning from=x data={name}")
+    for name in ("mine", "flickr8k"):
+        (tmp_path / name / "manifest.json").touch()
+    for task in ("captioning", "retrieval"):
+        argv = composed(f"finetune {task} from=x data=mine")
+        assert f"tasks/{task}/prepared.yaml" in argv
+        assert argv[argv.index("--data.source.root") + 1] == str(tmp_path / "mine")
+        # a set with settings of its own keeps them
+        argv = composed(f"evaluate {task} from=x data=flickr8k")
+        assert f"tasks/{task}/flickr8k.yaml" in argv
+        assert "--data.source.root" not in argv
+        for name in ("other", "empty", ".."):
+            with pytest.raises(UserError, match=rf"data={re.escape(name)}: no such data set of {task}"):
+                composed(f"finetune {task} from=x data={name}")
+    with pytest.raises(UserError, match=r"of captioning \(did you mean mine\?\).*prepared in .*: flickr8k, mine\."):
+        composed("finetune captioning from=x data=min")
+    with pytest.raises(UserError, match=r"data=mine: is a prepared set, but not one of vqa. Available: daquar"):
+        composed("finetune vqa from=x data=mine")
 
 
 @pytest.mark.parametrize(

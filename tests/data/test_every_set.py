@@ -237,6 +237,21 @@ def test_sets_of_tasks(name: str, tmp_path: Path, at_the_root: Path, shared_data
     assert metrics[f"{task}/examples"] == 20
 
 
+@pytest.mark.parametrize(("task", "metric"), [("retrieval", "tr_r1"), ("captioning", "cider")])
+def test_a_set_of_your_own_is_fine_tuned_on_by_its_name(
+    task: str, metric: str, tmp_path: Path, at_the_root: Path
+) -> None:
+    raw = str(make_raw("csv", tmp_path / "raw"))
+    assert main(["data", "csv", raw, "--out", str(at_the_root / "mine"), "--workers", "1", "--side", "48"]) == 0
+    arguments = composed("finetune", task, "data=mine", "from=random", "where=cpu")
+    arguments[arguments.index("--folder") + 1] = str(tmp_path / "run")
+    small = ["--model.backbone.image.image_size=48", "--data.eval_batch_size=4", "--trainer.limit_val_batches=1.0"]
+    assert main([*arguments, *SHORT, *small]) == 0
+    assert f"{task}/{metric}" in json.loads((tmp_path / "run" / "metrics.json").read_text())
+    facts = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert facts["data"]["train"]["sha"] == Prepared(str(at_the_root / "mine"), 1000).split("train").fingerprint
+
+
 # ------------------------------------------------------------------ broken sets
 
 

@@ -39,6 +39,12 @@ _maskvlm() {{
 complete -o default -F _maskvlm maskvlm"""
 
 
+def sets_shown(task: str) -> str:
+    """The data sets of a task; among them the prepared ones, if it takes any images with captions."""
+    known = sets_of(task)
+    return " ".join([*(name for name in known if name != "prepared"), *([PREPARED] if "prepared" in known else [])])
+
+
 def main(arguments: list[str], allowed: list[str]) -> str:
     """The script, or with --help how to use it."""
     if {"-h", "--help"} & {*arguments}:
@@ -47,7 +53,7 @@ def main(arguments: list[str], allowed: list[str]) -> str:
     values += ['      from) among="$(compgen -G "checkpoints/*/best.ckpt")" ;;']
     trained = [command.name for command in REGISTRY if any("TASK" in place for place in command.places)]
     sets = [
-        f'      {"|".join(f"data:{name}:{task}" for name in trained)}) among="{" ".join(sets_of(task))}" ;;'
+        f'      {"|".join(f"data:{name}:{task}" for name in trained)}) among="{sets_shown(task)}" ;;'
         for task in tasks()
     ]
     # The shell looks up checkpoints and prepared sets at each completion; the other values are fixed now.

@@ -258,14 +258,8 @@ def downstream(task: str, words: CommandWords) -> list[str]:
     if not sets_of(task):
         what = f"the task {task} has no data sets: there is no YAML file"
         raise UserError(folder, what, "Write one, such as tasks/vqa/daquar.yaml", ExitCode.MISSING_INPUT)
-    if data not in sets_of(task):
-        near = nearest(data, sets_of(task), 0.6)
-        what = f"no such data set of {task}" + (f" (did you mean {near}?)" if near else "")
-        todo = f"Available: {', '.join(sets_of(task))}"
-        if "prepared" in sets_of(task) and data in prepared():
-            what, todo = "is one of your own sets", f"Give data=prepared --data.source.root {data_root() / data}"
-        raise UserError(f"data={data}", what, todo)
-    file = folder / ("conf.yaml" if data == "scenes" else f"{data}.yaml")
+    chosen_set, options = task_data(task, data)
+    file = folder / ("conf.yaml" if chosen_set == "scenes" else f"{chosen_set}.yaml")
     refuse_encoders(words)
     first = ["--from", start]
     if start == "random":
@@ -273,7 +267,24 @@ def downstream(task: str, words: CommandWords) -> list[str]:
         first = ["--model.random_init", "true", *files([chosen("model", words.get("model", "tiny"))])]
     stack = files([*there("base", "finetune"), file, chosen("where", words.get("where", "auto"))])
     # a user who types a package's task trusts the package
-    return [*first, *stack, *(["--allow-import", task.partition(".")[0]] if "." in task else [])]
+    return [*first, *stack, *options, *(["--allow-import", task.partition(".")[0]] if "." in task else [])]
+
+
+def task_data(task: str, name: str) -> tuple[str, list[str]]:
+    """Which data set of a task `name` is, and options: a set that the task has a file for, or, for a task that takes
+    any images with captions (it has `prepared.yaml`), a prepared one. Raises UserError if it is neither."""
+    known = sets_of(task)
+    if name in known:
+        return name, []
+    own = prepared() if "prepared" in known else []
+    if name in own:
+        return "prepared", ["--data.source.root", str(data_root() / name)]
+    near = nearest(name, [*known, *own], 0.6)
+    what = f"no such data set of {task}" + (f" (did you mean {near}?)" if near else "")
+    todo = f"Available: {', '.join(known)}" + (f"; prepared in {data_root()}: {', '.join(own)}" if own else "")
+    if name in prepared():
+        what = f"is a prepared set, but not one of {task}"
+    raise UserError(f"data={name}", what, todo)
 
 
 def sets_of(task: str) -> list[str]:
