@@ -119,9 +119,12 @@ class SearchIndex:
 
         Raises:
             UserError: not an index (66), damaged (65), `index.json` is a link out of the folder (77) or cannot be read
-                (74), or FAISS is not installed (69).
+                (74), `images` is not a folder (66), or FAISS is not installed (69).
         """
         place, faiss = Path(folder), faiss_module()
+        if images is not None and not Path(images).is_dir():
+            todo = "Name the folder that holds the images, or the prepared set"
+            raise UserError(images, "no such folder", todo, ExitCode.MISSING_INPUT)
         if not (place / ABOUT).is_file():
             raise UserError(
                 place,
