@@ -275,11 +275,13 @@ def test_images_that_are_gone_are_one_line(model: PretrainedMaskVLM, tmp_path: P
     refused(lambda: search_index(index, model, "a circle", 3, rerank=True), ExitCode.MISSING_INPUT, message)
 
 
-def test_a_folder_of_images_that_is_not_there_is_refused_before_the_search(index_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["nowhere", "file"])
+def test_a_folder_of_images_that_is_not_there_is_refused_before_the_search(
+    name: str, index_dir: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
-    for name in ("nowhere", "file"):
-        message = f"{tmp_path / name}: no such folder. Name the folder that holds the images, or the prepared set."
-        refused(lambda: SearchIndex.load(index_dir, tmp_path / name), ExitCode.MISSING_INPUT, message)  # noqa: B023
+    message = f"{tmp_path / name}: no such folder. Name the folder that holds the images, or the prepared set."
+    refused(lambda: SearchIndex.load(index_dir, tmp_path / name), ExitCode.MISSING_INPUT, message)
 
 
 def test_without_faiss_it_is_one_line(index_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

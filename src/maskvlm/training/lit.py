@@ -292,7 +292,7 @@ class LitModel(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Compile the blocks if requested. Log a note if a batch is split into passes (the contrastive loss then
-        compares only the pairs of a pass), if a pass is a single pair, and if a batch is larger than the data set."""
+        compares only the pairs of a pass), if a pass has a single image, and if a batch is larger than the data set."""
         if self.compiled:
             from maskvlm.training.compiled import compile_blocks  # it loads torch's compilers, which takes a second
 
@@ -305,8 +305,8 @@ class LitModel(L.LightningModule):
             )
             log.warning("%s", f"note: {what}")
         if self.data.share == 1 and self.task.compares_examples and rank() == 0:
-            what = "note: a pass of one pair leaves contrast and hard negatives nothing to compare it with"
-            log.warning("%s", f"{what}; give a larger --data.batch_size")
+            what = "note: a pass has one image: contrast has no other to compare it with, and matching no negative,"
+            log.warning("%s", f"{what} unless from a queue; give a larger --data.batch_size")
         rows = len(self.data.splits["train"])  # 0 for a streamed set, whose size is not known
         if 0 < rows < batch and rank() == 0:
             kind, steps = "images" if self.data.labels is None else "examples", self.data.total_steps
