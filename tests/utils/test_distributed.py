@@ -100,9 +100,10 @@ def share(batch: Batch) -> Batch:
 def train_step(settings: dict[str, Any], retrieval: bool = False, share_out: ShareOut = ddp) -> dict[str, Any]:
     """Loss terms and gradients of the eventful batch, averaged over processes; of pre-training, or of retrieval with
     two captions an image."""
-    chunk = settings.get("chunk")
-    settings = {name: value for name, value in settings.items() if name != "chunk"}
+    chunk, progress = settings.get("chunk"), settings.get("progress", 1.0)
+    settings = {name: value for name, value in settings.items() if name not in ("chunk", "progress")}
     step = Step(slow_retrieval.build if retrieval else build, settings)
+    step.task.run_progress = progress
     if chunk:
         step.task.compute_in_chunks(chunk)
     batch = slow_retrieval.eventful_batch() if retrieval else eventful_batch()
@@ -353,6 +354,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in chunks": {"chunk": 3, "exchanged_share": 1.0, "weight_spread": 2.0},
     "texts masked twice": {"masks_per_text": 2},
     "contrast of some patches": {"contrast_patches": 0.5, "weight_itm": 0.0, "weight_mlm": 0.0, "weight_mim": 0.0},
+    "contrast first, of some patches": {"contrast_first": 0.5, "contrast_patches": 0.5, "progress": 0.2},
     "encoders stand still": {"contrast_first": 0.5, "freeze_aligned": True},
     "images stand still": {"contrast_first": 0.5, "freeze_aligned": "image"},
     "images have been learned": {"image_learns": 0.5},

@@ -60,7 +60,7 @@ from maskvlm.objectives.pretraining_losses import (
     needed,
 )
 from maskvlm.objectives.task import Task, TrainingPhases
-from maskvlm.utils.distributed import shared_count, world_size
+from maskvlm.utils.distributed import same_everywhere, shared_count, world_size
 from maskvlm.utils.errors import (
     UserError,
     check_choices,
@@ -452,9 +452,10 @@ class MaskedPretraining(Task):
         # One caption per image is masked and matched; contrast uses all of them.
         batch, all_captions = first_and_all_captions(batch)
         # In the ITC-only phase one pair is masked and matched with weight 0: DDP and FSDP need a gradient for every
-        # parameter.
+        # parameter. Its masks are drawn once for all processes, so that the patches of contrast, which are drawn next,
+        # do not depend on their number.
         pairs = len(batch.valid_B) if aligned else 1
-        masks = self.mask(backbone, batch, self.uniform, True, pairs)
+        masks = self.mask(backbone, batch, self.uniform if aligned else same_everywhere(self.uniform), True, pairs)
         # A share of 1 means the whole run, also outside a run (where run_progress is 1).
         frozen = self.image_learns < 1 and self.run_progress >= self.image_learns
         # If the text encoder is frozen too, ITC is only logged; otherwise it still trains the text encoder.

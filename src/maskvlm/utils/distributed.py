@@ -160,6 +160,12 @@ class Draw:
         return torch.rand(rows, *shape, generator=self.generator, device=self.generator.device, dtype=torch.float32)
 
 
+def same_everywhere(uniform: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Draws the same numbers in every process, as many as one process would, if `uniform` is a `Draw`; any other source
+    is returned as is."""
+    return uniform.local if isinstance(uniform, Draw) else uniform
+
+
 def mix(*values: int) -> int:
     """One 63-bit seed from several integers (splitmix64 steps: nearby seeds give unrelated streams)."""
     # Python's integers are unbounded: the mask keeps each product within 64 bits.
