@@ -20,6 +20,7 @@ from maskvlm.model.text_decoder import TextDecoder, heads_to_start_from
 from maskvlm.objectives.evaluation import EVAL_SEED
 from maskvlm.objectives.image_ablation import ImageAblation
 from maskvlm.objectives.loaded_model import Model, numbered
+from maskvlm.objectives.loss_functions import mean_over
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.methods import Method
 from maskvlm.objectives.task import Prediction, Task
@@ -103,7 +104,7 @@ class Captioning(Task):
         valid_C = batch.valid_B[batch.owner_C].float()
         # Predicted tokens: all except the start token.
         count = (batch.attention_CT[:, 1:].sum(1) * valid_C).sum()
-        return {self.name: -(likelihood_C * valid_C).sum() / shared_count(count).clamp(min=1)}
+        return {self.name: mean_over(shared_count(count), -(likelihood_C * valid_C).sum())}
 
     def look(self, backbone: MaskVLM, image_BCHW: Tensor, row_B: Tensor | None, uniform: Uniform) -> Context:
         """What the decoder attends to: the image encoder's output.

@@ -23,6 +23,7 @@ from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.model.text_decoder import heads_to_start_from
 from maskvlm.objectives.answers import ScoredExample
 from maskvlm.objectives.classification import EVAL_SEED, Classification, LabelPrediction, predict_labels, top_labels
+from maskvlm.objectives.loss_functions import mean_over
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.methods import Method
 from maskvlm.utils.distributed import Draw, rank, shared_count
@@ -109,7 +110,7 @@ class Vqa(Classification):
         # Weights of a question's answers sum to 1, so that each question counts equally.
         share_A = weight_A / torch.zeros_like(valid_B).index_add(0, owner_A, weight_A)[owner_A].clamp(min=1e-6)
         loss = -(likelihood_A * share_A * valid_B[owner_A]).sum()
-        return {self.name: loss / shared_count(valid_B.sum()).clamp(min=1)}
+        return {self.name: mean_over(shared_count(valid_B.sum()), loss)}
 
     def loss(self, logits_BK: Tensor, target_BK: Tensor) -> Tensor:
         """Binary cross-entropy of every answer with its soft target, summed (C, Teney et al. 2018 and METER)."""

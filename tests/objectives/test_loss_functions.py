@@ -247,6 +247,13 @@ def test_without_any_weight_the_loss_is_zero_with_a_gradient_of_zero(term: str) 
 
 
 @pytest.mark.parametrize("term", sorted(TERMS))
+def test_a_count_below_one_divides_too(term: str) -> None:
+    """The mean over processes of a single row, or light words alone."""
+    x, row = noise(4, 8), torch.tensor([0.0, 1, 0, 0])
+    assert TERMS[term](x, row / 8).item() == pytest.approx(TERMS[term](x, row).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("term", sorted(TERMS))
 def test_bfloat16_inputs_are_summed_in_single_precision(term: str) -> None:
     x = noise(4, 8).bfloat16()
     loss = TERMS[term](x, torch.ones(4))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from slow_step import Slow, build, eventful_batch, gradients
+from slow_step import Slow, build, each_token_a_word, eventful_batch, gradients
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +22,7 @@ from maskvlm.model.features import FrozenBlocks
 from maskvlm.model.heads import patchify
 from maskvlm.model.maskvlm import MaskVLM
 from maskvlm.objectives.cross_batch import Contrast, first_and_all_captions, gather_contrast, pad_text
+from maskvlm.objectives.masking import ChosenPhrases
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.objectives.pretraining_losses import Need, PretrainingLoss, Step, WordsPresent
 from maskvlm.utils.distributed import Draw, without_gradient
@@ -846,6 +847,21 @@ def test_levels_of_a_model_that_has_learned_nothing() -> None:
     task.eval()
     task(backbone, toy_batch(4))
     assert task.chance_levels(64) == levels  # evaluation leaves them alone
+
+
+def test_where_every_text_has_a_phrase_its_weight_cancels() -> None:
+    """A weight is relative to other words, of which none is masked here: four words of 0.01 sum to below 1."""
+
+    def step(weight: float) -> tuple[float, float]:
+        backbone, task = build(text_masking=ChosenPhrases(["above", "below"], weight=weight))
+        backbone.text.ids_of = lambda phrase: [7 if "above" in phrase else 8]  # type: ignore[method-assign]
+        batch = each_token_a_word(toy_batch(4)._replace(**tokens([[7, 5], [9, 7], [8, 5], [6, 8]])))
+        loss = task(backbone, batch)["mlm"].item()
+        return loss, task.chance_levels(4)["mlm"]
+
+    loss, level = step(0.01)
+    assert (loss, level) == pytest.approx(step(1.0), rel=1e-4)
+    assert level == pytest.approx(math.log(2), rel=1e-4)
 
 
 def test_the_level_of_pixels_leaves_out_what_is_not_masked() -> None:

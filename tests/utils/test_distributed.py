@@ -129,10 +129,10 @@ def queue_step(settings: dict[str, Any]) -> dict[str, Any]:
     return done
 
 
-def example_step(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """As `train_step`, of a downstream task: six examples with one to three answers; one could not be read."""
+def example_step(kind: str, settings: dict[str, Any], holes: tuple[int, ...] = (4,)) -> dict[str, Any]:
+    """As `train_step`, of a downstream task: six examples with one to three answers; `holes` could not be read."""
     images = settings.get("images_per_example", 1)
-    batch = toy_examples.example_batch(6, images, holes=(4,))
+    batch = toy_examples.example_batch(6, images, holes=holes)
     answers = batch.answers._replace(weight_A=batch.answers.weight_A.double())
     batch = batch._replace(image_BPCHW=batch.image_BPCHW.double(), target_BK=batch.target_BK.double(), answers=answers)
     rows = 6 // world_size()
@@ -395,6 +395,12 @@ def test_losses_and_gradients_of_examples_are_those_of_one_process(
 ) -> None:
     """The unread example and the answers are of different number in the two halves."""
     compare(pair, kind, settings, step=example_step)
+
+
+@pytest.mark.parametrize("kind", ["classes", "generate"])
+def test_the_only_example_that_could_be_read_counts_in_full(pair: Pair, kind: str) -> None:
+    """Half an example in each of the two processes."""
+    compare(pair, kind, {}, (0, 1, 2, 4, 5), step=example_step)
 
 
 def compare(

@@ -19,6 +19,7 @@ from maskvlm.model.maskvlm import Fused, MaskVLM
 from maskvlm.objectives.answers import ScoredExample, ScoredExamples, by_kind, majority, percent
 from maskvlm.objectives.image_ablation import ImageAblation
 from maskvlm.objectives.loaded_model import Model, numbered
+from maskvlm.objectives.loss_functions import mean_over
 from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.task import Task
 from maskvlm.utils.distributed import Draw, shared_count
@@ -147,7 +148,7 @@ class Classification(Task):
         logits_BK = self.logits(backbone, batch, self.uniform)
         weight_B = batch.valid_B.float()
         loss_B = self.loss(logits_BK.float(), batch.target_BK)
-        return {self.name: (loss_B * weight_B).sum() / shared_count(weight_B.sum()).clamp(min=1)}
+        return {self.name: mean_over(shared_count(weight_B.sum()), (loss_B * weight_B).sum())}
 
     def loss(self, logits_BK: Tensor, target_BK: Tensor) -> Tensor:
         """Cross-entropy of each example."""

@@ -14,6 +14,12 @@ from torch.nn import functional as F
 PixelLoss = Literal["l1", "squared", "smooth_l1"]
 
 
+def mean_over(count: Tensor, total: Tensor) -> Tensor:
+    """`total` divided by a count at or above 0; `total`, which is then 0, where nothing was counted. The count may be
+    below 1: it is averaged over processes, and a masked token may have any weight."""
+    return total / torch.where(count > 0, count, 1.0)
+
+
 def contrastive(
     image_BD: Tensor,
     text_BD: Tensor,
@@ -42,8 +48,7 @@ def contrastive(
     for query_BD, key_GD in ((image_BD, text_GD), (text_BD, image_GD)):
         logits_BG = similarity(query_BD, key_GD, scale).masked_fill(excluded_BG, float("-inf"))
         terms.append((F.cross_entropy(logits_BG, own_B, reduction="none") * weight_B).sum())
-    # Without a valid row, the sum is 0 and is divided by 1 instead of 0.
-    return (terms[0] + terms[1]) / 2 / count.clamp(min=1)
+    return mean_over(count, (terms[0] + terms[1]) / 2)
 
 
 class ContrastTargets(NamedTuple):
@@ -82,7 +87,7 @@ def soft_contrastive(
     # (B, H) and (C, G)
     loss_B = soft_cross_entropy(similarity(image_BD, text_HD, scale), image_targets)
     loss_C = soft_cross_entropy(similarity(text_CD, image_GD, scale), text_targets)
-    image, text = (loss_B * weight_B).sum() / count_B.clamp(min=1), (loss_C * weight_C).sum() / count_C.clamp(min=1)
+    image, text = mean_over(count_B, (loss_B * weight_B).sum()), mean_over(count_C, (loss_C * weight_C).sum())
     return (image + text) / 2
 
 
@@ -106,7 +111,7 @@ def similarity(query_BD: Tensor, key_GD: Tensor, scale: Tensor) -> Tensor:
 def matching(logits_M2: Tensor, match_M: Tensor, weight_M: Tensor, count: Tensor) -> Tensor:
     """Image-text matching (ITM): two-class cross-entropy over positives and hard negatives, in nats per pair."""
     loss_M = F.cross_entropy(logits_M2.float(), match_M.long(), reduction="none")
-    return (loss_M * weight_M).sum() / count.clamp(min=1)
+    return mean_over(count, (loss_M * weight_M).sum())
 
 
 def words_present(logits_BLV: Tensor, words_BV: Tensor, weight_B: Tensor, count: Tensor) -> Tensor:
@@ -122,14 +127,14 @@ def words_present(logits_BLV: Tensor, words_BV: Tensor, weight_B: Tensor, count:
     present_BV = torch.log(-torch.expm1(absent_BV.clamp(max=-1e-30)))
     # Per distinct token (words_BV has a 1 for each), so that longer captions do not weigh more.
     loss_B = -(words_BV * present_BV + (1 - words_BV) * absent_BV).sum(1) / words_BV.sum(1).clamp(min=1)
-    return (loss_B * weight_B).sum() / count.clamp(min=1)
+    return mean_over(count, (loss_B * weight_B).sum())
 
 
 def masked_token(logits_CKV: Tensor, target_CK: Tensor, weight_CK: Tensor, count: Tensor) -> Tensor:
     """Masked language modelling (MLM): cross-entropy in nats per masked token; 0 if nothing is masked."""
     # (C, K, V) -> (C * K, V)
     loss_CK = F.cross_entropy(logits_CKV.float().flatten(0, 1), target_CK.flatten(), reduction="none")
-    return (loss_CK * weight_CK.flatten()).sum() / count.clamp(min=1)
+    return mean_over(count, (loss_CK * weight_CK.flatten()).sum())
 
 
 def masked_pixel(
@@ -137,7 +142,7 @@ def masked_pixel(
 ) -> Tensor:
     """Masked image modelling (MIM): mean error per normalised pixel value of the masked patches; L1 in the paper."""
     error_BKP = pixel_error(predicted_BKP.float(), target_BKP.float(), kind)
-    return (error_BKP.mean(-1) * weight_BK).sum() / count.clamp(min=1)
+    return mean_over(count, (error_BKP.mean(-1) * weight_BK).sum())
 
 
 def mean_colour(target_BKP: Tensor, weight_BK: Tensor) -> Tensor:

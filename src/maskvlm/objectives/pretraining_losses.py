@@ -368,7 +368,7 @@ class MaskedTokens(PretrainingLoss):
         """Entropy of the masked tokens over roughly the last 10,000 steps."""
         if self.count_V is None or not self.count_V.any():
             return None
-        share_V = self.count_V / self.count_V.sum().clamp(min=1)
+        share_V = self.count_V / self.count_V.sum()
         return float(torch.special.entr(share_V).sum())
 
 
