@@ -61,6 +61,29 @@ def test_help_of_a_task_has_the_data_sets_of_that_task(capsys: pytest.CaptureFix
     assert "coco" in help_of(COMMANDS["evaluate"])  # which measures pre-training, too
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("pretrain", "from=     checkpoint file, Hugging Face folder or hub name to start from\n"),
+        ("finetune", "random weights, as a control (default: scenes-tiny)"),
+        ("finetune", "model=    with from=random"),
+        ("evaluate", "with a task also random (default: scenes-tiny)"),
+        ("index", "split=    split to read: train val test all (default: val)"),
+        ("embed", "from=     checkpoint file, Hugging Face folder or hub name (default: scenes-tiny)"),
+    ],
+)
+def test_help_of_a_word_is_that_of_the_command(command: str, told: str) -> None:
+    """`random` is for tasks alone, `train` and `all` for what only reads images."""
+    assert told in help_of(COMMANDS[command])
+    assert ("random" in help_of(COMMANDS[command])) == (command in ("finetune", "evaluate"))
+
+
+def test_help_says_where_vectors_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, folder in (("embed", "checkpoints/vectors"), ("index", "checkpoints/index")):
+        assert main([command, "--help"]) == 0
+        assert f"{folder}-DATA-SPLIT" in "".join(capsys.readouterr().out.split())
+
+
 def test_methods_of_tasks_are_those_that_the_tasks_bring(capsys: pytest.CaptureFixture[str]) -> None:
     brought = {
         name: task

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskvlm.config import compose
+from maskvlm.config.bundled_models import DEFAULT
 from maskvlm.config.compose import (
     PRETRAINING,
     SPLITS,
@@ -208,14 +209,45 @@ WORDS: dict[str, tuple[str, Callable[[], Sequence[str]], str]] = {
     "data": ("the data set", lambda: [*choices("data"), *prepared()], "scenes"),
     "where": ("the machine", lambda: choices("where"), "auto"),
     "run": ("folder of the run under checkpoints/", list, "named after the command and the time"),
-    "from": ("checkpoint or Hugging Face folder to start from; finetune: also random", list, ""),
+    "from": ("checkpoint file, Hugging Face folder or hub name to start from", list, ""),
     "to": ("name on the hub: owner/name", list, ""),
-    "encoders": ("folder of pretrained encoders, to work without a connection", list, ""),
-    "split": ("split to evaluate; index, embed: also train, all", lambda: SPLITS, "val"),
+    "encoders": ("folder of pretrained encoders, to work without a connection; not with from=", list, ""),
+    "split": ("split to evaluate", lambda: SPLITS, "val"),
     "raw": ("folder or file of the set as distributed; for hf: name on the hub", list, ""),
     "name": ("name of the prepared set", list, "as the set"),
 }
 """Word -> its description, its possible values (empty: any), and its default."""
+
+
+def word_help(command: Command, name: str) -> tuple[str, Sequence[str], str]:
+    """Description, possible values and default of a word, as this command takes it."""
+    description, among, default = WORDS[name]
+    values: Sequence[str] = among()
+    if command.places == ("TASK",):
+        description = {
+            "model": "with from=random: the model that gets random weights",
+            "from": f"{description}; random: random weights, as a control",
+        }.get(name, description)
+        default = DEFAULT if name == "from" else default
+        # The data sets of pre-training do not fit a task.
+        values = () if name == "data" else values
+    elif "[TASK]" in command.places:
+        description += {
+            "model": "; with a task only for from=random",
+            "from": "; with a task also random",
+            "encoders": " or a task",
+        }.get(name, "")
+    elif command.name in ("embed", "index"):
+        description = {"model": "whose recipe sets up the data", "split": "split to read"}.get(name, description)
+        description = description.removesuffix(" to start from")
+        values = ("train", *SPLITS, "all") if name == "split" else values
+    if name == "encoders" and command.name in ("finetune", "evaluate"):
+        description = "has no effect here and is rejected: the encoders are the checkpoint's"
+    if name == "from" and command.name in ("evaluate", "embed", "index"):
+        default = DEFAULT
+    if name == "data" and values:
+        description += ", also one that `maskvlm data` has prepared"
+    return description, values, default
 
 
 KEYS = (
@@ -235,10 +267,8 @@ def help_of(command: Command, places: Sequence[str] = ()) -> str:
         lines.append(f"  TASK      {' '.join(tasks())}, or package.task of an installed package")
     own_sets = [task for task in tasks() if any("TASK" in place for place in command.places)]
     for name in command.words:
-        description, among, otherwise = WORDS[name]
-        can_be = f": {' '.join(among())}" if among() else ""
-        if name == "data" and command.places == ("TASK",):
-            can_be = ""  # the data sets of pre-training do not fit a task
+        description, values, otherwise = word_help(command, name)
+        can_be = f": {' '.join(values)}" if values else ""
         lines.append(f"  {name + '=':<9} {description}{can_be}{f' (default: {otherwise})' if otherwise else ''}")
         if name == "data":
             named_tasks = [task for task in own_sets if task in places] or own_sets

@@ -36,14 +36,20 @@ def main(arguments: list[str], allowed: list[str]) -> int:
 def data_parser(command: str, out: str, description: str) -> argparse.ArgumentParser:
     """Parser of the options of `embed`, which `index` takes too. All other options configure the data."""
     parser = OptionParser(f"maskvlm {command}", description=description, allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"output folder (default: {out})")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(out),
+        help=f"output folder (default: {out}-DATA-SPLIT; with a whole stack of -c files: {out})",
+    )
     parser.add_argument(
         "--from", dest="source", help=f"checkpoint file, Hugging Face folder or hub name (default: {DEFAULT})"
     )
     parser.add_argument(
         "--split",
         default="val",
-        help="train, val or test; all: a prepared set that has no splits (default: %(default)s)",
+        help="with a whole stack of -c files, otherwise split=: train, val or test; all: a prepared set that has no "
+        "splits (default: %(default)s)",
     )
     parser.add_argument("--shard", type=int, default=SHARD, help="images per file (default: %(default)s)")
     parser.add_argument("--no-captions", dest="captions", action="store_false", help="embed images only")
