@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from maskvlm.cli.commands import COMMANDS, REGISTRY, WORDS, help_of, overview
+from maskvlm.cli.lightning import COMMANDS as LIGHTNING_COMMANDS
 from maskvlm.cli.main import common, main
 from maskvlm.config.compose import choices, sets_of, tasks
 from maskvlm.objectives.methods import TASK_METHODS
@@ -82,6 +83,16 @@ def test_help_says_where_vectors_are_written(capsys: pytest.CaptureFixture[str])
     for command, folder in (("embed", "checkpoints/vectors"), ("index", "checkpoints/index")):
         assert main([command, "--help"]) == 0
         assert f"{folder}-DATA-SPLIT" in "".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_help_of_lightnings_commands_begins_with_a_whole_sentence(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    usage, about, *_ = capsys.readouterr().out.split("\n\n")
+    assert usage.startswith("usage: maskvlm [options] " + command)
+    assert about == LIGHTNING_COMMANDS[command]
 
 
 def test_methods_of_tasks_are_those_that_the_tasks_bring(capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,11 @@ from maskvlm.utils.signals import CAUGHT
 from maskvlm.utils.whole_files import read_json
 from maskvlm.utils.write_errors import writing
 
-COMMANDS = ("fit", "validate", "test")
+COMMANDS = {
+    "fit": "Train.",
+    "validate": "Evaluate --ckpt_path on the validation split.",
+    "test": "Evaluate --ckpt_path on the test split.",
+}
 AnyCommand = TypeVar("AnyCommand", bound="LightningCommand")
 
 
@@ -81,6 +85,8 @@ class LightningCommand(LightningCLI):
     def __init__(self, arguments: list[str], start: ModelSpec | None = None) -> None:
         self.arguments, self.start = arguments, start
         self.claimed = False  # whether everything in the run's folder was written by this start
+        # Lightning would show the first line of a docstring, in the middle of a sentence.
+        about = {name: {"description": description} for name, description in COMMANDS.items()}
         super().__init__(
             LitModel,
             PairData,
@@ -88,7 +94,7 @@ class LightningCommand(LightningCLI):
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             parser_class=CommandParser,
-            parser_kwargs={"parser_mode": MODE},
+            parser_kwargs={"prog": "maskvlm", "parser_mode": MODE} | about,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # it would put class paths into checkpoints
             args=arguments,
