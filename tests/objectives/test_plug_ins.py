@@ -16,7 +16,7 @@ from acme.lengths import TextLength
 from acme.masks import LastWords, Middle
 from data.toy_raw import encoded, photo
 from slow_step import build, each_token_a_word, eventful_batch
-from torch import Tensor
+from torch import Tensor, nn
 from toys import toy_batch
 
 from maskvlm.cli.main import main
@@ -339,6 +339,55 @@ def test_a_loss_that_forgets_its_base_class_is_named() -> None:
 
     with pytest.raises(UserError, match=r"losses: Forgetful: has no weight\. Call super\(\)\.__init__\(weight\)"):
         MaskedPretraining(losses=[Forgetful()])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"build": lambda self, backbone: None}, "build: gave a NoneType. Return a dict: each head by its name"),
+        ({"build": lambda self, backbone: nn.Linear(2, 1)}, "build: gave a Linear"),
+        ({"build": lambda self, backbone: {"length": nn.Parameter(Tensor(1))}}, "build: gave 'length' as a Parameter"),
+        ({"measure": lambda self, heads, seen: 1.0}, "measure: gave a float. Return a dict: each metric by its name"),
+        ({"measure": lambda self, heads, seen: {"error": torch.ones(())}}, "measure: gave error as Tensor"),
+        ({"measure": lambda self, heads, seen: {"error": (1.0, 1.0)}}, "measure: gave error as tuple"),
+    ],
+)
+def test_what_a_loss_gives_is_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"model.task.losses: Wrong.{message}")):  # noqa: PT012
+        backbone, task = build(losses=[type("Wrong", (TextLength,), settings)()])
+        task.update(backbone, toy_batch(3))
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "message"),
+    [
+        (TextLength, {"chance": lambda self, batch_size: 1.0}, "chance(batch_size, texts_per_image)"),
+        (TextLength, {"observe": lambda self, step: None}, "observe(heads, step)"),
+        (TextLength, {"__call__": lambda self, step: None}, "__call__(heads, step)"),
+        (Middle, {"__call__": lambda self, grid: None}, "__call__(valid_B, grid, patch_size, uniform, training)"),
+        (LastWords, {"__call__": lambda self, texts, *, uniform: None}, "__call__(texts, vocabulary, uniform)"),
+    ],
+)
+def test_a_method_that_does_not_take_its_arguments_is_told_before_the_run(
+    base: type, settings: dict[str, Any], message: str
+) -> None:
+    keys = {TextLength: "losses", Middle: "image_masking", LastWords: "text_masking"}
+    with pytest.raises(UserError, match=re.escape(f"is called as {message}. Let it take")):  # noqa: PT012
+        wrong = type("Wrong", (base,), settings)()
+        MaskedPretraining(**{keys[base]: [wrong] if base is TextLength else wrong})
+
+
+def test_a_method_may_take_more_and_have_other_names() -> None:
+    class More(TextLength):
+        name = "more"
+
+        def chance(self, size: int, texts: int, more: int = 1) -> float | None:
+            return 1.0
+
+        def observe(self, *rest: Any) -> None:
+            return
+
+    assert MaskedPretraining(losses=[More()]).losses[-1].name == "more"
 
 
 @pytest.mark.parametrize(

@@ -434,6 +434,18 @@ class Plain(Task):
         return {}
 
 
+class Brief(Plain):
+    """Its evaluation would fail after the first part of a run."""
+
+    def compute(self) -> dict[str, float]:  # type: ignore[override]
+        return {}
+
+
+def test_a_method_with_other_arguments_is_told_when_a_task_is_built() -> None:
+    with pytest.raises(UserError, match=r"Brief\.compute: is called as compute\(backbone\)\. Let it take these"):
+        Brief()
+
+
 def test_what_a_task_gets_for_nothing() -> None:
     task, state = Plain(), torch.nn.Linear(2, 3).state_dict()
     task.build(None)
@@ -454,6 +466,7 @@ def test_what_a_task_gets_for_nothing() -> None:
         ({}, "Plain.forward: gave no loss"),
         ({"own": torch.zeros(3)}, "Plain.forward: gave own as a tensor of shape [3]"),
         ({"own": 0.5}, "Plain.forward: gave own as a float"),
+        ({"own": torch.zeros(())}, "Plain.forward: gave no loss that has a gradient"),
     ],
 )
 def test_a_task_that_gives_no_losses_is_told(terms: Any, message: str) -> None:

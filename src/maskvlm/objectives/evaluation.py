@@ -84,15 +84,23 @@ class PretrainingMetrics:
         """Add the losses' own metrics, see `PretrainingLoss.measure`.
 
         Raises:
-            UserError: values and weights differ in shape (2).
+            UserError: values and weights are no tensors, or differ in shape (2).
         """
         for loss in task.losses:
-            for key, (value, weight) in loss.measure(task, evaluated).items() if loss.weight else ():
+            measured: Any = loss.measure(task, evaluated) if loss.weight else {}
+            where = f"model.task.losses: {type(loss).__name__}.measure"
+            todo = "Return a dict: each metric by its name, as a pair of tensors: values and weights"
+            if not isinstance(measured, Mapping):
+                raise UserError(where, f"gave a {type(measured).__name__}", todo)
+            for key, pair in measured.items():
+                pair_of_tensors = isinstance(pair, tuple | list) and all(isinstance(part, Tensor) for part in pair)
+                if not pair_of_tensors or len(pair) != 2:
+                    raise UserError(where, f"gave {key} as {type(pair).__name__}", todo)
+                value, weight = pair
                 # Different shapes would be broadcast against each other.
                 if value.shape != weight.shape:
                     what = f"{key} has values {list(value.shape)} and weights {list(weight.shape)}"
-                    where, todo = f"model.task.losses: {type(loss).__name__}.measure", "Give two tensors of one shape"
-                    raise UserError(where, what, todo)
+                    raise UserError(where, what, "Give two tensors of one shape")
                 self.add(f"{loss.name}/{key}", value.float(), weight.float())
 
     def update_mlm(

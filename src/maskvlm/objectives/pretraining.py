@@ -69,6 +69,7 @@ from maskvlm.utils.errors import (
     check_positive_shares,
     check_shares,
 )
+from maskvlm.utils.overrides import check_overrides
 
 
 def check_plug_ins(losses: object, image_masking: object, text_masking: object) -> None:
@@ -80,6 +81,9 @@ def check_plug_ins(losses: object, image_masking: object, text_masking: object) 
     for name, kind in wrong:
         what = f"expected {'a list of objects' if name == 'losses' else 'an object'} of {kind.__name__}"
         raise UserError(f"model.task.{name}", what, "Build it: an object, not its class or name")
+    for _, value, kind in maskings:
+        if value is not None:
+            check_overrides(value, kind)
 
 
 class MaskedPretraining(Task):
@@ -341,7 +345,14 @@ class MaskedPretraining(Task):
 
     def _add_heads(self, parts: Sequence[PretrainingLoss], backbone: MaskVLM) -> None:
         for loss in parts:
-            for name, head in loss.build(backbone).items():
+            heads: Any = loss.build(backbone)
+            where, todo = f"model.task.losses: {type(loss).__name__}.build", "Return a dict: each head by its name"
+            if not isinstance(heads, Mapping):
+                raise UserError(where, f"gave a {type(heads).__name__}", todo)
+            for name, head in heads.items():
+                if not isinstance(head, nn.Module):
+                    what = f"gave {name!r:.40} as a {type(head).__name__}"
+                    raise UserError(where, what, f"{todo}, an nn.Module (nn.ParameterList for tensors)")
                 # add_module would silently replace a head of the same name.
                 if hasattr(self, name):
                     raise UserError(f"model.task.losses: {loss.name}", f"its head {name} already exists", "Rename it")

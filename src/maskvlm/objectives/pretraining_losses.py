@@ -35,6 +35,7 @@ from maskvlm.objectives.loss_functions import PixelLoss
 from maskvlm.utils.distributed import gather, shared_count, without_gradient
 from maskvlm.utils.errors import UserError, check_choices, check_counts
 from maskvlm.utils.on_cpu import on_cpu
+from maskvlm.utils.overrides import check_overrides
 
 FADE = 0.9999
 """Decay of the token counts per step: counts follow the data and never reach 2^24, where float32 stops counting."""
@@ -116,7 +117,8 @@ class PretrainingLoss(ABC):
             encoder outputs; a loss that needs masked images is not called for a chunk without any.
 
     Raises:
-        UserError: the class has no valid `name` or `needs`, or the weight is negative or not finite.
+        UserError: the class has no valid `name` or `needs`, a method does not take the arguments with which it is
+            called, or the weight is negative or not finite.
     """
 
     name: ClassVar[str]
@@ -133,6 +135,7 @@ class PretrainingLoss(ABC):
         if not isinstance(needs, frozenset) or not needs or not all(isinstance(need, Need) for need in needs):
             todo = f"Give its class `needs`, a frozenset of some of {', '.join(f'Need.{need.name}' for need in Need)}"
             raise UserError(where, f"needs {needs!r:.80}", todo)
+        check_overrides(self, PretrainingLoss)
         if not 0 <= weight < math.inf:
             raise UserError(f"model.task.weight_{self.name}", f"{weight} is not a valid weight", "Give 0 (off) or more")
         self.weight = weight

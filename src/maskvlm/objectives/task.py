@@ -6,6 +6,7 @@ from numbers import Real
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from maskvlm.data.batch import Source
@@ -14,6 +15,7 @@ from maskvlm.objectives.masking import Uniform
 from maskvlm.objectives.methods import Method
 from maskvlm.utils.constructor import given_arguments
 from maskvlm.utils.errors import UserError
+from maskvlm.utils.overrides import check_overrides
 
 if TYPE_CHECKING:
     from maskvlm.model.maskvlm import MaskVLM
@@ -92,6 +94,7 @@ class Task(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
+        check_overrides(self, Task)
         self.arguments = given_arguments(self)
         self.predictions = []
 
@@ -205,6 +208,9 @@ def checked_terms(task: Task, terms: object) -> dict[str, Tensor]:
     for name, term in terms.items():
         if not isinstance(term, Tensor) or term.ndim:
             raise UserError(f"{_name(task)}.forward", f"gave {name} as a {_kind(term)}", todo)
+    if torch.is_grad_enabled() and not any(term.requires_grad for term in terms.values()):
+        todo = "Compute it with gradient: without torch.no_grad(), detach() or item()"
+        raise UserError(f"{_name(task)}.forward", "gave no loss that has a gradient: nothing would learn", todo)
     return terms
 
 
