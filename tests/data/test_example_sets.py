@@ -1,6 +1,7 @@
 """Examples of downstream tasks as batches: images, targets, answers, and what cannot be read."""
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +344,84 @@ def test_holes_of_examples_are_counted_and_too_many_stop_the_run() -> None:
     holed = next(batch for batch in data.train_dataloader() if batch.problems)
     with pytest.raises(UserError, match=r"5 of 1004 samples could not be read, first: toy\.json:"):
         data.on_after_batch_transfer(holed, 0)
+
+
+# ---------------------------------------------------------------------- of another package
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answers": [3]}, "answers holds a int (3). Give a list of texts, such as ['3']"),
+        ({"answers": "red"}, "answers is a str ('red')"),
+        ({"answers": None}, "answers is NoneType"),
+        ({"text": None}, "text is NoneType"),
+        ({"images": "photo.jpg"}, "images is a str ('photo.jpg')"),
+        ({"images": []}, "the example has 0 images and 1 image_ids"),
+        ({"image_ids": []}, "the example has 1 images and 0 image_ids"),
+        ({"image_ids": [7]}, "image_ids holds a int (7)"),
+        ({"images": [torch.zeros(3, 8, 8)]}, "images holds Tensor. Give a list of bytes, paths or Pillow images"),
+    ],
+)
+def test_an_example_that_is_none_is_told_with_its_row(changes: dict[str, Any], message: str) -> None:
+    for read in (lambda: training(changes)[Pick(0, 0)], lambda: evaluation(changes)[0]):
+        with pytest.raises(UserError, match=re.escape(f"toy.json:0: {message}")) as caught:
+            read()
+        assert caught.value.code == ExitCode.BAD_DATA
+
+
+@pytest.mark.parametrize("missing", ["kind", "group", "id", "images"])
+def test_a_field_that_is_missing_is_named(missing: str) -> None:
+    rows: list[Any] = [{key: value for key, value in example(0).items() if key != missing}]
+    with pytest.raises(UserError, match=f"toy.json:0: the example has no {missing}"):
+        next(some_texts(ToySplit(rows)))
+    rows[0].pop("origin")
+    with pytest.raises(UserError, match="example 0: the example has no"):
+        EvalExamples(ToySplit(rows), eval_transform(SPEC))[0]
+
+
+def test_all_examples_have_as_many_images(collate: CollateExamples) -> None:
+    pair = example(1, 2)
+    samples = [EvalExamples(ToySplit([example(0), pair]), eval_transform(SPEC))[index] for index in range(2)]
+    with pytest.raises(UserError, match=r"toy\.json:1: the example has 2 images, but toy\.json:0 has 1"):
+        collate(samples)
+
+
+class Odd(Questions):
+    """Gives what it was built with as a split."""
+
+    def __init__(self, given: Any) -> None:
+        super().__init__()
+        self.given = given
+
+    def split(self, name: str) -> Any:
+        return self.given
+
+
+class Method(Questions):
+    """Forgets that `labels` is a property."""
+
+    def labels(self) -> Any:  # type: ignore[override]
+        return LABELS
+
+
+class Short(Questions):
+    """Takes no name of a split."""
+
+    def split(self) -> Any:  # type: ignore[override]
+        return ToySplit([example(0)])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (lambda: Odd([example(0)]), "Odd.split('val'): gave a list without fingerprint"),
+        (lambda: Odd(None), "Odd.split('val'): gave a NoneType without __getitem__"),
+        (lambda: Odd(ToySplit([])), "Odd.split('val'): has no examples"),
+        (Method, "Method.labels: is a method. Make it a property"),
+        (Short, "Short.split: is called as split(name)"),
+    ],
+)
+def test_what_is_no_split_is_told_before_anything_is_read(source: Any, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        PairData(source(), SPEC, steps=1).setup("fit")

@@ -2,7 +2,9 @@
 
 import math
 import random
+import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from maskvlm.data.pairs import Collate, EvalPairs, TrainPairs, first_caption
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner
 from maskvlm.data.transforms import Mirroring, eval_transform, train_transform
+from maskvlm.data.unknown_words import some_captions
 from maskvlm.utils.errors import ExitCode, UserError
 
 
@@ -259,3 +262,32 @@ def test_several_captions_of_a_training_image_know_it(collate: Collate) -> None:
     assert batch.token_CT.shape[0] == batch.text_id_C.shape[0] == len(batch.texts) == 6
     assert batch.valid_B.tolist() == [True, False, True]
     assert batch.texts[:4] == ("a red square", "this one is red", "", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"captions": "a red square"}, "toy:0: captions is 'a red square'. Give a list of texts"),
+        ({"captions": None}, "toy:0: captions is None"),
+        ({"captions": ["red", 3]}, "toy:0: captions is ['red', 3]"),
+        ({"image_id": 3}, "toy:0: image_id is 3. Give a text"),
+    ],
+)
+def test_a_row_that_is_none_is_told(changes: dict[str, object], message: str) -> None:
+    """One text in the place of a list would be read as a list of letters."""
+    pairs = Rows([row(0, **changes)])
+    transform = eval_transform(SPEC)
+    for read in (
+        lambda: TrainPairs(pairs, transform, 0, SPEC.image_size)[Pick(0, 0)],
+        lambda: EvalPairs(pairs, transform, SPEC.image_size)[0],
+        lambda: next(some_captions(pairs)),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            read()
+        assert caught.value.code == ExitCode.BAD_DATA
+
+
+def test_a_row_without_a_field_is_told() -> None:
+    bare: Any = {"image": square("red"), "captions": ["a red square"]}
+    with pytest.raises(UserError, match="row 0: the row has no image_id, origin"):
+        EvalPairs(Rows([bare]), eval_transform(SPEC), SPEC.image_size)[0]

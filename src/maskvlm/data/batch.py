@@ -7,9 +7,11 @@ T tokens, H and W pixels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, cast
 
 from PIL import Image
+
+from maskvlm.utils.errors import ExitCode, UserError
 
 # Preparing a data set needs rows but not torch, whose import takes seconds.
 if TYPE_CHECKING:
@@ -95,6 +97,34 @@ class Row(TypedDict):
     captions: list[str]
     image_id: str
     origin: str
+
+
+def check_row(row: Any, index: int) -> Row:
+    """A row of a source, which may be of another package and give anything.
+
+    Args:
+        index: its place in the split, for the message if it has no origin.
+
+    Raises:
+        UserError: a field is missing, the captions are no list of texts, or the image's id is no text (65).
+    """
+    where = f"row {index}"
+    if not isinstance(row, dict):
+        todo = "Let __getitem__ of the split return a maskvlm.data.batch.Row"
+        raise UserError(where, f"is a {type(row).__name__}", todo, ExitCode.BAD_DATA)
+    if isinstance(row.get("origin"), str):
+        where = row["origin"]
+    if missing := [key for key in Row.__annotations__ if key not in row]:
+        todo = "Give every field of maskvlm.data.batch.Row"
+        raise UserError(where, f"the row has no {', '.join(missing)}", todo, ExitCode.BAD_DATA)
+    captions = row["captions"]
+    # One text would be taken for a list of letters.
+    if not isinstance(captions, list | tuple) or not all(isinstance(text, str) for text in captions):
+        raise UserError(where, f"captions is {captions!r:.60}", "Give a list of texts", ExitCode.BAD_DATA)
+    for key in ("image_id", "origin"):
+        if not isinstance(row[key], str):
+            raise UserError(where, f"{key} is {row[key]!r:.60}", "Give a text", ExitCode.BAD_DATA)
+    return cast(Row, row)
 
 
 class Pairs(Protocol):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from maskvlm.data.caption_text import clean_caption, stable_id
-from maskvlm.data.examples import AnswerTokens, Example, ExampleBatch, Examples, ExampleSource
+from maskvlm.data.examples import AnswerTokens, Example, ExampleBatch, Examples, ExampleSource, read_example
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.pairs import mirrored_tensor, stack_images
 from maskvlm.data.sampler import Pick
@@ -62,7 +62,7 @@ class TrainExamples(Dataset[ExampleSample]):
         return len(self.examples)
 
     def __getitem__(self, pick: Pick) -> ExampleSample:
-        example = self.examples[pick.row]
+        example = read_example(self.examples, pick.row)
         at(example["origin"])
         text, note = clean_caption(example["text"])
         problem, valid = (f"caption {note}", example["origin"]) if note else None, True
@@ -104,7 +104,7 @@ class EvalExamples(Dataset[ExampleSample]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> ExampleSample:
-        example = self.examples[index]
+        example = read_example(self.examples, index)
         at(example["origin"])
         if not clean_caption(example["text"])[0]:
             raise UserError(example["origin"], "no words in its text", "Fix or remove the row", ExitCode.BAD_DATA)
@@ -128,6 +128,12 @@ class CollateExamples:
 
     def __call__(self, samples: Sequence[ExampleSample]) -> ExampleBatch:
         examples = [sample["example"] for sample in samples]
+        first = len(samples[0]["image_PCHW"])
+        for sample in samples:
+            if (images := len(sample["image_PCHW"])) != first:
+                what = f"the example has {images} images, but {examples[0]['origin']} has {first}"
+                todo = "Give each example of a source as many images"
+                raise UserError(sample["example"]["origin"], what, todo, ExitCode.BAD_DATA)
         targets = [self.source.targets(example["answers"]) for example in examples]
         ids = [[stable_id(name) for name in example["image_ids"]] for example in examples]
         return ExampleBatch(

@@ -7,7 +7,8 @@ Shapes: B examples, P images per example, T tokens, K labels, A answers of all e
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, TypedDict
+from os import PathLike
+from typing import Any, NamedTuple, Protocol, TypedDict, cast
 
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from maskvlm.data.batch import feature_rows
 from maskvlm.data.text import CaptionTokens
+from maskvlm.utils.errors import ExitCode, UserError
 
 
 class Example(TypedDict):
@@ -84,6 +86,58 @@ class ExampleSource(ABC):
         """The same for a head that generates answers, which normalises the weights to sum to 1: the share of people who
         gave each answer, if that differs from its score."""
         return self.targets(answers)
+
+
+def read_example(examples: Examples, index: int) -> Example:
+    """The example at an index, checked. Raises UserError as `check_example`."""
+    return check_example(examples[index], index)
+
+
+def check_example(example: Any, index: int) -> Example:
+    """An example of a source, which may be of another package and give anything.
+
+    Args:
+        index: its place in the split, for the message if it has no origin.
+
+    Raises:
+        UserError: a field is missing, or is not what `Example` says (65).
+    """
+    where = f"example {index}"
+    if not isinstance(example, dict):
+        todo = "Let __getitem__ of the split return a maskvlm.data.examples.Example"
+        raise UserError(where, f"is a {type(example).__name__}", todo, ExitCode.BAD_DATA)
+    if isinstance(example.get("origin"), str):
+        where = example["origin"]
+    missing = [key for key in Example.__annotations__ if key not in example]
+    if missing:
+        todo = "Give every field of maskvlm.data.examples.Example; kind and group may be ''"
+        raise UserError(where, f"the example has no {', '.join(missing)}", todo, ExitCode.BAD_DATA)
+    # What else is read as text is only written to files, where any plain value does.
+    for key in ("text", "origin"):
+        if not isinstance(example[key], str):
+            raise UserError(where, f"{key} is {_shown(example[key])}", "Give a text", ExitCode.BAD_DATA)
+    kinds: dict[str, tuple[tuple[type, ...], str]] = {
+        "images": ((bytes, str, PathLike, Image.Image), "bytes, paths or Pillow images"),
+        "image_ids": ((str,), "texts"),
+        "answers": ((str,), "texts, such as ['3']; a task may read numbers from them"),
+    }
+    for key, (types, expected) in kinds.items():
+        parts = example[key]
+        wrong = [parts] if not isinstance(parts, list | tuple) else [one for one in parts if not isinstance(one, types)]
+        if wrong:
+            inside = "is" if wrong[0] is parts else "holds"
+            todo = f"Give a list of {expected}"
+            raise UserError(where, f"{key} {inside} {_shown(wrong[0])}", todo, ExitCode.BAD_DATA)
+    images, ids = len(example["images"]), len(example["image_ids"])
+    if images != ids or not images:
+        what = f"the example has {images} images and {ids} image_ids"
+        raise UserError(where, what, "Give at least one image, and an id for each", ExitCode.BAD_DATA)
+    return cast(Example, example)
+
+
+def _shown(value: object) -> str:
+    """A value of a wrong type in a message."""
+    return f"a {type(value).__name__} ({value!r:.40})" if isinstance(value, str | int | float) else type(value).__name__
 
 
 class AnswerTokens(NamedTuple):

@@ -1,6 +1,7 @@
 """The data module: one source, loaders for its splits, and the tokenizer if the model has none yet."""
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from maskvlm.data.workers import check_shared, noted_loader
 from maskvlm.utils.cores import cores
 from maskvlm.utils.distributed import gather_objects, rank, world_size
 from maskvlm.utils.errors import Absent, ExitCode, UserError, check_counts, check_least
+from maskvlm.utils.overrides import check_overrides
 
 MOST_LISTED = 1000
 FEW = 20
@@ -108,6 +110,10 @@ class PairData(L.LightningDataModule):
             what = f"source is {_kind(source)} and spec {_kind(spec)}"
             todo = "Give a Source or an ExampleSource, and the model's backbone.input_spec"
             raise UserError("PairData", what, todo)
+        check_overrides(source, ExampleSource if isinstance(source, ExampleSource) else Source)
+        if isinstance(source, ExampleSource) and inspect.isroutine(getattr(type(source), "labels", None)):
+            where = f"{type(source).__module__}.{type(source).__qualname__}.labels"
+            raise UserError(where, "is a method", "Make it a property: write @property above it")
         if (steps is None) == (epochs is None):
             todo = "Set exactly one of the two, the other to null, such as --data.epochs null --data.steps 500"
             raise UserError("data", f"steps is {steps} and epochs is {epochs}", todo)
@@ -166,7 +172,7 @@ class PairData(L.LightningDataModule):
         for name in needed:
             # one error names the missing files of all splits
             with absent.noted():
-                splits[name] = self.source.split(name)
+                splits[name] = self._checked(name, self.source.split(name))
         absent.check()
         if "train" in splits:
             # leaks are dropped first, so that the fraction is of the images that may be trained on
@@ -191,6 +197,19 @@ class PairData(L.LightningDataModule):
             unit = "example" if isinstance(self.source, ExampleSource) else "image"
             what = f"the {needed[0]} split has only {rows} {unit}{'' if rows == 1 else 's'}"
             print(f"warning: {what}: its numbers mean little; hold out hundreds to compare models", flush=True)
+
+    def _checked(self, name: str, split: Any) -> Any:
+        """A split of the source, which may be of another package. Raises UserError if it is no split, or is empty."""
+        where = f"{type(self.source).__module__}.{type(self.source).__qualname__}.split('{name}')"
+        missing = [each for each in ("__getitem__", "__len__", "fingerprint") if not hasattr(split, each)]
+        if missing:
+            kind = "examples.Examples" if isinstance(self.source, ExampleSource) else "batch.Pairs"
+            what = f"gave a {_kind(split)} without {missing[0]}"
+            raise UserError(where, what, f"Return an object with all members of maskvlm.data.{kind}")
+        # A streamed split of pairs has length 0.
+        if isinstance(self.source, ExampleSource) and not len(split):
+            raise UserError(where, "has no examples", "Check the files that it reads", ExitCode.BAD_DATA)
+        return split
 
     def token_counts(self, most: int = 2000) -> Tensor:
         """How often each token occurs in the texts of at most `most` training rows, [tokenizer entries]; start, end and

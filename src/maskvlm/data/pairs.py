@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from maskvlm.data.batch import Batch, Pairs, Row
+from maskvlm.data.batch import Batch, Pairs, Row, check_row
 from maskvlm.data.caption_text import caption_id, clean_caption, stable_id
 from maskvlm.data.images import BadImage, safe_open
 from maskvlm.data.sampler import Pick
@@ -78,6 +78,7 @@ class TrainPairs(Dataset[Sample]):
 
     def sample(self, row: Row, pick: Pick) -> Sample:
         """The sample of a row; a source without row numbers picks by numbers of its own."""
+        check_row(row, pick.row)
         at(row["origin"], row["image_id"])
         # A data worker's generator is used for nothing else, so there is no state to restore.
         with torch.random.fork_rng(devices=[], enabled=get_worker_info() is None):
@@ -155,7 +156,7 @@ class EvalPairs(Dataset[Sample]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self.pairs[index]
+        row = check_row(self.pairs[index], index)
         at(row["origin"], row["image_id"])
         # empty captions are left out here, as nothing could retrieve them
         captions = [text for text, _ in map(clean_caption, row["captions"]) if text]

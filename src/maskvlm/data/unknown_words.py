@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from maskvlm.data.batch import check_row
 from maskvlm.data.caption_text import clean_caption
+from maskvlm.data.examples import check_example, read_example
 from maskvlm.data.subset import Chosen
 from maskvlm.data.text import Captioner
 from maskvlm.utils.distributed import rank
@@ -31,13 +33,13 @@ def some_captions(pairs: Any, most: int = 6_000) -> Iterator[str]:
         return
     step = math.ceil(len(pairs) / most)
     for index in range(0, len(pairs), step):
-        yield from pairs[index]["captions"]
+        yield from check_row(pairs[index], index)["captions"]
 
 
 def some_texts(examples: Any, most: int = 6_000) -> Iterator[str]:
     """Texts and answers of some examples, chosen as in `some_captions`."""
     for index in range(0, len(examples), math.ceil(len(examples) / most)):
-        example = examples[index]
+        example = read_example(examples, index)
         yield example["text"]
         yield from example["answers"]
 
@@ -57,7 +59,8 @@ def by_source(split: Any) -> Iterator[tuple[str, list[str]]]:
             yield name, [str(getattr(caption, "text", caption)) for caption in pairs.captions(row)]
         else:
             record = pairs[row]
-            yield name, [record["text"]] if "text" in record else list(record["captions"])
+            is_example = "text" in record or "image_ids" in record
+            yield name, [check_example(record, row)["text"]] if is_example else check_row(record, row)["captions"]
 
 
 def spelt_shares(split: Any, captioner: Captioner, unknown: Mapping[str, tuple[float, int]]) -> dict[str, float]:
