@@ -14,6 +14,7 @@ import torch
 import yaml
 from acme.lengths import TextLength as TextCount
 from torch import Tensor
+from toy_examples import Questions, bare_backbone, data_for, trainer_in
 from toys import toy_backbone
 
 from maskvlm import MaskVLM
@@ -23,10 +24,11 @@ from maskvlm.data.scenes.source import Scenes
 from maskvlm.inference.rebuild import read_arguments
 from maskvlm.model.encoders import ImageEncoder, TextEncoder
 from maskvlm.model.maskvlm import MaskVLM as Backbone
+from maskvlm.objectives.classification import Classification
 from maskvlm.objectives.masking import RandomBlocks
 from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.training.checkpointing import KeepState
-from maskvlm.training.lit import LitModel, check_length, check_source
+from maskvlm.training.lit import LitModel, check_data_labels, check_length, check_source
 from maskvlm.utils.constructor import given_arguments
 from maskvlm.utils.errors import UserError
 from tasks.captioning.task import Captioning
@@ -199,6 +201,23 @@ def test_a_task_of_pairs_is_not_trained_on_examples_nor_the_other_way_round() ->
         words = f"data.source: {type(source).__name__} gives {source_kind}, {type(task).__name__} needs {task_kind}"
         with pytest.raises(UserError, match=words):
             check_source(task, data)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (("green", "red", "blue"), "the task's 3 are not the data's 3: label 1 is 'green', not 'red'"),
+        (("red", "green"), "the task's 2 are not the data's 3: label 3 is None, not 'blue'"),
+    ],
+)
+def test_labels_of_a_task_are_those_of_its_data(labels: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    """In another order each target would stand for another label."""
+    backbone = bare_backbone()
+    data, trainer = data_for(backbone, Questions(), steps=1), trainer_in(tmp_path)
+    with pytest.raises(UserError, match=re.escape(f"Classification(labels): {message}. Give the data's own")):
+        trainer.fit(LitModel(backbone, Classification(labels)), data)
+    check_data_labels(Classification(list(Questions().labels)), data)
+    check_data_labels(Vqa(labels, head="generate"), data)
 
 
 class Narrow(ImageEncoder):

@@ -70,6 +70,23 @@ def check_source(task: Task, data: PairData) -> None:
         raise UserError("data.source", what, "Choose data for the task")
 
 
+def check_data_labels(task: Task, data: PairData) -> None:
+    """Check that a task's labels are those of its data, in the same order: the targets of a batch have one column for
+    each label of the data. The command line passes them on; a script gives them itself.
+
+    Raises:
+        UserError: they differ.
+    """
+    own, theirs = getattr(task, "labels", None), data.labels
+    # A head that writes its answers has no outputs to mix up.
+    if own is None or theirs is None or not task.heads_of_labels() or [*own] == [*theirs]:
+        return
+    pairs = enumerate(zip_longest(own, theirs), 1)
+    place, (first, other) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+    what = f"the task's {len(own)} are not the data's {len(theirs)}: label {place} is {first!r:.60}, not {other!r:.60}"
+    raise UserError(f"{type(task).__name__}(labels)", what, "Give the data's own: labels=data.labels")
+
+
 def check_spec(backbone: MaskVLM, data: PairData) -> None:
     """Check that the data are prepared as the model reads them: with another size, colour scale or text length, every
     metric would be wrong, or the first pass would fail.
@@ -260,6 +277,7 @@ class LitModel(L.LightningModule):
         if not isinstance(self.data, PairData):
             raise UserError("trainer", "has no PairData", "Pass one: trainer.fit(model, PairData(...))")
         check_source(self.task, self.data)
+        check_data_labels(self.task, self.data)
         check_spec(self.backbone, self.data)
         if stage == "fit":
             check_length(self.trainer, self.data)
