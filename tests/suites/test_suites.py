@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -1164,6 +1165,108 @@ def test_a_suite_of_ones_own(
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["items"] == 1
     assert result["skipped"].keys() == {"malformed row", "missing image"}
+
+
+class Names(Suite):
+    """Lines of `image<TAB>name<TAB>other name`."""
+
+    question, licence, traps = "which of two names an image shows", "CC0", ("there are few",)
+
+    def read(self, path: Path, images: Path | None) -> ItemRows:
+        rows = ItemRows(path, images)
+        for where, line in rows.lines("names.txt"):
+            name, *texts = line.split("\t")
+            rows.items.append(SuiteItem((rows.image(name, where),), tuple(texts), 0, "", where))
+        return rows
+
+    def metrics(self, items: Any, scores: Any, way: str) -> Any:
+        return [SuiteMetric("right", np.float32(50.0), 50.0, len(items))]  # type: ignore[arg-type]
+
+
+class Bare(Suite):
+    """Says nothing about itself, and measures nothing."""
+
+    def read(self, path: Path, images: Path | None) -> ItemRows:
+        raise NotImplementedError
+
+
+class Sized(Names):
+    """Has an argument without an option and without a default."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+class Chosen(Names):
+    """Has an argument without an option: its default is taken."""
+
+    def __init__(self, size: int = 3) -> None:
+        self.size = size
+
+
+def changed(**methods: Any) -> type[Suite]:
+    """A suite with other methods."""
+    return type("Changed", (Names,), methods)
+
+
+@pytest.mark.parametrize(
+    ("suite", "message"),
+    [
+        (changed(read=lambda self, path, images: []), "Changed.read: gave a list. Return the ItemRows"),
+        (changed(read=lambda self, path: None), "Changed.read: is called as read(path, images)"),
+        (changed(metrics=lambda self, items, scores: []), "Changed.metrics: is called as metrics(items, scores, way)"),
+        (changed(metrics=lambda *_: {"right": 1.0}), "Changed.metrics: gave a dict. Return a list of SuiteMetric"),
+        (changed(metrics=lambda *_: [1.0]), "Changed.metrics: gave a float. Return a list of SuiteMetric"),
+        (
+            changed(metrics=lambda *_: [SuiteMetric("right", torch.ones(1), None, 1)]),  # type: ignore[arg-type]
+            "Changed.metrics: gave the value of right as a Tensor. Give a number",
+        ),
+        (changed(ask=lambda *_: None), "Changed.ask: gave a NoneType. Return the scores of each item"),
+        (changed(ask=lambda *_: [[1.0, 0.0]]), "Changed.ask: gave scores of 1 items, there are 2"),
+        (Bare, "suite names_of_ours.Bare: has no metrics, question, licence, traps. Define them in the class"),
+        (Sized, "suite names_of_ours.Sized: its argument size has no option. Add --size to the parser in its"),
+    ],
+)
+def test_a_mistake_in_a_suite_of_ones_own_is_told(
+    suite: type[Suite],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert message in ask_of_ours(suite, tmp_path, monkeypatch, checkpoint, capsys, ExitCode.USAGE).err
+
+
+@pytest.mark.parametrize("suite", [Names, Chosen])
+def test_a_number_of_numpy_and_a_default_are_enough(
+    suite: type[Suite],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ask_of_ours(suite, tmp_path, monkeypatch, checkpoint, capsys, ExitCode.DONE)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["metrics"]["contrast"]["right"]["value"] == 50.0
+
+
+def ask_of_ours(
+    suite: type[Suite],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    code: ExitCode,
+) -> Any:
+    """What the command prints for a suite of two items in a module of one's own."""
+    write(folder, {"names.txt": "a.png\tred\tblue\nb.png\tred\tblue\n", "a.png": picture(0), "b.png": picture(1)})
+    module = ModuleType("names_of_ours")
+    setattr(module, suite.__name__, suite)
+    monkeypatch.setitem(sys.modules, "names_of_ours", module)
+    words = [f"names_of_ours.{suite.__name__}", f"from={checkpoint}", "--path", str(folder)]
+    assert main(["suite", *words, "--out", str(folder / "out")]) == code
+    return capsys.readouterr()
 
 
 # ---------------------------------------------------------------------- the page

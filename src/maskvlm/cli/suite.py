@@ -41,7 +41,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     )
     parser.add_argument("--device", help="torch device, such as cuda (default: cpu)")
     kind = suite_class(name) if name else None
-    own = set(inspect.signature(kind).parameters) if kind is not None else set()
+    own = inspect.signature(kind).parameters if kind is not None else {}
     if kind is not None:
         kind.add_options(parser)
     options = parser.parse_args(arguments)
@@ -53,7 +53,12 @@ def main(arguments: list[str], allowed: list[str]) -> int:
         raise UserError(f"suite {name}", "--path is missing", f"See maskvlm suite {name} --help")
     if options.limit is not None:
         check_least(1, {"--limit": options.limit})
-    suite = kind(**{key: getattr(options, key) for key in own})
+    plain_kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for key, argument in own.items():
+        if argument.default is argument.empty and argument.kind in plain_kinds and not hasattr(options, key):
+            todo = f"Add --{key} to the parser in its add_options, or give {key} a default"
+            raise UserError(f"suite {name}", f"its argument {key} has no option", todo)
+    suite = kind(**{key: getattr(options, key) for key in own if hasattr(options, key)})
     ways = suite.ways if options.by == ["all"] else options.by
     folder = options.out or Path("checkpoints") / f"suite-{name}-{moment_of_evaluation()}"
     # Problems with the files are reported before a large model is loaded.

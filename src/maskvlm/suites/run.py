@@ -4,6 +4,7 @@ import json
 import random
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from maskvlm.inference.pretrained import INPUT_WARNINGS, PretrainedMaskVLM, name
 from maskvlm.suites.scores import within
 from maskvlm.suites.suite import ItemRows, Suite, SuiteItem, SuiteMetric
 from maskvlm.utils.errors import ExitCode, UserError
+from maskvlm.utils.overrides import check_overrides
 from maskvlm.utils.whole_files import json_ready, write_json, write_text
 
 RESULT, SCORES = "result.json", "scores.jsonl"
@@ -52,6 +54,7 @@ class SuiteReport(NamedTuple):
 
 def check_ways(suite: Suite, ways: Sequence[str], limit: int | None) -> None:
     """Checks that need no files; raises as `run_suite`."""
+    check_overrides(suite, Suite)
     if unknown := [way for way in ways if way not in suite.ways]:
         raise UserError("--by", f"this suite cannot be scored by {unknown[0]}", f"Available: {', '.join(suite.ways)}")
     if suite.whole and limit is not None:
@@ -74,8 +77,11 @@ def run_suite(
         limit: maximum number of images, drawn at random with `seed`; all their items are used.
 
     Raises:
-        UserError: no item is left, the suite has no such way or needs all its items, or the checkpoint lacks a head.
+        UserError: no item is left, the suite has no such way or needs all its items, the checkpoint lacks a head, or a
+            method of the suite returns something else than `Suite` says.
     """
+    if not isinstance(rows, ItemRows):
+        raise _wrong(suite, "read", rows, "Return the ItemRows")
     check_ways(suite, ways, limit)
     ways, path = tuple(ways) or suite.ways[:1], rows.path
     total, notes = len(rows.items), [*rows.notes]
@@ -92,7 +98,7 @@ def run_suite(
         # Unusual images are intended, and a warning would be about one of thousands; texts get notes below.
         for kind in INPUT_WARNINGS:
             warnings.simplefilter("ignore", kind)
-        scores = {way: suite.ask(model, items, way) for way in ways}
+        scores = {way: _asked(suite, model, items, way) for way in ways}
     looked_at = some_of(list(dict.fromkeys(image for item in items for image in item.images)))
     far = sum(line is not None for line in model.far(looked_at)) if looked_at else 0
     if 2 * far > len(looked_at):  # a few unusual ones are no reason to doubt the metrics
@@ -110,9 +116,44 @@ def run_suite(
         places = [row for row, each in enumerate(scores[way]) if len(each)]
         if missing := len(items) - len(places):
             notes.append(f"by {way}: {missing} of {len(items)} items cannot be scored, and are left out")
-        metrics[way] = suite.metrics([items[row] for row in places], [scores[way][row] for row in places], way)
+        metrics[way] = _measured(suite, [items[row] for row in places], [scores[way][row] for row in places], way)
     seen_count = trained_on(model, items) if rows.ids_known else None
     return SuiteReport(metrics, scores, items, total, skipped, rows.files, notes, seen_count)
+
+
+def _asked(suite: Suite, model: PretrainedMaskVLM, items: list[SuiteItem], way: str) -> Sequence[Any]:
+    """The result of `Suite.ask`, checked."""
+    scores: Sequence[Any] = suite.ask(model, items, way)
+    todo = "Return the scores of each item, [] for one without"
+    if not hasattr(scores, "__len__"):
+        raise _wrong(suite, "ask", scores, todo)
+    if len(scores) != len(items):
+        raise UserError(_method(suite, "ask"), f"gave scores of {len(scores)} items, there are {len(items)}", todo)
+    return scores
+
+
+def _measured(suite: Suite, items: list[SuiteItem], scores: list[Any], way: str) -> list[SuiteMetric]:
+    """The result of `Suite.metrics`, checked: the model may have run for hours."""
+    metrics: Any = suite.metrics(items, scores, way)
+    todo = "Return a list of SuiteMetric"
+    if not isinstance(metrics, list | tuple):
+        raise _wrong(suite, "metrics", metrics, todo)
+    for one in metrics:
+        if not isinstance(one, SuiteMetric):
+            raise _wrong(suite, "metrics", one, todo)
+        if not isinstance(one.value, Real):
+            what = f"gave the value of {one.name} as a {type(one.value).__name__}"
+            raise UserError(_method(suite, "metrics"), what, "Give a number")
+    # A number of NumPy, too, is written to JSON.
+    return [one._replace(value=float(one.value)) for one in metrics]
+
+
+def _wrong(suite: Suite, method: str, value: object, todo: str) -> UserError:
+    return UserError(_method(suite, method), f"gave a {type(value).__name__}", todo)
+
+
+def _method(suite: Suite, method: str) -> str:
+    return f"{type(suite).__module__}.{type(suite).__qualname__}.{method}"
 
 
 def subset(items: list[SuiteItem], limit: int | None, seed: int) -> list[SuiteItem]:
