@@ -30,6 +30,7 @@ from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.training.checkpointing import KeepState
 from maskvlm.training.lit import LitModel, check_data_labels, check_length, check_source
 from maskvlm.utils.constructor import given_arguments
+from maskvlm.utils.distributed import Draw
 from maskvlm.utils.errors import UserError
 from tasks.captioning.task import Captioning
 from tasks.retrieval.task import Retrieval
@@ -218,6 +219,45 @@ def test_labels_of_a_task_are_those_of_its_data(labels: tuple[str, ...], message
         trainer.fit(LitModel(backbone, Classification(labels)), data)
     check_data_labels(Classification(list(Questions().labels)), data)
     check_data_labels(Vqa(labels, head="generate"), data)
+
+
+def test_what_a_loop_of_ones_own_forgets_is_told_step_by_step() -> None:
+    backbone, task = bare_backbone(), MaskedPretraining(mask_block=8, decoder_layers=1, contrast_dim=8)
+    data = PairData(Scenes(train=8, val=4), backbone.input_spec, batch_size=4, steps=1)
+
+    def step() -> dict[str, Tensor]:
+        return task(backbone, data.normalised(next(iter(data.train_dataloader()))))  # type: ignore[no-any-return]
+
+    for loader, split, stage in (
+        (data.train_dataloader, "train", "fit"),
+        (data.val_dataloader, "val", "validate"),
+        (data.test_dataloader, "test", "test"),
+    ):
+        with pytest.raises(UserError, match=rf"PairData: the {split} split .* Call data\.setup\('{stage}'\)"):
+            loader()
+    data.setup("fit")
+    assert data.tokenizer is not None
+    with pytest.raises(UserError, match=r"MaskedPretraining: has no heads yet\. Call task\.build_once"):
+        step()
+    task.build_once(backbone)
+    with pytest.raises(UserError, match=r"MaskedPretraining: has no random numbers .* Call task\.set_uniform"):
+        step()
+    task.set_uniform(Draw(0, 0, "cpu"))
+    with pytest.raises(UserError, match=r"TextEncoder: has no tokenizer yet\. Call backbone\.text\.set_tokenizer"):
+        step()
+    backbone.text.set_tokenizer(data.tokenizer)
+    with pytest.raises(UserError, match=r"ImageEncoder: its pixels are torch\.uint8\. Normalise them"):
+        task(backbone, next(iter(data.train_dataloader())))
+    assert step().keys() == {"itc", "itm", "mlm", "mim"}
+
+
+def test_exchanged_encoders_are_told() -> None:
+    one = toy_backbone()
+    encoders: list[Any] = [one.image, one.text]
+    with pytest.raises(UserError, match="MaskVLM: TextEncoder and ImageEncoder were given as image and text"):
+        Backbone(*reversed(encoders))
+    with pytest.raises(UserError, match="MaskVLM: ImageEncoder and TextEncoder were given"):
+        Backbone(*map(type, encoders))  # type: ignore[arg-type]
 
 
 class Narrow(ImageEncoder):

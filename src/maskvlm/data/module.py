@@ -211,6 +211,14 @@ class PairData(L.LightningDataModule):
             raise UserError(where, "has no examples", "Check the files that it reads", ExitCode.BAD_DATA)
         return split
 
+    def _read(self, name: str) -> Any:
+        """A split that `setup` has read. Raises UserError: it has not, as in a script without a trainer."""
+        if name not in self.splits:
+            stage = {"train": "fit", "val": "validate", "test": "test"}[name]
+            todo = f"Call data.setup('{stage}') before you ask for its batches"
+            raise UserError("PairData", f"the {name} split has not been read yet", todo)
+        return self.splits[name]
+
     def token_counts(self, most: int = 2000) -> Tensor:
         """How often each token occurs in the texts of at most `most` training rows, [tokenizer entries]; start, end and
         padding do not count."""
@@ -315,10 +323,10 @@ class PairData(L.LightningDataModule):
     # ------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> DataLoader[Any]:
-        share = self.share
+        pairs, share = self._read("train"), self.share
         check_share(self.batch_size, self.accumulate, world_size())
         # a batch of the loader is a pass; `accumulate` passes make one optimiser step
-        pairs, batches = self.splits["train"], self.total_steps * self.accumulate
+        batches = self.total_steps * self.accumulate
         transform = train_transform(self.spec, *self.augment, normalise=False)
         # streamed: the shards determine the order
         if hasattr(pairs, "stream"):
@@ -338,10 +346,10 @@ class PairData(L.LightningDataModule):
         return self._loader(data, share // world_size(), batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._evaluation(self.splits["val"], "limit_val_batches")
+        return self._evaluation(self._read("val"), "limit_val_batches")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._evaluation(self.splits["test"], "limit_test_batches")
+        return self._evaluation(self._read("test"), "limit_test_batches")
 
     def _evaluation(self, pairs: Any, option: str) -> DataLoader[Any]:
         """Loader of an evaluation split. Each process takes its own batches: no image is added as padding or counted

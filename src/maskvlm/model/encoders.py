@@ -229,8 +229,14 @@ class ImageEncoder(Encoder):
 
         Returns:
             image_BLD: the class token, then the patches, without other prefix tokens of the ViT.
+
+        Raises:
+            UserError: the pixels are bytes.
         """
         self._check_ready()
+        if not image_BCHW.is_floating_point():
+            todo = "Normalise them: PairData.normalised(batch), or pixels(images) of a loaded model"
+            raise UserError("ImageEncoder", f"its pixels are {image_BCHW.dtype}", todo)
         # As in the paper: whole and masked images in one pass.
         if subset_WV is None and (mask_BN is None or not self.left_out):
             return self._adapted(lambda: self._features(image_BCHW, mask_BN, row_W))
@@ -446,20 +452,25 @@ class TextEncoder(Encoder):
     @property
     def mask_id(self) -> int:
         """Id of the mask token."""
-        assert self.tokenizer is not None, "the tokenizer is set before the first step"
-        return int(self.tokenizer.mask_token_id)
+        return int(self._known_tokenizer().mask_token_id)
 
     @property
     def pad_id(self) -> int:
         """Id of the padding token."""
-        assert self.tokenizer is not None, "the tokenizer is set before the first step"
-        return int(self.tokenizer.pad_token_id)
+        return int(self._known_tokenizer().pad_token_id)
 
     def ids_of(self, words: str) -> list[int]:
         """Token ids of words, without start and end; empty if the tokenizer does not know all of them."""
-        assert self.tokenizer is not None, "the tokenizer is set before the first step"
-        ids: list[int] = self.tokenizer.encode(words, add_special_tokens=False)
-        return [] if self.tokenizer.unk_token_id in ids else ids
+        tokenizer = self._known_tokenizer()
+        ids: list[int] = tokenizer.encode(words, add_special_tokens=False)
+        return [] if tokenizer.unk_token_id in ids else ids
+
+    def _known_tokenizer(self) -> PreTrainedTokenizerFast:
+        """Raises UserError if there is none yet, as in a loop of one's own with random weights."""
+        if self.tokenizer is None:
+            todo = "Call backbone.text.set_tokenizer(data.tokenizer) after data.setup('fit')"
+            raise UserError("TextEncoder", "has no tokenizer yet", todo)
+        return self.tokenizer
 
     @property
     def word_embeddings(self) -> Tensor:

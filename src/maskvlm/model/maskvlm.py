@@ -64,9 +64,9 @@ class MaskVLM(nn.Module):
         trained_on: data of all trainings so far, as recorded by the last one in this process; None before one.
 
     Raises:
-        UserError: a number is out of range, the number of heads does not divide the width, a width is not a multiple of
-            4 where positions are initialised (`random_init`, `query_positions`), or the weights of an encoder or of
-            `start` are not available or do not fit.
+        UserError: the encoders are exchanged or classes, a number is out of range, the number of heads does not divide
+            the width, a width is not a multiple of 4 where positions are initialised (`random_init`,
+            `query_positions`), or the weights of an encoder or of `start` are not available or do not fit.
     """
 
     def __init__(
@@ -84,6 +84,10 @@ class MaskVLM(nn.Module):
         super().__init__()
         # Encoders record their own arguments.
         self.arguments = {k: value for k, value in given_arguments(self).items() if k not in ("image", "text")}
+        if isinstance(image, TextEncoder | type) or isinstance(text, ImageEncoder | type):
+            names = [kind.__name__ if isinstance(kind, type) else type(kind).__name__ for kind in (image, text)]
+            todo = "Build them, the image's first: MaskVLM(ImageEncoder(...), TextEncoder(...))"
+            raise UserError("MaskVLM", f"{names[0]} and {names[1]} were given as image and text", todo)
         check_counts(1, {"model.backbone.cross_layers": cross_layers, "model.backbone.cross_heads": cross_heads})
         check_counts(1, {"model.backbone.width": width})
         check_shares({"model.backbone.dropout": dropout})

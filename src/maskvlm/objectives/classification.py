@@ -145,6 +145,7 @@ class Classification(Task):
         return super().warm_start(heads)
 
     def forward(self, backbone: MaskVLM, batch: ExampleBatch) -> dict[str, Tensor]:
+        self.check_ready()
         logits_BK = self.logits(backbone, batch, self.uniform)
         weight_B = batch.valid_B.float()
         loss_B = self.loss(logits_BK.float(), batch.target_BK)

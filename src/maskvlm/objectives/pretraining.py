@@ -405,6 +405,7 @@ class MaskedPretraining(Task):
             self.tokens.init_bias_from_counts(count())
 
     def forward(self, backbone: MaskVLM, batch: Batch) -> dict[str, Tensor]:
+        self.check_ready()
         # False in the ITC-only phase.
         aligned = self.run_progress >= self.contrast_first
         step, matched, pairs = self.step(backbone, batch, aligned)

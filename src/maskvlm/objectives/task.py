@@ -122,6 +122,19 @@ class Task(nn.Module, ABC):
         backbone.unfreeze_for_task()
         backbone.freeze_for_task(*map(backbone.get_parameter, self.unreached))
 
+    def check_ready(self) -> None:
+        """Check that a training step can be computed, as a loop of one's own may forget to prepare it.
+
+        Raises:
+            UserError: there are no heads, or no random numbers for the step.
+        """
+        name = type(self).__name__
+        if not self.built and next(self.parameters(), None) is None:
+            raise UserError(name, "has no heads yet", "Call task.build_once(backbone) before the first step")
+        if not hasattr(self, "uniform"):
+            todo = 'Call task.set_uniform(Draw(seed, step, "cpu")) before each step (maskvlm.utils.distributed.Draw)'
+            raise UserError(name, "has no random numbers for this step", todo)
+
     @abstractmethod
     def forward(self, backbone: "MaskVLM", batch: Any) -> dict[str, Tensor]:
         """Named loss terms of one training batch, scalars, each a mean over the global batch; LitModel logs them
