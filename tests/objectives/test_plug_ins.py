@@ -22,6 +22,7 @@ from toys import toy_batch
 from maskvlm.cli.main import main
 from maskvlm.data.prepared.source import Prepared
 from maskvlm.data.raw import open_raw
+from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet, checked_rows
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.rebuild import make_part
 from maskvlm.objectives.masking import ChosenPhrases, RandomBlocks, RandomTokens, TextMasking
@@ -451,6 +452,54 @@ def test_what_is_no_reader_is_one_line(name: str, message: str, tmp_path: Path) 
     with pytest.raises(UserError, match=message) as error:
         open_raw(name, str(tmp_path))
     assert error.value.code == ExitCode.MISSING_INPUT
+
+
+class Reader(RawSet):
+    """Gives what it was told to give."""
+
+    facts = Facts("Toys", None, None, "CC0")
+    given: Any = None
+
+    def rows(self) -> Any:
+        return self.given
+
+
+class Factless(RawSet):
+    """Does not say what it reads."""
+
+    def rows(self) -> Any:
+        return []
+
+
+GOOD = RawRow("a.png", ("a bird",), "toys 1", "train", "toys.txt:1")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "Reader.rows: gave a NoneType. Yield the rows"),
+        ([GOOD, tuple(GOOD)], "Reader.rows: gave a tuple. Yield a RawRow or a BadRow"),
+        ([GOOD._replace(image_id=1)], "Reader.rows: gave image_id as a int in toys.txt:1. Give str"),  # type: ignore[arg-type]
+        (
+            [GOOD._replace(image=Path("a.png"))],
+            "Reader.rows: gave image as a PosixPath in toys.txt:1. Give str or bytes",
+        ),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_row_of_a_reader_is_told(given: Any, message: str, tmp_path: Path) -> None:
+    reader = Reader(str(tmp_path), "toys")
+    reader.given = given
+    with pytest.raises(UserError, match=re.escape(message)):
+        list(checked_rows(reader))
+    good: list[Any] = [GOOD, BadRow("no tab", "toys.txt:2", "no tab", "train")]
+    reader.given = good
+    assert list(checked_rows(reader)) == good
+
+
+def test_a_reader_has_facts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("acme.birds.Factless", Factless, raising=False)
+    with pytest.raises(UserError, match=r"acme\.birds\.Factless has no facts\. Define it in the class"):
+        open_raw("acme.birds.Factless", str(tmp_path))
 
 
 # ---------------------------------------------------------------------- the page that says so

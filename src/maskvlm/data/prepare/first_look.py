@@ -26,7 +26,7 @@ from maskvlm.data.prepare.rows import (
 from maskvlm.data.prepared.manifest import IMAGES, LOOK, cannot_write_set, whole_set_file
 from maskvlm.data.prepared.shards import PreparedShards
 from maskvlm.data.preview import fill_sheet, lay_out, png_of, print_text, read_row
-from maskvlm.data.raw.base import BadRow, RawRow, RawSet
+from maskvlm.data.raw.base import BadRow, RawRow, RawSet, checked_rows
 from maskvlm.data.raw.lines import one_line
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -163,7 +163,7 @@ def table(name: str, reasons: dict[str, Any], examples: bool = False) -> list[st
 
 def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
     """Read and draw a part of a set that is not prepared; returns lines on what preparing it would give."""
-    every = screened(raw.rows())
+    every = screened(checked_rows(raw))
     captions, reasons, counts = Captions(), Reasons(), Counter[str]()
     sample = DrawnSample()
     rows = 0

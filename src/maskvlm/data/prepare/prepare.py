@@ -23,7 +23,7 @@ from maskvlm.data.prepared.manifest import (
     read_manifest,
     write_set_json,
 )
-from maskvlm.data.raw.base import BadRow, RawRow, RawSet
+from maskvlm.data.raw.base import BadRow, RawRow, RawSet, checked_rows
 from maskvlm.data.safe_open import content_of
 from maskvlm.data.streaming.pool import Pool, Stage
 from maskvlm.utils.errors import ExitCode, UserError
@@ -68,7 +68,7 @@ def prepare(raw: RawSet, plan: Plan, root: Path, workers: int, say: Callable[[st
                 Stage("preparing", raw.facts.images, pool.counts, say) as stage,
             ):
                 # rows are read lazily, by this process only
-                counts = run_jobs(pool, stage, cut_jobs(raw.rows(), plan.rows))
+                counts = run_jobs(pool, stage, cut_jobs(checked_rows(raw), plan.rows))
             manifest = finish_set(root, raw, plan, counts, time.monotonic() - started)
     except OSError as error:  # readers of raw files report their own
         raise cannot_write_set(root, error) from error

@@ -84,7 +84,7 @@ def reader_of(path: str) -> type[RawSet]:
     user, never for values from a file.
 
     Raises:
-        UserError: it cannot be imported, or is not a `RawSet` (66).
+        UserError: it cannot be imported, or is not a `RawSet` (66); it lacks a part (2).
     """
     module, _, name = path.rpartition(".")
     try:
@@ -95,6 +95,10 @@ def reader_of(path: str) -> type[RawSet]:
     if not (isinstance(reader, type) and issubclass(reader, RawSet)):
         todo = "Name a class of maskvlm.data.raw.base.RawSet"
         raise UserError("SET", f"{path} does not read a set", todo, ExitCode.MISSING_INPUT)
+    missing = [*sorted(reader.__abstractmethods__), *([] if hasattr(reader, "facts") else ["facts"])]
+    if missing:
+        todo = "Define it in the class, see docs/extending.md"
+        raise UserError("SET", f"{path} has no {' and no '.join(missing)}", todo)
     return reader
 
 

@@ -1,9 +1,11 @@
 """The interface of readers of raw sets: good and bad rows in the order of the files."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from maskvlm.utils.errors import UserError
 
 
 class RawRow(NamedTuple):
@@ -91,3 +93,25 @@ class RawSet(ABC):
         Raises:
             UserError: the set as a whole cannot be read.
         """
+
+
+def checked_rows(reader: RawSet) -> Iterator[RawRow | BadRow]:
+    """The rows of a reader, which may be of another package and give anything.
+
+    Raises:
+        UserError: it gives no rows, a row of another class, or one whose fields are of other types (2).
+    """
+    where = f"{type(reader).__module__}.{type(reader).__qualname__}.rows"
+    rows: Any = reader.rows()
+    if not isinstance(rows, Iterable):
+        raise UserError(where, f"gave a {type(rows).__name__}", "Yield the rows, each a RawRow or a BadRow")
+    for row in rows:
+        if not isinstance(row, RawRow | BadRow):
+            raise UserError(where, f"gave a {type(row).__name__}", "Yield a RawRow or a BadRow")
+        if isinstance(row, RawRow):
+            for name, kinds in (("image", (str, bytes)), ("image_id", (str,)), ("split", (str,)), ("origin", (str,))):
+                value: object = getattr(row, name)
+                if not isinstance(value, kinds):
+                    todo = f"Give {' or '.join(kind.__name__ for kind in kinds)}"
+                    raise UserError(where, f"gave {name} as a {type(value).__name__} in {row.origin!s:.80}", todo)
+        yield row
