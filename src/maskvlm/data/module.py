@@ -201,7 +201,9 @@ class PairData(L.LightningDataModule):
     def _checked(self, name: str, split: Any) -> Any:
         """A split of the source, which may be of another package. Raises UserError if it is no split, or is empty."""
         where = f"{type(self.source).__module__}.{type(self.source).__qualname__}.split('{name}')"
-        missing = [each for each in ("__getitem__", "__len__", "fingerprint") if not hasattr(split, each)]
+        # A streamed split gives its rows in an order of its own.
+        rows = "stream" if hasattr(split, "stream") else "__getitem__"
+        missing = [each for each in (rows, "__len__", "fingerprint") if not hasattr(split, each)]
         if missing:
             kind = "examples.Examples" if isinstance(self.source, ExampleSource) else "batch.Pairs"
             what = f"gave a {_kind(split)} without {missing[0]}"
