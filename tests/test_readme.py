@@ -62,26 +62,33 @@ def test_readme_prints_what_it_shows(
     assert result.failed == 0, capsys.readouterr().out
 
 
-def test_the_first_answer_costs_ten_seconds_of_a_processor_at_most(tmp_path: Path) -> None:
-    """Imports and loading included. Of a processor, not of the clock: other tests run beside it."""
-    maskvlm = [sys.executable, "-m", "maskvlm"]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*maskvlm, "scene", "6"], cwd=tmp_path, check=True, capture_output=True)
+def processor_seconds(command: list[str], folder: Path) -> tuple[float, str]:
+    """Of a processor, not of the clock: other tests run beside it. And what the command prints."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [*maskvlm, "caption", "scene.png"], cwd=tmp_path, check=True, capture_output=True, text=True, env=one_thread
-    )
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, env=one_thread)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.stdout == "big dotted blue star over big striped pink heart\n"
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 10
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
+
+
+def test_the_first_answer_costs_little_more_than_its_libraries(tmp_path: Path) -> None:
+    """Most of the time of an answer is the import of torch and transformers. A bound in seconds would test the machine:
+    the same answer takes 5 s on one and 12 s on another."""
+    libraries = "import torch, transformers.modeling_utils, transformers.image_processing_utils, timm"
+    maskvlm = [sys.executable, "-m", "maskvlm"]
+    subprocess.run([*maskvlm, "scene", "6"], cwd=tmp_path, check=True, capture_output=True)
+    imports, _ = processor_seconds([sys.executable, "-c", libraries], tmp_path)
+    answer, printed = processor_seconds([*maskvlm, "caption", "scene.png"], tmp_path)
+    assert printed == "big dotted blue star over big striped pink heart\n"
+    assert answer <= 1.6 * imports
 
 
 def test_an_answer_needs_nothing_of_training(tmp_path: Path) -> None:
-    """Lightning takes a second or two to import."""
+    """Lightning takes a second or two to import, matplotlib half of one."""
     code = "import sys; from maskvlm.cli.main import main; main(['scene', '6']); main(['caption', 'scene.png']); "
-    code += "print('lightning' in sys.modules)"
+    code += "print({'lightning', 'matplotlib', 'gradio'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "False"
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_readme_is_one_screen_that_is_read_once() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from maskvlm.model.maskvlm import MaskVLM
+from maskvlm.objectives.loss_functions import mean_over
 from maskvlm.objectives.pretraining_losses import EvaluatedBatch, Need, PretrainingLoss, Step
 from maskvlm.utils.distributed import shared_count
 
@@ -29,7 +30,7 @@ class TextLength(PretrainingLoss):
     def __call__(self, heads: Any, step: Step) -> Tensor:
         error_B = (heads.length(step.encoded.image_BLD[:, 0])[:, 0] - self.words(step)).square()
         valid_B = step.batch.valid_B.float()
-        return (error_B * valid_B).sum() / shared_count(valid_B.sum()).clamp(min=1)
+        return mean_over(shared_count(valid_B.sum()), (error_B * valid_B).sum())
 
     def observe(self, heads: Any, step: Step) -> None:
         self.level = self.words(step)[step.batch.valid_B].var(unbiased=False)

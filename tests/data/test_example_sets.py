@@ -258,6 +258,16 @@ def test_a_label_outside_the_classes_names_its_row(collate: CollateExamples) -> 
         many([data[0]])
 
 
+@pytest.mark.parametrize("method", ["targets", "shares"])
+@pytest.mark.parametrize("given", [[0.5, 0.5], None, "red", {"red": "half"}])
+def test_weights_of_labels_are_a_dict_of_numbers(method: str, given: Any, collate: CollateExamples) -> None:
+    source = Questions()
+    setattr(source, method, lambda answers: given)
+    sample = evaluation({"answers": ["red"]})[0]
+    with pytest.raises(UserError, match=rf"Questions\.{method}: gave .* for the answers \['red'\]\. Return a dict"):
+        CollateExamples(collate.captioner, source)([sample])
+
+
 # ---------------------------------------------------------------------- the data module
 
 

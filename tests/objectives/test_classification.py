@@ -213,6 +213,14 @@ def test_measured_by_hand() -> None:
     assert task.predictions == []
 
 
+def test_metrics_of_a_subclass_are_a_dict(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, task = build()
+    task.update(backbone, noise(2))
+    monkeypatch.setattr(Classification, "extra_metrics", lambda *_: None)
+    with pytest.raises(UserError, match=r"Classification\.extra_metrics: gave a NoneType\. Return a dict"):
+        task.compute(backbone)
+
+
 def test_right_is_the_first_answer_word_for_word() -> None:
     task = Classification(LABELS)
     cases: list[tuple[str, list[str]]] = [("red", ["red"]), ("red", ["Red"]), ("red", ["blue", "red"]), ("red", [])]

@@ -3,8 +3,9 @@
 The counterpart of `pairs.py` for `ExampleSource`. Shapes: B examples, P images per example, K labels, A answers.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, TypedDict
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Any, Literal, TypedDict
 
 import torch
 from PIL import Image
@@ -134,7 +135,7 @@ class CollateExamples:
                 what = f"the example has {images} images, but {examples[0]['origin']} has {first}"
                 todo = "Give each example of a source as many images"
                 raise UserError(sample["example"]["origin"], what, todo, ExitCode.BAD_DATA)
-        targets = [self.source.targets(example["answers"]) for example in examples]
+        targets = [self.label_weights(example, "targets") for example in examples]
         ids = [[stable_id(name) for name in example["image_ids"]] for example in examples]
         return ExampleBatch(
             # (B, P, 3, H, W): all examples of a source have as many images
@@ -146,12 +147,27 @@ class CollateExamples:
             torch.tensor([sample["index"] for sample in samples]),
             # (B, P)
             torch.tensor(ids),
-            self.answers([self.source.shares(example["answers"]) for example in examples]),
+            self.answers([self.label_weights(example, "shares") for example in examples]),
             # without images, which would be sent from worker to main process a second time
             tuple(Example(**{**example, "images": []}) for example in examples),
             tuple(sample["problem"] for sample in samples if sample["problem"]),
             mirrored_tensor([sample["mirrored"] for sample in samples]),
         )
+
+    def label_weights(self, example: Example, method: Literal["targets", "shares"]) -> dict[str, float]:
+        """What this method of the source gives for the example's answers.
+
+        Raises:
+            UserError: a source of another package gives something else than a dict of numbers.
+        """
+        given: Any = getattr(self.source, method)(example["answers"])
+        numbers = isinstance(given, Mapping) and all(isinstance(weight, Real) for weight in given.values())
+        if not numbers:
+            kind = type(self.source)
+            todo = f"Return a dict, as maskvlm.data.examples.ExampleSource.{method}"
+            what = f"gave {given!r:.60} for the answers {example['answers']!r:.60}"
+            raise UserError(f"{kind.__module__}.{kind.__qualname__}.{method}", what, todo)
+        return dict(given)
 
     def dense(self, targets: list[dict[str, float]], examples: list[Example]) -> Tensor:
         """Weights of all labels, [B, K]."""

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
@@ -117,6 +116,9 @@ def overlay(image: Image.Image, map_RC: Any) -> Image.Image:
     has 70 % opacity."""
     top = float(map_RC.max())
     level_RC = np.rint(255 * np.asarray(map_RC, dtype=np.float32) / (top or 1.0)).astype(np.uint8)
+    # Half a second to import, which no other answer needs.
+    from matplotlib import colormaps
+
     # Bytes throughout, about ten per pixel instead of a hundred with floats: photos have up to 50 million pixels.
     level = Image.fromarray(level_RC).resize(image.size, Image.Resampling.BICUBIC)
     layer = level.copy()

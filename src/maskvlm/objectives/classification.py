@@ -221,7 +221,12 @@ class Classification(Task):
         for kind, part in by_kind(scored).items():
             metrics[f"{self.name}/accuracy/{kind}"] = percent(part)
             metrics[f"{self.name}/accuracy/{kind}_majority"] = majority(part, self.correct)
-        metrics |= {f"{self.name}/{key}": value for key, value in self.extra_metrics(scored).items()}
+        extra: Any = self.extra_metrics(scored)
+        if not isinstance(extra, Mapping):
+            where = f"{type(self).__module__}.{type(self).__qualname__}.extra_metrics"
+            todo = "Return a dict: each metric by its name, a number"
+            raise UserError(where, f"gave a {type(extra).__name__}", todo)
+        metrics |= {f"{self.name}/{key}": value for key, value in extra.items()}
         metrics[f"{self.name}/examples"] = float(len(scored))
         return metrics | {"score": metrics[f"{self.name}/accuracy"]}
 
