@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +421,18 @@ class Short(Questions):
 
     def split(self) -> Any:  # type: ignore[override]
         return ToySplit([example(0)])
+
+
+class Kept(Questions):
+    """Computes its labels once."""
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:  # type: ignore[override]
+        return LABELS
+
+
+def test_labels_may_be_a_cached_property() -> None:
+    PairData(Kept(), SPEC, steps=1).setup("fit")
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ class PairData(L.LightningDataModule):
             todo = "Give a Source or an ExampleSource, and the model's backbone.input_spec"
             raise UserError("PairData", what, todo)
         check_overrides(source, ExampleSource if isinstance(source, ExampleSource) else Source)
-        if isinstance(source, ExampleSource) and inspect.isroutine(getattr(type(source), "labels", None)):
+        if isinstance(source, ExampleSource) and inspect.isfunction(getattr(type(source), "labels", None)):
             where = f"{type(source).__module__}.{type(source).__qualname__}.labels"
             raise UserError(where, "is a method", "Make it a property: write @property above it")
         if (steps is None) == (epochs is None):
