@@ -214,6 +214,7 @@ class Classification(Task):
         return float(prediction == answers[0]) if answers else None
 
     def compute(self, backbone: MaskVLM) -> dict[str, float]:
+        """See `Task.compute`. Raises UserError if `extra_metrics` of a subclass gives no dict."""
         scored = self.scored.all()
         self.predictions = [one.line for one in scored]
         metrics = {f"{self.name}/accuracy": percent(scored)}
