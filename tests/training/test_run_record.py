@@ -101,9 +101,11 @@ def test_a_start_that_fails_leaves_no_folder(words: list[str], tmp_path: Path) -
     assert (tmp_path / "kept" / "job.sh").exists()  # with something in it, it is not ours alone
 
 
-def test_the_last_step_is_kept_wherever_the_last_evaluation_fell(words: list[str], tmp_path: Path) -> None:
+def test_the_last_step_is_kept_wherever_the_last_evaluation_fell(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And with it images of the evaluation of all, where that along the way saw one batch of 64. Weights that were kept
-    along the way know as many."""
+    along the way know as many. Where they are of another step than the printed numbers, a line says so."""
     part = ["--trainer.val_check_interval=2", "--trainer.limit_val_batches=1", "--data.source.val=70"]
     at_the_end = ["--trainer.val_check_interval=3", *part[1:]]
     whole = ["--trainer.val_check_interval=2"]
@@ -111,6 +113,8 @@ def test_the_last_step_is_kept_wherever_the_last_evaluation_fell(words: list[str
         folder = tmp_path / str(number)
         assert main(["fit", "--run", str(folder), *words, "--data.steps=3", *settings]) == 0
         assert load(folder / "last.ckpt")["global_step"] == 3
+        differs = "of the last step, 3 (last.ckpt); best.ckpt has the weights of step 2," in capsys.readouterr().err
+        assert differs == (settings in (part, whole))
     counts = {
         f"{at}/{name}": len(load(tmp_path / at / f"{name}.ckpt")["known_images"])
         for at in "023"

@@ -367,11 +367,20 @@ class LightningCommand(LightningCLI):
         trainer.strategy.barrier()
 
     def _tell_end(self, folder: Path) -> None:
-        """Print where the weights are, and the command to try them."""
+        """Print where the weights are, of which step if not of the last one, and the command to try them."""
         best = Path(best_checkpoint(self.trainer) or folder / LAST)
         # Show the path as the user gave it; Lightning keeps absolute paths.
         best = folder / best.name if best.parent == folder.resolve() else best
         if best.is_file():  # false if checkpoints are turned off
+            evaluated = self.trainer.limit_val_batches and best_of(self.trainer) is None  # type: ignore[attr-defined]
+            last, step = self.trainer.global_step, load(best)["global_step"] if evaluated else None
+            if step is not None and step != last:
+                # Evaluating the best checkpoint gives other numbers than those that the run has just printed.
+                print(
+                    f"note: the numbers are of the last step, {last} ({LAST}); {best.name} has the weights of step "
+                    f"{step}, the best of the evaluations along the way",
+                    file=sys.stderr,
+                )
             how = how_to_ask(self.model.task, best)
             print(f"{folder}: finished; {f'try it: {how}' if how else best}", file=sys.stderr, flush=True)
 
