@@ -25,6 +25,7 @@ from maskvlm.checkpoint.io import load, save
 from maskvlm.checkpoint.provenance import Origin, Provenance
 from maskvlm.cli.lightning import Parsed, find_checkpoint, run_command
 from maskvlm.cli.main import main
+from maskvlm.objectives.pretraining import MaskedPretraining
 from maskvlm.training.run_record import RunRecord, claim_folder, versions
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.whole_files import write_json
@@ -40,6 +41,7 @@ SHORT = {
     "trainer.val_check_interval": 2,
     "trainer.log_every_n_steps": 1,
 }
+WHOLE = "--trainer.limit_val_batches=1.0"  # along the way, too
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +124,34 @@ def test_the_last_step_is_kept_wherever_the_last_evaluation_fell(
     }
     all_rows = dict.fromkeys(("0/last", "0/best", "2/last", "2/best"), 70)
     assert counts == all_rows | dict.fromkeys(("3/last", "3/best"), 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluations"),
+    [
+        (["--trainer.val_check_interval=2", WHOLE], 2),  # after steps 2 and 4: the second is reported at the end
+        (["--trainer.val_check_interval=3", WHOLE], 2),  # after step 3, and at the end
+        (["--trainer.val_check_interval=4", "--trainer.limit_val_batches=1"], 2),  # a part, then everything
+    ],
+)
+def test_what_the_last_step_was_given_is_not_computed_again(
+    settings: list[str], evaluations: int, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, compute = [], MaskedPretraining.compute
+
+    def counted(self: MaskedPretraining, backbone: Any) -> dict[str, float]:
+        computed.append(compute(self, backbone))
+        return computed[-1]
+
+    monkeypatch.setattr(MaskedPretraining, "compute", counted)
+    assert main(["fit", "--run", str(tmp_path / "run"), *words, *settings]) == 0
+    assert len(computed) == evaluations
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert written == {"step": 4} | computed[-1]
+    # An evaluation of its own finds the same.
+    assert main(["validate", "--run", str(tmp_path / "own"), *words, f"--ckpt_path={tmp_path}/run/last.ckpt"]) == 0
+    assert len(computed) == evaluations + 1
+    assert {"step": 4} | computed[-1] == pytest.approx(written, rel=1e-4)
 
 
 @pytest.mark.parametrize(("task", "stops"), [("vqa", False), ("vqa", True), ("retrieval", False)])

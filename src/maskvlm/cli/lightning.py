@@ -313,8 +313,8 @@ class LightningCommand(LightningCLI):
     def after_fit(self) -> None:
         """Save the weights of the last step, then evaluate on the whole validation split, even if evaluations during
         training covered a part of it (limit_val_batches). If `EarlyStopping` ended the run, the best weights are
-        evaluated. The last and the best checkpoint also get the known images (`LitModel.known_images`) that no
-        evaluation has computed for them."""
+        evaluated. Metrics that were computed for the last step already are only reported. The last and the best
+        checkpoint also get the known images (`LitModel.known_images`) that no evaluation has computed for them."""
         folder = Path(self.trainer.default_root_dir)
         # Asked now: evaluating the best weights restores the callback states stored with them.
         stopped = stopped_before_its_end(self.trainer)
@@ -337,7 +337,9 @@ class LightningCommand(LightningCLI):
             if best is not None:
                 why = ", ".join(filter(None, map(ended_by_score, self.trainer.callbacks)))  # type: ignore[attr-defined]
                 warn(f"{why}: stopped early at step {self.trainer.global_step}; evaluating {best}")
+            self.model.repeats = best is None and not in_part and self.model.evaluated_at == self.trainer.global_step
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+            self.model.repeats = False
             # Save once more if these weights know more images now. The first save must not wait for the evaluation,
             # which may take long: if it is stopped, the last steps must not be lost.
             more = self.model.known_images is not None and (in_part or not knew)

@@ -220,6 +220,8 @@ class LitModel(L.LightningModule):
         self._before: tuple[LineageEntry, ...] | None = None  # of trainings of this backbone in this process
         self.trained = False
         self.measured_step: int | None = None  # step of the weights being evaluated; None: this run's current step
+        self.evaluated_at: int | None = None  # step of the last evaluation within a training
+        self.repeats = False  # the evaluation repeats that one: its metrics hold
         self.guard: StepJudge | None = None
         self.terms: tuple[str, ...] = ()  # names of the loss terms of the latest step
         self.weighted_S: Tensor | None = None  # their values, weighted
@@ -270,7 +272,7 @@ class LitModel(L.LightningModule):
         self.trained |= stage == "fit"
         if stage == "fit":
             # Left over from an earlier training of this model.
-            self.measured_step, self._entry = None, None
+            self.measured_step, self.evaluated_at, self._entry = None, None, None
             self._before, self._loaded = self.backbone.trained_on or self._loaded, None
         elif self.trainer.global_step == 0 and self.history:  # weights trained by another run or trainer are evaluated
             self.measured_step = self.history[-1].steps
@@ -366,7 +368,8 @@ class LitModel(L.LightningModule):
         checkpoint brings them all."""
         if not self.trained and self._loaded is None and self.backbone.origin is not None:
             self._check_heads(self.backbone.origin.path)
-        self.task.begin_evaluation()
+        if not self.repeats:
+            self.task.begin_evaluation()
         gather_weights(self)
 
     def on_validation_end(self) -> None:
@@ -484,13 +487,18 @@ class LitModel(L.LightningModule):
     # Evaluations have other sizes, modes and masks, and would be compiled again.
     @torch.compiler.set_stance("force_eager")
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.task.update(self.backbone, batch)
+        if not self.repeats:
+            self.task.update(self.backbone, batch)
 
     @torch.compiler.set_stance("force_eager")
     def on_validation_epoch_end(self) -> None:
-        with self.trainer.precision_plugin.val_step_context():  # Lightning opens it only for steps
-            metrics = self.task.compute(self.backbone)
-        self.metrics = checked_metrics(self.task, metrics, self.trainer.state.fn == TrainerFn.FITTING)
+        trains = self.trainer.state.fn == TrainerFn.FITTING
+        if not self.repeats:
+            with self.trainer.precision_plugin.val_step_context():  # Lightning opens it only for steps
+                metrics = self.task.compute(self.backbone)
+            self.metrics = checked_metrics(self.task, metrics, trains)
+        if trains:
+            self.evaluated_at = self.trainer.global_step
         # Every process already has the global metrics, so there is nothing to average.
         self.log_dict(self.metrics, sync_dist=False)
 
