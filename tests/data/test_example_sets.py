@@ -2,10 +2,13 @@
 
 import pickle
 import re
+from collections import UserDict, deque
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from maskvlm.data import module
 from maskvlm.data.caption_text import stable_id
 from maskvlm.data.example_sets import CollateExamples, EvalExamples, TrainExamples, opened_images
-from maskvlm.data.examples import ExampleSource
+from maskvlm.data.examples import ExampleSource, read_example
 from maskvlm.data.images import BadImage
 from maskvlm.data.module import PairData, some_texts
 from maskvlm.data.sampler import Pick
@@ -358,6 +361,15 @@ def test_holes_of_examples_are_counted_and_too_many_stop_the_run() -> None:
 
 
 # ---------------------------------------------------------------------- of another package
+
+
+@pytest.mark.parametrize("kind", [UserDict, MappingProxyType])
+@pytest.mark.parametrize("several", [tuple, np.array, deque])
+def test_examples_and_answers_may_be_of_other_kinds(kind: Any, several: Any) -> None:
+    plain: Any = example(0)
+    read = read_example([kind({**plain, "answers": several(plain["answers"])})], 0)  # type: ignore[arg-type]
+    assert list(read["answers"]) == plain["answers"]
+    assert read["text"] == plain["text"]
 
 
 @pytest.mark.parametrize(

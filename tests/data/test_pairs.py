@@ -3,10 +3,13 @@
 import math
 import random
 import re
+from collections import UserDict, deque
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -22,7 +25,7 @@ from maskvlm.data.pairs import Collate, EvalPairs, TrainPairs, first_caption
 from maskvlm.data.sampler import Pick
 from maskvlm.data.text import Captioner
 from maskvlm.data.transforms import Mirroring, eval_transform, train_transform
-from maskvlm.data.unknown_words import some_captions
+from maskvlm.data.unknown_words import by_source, some_captions
 from maskvlm.utils.errors import ExitCode, UserError
 
 
@@ -285,6 +288,22 @@ def test_a_row_that_is_none_is_told(changes: dict[str, object], message: str) ->
         with pytest.raises(UserError, match=re.escape(message)) as caught:
             read()
         assert caught.value.code == ExitCode.BAD_DATA
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [UserDict, MappingProxyType, pd.Series, lambda row: {**row, "text": "of another column"}],
+    ids=["UserDict", "MappingProxyType", "Series", "a further column"],
+)
+@pytest.mark.parametrize("several", [list, tuple, np.array, deque])
+def test_rows_and_captions_may_be_of_other_kinds(kind: Any, several: Any) -> None:
+    texts = ["a red square", "this one is red"]
+    pairs = Rows([kind({**row(0), "captions": several(texts)})])
+    data = TrainPairs(pairs, eval_transform(SPEC), 0, SPEC.image_size, captions=2)
+    assert sorted(data[Pick(0, 0)]["captions"]) == sorted(texts)
+    assert EvalPairs(pairs, eval_transform(SPEC), SPEC.image_size)[0]["captions"] == texts
+    assert [*some_captions(pairs)] == texts
+    assert [*by_source(pairs)] == [("", texts)]
 
 
 def test_a_row_without_a_field_is_told() -> None:

@@ -11,7 +11,7 @@ import shutil
 import statistics
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -1190,6 +1190,13 @@ class Bare(Suite):
         raise NotImplementedError
 
 
+class Unnamed(Bare):
+    """Says nothing about itself."""
+
+    def metrics(self, items: Sequence[SuiteItem], scores: Sequence[Any], way: str) -> list[SuiteMetric]:
+        raise NotImplementedError
+
+
 class Sized(Names):
     """Has an argument without an option and without a default."""
 
@@ -1223,7 +1230,8 @@ def changed(**methods: Any) -> type[Suite]:
         ),
         (changed(ask=lambda *_: None), "Changed.ask: gave a NoneType. Return the scores of each item"),
         (changed(ask=lambda *_: [[1.0, 0.0]]), "Changed.ask: gave scores of 1 items, there are 2"),
-        (Bare, "suite names_of_ours.Bare: has no metrics, question, licence, traps. Define them in the class"),
+        (Bare, "suite names_of_ours.Bare: has no metrics. Define it in the class"),
+        (Unnamed, "suite test_suites.Unnamed: has no question, licence, traps. Define them in the class"),
         (Sized, "suite names_of_ours.Sized: its argument size has no option. Add --size to the parser in its"),
     ],
 )

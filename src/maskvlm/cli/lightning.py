@@ -374,7 +374,7 @@ class LightningCommand(LightningCLI):
         # Show the path as the user gave it; Lightning keeps absolute paths.
         best = folder / best.name if best.parent == folder.resolve() else best
         if best.is_file():  # false if checkpoints are turned off
-            evaluated = self.trainer.limit_val_batches and best_of(self.trainer) is None  # type: ignore[attr-defined]
+            evaluated = self.trainer.limit_val_batches and best_of(self.trainer) is None
             last, step = self.trainer.global_step, load(best)["global_step"] if evaluated else None
             if step is not None and step != last:
                 # Evaluating the best checkpoint gives other numbers than those that the run has just printed.

@@ -62,7 +62,7 @@ def main(arguments: list[str], allowed: list[str]) -> int:
     ways = suite.ways if options.by == ["all"] else options.by
     folder = options.out or Path("checkpoints") / f"suite-{name}-{moment_of_evaluation()}"
     # Problems with the files are reported before a large model is loaded.
-    check_ways(suite, ways, options.limit)
+    check_ways(suite, ways, options.limit, reads=True)
     item_rows = suite.read(options.path, options.images)
     options.source = options.source or default_model("used")
     model = PretrainedMaskVLM.from_pretrained(options.source, device=options.device, allow_import=allowed)

@@ -109,22 +109,36 @@ def check_row(row: Any, index: int) -> Row:
         UserError: a field is missing, the captions are no list of texts, or the image's id is no text (65).
     """
     where = f"row {index}"
-    if not isinstance(row, dict):
+    if not is_record(row):
         todo = "Let __getitem__ of the split return a maskvlm.data.batch.Row"
         raise UserError(where, f"is a {type(row).__name__}", todo, ExitCode.BAD_DATA)
-    if isinstance(row.get("origin"), str):
+    if "origin" in row and isinstance(row["origin"], str):
         where = row["origin"]
     if missing := [key for key in Row.__annotations__ if key not in row]:
         todo = "Give every field of maskvlm.data.batch.Row"
         raise UserError(where, f"the row has no {', '.join(missing)}", todo, ExitCode.BAD_DATA)
     captions = row["captions"]
     # One text would be taken for a list of letters.
-    if not isinstance(captions, list | tuple) or not all(isinstance(text, str) for text in captions):
+    if not is_sequence(captions) or not all(isinstance(text, str) for text in captions):
         raise UserError(where, f"captions is {captions!r:.60}", "Give a list of texts", ExitCode.BAD_DATA)
     for key in ("image_id", "origin"):
         if not isinstance(row[key], str):
             raise UserError(where, f"{key} is {row[key]!r:.60}", "Give a text", ExitCode.BAD_DATA)
-    return cast(Row, row)
+    if isinstance(captions, list | tuple):
+        return cast(Row, row)
+    # An array of several texts has no truth value, for which readers ask.
+    return cast(Row, {**row, "captions": list(captions)})
+
+
+def is_record(value: object) -> bool:
+    """Whether it has values by name: a dict, another mapping, or a row of a table."""
+    return hasattr(value, "keys") and hasattr(value, "__getitem__")
+
+
+def is_sequence(value: object) -> bool:
+    """Whether it has several values in an order: a list, a tuple, an array, but not a text or bytes."""
+    ordered = hasattr(value, "__len__") and hasattr(value, "__getitem__") and not hasattr(value, "keys")
+    return ordered and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 class Pairs(Protocol):

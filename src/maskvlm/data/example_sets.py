@@ -3,8 +3,7 @@
 The counterpart of `pairs.py` for `ExampleSource`. Shapes: B examples, P images per example, K labels, A answers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -161,13 +160,14 @@ class CollateExamples:
             UserError: a source of another package gives something else than a dict of numbers.
         """
         given: Any = getattr(self.source, method)(example["answers"])
-        numbers = isinstance(given, Mapping) and all(isinstance(weight, Real) for weight in given.values())
-        if not numbers:
+        try:
+            # Numbers of torch and NumPy, too.
+            return {label: float(weight) for label, weight in given.items()}
+        except (AttributeError, TypeError, ValueError):
             kind = type(self.source)
             todo = f"Return a dict, as maskvlm.data.examples.ExampleSource.{method}"
             what = f"gave {given!r:.60} for the answers {example['answers']!r:.60}"
-            raise UserError(f"{kind.__module__}.{kind.__qualname__}.{method}", what, todo)
-        return dict(given)
+            raise UserError(f"{kind.__module__}.{kind.__qualname__}.{method}", what, todo) from None
 
     def dense(self, targets: list[dict[str, float]], examples: list[Example]) -> Tensor:
         """Weights of all labels, [B, K]."""

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskvlm.data.batch import feature_rows
+from maskvlm.data.batch import feature_rows, is_record, is_sequence
 from maskvlm.data.text import CaptionTokens
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -103,10 +103,10 @@ def check_example(example: Any, index: int) -> Example:
         UserError: a field is missing, or is not what `Example` says (65).
     """
     where = f"example {index}"
-    if not isinstance(example, dict):
+    if not is_record(example):
         todo = "Let __getitem__ of the split return a maskvlm.data.examples.Example"
         raise UserError(where, f"is a {type(example).__name__}", todo, ExitCode.BAD_DATA)
-    if isinstance(example.get("origin"), str):
+    if "origin" in example and isinstance(example["origin"], str):
         where = example["origin"]
     missing = [key for key in Example.__annotations__ if key not in example]
     if missing:
@@ -123,7 +123,7 @@ def check_example(example: Any, index: int) -> Example:
     }
     for key, (types, expected) in kinds.items():
         parts = example[key]
-        wrong = [parts] if not isinstance(parts, list | tuple) else [one for one in parts if not isinstance(one, types)]
+        wrong = [one for one in parts if not isinstance(one, types)] if is_sequence(parts) else [parts]
         if wrong:
             inside = "is" if wrong[0] is parts else "holds"
             todo = f"Give a list of {expected}"
@@ -132,7 +132,8 @@ def check_example(example: Any, index: int) -> Example:
     if images != ids or not images:
         what = f"the example has {images} images and {ids} image_ids"
         raise UserError(where, what, "Give at least one image, and an id for each", ExitCode.BAD_DATA)
-    return cast(Example, example)
+    others = {key: list(example[key]) for key in kinds if not isinstance(example[key], list | tuple)}
+    return cast(Example, {**example, **others} if others else example)
 
 
 def _shown(value: object) -> str:

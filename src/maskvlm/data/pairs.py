@@ -78,7 +78,7 @@ class TrainPairs(Dataset[Sample]):
 
     def sample(self, row: Row, pick: Pick) -> Sample:
         """The sample of a row; a source without row numbers picks by numbers of its own."""
-        check_row(row, pick.row)
+        row = check_row(row, pick.row)
         at(row["origin"], row["image_id"])
         # A data worker's generator is used for nothing else, so there is no state to restore.
         with torch.random.fork_rng(devices=[], enabled=get_worker_info() is None):

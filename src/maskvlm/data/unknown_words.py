@@ -59,8 +59,8 @@ def by_source(split: Any) -> Iterator[tuple[str, list[str]]]:
             yield name, [str(getattr(caption, "text", caption)) for caption in pairs.captions(row)]
         else:
             record = pairs[row]
-            is_example = "text" in record or "image_ids" in record
-            yield name, [check_example(record, row)["text"]] if is_example else check_row(record, row)["captions"]
+            is_example = "captions" not in record and ("text" in record or "image_ids" in record)
+            yield name, [check_example(record, row)["text"]] if is_example else list(check_row(record, row)["captions"])
 
 
 def spelt_shares(split: Any, captioner: Captioner, unknown: Mapping[str, tuple[float, int]]) -> dict[str, float]:

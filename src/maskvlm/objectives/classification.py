@@ -223,7 +223,7 @@ class Classification(Task):
             metrics[f"{self.name}/accuracy/{kind}"] = percent(part)
             metrics[f"{self.name}/accuracy/{kind}_majority"] = majority(part, self.correct)
         extra: Any = self.extra_metrics(scored)
-        if not isinstance(extra, Mapping):
+        if not hasattr(extra, "items"):
             where = f"{type(self).__module__}.{type(self).__qualname__}.extra_metrics"
             todo = "Return a dict: each metric by its name, a number"
             raise UserError(where, f"gave a {type(extra).__name__}", todo)

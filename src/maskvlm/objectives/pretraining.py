@@ -347,10 +347,10 @@ class MaskedPretraining(Task):
         for loss in parts:
             heads: Any = loss.build(backbone)
             where, todo = f"model.task.losses: {type(loss).__name__}.build", "Return a dict: each head by its name"
-            if not isinstance(heads, Mapping):
+            if not isinstance(heads, Mapping | nn.ModuleDict):
                 raise UserError(where, f"gave a {type(heads).__name__}", todo)
             for name, head in heads.items():
-                if not isinstance(head, nn.Module):
+                if head is not None and not isinstance(head, nn.Module):
                     what = f"gave {name!r:.40} as a {type(head).__name__}"
                     raise UserError(where, what, f"{todo}, an nn.Module (nn.ParameterList for tensors)")
                 # add_module would silently replace a head of the same name.

@@ -135,7 +135,7 @@ class PretrainingLoss(ABC):
         if not isinstance(needs, frozenset) or not needs or not all(isinstance(need, Need) for need in needs):
             todo = f"Give its class `needs`, a frozenset of some of {', '.join(f'Need.{need.name}' for need in Need)}"
             raise UserError(where, f"needs {needs!r:.80}", todo)
-        check_overrides(self, PretrainingLoss)
+        check_overrides(self, PretrainingLoss, unused=() if self.adds_up else ("count",))
         if not 0 <= weight < math.inf:
             raise UserError(f"model.task.weight_{self.name}", f"{weight} is not a valid weight", "Give 0 (off) or more")
         self.weight = weight

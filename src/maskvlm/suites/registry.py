@@ -36,10 +36,7 @@ def suite_class(name: str) -> type[Suite]:
     if not _is_suite(candidate):
         raise UserError(f"suite {name[:80]}", "is not a suite", "Name a class of maskvlm.suites.suite.Suite")
     suite: type[Suite] = candidate
-    # Its card is written after the model has run, which may take hours.
-    facts = ("question", "licence", "traps")
-    missing = [*sorted(suite.__abstractmethods__), *(fact for fact in facts if not hasattr(suite, fact))]
-    if missing:
+    if missing := sorted(suite.__abstractmethods__):
         todo = f"Define {'them' if len(missing) > 1 else 'it'} in the class, see docs/suites.md"
         raise UserError(f"suite {name[:80]}", f"has no {', '.join(missing)}", todo)
     return suite

@@ -52,9 +52,14 @@ class SuiteReport(NamedTuple):
     trained_on: int | None
 
 
-def check_ways(suite: Suite, ways: Sequence[str], limit: int | None) -> None:
-    """Checks that need no files; raises as `run_suite`."""
-    check_overrides(suite, Suite)
+def check_ways(suite: Suite, ways: Sequence[str], limit: int | None, reads: bool = False) -> None:
+    """Checks that need no files; raises as `run_suite`. reads: whether `Suite.read` will be called, too."""
+    # Its card is written after the model has run, which may take hours.
+    if missing := [fact for fact in ("question", "licence", "traps") if not hasattr(suite, fact)]:
+        kind = f"{type(suite).__module__}.{type(suite).__qualname__}"
+        todo = f"Define {'them' if len(missing) > 1 else 'it'} in the class, see docs/suites.md"
+        raise UserError(f"suite {kind}", f"has no {', '.join(missing)}", todo)
+    check_overrides(suite, Suite, unused=() if reads else ("read",))
     if unknown := [way for way in ways if way not in suite.ways]:
         raise UserError("--by", f"this suite cannot be scored by {unknown[0]}", f"Available: {', '.join(suite.ways)}")
     if suite.whole and limit is not None:
@@ -144,8 +149,17 @@ def _measured(suite: Suite, items: list[SuiteItem], scores: list[Any], way: str)
         if not isinstance(one.value, Real):
             what = f"gave the value of {one.name} as a {type(one.value).__name__}"
             raise UserError(_method(suite, "metrics"), what, "Give a number")
-    # A number of NumPy, too, is written to JSON.
-    return [one._replace(value=float(one.value)) for one in metrics]
+    # Numbers of NumPy, too, are written to JSON.
+    return [
+        SuiteMetric(
+            str(one.name),
+            float(one.value),
+            None if one.chance is None else float(one.chance),
+            int(one.items),
+            None if one.interval is None else (float(one.interval[0]), float(one.interval[1])),
+        )
+        for one in metrics
+    ]
 
 
 def _wrong(suite: Suite, method: str, value: object, todo: str) -> UserError:

@@ -95,8 +95,7 @@ def reader_of(path: str) -> type[RawSet]:
     if not (isinstance(reader, type) and issubclass(reader, RawSet)):
         todo = "Name a class of maskvlm.data.raw.base.RawSet"
         raise UserError("SET", f"{path} does not read a set", todo, ExitCode.MISSING_INPUT)
-    missing = [*sorted(reader.__abstractmethods__), *([] if hasattr(reader, "facts") else ["facts"])]
-    if missing:
+    if missing := sorted(reader.__abstractmethods__):
         todo = "Define it in the class, see docs/extending.md"
         raise UserError("SET", f"{path} has no {' and no '.join(missing)}", todo)
     return reader
@@ -157,7 +156,10 @@ def open_raw(
         todo = "Name the folder or file of the set as it was downloaded"
         raise UserError(raw or "data", "there is no such file or folder", todo, ExitCode.MISSING_INPUT)
     if kind is not None:
-        return kind(str(path), as_name or name)
+        reader = kind(str(path), as_name or name)
+        if not hasattr(reader, "facts"):
+            raise UserError("SET", f"{name} has no facts", "Define them in the class, see docs/extending.md")
+        return reader
     if images is not None:
         if not os.path.isdir(folder := expand_user(images)):
             raise UserError(images, "there is no such folder", "Name the folder of the images", ExitCode.MISSING_INPUT)

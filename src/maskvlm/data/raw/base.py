@@ -1,7 +1,8 @@
 """The interface of readers of raw sets: good and bad rows in the order of the files."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,13 +103,18 @@ def checked_rows(reader: RawSet) -> Iterator[RawRow | BadRow]:
         UserError: it gives no rows, a row of another class, or one whose fields are of other types (2).
     """
     where = f"{type(reader).__module__}.{type(reader).__qualname__}.rows"
-    rows: Any = reader.rows()
-    if not isinstance(rows, Iterable):
-        raise UserError(where, f"gave a {type(rows).__name__}", "Yield the rows, each a RawRow or a BadRow")
+    given: Any = reader.rows()
+    try:
+        rows: Iterator[Any] = iter(given)
+    except TypeError:
+        todo = "Yield the rows, each a RawRow or a BadRow"
+        raise UserError(where, f"gave a {type(given).__name__}", todo) from None
     for row in rows:
         if not isinstance(row, RawRow | BadRow):
             raise UserError(where, f"gave a {type(row).__name__}", "Yield a RawRow or a BadRow")
         if isinstance(row, RawRow):
+            if isinstance(row.image, PathLike):
+                row = row._replace(image=fspath(row.image))
             for name, kinds in (("image", (str, bytes)), ("image_id", (str,)), ("split", (str,)), ("origin", (str,))):
                 value: object = getattr(row, name)
                 if not isinstance(value, kinds):
