@@ -4,11 +4,13 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Optional, Union
 
 import pytest
 
 from maskvlm.cli.commands import COMMANDS
 from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
+from maskvlm.config.parser import CommandParser, set_up_parsing
 
 ROOT = Path(__file__).resolve().parents[2]
 Stack = Callable[..., list[str]]
@@ -41,6 +43,21 @@ def test_every_stack_parses(model: str, data: str, where: str, stack: Stack) -> 
     settings = run_command(Parsed, ["fit", *stack(MODEL=model, DATA=data, WHERE=where)]).settings
     assert settings.model.task.init_args.image_mask_ratio == (0.9 if model == "compact" else 0.6)
     assert (settings.data.init_args.steps is None) != (settings.data.init_args.epochs is None)
+
+
+class Shortened:
+    def __init__(self, limit: Optional[Union[float, int]] = None) -> None:  # noqa: UP007, UP045 (as the library has it)
+        self.limit = limit
+
+
+@pytest.mark.parametrize(("text", "limit"), [("1", 1), ("1.0", 1.0), ("0.5", 0.5), ("null", None)])
+def test_one_batch_is_not_read_as_all(text: str, limit: float | None) -> None:
+    """Lightning takes 1 for one batch and 1.0 for all of them. pandas, imported first, turns the order of its types."""
+    set_up_parsing([])
+    parser = CommandParser()
+    parser.add_class_arguments(Shortened, "trainer")
+    read = parser.parse_args(["--trainer.limit", text]).trainer.limit
+    assert (type(read), read) == (type(limit), limit)
 
 
 def test_every_where_is_met() -> None:

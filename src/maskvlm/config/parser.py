@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, get_args
 
 from jsonargparse import Namespace, _common, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
@@ -83,7 +83,9 @@ class CommandParser(LightningArgumentParser):
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
         """Add arguments as `add_argument` does: no value is taken for the name of a file."""
-        return super().add_class_arguments(*args, **without_files(kwargs))
+        names = super().add_class_arguments(*args, **without_files(kwargs))
+        whole_before_float(self)
+        return names
 
     def add_subclass_arguments(self, *args: Any, **kwargs: Any) -> Any:
         """Add arguments as `add_argument` does: no value is taken for the name of a file."""
@@ -164,6 +166,18 @@ def forget_files(parser: CommandParser) -> None:
         # a private attribute of jsonargparse, as there is no setting
         if hasattr(action, "_enable_path"):
             action._enable_path = False
+
+
+def whole_before_float(parser: CommandParser) -> None:
+    """Read `1` as a whole number where both kinds are allowed: one batch, not all of them.
+
+    Python keeps one object for `Optional[Union[int, float]]` and `Optional[Union[float, int]]`, whichever came first.
+    pandas has the second: imported before Lightning, it would make `--trainer.limit_val_batches 1` a share.
+    """
+    for action in parser._actions:
+        # a private attribute of jsonargparse, as a class's types cannot be replaced
+        if set(get_args(getattr(action, "_typehint", None))) == {int, float, type(None)}:
+            action._typehint = int | float | None
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
