@@ -105,7 +105,11 @@ def test_a_task_s_method(place: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (answer,) = lines(capsys, "answer", "--from", place / "vqa.ckpt", place / "0.png", "what colour")
     model = PretrainedMaskVLM.from_pretrained(place / "vqa.ckpt")
     asked = {"image": str(place / "0.png"), "text": "what colour"}
-    assert answer == {**asked, **model.answer(place / "0.png", "what colour")._asdict(), "unknown_words": ["what"]}
+    assert answer == {
+        **asked,
+        **model.answer(place / "0.png", "what colour")._asdict(),
+        "unknown_words": ["what", "colour"],
+    }
 
 
 def test_several_inputs_of_one_answer_are_named() -> None:
@@ -150,6 +154,11 @@ def test_a_bad_image_is_told_before_a_model_is_loaded(
     ("words", "message", "code"),
     [
         (["fill", "--from", "best.ckpt", "0.png"], "1 input. Give IMAGE", ExitCode.USAGE),
+        (
+            ["fill", "--from", "best.ckpt", "0.png", "a", "[MASK]"],
+            '3 inputs. Give IMAGE "a [MASK] on the [MASK]", a text of several words in quotes (maskvlm fill',
+            ExitCode.USAGE,
+        ),
         (
             ["rank", "--from", "best.ckpt", "0.png", "a", "--top", "3"],
             "--top: not an option of rank, only of fill",

@@ -118,6 +118,17 @@ def test_a_tokenizer_that_keeps_brackets_whole_reads_them_as_unknown() -> None:
     assert Captioner(tokenizer, 9)(["dog [MASK] [PAD] dog"]).token_CT.tolist() == [[2, 5, 1, 1, 5, 3]]
 
 
+def test_a_word_in_pieces_of_hardly_two_characters_is_unknown() -> None:
+    """Foreign words are spelled so: `Katze` as `ka ##t ##z ##e`, but also as `ein ##e ##r` by chance."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    pieces = ["ka", "##tz", "##e", "##tzen", "##t", "dog", "##gy"]
+    words = Tokenizer(models.WordPiece({t: n for n, t in enumerate([*SPECIAL_TOKENS, *pieces])}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    captioner = Captioner(PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]"), 30)
+    assert captioner.unknown_words("katze katzene kat doggy dog dogtt") == ["katze", "dogtt"]
+
+
 def test_using_a_captioner_leaves_the_tokenizer_as_it_was(bert: PreTrainedTokenizerFast) -> None:
     before = bert("a [MASK] dog")["input_ids"]
     Captioner(bert, 5)(["a dog runs runs runs runs"])

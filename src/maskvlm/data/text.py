@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -106,8 +107,8 @@ class Captioner:
 
     def unknown_words(self, text: str, most: int | None = None, signs: bool = False) -> list[str]:
         """Words of a text that the tokenizer does not know, as written in the text: a part of the word is the unknown
-        token, or the word is spelled, with mostly single-character pieces. Words, or ends of words, beyond the tokens
-        that the model reads do not count.
+        token, or the word is spelled: mostly in single characters, or in three or more pieces of less than two
+        characters on average. Words, or ends of words, beyond the tokens that the model reads do not count.
 
         Args:
             most: number of tokens of the text that are read; None: as many as for a single text.
@@ -122,7 +123,8 @@ class Captioner:
             end = min(end, read[-1] + 1)
             # WordPiece's "##", and the two other kinds' markers of a space before a word
             pieces = [piece.removeprefix("##").lstrip("\u0120\u2581") for piece in encoding.tokens[start:end]]
-            spelt = len(pieces) > 1 and 2 * sum(len(piece) == 1 for piece in pieces) > len(pieces)
+            lengths = [len(piece) for piece in pieces]
+            spelt = (len(pieces) > 1 and 2 * lengths.count(1) > len(pieces)) or (len(pieces) > 2 and mean(lengths) < 2)
             written = text[slice(*encoding.word_to_chars(word))].strip()  # type: ignore[misc]
             if (spelt or self.unknown in encoding.ids[start:end]) and (signs or any(map(str.isalnum, written))):
                 words.append(written)
