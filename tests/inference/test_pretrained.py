@@ -568,6 +568,18 @@ def test_a_checkpoint_with_other_heads_than_it_says_is_refused(tmp_path: Path) -
         PretrainedMaskVLM.from_pretrained(tmp_path / "last.ckpt")
 
 
+@pytest.mark.parametrize("name", ["checkpoints/fist/best.ckpt", "scene-tiny", "checkpoints/first"])
+def test_a_wrong_name_lists_what_there_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskvlm.checkpoint.hub_client.hub_reachable", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints" / "first").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "first" / "best.ckpt").touch()
+    near = "scenes-tiny" if "scene" in name else "checkpoints/first/best.ckpt"
+    with pytest.raises(UserError) as caught:
+        PretrainedMaskVLM.from_pretrained(name)
+    assert near in str(caught.value)
+
+
 def test_a_name_on_the_hub_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maskvlm.checkpoint.hub_client.hub_reachable", lambda: False)
     with pytest.raises(UserError, match="the hub cannot be reached"):

@@ -250,6 +250,9 @@ def test_what_is_no_index_is_refused(copy: Path, index_dir: Path) -> None:
     refused(lambda: SearchIndex.load(copy), ExitCode.BAD_DATA, "index.json: expected a mapping")
     (copy / "index.json").unlink()
     refused(lambda: SearchIndex.load(copy), ExitCode.MISSING_INPUT, "holds no index.json")
+    wrong = index_dir.parent / "no"
+    refused(lambda: SearchIndex.load(wrong), ExitCode.MISSING_INPUT, f"{wrong}: no such folder; there are: ")
+    refused(lambda: SearchIndex.load(wrong), ExitCode.MISSING_INPUT, str(index_dir))
     index = SearchIndex.load(index_dir)
     refused(lambda: index.search(np.zeros((1, 9), np.float32)), ExitCode.USAGE, "vectors of width 9, the index has 8")
     refused(lambda: index.search(np.zeros((1, 8), np.float32), 0), ExitCode.USAGE, "k is 0")

@@ -21,8 +21,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session, validate_repo_id
 
-from maskvlm.checkpoint.integrity import first_line
+from maskvlm.checkpoint.integrity import first_line, models_here
 from maskvlm.config.bundled_models import bundled_folder
+from maskvlm.config.given_options import nearest
 from maskvlm.utils.errors import ExitCode, UserError
 from maskvlm.utils.paths import expand_user
 
@@ -158,8 +159,11 @@ def folder_of_hub(name: str, settings: Mapping[str, Any] | None = None) -> Path:
     try:
         return from_cache_or_hub(f"{name} (Hugging Face)", get, name)
     except Unreachable as error:
+        near = nearest(name, models_here(), 0.7)
         what = "no such file or folder, nor is it in the cache, and the hub cannot be reached"
-        raise UserError(name, what, "Check the path or the connection", ExitCode.MISSING_INPUT) from error
+        what += f" (did you mean {near}?)" if near else ""
+        todo = f"Check the path or the connection; there are: {', '.join(models_here())}"
+        raise UserError(name, what, todo, ExitCode.MISSING_INPUT) from error
 
 
 def upload(folder: Path, repository: str, message: str, settings: Mapping[str, Any]) -> str:

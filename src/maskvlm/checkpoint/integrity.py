@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from maskvlm.checkpoint.pickles import check_pickle
 from maskvlm.config.bundled_models import bundled_models
+from maskvlm.config.given_options import nearest
 from maskvlm.data.safe_open import content_of, opened
 from maskvlm.utils.errors import ExitCode, UserError
 
@@ -34,9 +35,9 @@ def verify_checkpoint(path: str | Path) -> None:
     path = Path(path)
     if not path.exists():
         others = ", ".join(sorted(p.name for p in path.parent.glob("*.ckpt"))) or "no checkpoint"
-        runs = sorted(str(file) for file in Path("checkpoints").glob("*/best.ckpt"))
-        todo = f"Check the path; there are: {', '.join([*runs, *bundled_models()])}"
-        raise bad(path, f"not there ({path.parent} holds {others})", todo, ExitCode.MISSING_INPUT)
+        near = nearest(str(path), models_here(), 0.7)
+        what = f"not there ({path.parent} holds {others})" + (f" (did you mean {near}?)" if near else "")
+        raise bad(path, what, f"Check the path; there are: {', '.join(models_here())}", ExitCode.MISSING_INPUT)
     if path.is_dir():
         todo = f"Name a file in it, such as {path / 'last.ckpt'}"
         raise bad(path, "is a folder", todo, ExitCode.MISSING_INPUT)
@@ -49,6 +50,11 @@ def verify_checkpoint(path: str | Path) -> None:
     if facts and sha256_of(path) not in {fact.sha256 for fact in facts}:
         raise bad(path, f"damaged (its sha256 differs from {side_file(path).name})", ANOTHER)
     _check_archive(path)
+
+
+def models_here() -> list[str]:
+    """The best checkpoints of the runs in `checkpoints/`, and the bundled models, as they are named in a command."""
+    return [*sorted(str(file) for file in Path("checkpoints").glob("*/best.ckpt")), *bundled_models()]
 
 
 def newest_valid(folder: str | Path, warn: Callable[[str], None] = print) -> Path | None:

@@ -126,9 +126,11 @@ class SearchIndex:
             todo = "Name the folder that holds the images, or the prepared set"
             raise UserError(images, "no such folder", todo, ExitCode.MISSING_INPUT)
         if not (place / ABOUT).is_file():
+            beside = sorted(str(file.parent) for file in place.parent.glob(f"*/{ABOUT}"))
+            what = f"holds no {ABOUT}" if place.exists() else "no such folder"
             raise UserError(
                 place,
-                f"holds no {ABOUT}",
+                what + (f"; there are: {', '.join(beside)}" if beside else ""),
                 "Make one: maskvlm index from=checkpoints/first/best.ckpt",
                 ExitCode.MISSING_INPUT,
             )
