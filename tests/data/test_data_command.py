@@ -280,6 +280,26 @@ def test_where_no_row_can_be_used_one_is_named(tmp_path: Path) -> None:
         main(["csv", str(tmp_path / "pairs.csv"), "--out", str(tmp_path / "mine"), "--look"], [])
 
 
+def test_a_broken_image_of_a_table_is_named_by_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one.jpg").write_bytes(encoded(photo(1)))
+    (tmp_path / "two.jpg").write_bytes(encoded(photo(2))[:300])
+    (tmp_path / "pairs.csv").write_text("image,caption\none.jpg,a red bird\ntwo.jpg,a blue bird\n")
+    main(["csv", str(tmp_path / "pairs.csv"), "--out", str(tmp_path / "mine"), "--workers", "1"], [])
+    (line,) = (tmp_path / "mine" / "skipped.jsonl").read_text().splitlines()
+    wanted = f"pairs.csv:3 ({tmp_path / 'two.jpg'}): bad image, truncated"
+    assert json.loads(line)["message"].startswith(wanted)
+    assert f"for example {wanted}" in capsys.readouterr().out
+    main(["csv", str(tmp_path / "pairs.csv"), "--out", str(tmp_path / "look"), "--look"], [])
+    assert f"for example {wanted}" in capsys.readouterr().out
+
+
+def test_where_every_row_is_bad_as_a_text_its_images_are_not_blamed(tmp_path: Path) -> None:
+    (tmp_path / "one.jpg").write_bytes(encoded(photo(1)))
+    (tmp_path / "pairs.csv").write_text("image,caption\none.jpg,\n")
+    with pytest.raises(UserError, match=r"no image can be used .*Check the rows of RAW: no image was opened"):
+        main(["csv", str(tmp_path / "pairs.csv"), "--out", str(tmp_path / "mine"), "--workers", "1"], [])
+
+
 def test_the_example_of_a_bad_row_names_its_place_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.jpg").write_bytes(encoded(photo(1)))
     (tmp_path / "two.jpg").write_bytes(encoded(photo(2)))

@@ -26,7 +26,7 @@ def test_captions_are_counted() -> None:
     captions.add(["a  dog here now"])
     assert captions.words == Counter({2: 2, 3: 1, 4: 1})
     assert captions.card() == {"repeated_captions": 1, "caption_words": {"5 %": 2, "50 %": 2, "95 %": 4}}
-    assert captions.line() == "captions have 2 words (2 to 4 for nine of ten); 25.0 % say what another one says"
+    assert captions.line() == "captions have 2 words (2 to 4 for nine of ten); 25.0 % repeat another one"
     assert Captions().card() == {"repeated_captions": 0, "caption_words": {"5 %": 0, "50 %": 0, "95 %": 0}}
 
 
@@ -36,14 +36,14 @@ def test_a_raw_set_is_told_and_drawn_but_not_prepared(tmp_path: Path) -> None:
     lines = look_at_raw(Toy(rows), SETTINGS, tmp_path / "mine" / "first-look.png")  # type: ignore[arg-type]
     assert lines == [
         "mine: 32 images with 64 captions (train 31, val 1)",
-        "captions have 3 words (3 to 3 for nine of ten); 48.4 % say what another one says",
+        "captions have 3 words (3 to 3 for nine of ten); 48.4 % repeat another one",
         "would be left out: 4",
         "          1  duplicate image id; for example toy.csv:3: id 'toy 3' was given to an earlier row; "
         "each image needs its own",
         "          1  empty caption; for example toy.csv:40: no caption is left",
         "          1  missing; for example toy.csv:41: /no.jpg: there is no such file",
         "          1  gone; for example x",
-        "and of 32 images that were opened: 1",
+        "unusable among the 32 images that were opened: 1",
         "          1  truncated; for example toy.csv:42: bad image, truncated (Truncated File Read). Replace it or"
         " drop its row.",
     ]

@@ -401,6 +401,7 @@ def test_nothing_usable_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         make(tmp_path / "toy", [row(1, image=b"no"), row(2, image=b"no"), BadRow("gone", "x", "x", "val")])
     assert str(caught.value).startswith("toy.csv: no image can be used (not an image (unknown): 2, gone: 1; first: ")
+    assert str(caught.value).endswith("Check RAW and its folder of images.")
     assert caught.value.code == ExitCode.BAD_DATA
     assert not (tmp_path / "toy").exists()
     with pytest.raises(UserError, match=r"no image can be used \(no rows; first: there is no row\)"):

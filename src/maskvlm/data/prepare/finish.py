@@ -32,6 +32,12 @@ from maskvlm.utils.errors import ExitCode, UserError
 
 ROWS = 1000
 """Default for the largest number of rows in a shard."""
+FOUND_IN_TEXT = {
+    "malformed row", "missing column", "too many columns", "quote left open", "quotes do not fit", "unknown split",
+    "duplicate id", "duplicate image id", "duplicate caption", "image in two splits", "image in two tables",
+    "no caption", "empty caption", "caption too long", "name is not text",
+}  # fmt: skip
+"""Reasons that say nothing of the image's file."""
 
 
 class Plan(NamedTuple):
@@ -144,7 +150,9 @@ def give_up(root: Path, plan: Plan, left_out: Reasons) -> None:
         root.rmdir()
     reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.count.most_common(5))
     first = next(iter(left_out.first.values()))[0]["message"] if left_out.first else "there is no row"
-    what, todo = f"no image can be used ({reasons or 'no rows'}; first: {first})", "Check RAW and its folder of images"
+    what = f"no image can be used ({reasons or 'no rows'}; first: {first})"
+    images = not set(left_out.count) <= FOUND_IN_TEXT
+    todo = "Check RAW and its folder of images" if images else "Check the rows of RAW: no image was opened"
     raise UserError(plan.raw, what, todo, ExitCode.BAD_DATA)
 
 

@@ -20,6 +20,7 @@ from maskvlm.data.prepare.rows import (
     Settings,
     Unusable,
     first_example,
+    place_of_image,
     prepare_image,
     screened,
 )
@@ -78,7 +79,7 @@ class Captions:
         low, middle, high = self.percentiles(5, 50, 95)
         share = 100 * self.repeated() / len(self)
         lengths = f"captions have {middle} {'word' if middle == 1 else 'words'} ({low} to {high} for nine of ten)"
-        return f"{lengths}; {share:.1f} % say what another one says"
+        return f"{lengths}; {share:.1f} % repeat another one"
 
 
 class LookReport(NamedTuple):
@@ -183,7 +184,7 @@ def look_at_raw(raw: RawSet, settings: Settings, path: Path) -> list[str]:
     # few images, which are opened
     broken = sample.broken(settings)
     begin = [f"{settings.name}{part}: {counted(counts, len(captions))}", captions.line()]
-    title = f"and of {len(sample.rows):,} images that were opened"
+    title = f"unusable among the {len(sample.rows):,} images that were opened"
     drawn, lines = (
         [
             *begin,
@@ -237,7 +238,7 @@ class DrawnSample:
         reasons = Reasons()
         for row in self.rows:
             try:
-                prepare_image(row.image, row.origin, settings)
+                prepare_image(row.image, place_of_image(row), settings)
             except BadImage as bad:
                 reasons.add(RowNote(bad.reason, row.origin, str(bad)))
         return reasons

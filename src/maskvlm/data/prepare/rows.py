@@ -123,7 +123,7 @@ class RowMaker:
             # captions before the image, as they are far cheaper to reject
             captions, notes = self.clean(row)
             check_names_of_row(row)
-            image = prepare_image(row.image, origin, self.settings)
+            image = prepare_image(row.image, place_of_image(row), self.settings)
         except BadImage as bad:
             self.left_out.append(RowNote(bad.reason, origin, str(bad)))
             return None
@@ -244,6 +244,12 @@ def check_names_of_row(row: RawRow) -> None:
     for text in (row.image_id, row.name):
         if text.encode("utf-8", "ignore").decode() != text:
             raise Unusable("name is not text", f"the name {text!r} is not text")
+
+
+def place_of_image(row: RawRow) -> str:
+    """What a message calls a row's image: the row's place, and the file if that place does not name it."""
+    own = "" if isinstance(row.image, bytes) or Path(row.image).name in row.origin else f" ({row.image})"
+    return clean_line(f"{row.origin}{own}")
 
 
 def clean_line(text: str) -> str:
