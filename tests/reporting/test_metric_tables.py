@@ -47,7 +47,7 @@ def test_every_metric_stands_in_its_group() -> None:
         "vqa           %",
         "accuracy   12.3",
         "Gain of the right partner over a wrong one: masked words +13.9 points right",
-        "(+0.520 nats), masked pixels +12.2 % less squared error",
+        "(+0.520 nats), masked pixels 12.2 % less squared error",
     ]
 
 
@@ -63,6 +63,7 @@ def test_chance_levels_stand_beside_what_was_measured() -> None:
 
 def test_what_was_not_measured_is_left_out() -> None:
     assert lines({}) == []
+    assert claim_line({"mim/mse": 1.03, "mim/mse_wrong_text": 1.0}).endswith(": masked pixels 3.0 % more squared error")
     assert claim_line({}) == claim_line(RECALL) == ""
     assert lines({"mim/l1": 0.1, "mim/l1_wrong_text": 0.2}) == [
         "Pixels, with caption    right    wrong   none   vs wrong   vs none",

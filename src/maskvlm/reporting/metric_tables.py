@@ -225,7 +225,8 @@ def claim_line(metrics: Mapping[str, float]) -> str:
         parts.append(f"masked words {points} points right ({nats} nats)")
     if "mim/mse_wrong_text" in metrics:
         less = gain("%", metrics["mim/mse"], metrics["mim/mse_wrong_text"])
-        parts.append(f"masked pixels {less} less squared error")
+        sign = {"+": "less", "-": "more"}[less[0]]
+        parts.append(f"masked pixels {less[1:] or 'unknown'} {sign} squared error")
     return f"Gain of the right partner over a wrong one: {', '.join(parts)}" if parts else ""
 
 
