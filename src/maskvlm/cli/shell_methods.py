@@ -221,9 +221,9 @@ def image_places(method: str, inputs: list[str]) -> range:
 def check_count(inputs: list[str], form: str, least: int, most: int | None, method: str) -> None:
     """Raises UserError if the number of inputs is not one that the method takes."""
     if len(inputs) < least or (most is not None and len(inputs) > most):
-        raise UserError(
-            method, f"{len(inputs)} input{'' if len(inputs) == 1 else 's'}", f"Give {form} (maskvlm {method} --help)"
-        )
+        quotes = ", a text of several words in quotes" if len(inputs) > least and "IMAGE ..." not in form else ""
+        what, todo = f"{len(inputs)} input{'' if len(inputs) == 1 else 's'}", f"Give {form}{quotes}"
+        raise UserError(method, what, f"{todo} (maskvlm {method} --help)")
 
 
 def check_images(method: str, images: list[str], rest: list[str]) -> None:

@@ -31,8 +31,8 @@ class Method(NamedTuple):
 
     @property
     def shell_form(self) -> str:
-        """The same as typed in a shell: `IMAGE IMAGE SENTENCE`."""
-        return " ".join(["IMAGE"] * self.images + ([self.text.upper()] if self.text else []))
+        """The same as typed in a shell: `IMAGE IMAGE "SENTENCE"`."""
+        return " ".join(["IMAGE"] * self.images + ([f'"{self.text.upper()}"'] if self.text else []))
 
     @property
     def inputs(self) -> int:
