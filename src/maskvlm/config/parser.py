@@ -177,7 +177,7 @@ def whole_before_float(parser: CommandParser) -> None:
     for action in parser._actions:
         # a private attribute of jsonargparse, as a class's types cannot be replaced
         if set(get_args(getattr(action, "_typehint", None))) == {int, float, type(None)}:
-            action._typehint = int | float | None
+            action._typehint = int | float | None  # type: ignore[attr-defined]
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
