@@ -15,7 +15,7 @@ from maskvlm.study.analysis import answer, frame_of, interval, lead, values_of, 
 from maskvlm.study.definition import Comparison, Study, read_study
 from maskvlm.study.earlier import earlier_runs
 from maskvlm.study.page import write_page
-from maskvlm.study.runs import StudyRun
+from maskvlm.study.runs import StudyRun, runs_of
 from maskvlm.utils.errors import UserError
 
 MORE = {"claim": "It grows.", "better": "all@0.25", "than": "few", "more_than": {"better": "all", "than": "few"}}
@@ -248,6 +248,14 @@ def test_the_page_says_what_all_runs_start_from(tmp_path: Path) -> None:
         "starts from the last weights of a run of its seed: masked words alone (`--data.steps=9 --model.lr=0.1`)."
         in page
     )
+    assert "It diverged" not in page
+    lost = tmp_path / "runs" / "first-s1"
+    lost.mkdir()
+    (lost / "versions.json").write_text('{"diverged": {"step": 7}}')
+    (tmp_path / "runs" / "few-s1" / "metrics.json").unlink()
+    runs = runs_of(study, tmp_path / "runs", counted=())
+    page = write_page(study, runs, tmp_path / "page", "x").read_text()
+    assert "It diverged with seed 1: the runs that start from it were not made." in page
     (tmp_path / "without").mkdir()
     without = a_study(tmp_path / "without", {})
     assert "starts from" not in write_page(*without, tmp_path / "without", "x").read_text()

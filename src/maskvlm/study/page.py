@@ -110,7 +110,11 @@ def text_of(
     ]  # fmt: skip
     if study.first is not None:
         own = shlex.join(f"--{key}={value}" for key, value in study.first_options)
-        lines += [f"Every run starts from the last weights of a run of its seed: {study.arms[FIRST]} (`{own}`).", ""]
+        start = f"Every run starts from the last weights of a run of its seed: {study.arms[FIRST]} (`{own}`)."
+        unmade = sorted({run.seed for run in runs if run.start and run.start.diverged and not run.finished})
+        if unmade:
+            start += f" It diverged with seed {', '.join(map(str, unmade))}: the runs that start from it were not made."
+        lines += [start, ""]
     remarked = frame[frame[REMARK] != ""] if len(frame) else frame
     if len(remarked):
         remarks = [f"{run} {remark}" for run, remark in zip(remarked["run"], remarked[REMARK], strict=True)]
