@@ -51,7 +51,7 @@ def test_readme_prints_what_it_shows(
     commands = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", console, re.MULTILINE)
     assert len(commands) >= 3
     for command, output in commands:
-        first, *words = shlex.split(command)
+        first, *words = shlex.split(command, comments=True)
         assert first == "maskvlm"
         assert main(words) == 0
         check_printed(capsys.readouterr().out, output)
