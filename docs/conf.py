@@ -12,7 +12,7 @@ from typing import Any
 
 import myst_nb.core.render
 from docutils import nodes
-from jupyter_client.connect import ConnectionFileMixin
+from nbclient import NotebookClient
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.parallel import make_chunks
@@ -78,7 +78,7 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_execution_show_tb = True
 logging.getLogger("traitlets").setLevel(logging.ERROR)  # which notebook is being run
-ConnectionFileMixin.transport.default_value = "ipc"  # a socket file: a kernel on an open port prints a warning
+NotebookClient.extra_arguments.default_args = (["--log-level=ERROR"],)  # each kernel warns that its local port is open
 TUTORIALS = [
     f"tutorials/{name}"
     for name in ["your-images", "a-study", "fine-tune", "add-a-task", "search", "add-a-loss", "first-steps", "slurm"]
