@@ -479,6 +479,25 @@ def test_a_task_that_gives_no_losses_is_told(terms: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("weights", "accepted"),
+    [
+        ({"own": 2.0}, True),
+        ({"own": 2.0, "late": 0.5, "later": 0.5}, True),  # terms that another step has
+        ({"off": 0.0}, True),
+        ({"owm": 2.0}, False),
+    ],
+)
+def test_a_weight_that_misnames_its_loss_is_refused(weights: dict[str, float], accepted: bool) -> None:
+    task, terms = Plain(), {"own": torch.zeros((), requires_grad=True)}
+    task.weights = weights
+    if accepted:
+        assert checked_terms(task, terms) == terms
+    else:
+        with pytest.raises(UserError, match=r"Plain\.weights: has a weight for owm, and forward gave own\. Name each"):
+            checked_terms(task, terms)
+
+
+@pytest.mark.parametrize(
     ("metrics", "message"),
     [
         ([1.0], "Plain.compute: gave a list"),

@@ -69,7 +69,7 @@ class Task(nn.Module, ABC):
 
     Attributes:
         uniform: source of the current step's random numbers (see `masking.Uniform`).
-        weights: weight of each loss term in the sum; 1 if not given.
+        weights: weight of each loss term in the sum; 1 if not given. If not every step has every term, name all.
         methods: methods that this task adds to a loaded model, by name.
         predictions: predictions of the last evaluation, complete in every process; empty if the task makes none.
         stuck_hints: for each loss term, what it means if it stays at its chance level, and what to check.
@@ -214,7 +214,8 @@ class Task(nn.Module, ABC):
 
 
 def checked_terms(task: Task, terms: object) -> dict[str, Tensor]:
-    """The result of `Task.forward`. Raises UserError if it is not a dict of scalar tensors, as a plug-in may return."""
+    """The result of `Task.forward`. Raises UserError if it is not a dict of scalar tensors, as a plug-in may return, or
+    `Task.weights` seems to misname a term: one has no weight, and a weight has no term."""
     todo = "Return a dict: each loss by its name, a scalar tensor, the mean over the batch"
     if not isinstance(terms, dict) or not terms:
         raise UserError(f"{_name(task)}.forward", "gave no loss" if terms == {} else f"gave a {_kind(terms)}", todo)
@@ -224,6 +225,10 @@ def checked_terms(task: Task, terms: object) -> dict[str, Tensor]:
     if torch.is_grad_enabled() and not any(term.requires_grad for term in terms.values()):
         todo = "Compute it with gradient: without torch.no_grad(), detach() or item()"
         raise UserError(f"{_name(task)}.forward", "gave no loss that has a gradient: nothing would learn", todo)
+    unknown = [name for name, weight in task.weights.items() if weight and name not in terms]
+    if unknown and not terms.keys() <= task.weights.keys():
+        what = f"has a weight for {', '.join(unknown)}, and forward gave {', '.join(terms)}"
+        raise UserError(f"{_name(task)}.weights", what, "Name each term as forward does")
     return terms
 
 
