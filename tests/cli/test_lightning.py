@@ -165,6 +165,7 @@ def test_an_evaluation_after_the_end_is_told(fails: Callable[..., str]) -> None:
             "is an abstract class. Define in it: __call__.",
         ),
         ("--model.task.pixel_loss l3", "l3 does not fit. Give one of l1, squared, smooth_l1."),
+        ("--model.task.losses 3", "--model.task.losses: 3 does not fit. Give a list."),
         ("--data.augment flip", "--data.augment: flip does not fit. Give true, false or mirror."),
         ("--model.task nope.X", "--model.task: class nope.X cannot be used (No module named 'nope')"),
         (
@@ -227,6 +228,10 @@ def test_a_logger_without_its_package_is_no_bug(fails: Callable[..., str], monke
             "mine.yaml:4: model.task.text_mask_rati: ",
         ),
         ("model:\n  lr: fast\n", "mine.yaml:2: model.lr: fast does not fit. Give a number."),
+        (
+            "model:\n  task:\n    losses:\n      class_path: acme.Length\n",
+            "does not fit. Give a list: in a file, a dash before class_path; on the command line, [ ] around it.",
+        ),
         ("model: {a: [1\n", "mine.yaml:1: not YAML ("),
         ("model:\n  lr: 1e-3\n  task: [1,\n  2\n", "mine.yaml:3: not YAML ("),
         ("model:\n  lr\n  seed: 1\n", "mine.yaml:3: not YAML ("),

@@ -134,7 +134,10 @@ def _wrong_value(match: re.Match[str], context: MessageContext) -> UserError:
         return UserError(_where(place), f"{cut(value or place.value)} does not fit", "Give the path of a class")
     if types is None:
         return UserError(_where(place), cut(text, 300).rstrip("."), "See --help")
-    return UserError(_where(place), f"{cut(value or place.value)} does not fit", f"Give {_plain_type(types[1])}")
+    todo = f"Give {_plain_type(types[1])}"
+    if todo == "Give a list" and (value or place.value).startswith("{'class_path'"):
+        todo = "Give a list: in a file, a dash before class_path; on the command line, [ ] around it"
+    return UserError(_where(place), f"{cut(value or place.value)} does not fit", todo)
 
 
 def _undefined(path: str) -> str:
@@ -160,7 +163,8 @@ def _plain_type(text: str) -> str:
 def _plain_names(text: str) -> str:
     text = re.sub(r"<class '(.*?)'>", lambda m: m[1].rpartition(".")[2], text)
     words = {"float": "a number", "int": "a whole number", "str": "a text", "bool": "true or false"}
-    words |= {"NoneType": "null", "tuple": "a list of fixed length", "list": "a list", "dict": "a mapping"}
+    words |= {"NoneType": "null", "tuple": "a list of fixed length", "list": "a list", "Sequence": "a list"}
+    words |= {"dict": "a mapping", "Mapping": "a mapping"}
     text = re.sub(r"\w+(?![\w.\[])", lambda m: words.get(m[0], m[0]), text)
     # a.b.Name -> Name
     return re.sub(r"\b[a-z_]\w*(?:\.\w+)*\.(\w+)", r"\1", text)
