@@ -1,5 +1,6 @@
 """What an evaluation leaves in the run's folder, and that no drawing ends a training."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,8 @@ def run(folder: Path, report: Report, fit: bool = False, **settings: Any) -> L.T
     return trainer
 
 
-def after_training(**settings: Any) -> Report:
-    """A report that has seen a training."""
-    report = Report(**settings)
+def after_training() -> Report:
+    report = Report()
     report.trained = True
     return report
 
@@ -56,16 +56,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     return folder, lines
 
 
-def test_both_images_lie_in_the_runs_folder(finished: tuple[Path, list[str]]) -> None:
+def test_the_page_holds_the_table_and_both_images_that_lie_beside_it(finished: tuple[Path, list[str]]) -> None:
     folder, lines = finished
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "captions of an image, re-ranked" in page
+    assert re.findall('src="([^"]+)"', page) == ["reconstructions.png", "curves.png"]
     assert Image.open(folder / "curves.png").size == (1386, 924)
     assert Image.open(folder / "reconstructions.png").size[0] == 1256
-    wrote = [f"wrote {folder / 'curves.png'}", f"wrote {folder / 'reconstructions.png'}"]
-    assert lines[1:] == [*wrote, *wrote]
-
-
-def test_an_evaluation_on_the_way_says_what_the_partner_is_worth(finished: tuple[Path, list[str]]) -> None:
-    assert finished[1][0].startswith("step 2: Gain of the right partner over a wrong one: masked words ")
+    assert lines[0].startswith("step 2: Gain of the right partner over a wrong one: masked words ")
+    assert lines[1:] == 2 * [f"wrote {folder / 'report.html'}"]
 
 
 def test_both_images_are_in_tensorboard(finished: tuple[Path, list[str]]) -> None:
@@ -82,6 +81,7 @@ def test_measuring_a_checkpoint_prints_the_table_and_leaves_the_runs_images_alon
     run(tmp_path, Report(count=2))
     assert "captions of an image, re-ranked" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["reconstructions-validate.png"]
+    assert [path.name for path in tmp_path.glob("*.html")] == ["report-validate.html"]
 
 
 def test_an_image_that_fails_costs_one_line(
@@ -96,14 +96,11 @@ def test_an_image_that_fails_costs_one_line(
         f"warning: {tmp_path / 'reconstructions.png'} was not drawn: OSError: no space left on device"
     ]
     assert (tmp_path / "curves.png").is_file()
+    assert "reconstructions" not in (tmp_path / "report.html").read_text()
 
 
-def test_a_trial_run_draws_nothing(tmp_path: Path) -> None:
+def test_a_trial_and_other_processes_draw_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, after_training(), fast_dev_run=True)
-    assert list(tmp_path.glob("*.png")) == []
-
-
-def test_other_processes_draw_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(L.Trainer, "is_global_zero", property(lambda trainer: False))
     run(tmp_path, after_training())
-    assert list(tmp_path.glob("*.png")) == []
+    assert [*tmp_path.glob("*.png"), *tmp_path.glob("*.html")] == []

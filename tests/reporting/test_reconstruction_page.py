@@ -4,7 +4,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from objectives.test_reconstructed_examples import toy
 from PIL import Image
@@ -17,12 +16,8 @@ from maskvlm.reporting.reconstruction_page import (
     SIDE,
     caption_pieces,
     draw_reconstruction,
-    error_text,
     guess_line,
-    piece_text,
     reconstructions,
-    shorten,
-    wrap,
 )  # fmt: skip
 
 NAMES: Any = SimpleNamespace(decode=lambda ids: f" w{ids[0]}")
@@ -42,34 +37,6 @@ def test_a_caption_is_written_with_its_masked_words_shaded() -> None:
     assert [piece.text for piece in pieces if piece.shade] == ["blue"]
 
 
-def test_pieces_of_a_word_stand_together() -> None:
-    pieces = caption_pieces(toy_batch(1)._replace(**tokens([[7, 8, 9]])), 0, NAMES, {1, 3})
-    assert [(piece.text, piece.shade) for piece in pieces] == [
-        ("w7", True),
-        ("w8", False),
-        (" ", False),
-        ("w9", True),
-    ]
-
-
-@pytest.mark.parametrize(("decoded", "text"), [(" red", "red"), ("##ing", "ing"), ("##", "##"), ("#", "#"), ("$", "$")])
-def test_marks_of_tokenizers_are_left_out(decoded: str, text: str) -> None:
-    assert piece_text(SimpleNamespace(decode=lambda ids: decoded), 1) == text
-
-
-def test_lines_break_at_spaces_and_long_words_are_cut() -> None:
-    pieces = [
-        Segment("one"),
-        Segment(" "),
-        Segment("two"),
-        Segment("s"),
-        Segment(" "),
-        Segment("abcdefghijk"),
-    ]
-    assert [plain(line) for line in wrap(pieces, 8)] == ["one twos", "abcdefgh"]
-    assert [plain(line) for line in wrap(pieces, 7)] == ["one", "twos", "abcdefg"]
-
-
 def test_a_right_guess_is_green_and_a_wrong_first_one_red() -> None:
     batch = toy_batch(1)._replace(**tokens([[7, 8, 9]]))
     with_image = Guesses(torch.tensor([[[8, 9, 5]]]), torch.tensor([[[0.9, 0.07, 0.03]]]))
@@ -82,27 +49,6 @@ def test_a_right_guess_is_green_and_a_wrong_first_one_red() -> None:
     ]  # fmt: skip
 
 
-def test_the_smaller_error_of_a_row_is_green() -> None:
-    errors = torch.tensor([0.0984, 0.1012])
-    assert error_text(errors[0], errors) == Segment("error 0.098", GREEN, bold=True)
-    assert error_text(errors[1], errors) == Segment("error 0.101", GREY)
-    close = torch.tensor([0.0984, 0.0983])
-    assert error_text(close[0], close) == error_text(close[1], close) == Segment("error 0.098", GREY)
-    assert error_text(errors[0], errors[:1]) == Segment("error 0.098", GREY)
-
-
-def test_true_statistics_are_admitted() -> None:
-    for normalised in (False, True):
-        backbone, task = toy(pixel_norm=normalised)
-        figure = draw_reconstruction(reconstruct(backbone, task, toy_batch(2)), NAMES).figure
-        assert any("true mean" in text.get_text() for text in figure.texts) == normalised
-
-
-def test_long_words_are_shortened() -> None:
-    assert shorten("turquoise", 9) == "turquoise"
-    assert shorten("turquoises", 9) == "turquois…"
-
-
 def test_rows_are_as_high_as_their_words_and_the_file_as_wide_as_its_columns(tmp_path: Path) -> None:
     backbone, task = toy()
     path = reconstructions(backbone, task, toy_batch(6), NAMES, tmp_path / "r.png", count=3)
@@ -110,23 +56,3 @@ def test_rows_are_as_high_as_their_words_and_the_file_as_wide_as_its_columns(tmp
     assert width == 1256
     assert 3 * 164 < height < 3 * 240
     assert len(draw_reconstruction(reconstruct(backbone, task, subsample(toy_batch(6), 3)), NAMES).figure.axes) == 12
-
-
-def test_one_image_has_no_wrong_caption(tmp_path: Path) -> None:
-    backbone, task = toy()
-    path = reconstructions(backbone, task, toy_batch(1), NAMES, tmp_path / "r.png")
-    assert Image.open(path).size[0] == 1104
-
-
-@pytest.mark.parametrize(("off", "width"), [("weight_mim", 800), ("weight_mlm", 1256)])
-def test_a_loss_that_is_off_leaves_its_columns_out(off: str, width: int, tmp_path: Path) -> None:
-    backbone, task = toy(**{off: 0.0})
-    path = reconstructions(backbone, task, toy_batch(3), NAMES, tmp_path / "r.png")
-    assert Image.open(path).size[0] == width
-
-
-def test_dollars_and_unknown_scripts_are_drawn_as_they_are(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    backbone, task = toy()
-    names: Any = SimpleNamespace(decode=lambda ids: "$\\frac$ 猫")
-    reconstructions(backbone, task, toy_batch(2), names, tmp_path / "r.png")
-    assert [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)] == []

@@ -1,5 +1,6 @@
-"""The visual output of a run: the table of metrics, `curves.png` and `reconstructions.png`."""
+"""The visual output of a run: the table of metrics, `curves.png`, `reconstructions.png`, and a page of all three."""
 
+import io
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from maskvlm.data.batch import Batch
 from maskvlm.objectives.pretraining import MaskedPretraining
@@ -21,14 +24,16 @@ from maskvlm.reporting.curves import curves
 from maskvlm.reporting.metric_tables import claim_line, metrics_table, score_line
 from maskvlm.reporting.reconstruction_page import reconstructions
 from maskvlm.training.run_record import folder_of
-from maskvlm.utils.whole_files import whole_file
+from maskvlm.utils.errors import UserError
+from maskvlm.utils.whole_files import whole_file, write_text
 
 log = logging.getLogger(__name__)
 
 
 class Report(Callback):
     """After an evaluation outside training, prints the table of metrics and writes the two figures to the run's folder
-    and to TensorBoard. During training, prints the metrics of each evaluation in one line.
+    and to TensorBoard, and `report.html`, which shows the table and the figures. During training, prints the metrics of
+    each evaluation in one line.
 
     If a figure cannot be drawn, it warns and never fails a finished training. Evaluating a checkpoint later does not
     overwrite the training's images: it writes `reconstructions-validate.png`.
@@ -83,11 +88,11 @@ class Report(Callback):
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw both figures, if there is something to draw."""
-        folder = folder_of(trainer)
+        folder, drawn = folder_of(trainer), list[str]()
         # Only a training has curves, not the evaluation of a checkpoint.
         logged = metrics_file(trainer)
         if logged is not None and self.trained:
-            try_drawing(trainer, folder / "curves.png", lambda path: curves(logged, path, title=folder.name))
+            drawn += try_drawing(trainer, folder / "curves.png", lambda path: curves(logged, path, title=folder.name))
         task, batch = getattr(pl_module, "task", None), self.batch
         if isinstance(task, MaskedPretraining) and batch is not None:
             backbone: Any = pl_module.backbone
@@ -98,8 +103,16 @@ class Report(Callback):
                     reconstructions(backbone, task, batch, backbone.text.tokenizer, path, self.count)
 
             name = "reconstructions.png" if self.trained else "reconstructions-validate.png"
-            try_drawing(trainer, folder / name, fill)
+            drawn = [*try_drawing(trainer, folder / name, fill), *drawn]  # what the model fills in comes first
         self.batch = None
+        if drawn:
+            page = folder / ("report.html" if self.trained else "report-validate.html")
+            try:
+                write_text(page, report_page(folder.name, metrics_table(getattr(pl_module, "metrics", {})), drawn))
+            except UserError as error:  # as for a figure
+                log.warning("warning: %s was not written: %s", page, error)
+                return
+            say(f"wrote {page}")
 
 
 def metrics_file(trainer: L.Trainer) -> Path | None:
@@ -112,8 +125,16 @@ def metrics_file(trainer: L.Trainer) -> Path | None:
     return None
 
 
-def try_drawing(trainer: L.Trainer, path: Path, draw: Callable[[Path], object]) -> None:
-    """Draw a figure and pass it to TensorBoard; if that fails, warn in one line."""
+def report_page(title: str, table: Table, figures: list[str]) -> str:
+    """An HTML page with the table of metrics and the figures, which lie beside it."""
+    console = Console(record=True, file=io.StringIO(), width=100)
+    console.print(f"[bold]{escape(title)}[/bold]", table)
+    images = "".join(f'<img src="{name}" style="max-width: 100%">\n' for name in figures)
+    return console.export_html(inline_styles=True).replace("</body>", f"{images}</body>")
+
+
+def try_drawing(trainer: L.Trainer, path: Path, draw: Callable[[Path], object]) -> list[str]:
+    """Draw a figure and pass it to TensorBoard; returns its name. If that fails, warn in one line; returns nothing."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
@@ -124,8 +145,8 @@ def try_drawing(trainer: L.Trainer, path: Path, draw: Callable[[Path], object]) 
                 logger.experiment.add_image(path.stem, pixels, trainer.global_step, dataformats="HWC")
     except Exception as error:  # hours of training must not end here
         log.warning("warning: %s was not drawn: %s: %s", path, type(error).__name__, " ".join(str(error).split()))
-        return
-    say(f"wrote {path}")
+        return []
+    return [path.name]
 
 
 def say(text: str) -> None:

@@ -59,7 +59,8 @@ class Predictions(Callback):
         write_text(folder / f"predictions{end}.jsonl", "".join(f"{line}\n" for line in lines))
         say(f"wrote {folder / f'predictions{end}.jsonl'}")
         cells = [example_cell(data.splits[split], one) for one in spread(predictions, self.count)]
-        try_drawing(trainer, folder / f"examples{end}.png", lambda path: example_page(cells, path))
+        for name in try_drawing(trainer, folder / f"examples{end}.png", lambda path: example_page(cells, path)):
+            say(f"wrote {folder / name}")
         for name, text in task.files().items():  # type: ignore[union-attr, operator]
             write_text(folder / f"{Path(name).stem}{end}{Path(name).suffix}", text)
             say(f"wrote {folder / f'{Path(name).stem}{end}{Path(name).suffix}'}")

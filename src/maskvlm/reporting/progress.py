@@ -27,6 +27,7 @@ from maskvlm.reporting.meters import (
     number,
     reading_interval,
 )
+from maskvlm.training.run_record import folder_of
 from maskvlm.utils.status_bar import StatusBar
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class TrainingProgress(ProgressBar):
         self.losses, self.clock, self.time_left = LossMeter(), ThroughputMeter(), TimeLeft()
         self.step, self.total, self.status, self.printed = 0, math.inf, "", -math.inf
         self.alone = False  # evaluating outside a training run
+        self.estimated = False  # whether the time that the run takes has been told
 
     def enable(self) -> None:
         self.enabled = True
@@ -86,11 +88,19 @@ class TrainingProgress(ProgressBar):
 
     # ------------------------------------------------------------------ training
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """In the first line of a run, print what it will do."""
+        if self.enabled:
+            data, task = trainer.datamodule, type(pl_module.task).__name__  # type: ignore[attr-defined]
+            what = f"{task}: {data.total_steps:,} steps of {data.batch_size} on {trainer.strategy.root_device}"
+            self._say(f"{what}, then an evaluation and a page of pictures in {folder_of(trainer)}")
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.losses, self.clock, self.time_left = LossMeter(), ThroughputMeter(), TimeLeft()
         # The loaders exist by now; otherwise reading this would create them.
         self.total = float(trainer.estimated_stepping_batches)
         self.step, self.status, self.printed = trainer.global_step, "", -math.inf
+        self.estimated = False
         if self.enabled:
             self._say(LEGEND)
         # A run without an end has no bar to fill.
@@ -124,6 +134,9 @@ class TrainingProgress(ProgressBar):
         logged |= {"train/pairs_per_second": speed.pairs_per_second, "train/data_wait": speed.data_wait}
         # Only the first process gets here: no other one logs or waits.
         pl_module.log_dict(logged, batch_size=1, rank_zero_only=True)
+        if self.enabled and seconds_left is not None and not self.estimated:
+            self._say(f"on this machine these steps take about {duration(seconds_left)}")
+            self.estimated = True
         room = None if self.bar is None else self.bar.room(self._step_of)
         self.status = status_line(readings, speed, seconds_left, room)
         if self._plain and (time.monotonic() - self.printed >= self.seconds or self.step == self.total):
