@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 COMPOSED := pretrain finetune evaluate config preview submit bench data data-check
-.PHONY: help setup index demo study test check gpu-check docs $(COMPOSED) conf tasks tests checkpoints
+.PHONY: help setup index demo study test test-all check gpu-check docs $(COMPOSED) conf tasks tests checkpoints
 ARGS :=
 # PYTHON=... on the command line: that interpreter as it is. Otherwise .venv, made when first needed.
 ifeq ($(origin PYTHON),command line)
@@ -61,8 +61,10 @@ $(COMPOSED): $(call installed)
 finetune evaluate: $(if $(filter 'captioning',$(call typed,TASK)),$(call installed,-captioning))
 $(COMPOSED) index demo:
 	@$(PYTHON) -m maskvlm $@ $(handed) $(ARGS)
-test: $(call installed,-test)  ## run the tests (ARGS="-k masking" picks some)
-	@$(PYTHON) -m pytest -n 3 --dist worksteal $(ARGS)
+test: $(call installed,-test)  ## run the quick tests (ARGS="-k masking" picks some)
+	@$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+test-all: $(call installed,-test)  ## run all tests: also what trains, kills processes, serves the page and runs the tutorials
+	@HYPOTHESIS_PROFILE=many $(PYTHON) -m pytest -n 3 --dist worksteal $(ARGS)
 
 docs: $(call installed,-docs)  ## build the documentation in docs/_build/html; this runs its tutorials
 	@$(PYTHON) -m sphinx -q -W --keep-going -j auto $(ARGS) docs docs/_build/html && echo "wrote docs/_build/html/index.html"

@@ -5,10 +5,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from guards import Build, without
 from hypothesis import HealthCheck, settings
 
 # Before anything imports torch or transformers. Tests run side by side, so each keeps to one thread.
@@ -20,8 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 # On a machine that others share, inputs take their time to be made; that says nothing of the code.
-settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("shared")
+PROFILES = {"shared": 15, "many": 200}  # examples of each property
+for name, most in PROFILES.items():
+    checks = [HealthCheck.too_slow]
+    settings.register_profile(name, deadline=None, max_examples=most, suppress_health_check=checks)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "shared"))
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -94,36 +95,3 @@ def stack() -> Callable[..., list[str]]:
         return files
 
     return compose
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test of a guard runs with it and without it (see `guards.py`)."""
-    guard = metafunc.definition.get_closest_marker("guard")
-    if guard is not None:
-        assert "build" in metafunc.fixturenames, f"{metafunc.definition.name} must take the fixture `build`"
-        builds = [Build(), Build(*guard.args, **guard.kwargs)]
-        metafunc.parametrize("build", builds, indirect=True, ids=["whole", f"without {builds[1].guard}"])
-
-
-@pytest.fixture
-def build(request: pytest.FixtureRequest) -> Iterator[Build]:
-    """The program as it is, or, in the second turn of a test marked `guard`, without that guard."""
-    chosen: Build = getattr(request, "param", Build())
-    if chosen.guard is None:
-        yield chosen
-        return
-    with without(chosen.guard, chosen.gives):
-        yield chosen
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Any:
-    """Without its guard a test must fail."""
-    build = getattr(item, "callspec", None) and item.callspec.params.get("build")  # type: ignore[attr-defined]
-    if not isinstance(build, Build) or build.guard is None:
-        return (yield)
-    try:
-        yield
-    except (Exception, pytest.fail.Exception):
-        return None
-    pytest.fail(f"passes although {build.guard} does nothing", pytrace=False)

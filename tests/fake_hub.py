@@ -88,7 +88,8 @@ class FakeHub:
                 self.send_header("X-Repo-Commit", COMMIT)
                 self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
                 if status == 404:
-                    self.send_header("X-Error-Code", "EntryNotFound" if "/resolve/" in self.path else "RepoNotFound")
+                    known = self.path.partition("/resolve/")[0].strip("/") in hub.files
+                    self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(body)

@@ -1,5 +1,4 @@
-"""The page in a thread of the tests, on a real port with the real Gradio, so that a guard can be taken from it; and who
-speaks to it as its own script does."""
+"""The page in a thread of the tests, on a real port with the real Gradio; and who speaks to it as its script does."""
 
 import io
 import json
@@ -24,6 +23,22 @@ JSON = {"content-type": "application/json"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync"
+IN_CHROMIUM = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)"),
+    pytest.mark.skipif(find_spec("playwright") is None, reason="needs playwright (pip install -e .[test])"),
+]
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """The browser of this machine."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield opened
+        opened.close()
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -57,12 +72,9 @@ class Asker:
 
     def question(self, part: str, event: str = "click", event_data: Any = None, **values: Any) -> dict[str, Any]:
         """What the page's script would send; values by elem_id."""
+        target = [self.ids[part], event]
         # What the browser does by itself has no function behind it.
-        known = [
-            each
-            for each in self.config["dependencies"]
-            if [self.ids[part], event] in each["targets"] and not each["js"]
-        ]
+        known = [each for each in self.config["dependencies"] if target in each["targets"] and not each["js"]]
         by_id = {self.ids[name]: value for name, value in values.items()}
         data = [by_id.get(each, self.parts[each].get("value")) for each in known[0]["inputs"]]
         body = {"fn_index": known[0]["id"], "session_hash": f"s{time.time_ns()}", "data": data}
@@ -80,17 +92,6 @@ class Asker:
             return f"{reply.status_code} {reply.text}"
         return self.answer(body["session_hash"])
 
-    def tell(self, part: str, event: str, event_data: Any = None, **values: Any) -> dict[str, Any]:
-        """What the parts that have an elem_id then show, by it; None where one stays as it is."""
-        body, reply = self.join(part, event, event_data, **values)
-        reply.raise_for_status()
-        (known,) = (each for each in self.config["dependencies"] if each["id"] == body["fn_index"])
-        outputs = json.loads(self.answer(body["session_hash"]))["output"]["data"]
-        names = {number: name for name, number in self.ids.items()}
-        pairs = zip(known["outputs"], outputs, strict=True)
-        by_name = {names[part]: each for part, each in pairs if part in names}
-        return {name: plain(each) for name, each in by_name.items()}
-
     def answer(self, session: str) -> str:
         with self.client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as stream:
             for line in stream.iter_lines():
@@ -98,11 +99,6 @@ class Asker:
                 if event.get("msg") in ("process_completed", "unexpected_error"):
                     return json.dumps(event)
         return "nothing"
-
-
-def plain(output: Any) -> Any:
-    """What a part shows; of an update its value, None where it has none."""
-    return output.get("value") if isinstance(output, dict) and output.get("__type__") == "update" else output
 
 
 class Live(NamedTuple):
@@ -126,12 +122,6 @@ class Live(NamedTuple):
     def uploads(self) -> set[Path]:
         """Images that were uploaded and are still there."""
         return set(self.folder.rglob("image.*"))
-
-    @property
-    def image(self) -> dict[str, str]:
-        """One that was uploaded: its path and its address."""
-        path = self.asker.image(GOOD)["path"]
-        return {"path": path, "url": f"{self.base}/gradio_api/file={path}"}
 
     @property
     def question_count(self) -> int:

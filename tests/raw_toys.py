@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,6 @@ def parquet() -> Files:
 
 
 def hub() -> Files:
-    import tempfile
-
     import datasets
 
     datasets.disable_progress_bars()
@@ -157,10 +156,7 @@ TOYS: dict[str, tuple[str, Callable[[], Files]]] = {
     "snli_ve": ("snli_ve", snli),
     "webdataset": ("webdataset", web),
     "webdataset parquet": ("webdataset", parquet),
-    "webdataset files": (
-        "webdataset",
-        web_files,
-    ),
+    "webdataset files": ("webdataset", web_files),
     "csv": ("csv", lambda: table("csv")),
     "jsonl": ("jsonl", lambda: table("jsonl")),
     "folder": ("folder", lambda: files(*TEXTS)),

@@ -1,4 +1,5 @@
-"""Pre-training that goes on from a checkpoint, on other data: it keeps the tokenizer and says what it inherited."""
+"""Runs that go on from one another: pre-training, more of it on other data, fine-tuning, evaluation; what a checkpoint
+brings, and what it cannot do."""
 
 import json
 from collections.abc import Callable
@@ -7,162 +8,147 @@ from typing import Any
 
 import pytest
 from toy_examples import LABELS, Questions, bare_backbone, data_for, fit
-from toy_pretrained import LINEAGE_ENTRY
 from toys import SIZE
 
 from maskvlm.checkpoint.io import load
-from maskvlm.checkpoint.model_spec import ModelSpec
 from maskvlm.cli.commands import COMMANDS
-from maskvlm.cli.from_checkpoint import measured_on_scenes, recipe_of_another
-from maskvlm.cli.lightning import LightningCommand, Parsed, run_command
-from maskvlm.config.compose import PRETRAINING, pretraining, read_words
-from maskvlm.data.scenes.source import Scenes
-from maskvlm.data.streaming.source import Stream
+from maskvlm.cli.lightning import Parsed, run_command
+from maskvlm.cli.main import main
 from maskvlm.training.lit import LitModel
+from maskvlm.utils.errors import ExitCode
 from tasks.vqa.task import Vqa
 
-SMALL = {
-    "data.steps": 2,
-    "data.batch_size": 4,
-    "data.eval_batch_size": 6,
-    "data.source.train": 24,
-    "data.source.val": 6,
-    "model.task.weight_words": 0,
-    "model.task.rerank_k": 2,
-    "trainer.limit_val_batches": 1,
-}
-SHAPES = {
-    "model.backbone.image.config": "{patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}",
-    "model.backbone.text.config": "{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = ["--data.batch_size=4", "--data.eval_batch_size=8", "--data.source.train=40", "--data.source.val=12"]
+SMALL = [*SIZES, "--data.steps=2", "--model.task.weight_words=0", "--model.task.rerank_k=2"]
+SHAPES = [
+    "--model.backbone.image.config={patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}",
+    "--model.backbone.text.config={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
     "intermediate_size: 64}",
-}
+]
 
 
-def options(settings: dict[str, object]) -> list[str]:
-    return [f"--{key}={value}" for key, value in settings.items()]
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
 
 
-def test_a_run_from_a_checkpoint_keeps_its_words_and_names_its_origin(
-    stack: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, stack: Callable[..., list[str]]) -> Path:
+    """The folder of runs, with the checkpoint of a pre-training in `p`."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert main(["fit", "--run", str(folder / "p"), *stack(WHERE="cpu"), *SMALL, *SHAPES]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finetuned(pretrained: Path) -> Path:
+    """Beside it VQA from there on larger images in `f`, and its evaluation in `e`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        more = ["--data.steps=2", "--model.backbone.image.image_size=64"]
+        start = ["--from", str(pretrained / "p" / "last.ckpt")]
+        assert main(["fit", "--run", str(pretrained / "f"), *start, *task_files("vqa"), *SIZES, *more]) == 0
+        start = ["--from", str(pretrained / "f" / "last.ckpt")]
+        assert main(["validate", "--run", str(pretrained / "e"), *start, *task_files("vqa"), *SIZES]) == 0
+    return pretrained
+
+
+def task_files(task: str) -> list[str]:
+    files = ("conf/base.yaml", "conf/finetune.yaml", f"tasks/{task}/conf.yaml", "conf/where/cpu.yaml")
+    return [word for file in files for word in ("-c", file)]
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def test_a_pretraining_goes_on_with_its_words_and_names_its_origin(
+    pretrained: Path, stack: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(Path(__file__).resolve().parents[2])
-    first = ["fit", "--folder", str(tmp_path / "first"), *stack(WHERE="cpu"), *options(SMALL | SHAPES)]
-    run_command(LightningCommand, first)
-    origin = tmp_path / "first" / "last.ckpt"
-    files = [
-        word for pair in zip(*[iter(stack(WHERE="cpu"))] * 2, strict=True) if "model/" not in pair[1] for word in pair
-    ]
-    other = {**SMALL, "data.source.seed": 5, "model.task.weight_mim": 0}
-    run_command(
-        LightningCommand, ["fit", "--folder", str(tmp_path / "second"), "--from", str(origin), *files, *options(other)]
-    )
-    before, after = load(origin), load(tmp_path / "second" / "last.ckpt")
+    origin = pretrained / "p" / "last.ckpt"
+    pairs = zip(*[iter(stack(WHERE="cpu"))] * 2, strict=True)
+    files = [word for option, file in pairs if "model/" not in file for word in (option, file)]
+    other = ["--data.source.seed=5", "--model.task.weight_mim=0"]
+    assert main(["fit", "--run", str(tmp_path / "r"), "--from", str(origin), *files, *SMALL, *other]) == 0
+    before, after = load(origin), load(tmp_path / "r" / "last.ckpt")
     assert after["tokenizer"] == before["tokenizer"]
     assert [entry["steps"] for entry in after["lineage"]] == [2, 2]
-    parts = json.loads((tmp_path / "second" / "provenance.json").read_text())
-    origins = {name: (record["how"], record.get("source")) for name, record in parts["tensors"].items()}
-    assert set(origins.values()) == {("loaded", str(origin))}  # the heads of the losses that are left, too
-    assert any(name.startswith("task.tokens") for name in origins)
-    assert not any(name.startswith("task.pixels") for name in origins)
-    run_command(
-        LightningCommand,
-        ["validate", "--folder", str(tmp_path / "third"), "--from", str(origin), *files, *options(SMALL)],
-    )
-    measured = json.loads((tmp_path / "third" / "metrics.json").read_text())
-    assert {"retrieval/tr_r1", "mlm/accuracy_wrong_image", "mim/mse_wrong_text"} <= set(measured)
+    parts = read(tmp_path / "r" / "provenance.json")["tensors"]
+    # The heads of the losses that are left, too.
+    assert {(part["how"], part.get("source")) for part in parts.values()} == {("loaded", str(origin))}
+    assert any(name.startswith("task.tokens") for name in parts)
+    assert not any(name.startswith("task.pixels") for name in parts)
+    measured = read(tmp_path / "r" / "metrics.json")
+    assert {"retrieval/tr_r1", "mlm/accuracy_wrong_image"} <= set(measured)
 
 
-def test_other_data_than_those_of_the_weights_are_told_where_they_are_the_default(tmp_path: Path) -> None:
-    photographs = LINEAGE_ENTRY._replace(source="maskvlm.data.prepared.source.Prepared")
-    for history, warned in (
-        ((LINEAGE_ENTRY, photographs), True),
-        ((photographs, LINEAGE_ENTRY), False),
-        ((LINEAGE_ENTRY._replace(source="unknown"),), False),
-        ((), False),
-    ):
-        line = measured_on_scenes(history, Scenes())
-        assert (line is not None) == warned
-        # Any other data was named.
-        assert measured_on_scenes(history, Stream("x", "y")) is None
-    line = measured_on_scenes((photographs,), Scenes())
-    assert line is not None
-    assert line.startswith(
-        "this measures drawn scenes, and the weights were last trained on other data (maskvlm.data.pre"
-    )
+@pytest.mark.slow
+def test_a_checkpoint_measures_as_its_training_did(finetuned: Path) -> None:
+    trained, measured = read(finetuned / "f" / "metrics.json"), read(finetuned / "e" / "metrics.json")
+    assert trained["step"] == 2
+    assert measured == pytest.approx(trained)
+    assert (finetuned / "f" / "predictions.jsonl").read_text() == (finetuned / "e" / "predictions.jsonl").read_text()
+    names = {path.name for path in (finetuned / "e").iterdir()}
+    assert names >= {"card.json", "examples.png", "predictions.jsonl", "answers.json", "config-validate.yaml"}
+    assert not [name for name in names if name.endswith(".ckpt")]
+    card = read(finetuned / "e" / "card.json")
+    tasks = ["maskvlm.objectives.pretraining.MaskedPretraining", "tasks.vqa.task.Vqa"]
+    assert [step["task"] for step in card["lineage"]] == tasks
+    assert card["resolution"] == 64  # larger than in pre-training
+    assert card["images of the split seen in training"] == 0
+    assert card["checkpoint"]["file"] == "f/last.ckpt"
+    assert "pos_embed" in (finetuned / "f" / "provenance.json").read_text()
 
 
-def test_another_models_recipe_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without model= it is tiny's, whatever the checkpoint is."""
-    monkeypatch.chdir(Path(__file__).resolve().parents[2])
-
-    def checkpoint(name: str, width: int | None = None) -> ModelSpec:
-        image = {"name": name, "config": None if width is None else {"embed_dim": width}}
-        return ModelSpec({"init_args": {"image": {"init_args": image}}}, None)
-
-    def line(start: ModelSpec, *words: str, command: str = "pretrain") -> str | None:
-        composed = pretraining(read_words(command, ["from=x.ckpt", *words], PRETRAINING))
-        return recipe_of_another(start, ["fit" if command == "pretrain" else "validate", *composed])
-
-    dino = checkpoint("vit_small_patch14_dinov2.lvd142m")
-    hint = line(dino)
-    assert hint == "the recipe is for model=tiny, but the checkpoint is model=compact: add model=compact to the command"
-    assert line(dino, "model=compact") is None
-    assert line(dino, command="evaluate") is None
-    assert line(dino, "recipe=ours") is None
-    assert line(checkpoint("vit_tiny_patch16_224", 96)) is None
-    assert "is model=small:" in (line(checkpoint("vit_tiny_patch16_224", 128)) or "")
-    # Files of the user's own: a recipe of such a name, and a model that says nothing of encoders.
-    assert recipe_of_another(dino, ["fit", "-c", "mine/pretrain-mine.yaml"]) is None
-    monkeypatch.setattr("maskvlm.cli.from_checkpoint.chosen", lambda kind, name: Path("conf/base.yaml"))
-    assert line(dino) is None
-    # One of nobody's has no recipe that could be named.
-    assert line(checkpoint("vit_tiny_patch16_224", 64)) is None
+@pytest.mark.slow
+def test_measuring_in_a_trainings_folder_touches_none_of_its_files(finetuned: Path) -> None:
+    """By --ckpt_path, as README says of a finished run: its configuration names what it began with."""
+    folder = finetuned / "f"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    again = ["-c", str(folder / "config-fit.yaml"), "--run", str(folder), "--ckpt_path", "last"]
+    assert main(["validate", *again]) == 0
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    added = {path.name for path in folder.iterdir()} - before.keys()
+    assert added >= {"metrics-validate.json", "card-val.json", "predictions-val.jsonl", "examples-val.png"}
+    assert read(folder / "card-val.json")["checkpoint"]["file"] == "f/last.ckpt"
 
 
-def model_of(*words: str) -> Any:
-    """The composed model of a command."""
-    return run_command(Parsed, COMMANDS[words[0]].full(["where=cpu", "run=x", *words[1:]])).settings.model
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "task", "code", "message"),
+    [
+        ("--from p/last.ckpt", "nlvr", ExitCode.BAD_DATA, "holds no heads of Nlvr"),
+        ("--from f/last.ckpt", "entailment", ExitCode.USAGE, "was fine-tuned as vqa"),
+        ("--from p/last.ckpt --model.task.contrast_dim=64", "retrieval", ExitCode.USAGE, "model.task.contrast_dim: 64"),
+        ("--from p/last.ckpt --model.backbone.cross_layers=1", "retrieval", ExitCode.BAD_DATA, "does not fit MaskVLM"),
+    ],
+)
+def test_what_a_checkpoint_cannot_do_is_refused(
+    finetuned: Path, capsys: pytest.CaptureFixture[str], words: str, task: str, code: ExitCode, message: str
+) -> None:
+    given = [str(finetuned / word) if word.endswith(".ckpt") else word for word in words.split()]
+    assert main(["validate", "--run", str(finetuned / "no"), *task_files(task), *SIZES, *given]) == code
+    assert message in capsys.readouterr().err
+    assert not (finetuned / "no").exists()
 
 
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of VQA with other settings than the tasks' files have."""
-    backbone, path = bare_backbone(), tmp_path_factory.mktemp("tuned") / "vqa.ckpt"
+def test_a_fine_tuned_checkpoint_is_measured_as_it_was_trained(tmp_path: Path) -> None:
+    """The tasks' files say 384 pixels for trainings. What is typed comes after the checkpoint's settings."""
+    backbone, path = bare_backbone(), tmp_path / "vqa.ckpt"
     task = Vqa(LABELS, head="classify", hidden=8, image_ablation=True)
     fit(LitModel(backbone, task, warmup=1), data_for(backbone, Questions()), path)
-    return path
 
+    def settings(command: str, *more: str) -> tuple[int, str, int | None, bool]:
+        words = COMMANDS[command].full(["where=cpu", "run=x", "vqa", "data=vqav2", f"from={path}", *more])
+        model = run_command(Parsed, words).settings.model
+        args = model.task.init_args
+        return model.backbone.init_args.image.init_args.image_size, args.head, args.hidden, args.image_ablation
 
-def test_a_fine_tuned_checkpoint_is_measured_at_its_own_image_size(
-    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The tasks' files say 384 for trainings."""
-    monkeypatch.chdir(Path(__file__).resolve().parents[2])
-    start, file = f"from={tuned}", tmp_path / "mine.yaml"
-    file.write_text("model: {backbone: {init_args: {image: {init_args: {image_size: 48}}}}}")
-
-    def size(*words: str) -> int:
-        whole: int = model_of(*words).backbone.init_args.image.init_args.image_size
-        return whole
-
-    assert size("evaluate", "vqa", "data=vqav2", start) == SIZE
-    assert size("evaluate", "vqa", "data=vqav2", start, "--model.backbone.image.image_size=64") == 64
-    assert size("evaluate", "vqa", "data=vqav2", start, "-c", str(file)) == 48
-    assert size("finetune", "vqa", "data=vqav2", start) == 384
-    # What was learned at another task is measured as that task's file says.
-    assert size("evaluate", "retrieval", "data=coco", start) == 384
-
-
-def test_a_fine_tuned_checkpoint_is_measured_with_the_settings_of_its_task(
-    tuned: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file's come before them, what is typed after."""
-    monkeypatch.chdir(Path(__file__).resolve().parents[2])
-
-    def settings(*words: str) -> tuple[str, int | None, bool]:
-        args = model_of(words[0], "vqa", "data=vqav2", f"from={tuned}", *words[1:]).task.init_args
-        return args.head, args.hidden, args.image_ablation
-
-    assert settings("evaluate") == ("classify", 8, True)
-    assert settings("evaluate", "--model.task.image_ablation=false") == ("classify", 8, False)
-    assert settings("finetune") == ("generate", None, False)
+    assert settings("evaluate") == (SIZE, "classify", 8, True)
+    typed = ["--model.backbone.image.image_size=64", "--model.task.image_ablation=false"]
+    assert settings("evaluate", *typed) == (64, "classify", 8, False)
+    assert settings("finetune") == (384, "generate", None, False)

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 from fake_hub import TOKEN
-from toy_pretrained import LINEAGE_ENTRY, content_of, saved, toy_model
+from toy_pretrained import content_of, saved, toy_model
 
 from maskvlm.checkpoint import io as checkpoint
 from maskvlm.cli.convert import convert
-from maskvlm.cli.publish import DTYPES, compared, data_lines, known_sets, missing, outputs
-from maskvlm.inference.hf_config import MaskVLMConfig, without_folders
-from maskvlm.inference.model_card import KnownSet, limits
+from maskvlm.cli.publish import DTYPES, compared, outputs
+from maskvlm.inference.hf_config import without_folders
 from maskvlm.inference.pretrained import MaskVLMOutput, PretrainedMaskVLM
 from maskvlm.utils.errors import UserError
 
@@ -43,26 +42,13 @@ with FakeHub() as hub:
     hub.files["other/toy"] = {}
     publish("dry", "to=acme/toy", "--dry-run", "--folder", folder + "/kept")
     publish("no token", "to=acme/toy", "--dry-run", token="")
-    publish("wrong token", "to=acme/toy", token="hf_wrong")
     publish("theirs", "to=other/toy")
-    publish("free, not yours", "to=other/new")
-    hub.account["auth"]["accessToken"]["role"] = "read"
-    publish("may only read", "to=acme/toy")
-    hub.account["auth"]["accessToken"]["role"] = "write"
     publish("too large", "to=acme/toy", source="large.ckpt")
-    publish("no owner", "to=toy")
-    publish("no name", "to=a b/toy")
-    publish("no target")
-    publish("no such file", "to=acme/toy", source="none.ckpt")
-    publish("no such dtype", "to=acme/toy", "--dtype", "int8")
     publish("folder there", "to=acme/toy", "--folder", folder)
     publish("up", "to=acme/toy")
-    publish("again", "to=acme/toy", "--dtype", "bfloat16")
     publish("tuned", "to=ann/vqa", "--private", source="vqa.ckpt")
     outcomes["created"] = hub.created
     loaded, ours = MaskVLM.from_pretrained("ann/vqa"), MaskVLM.from_pretrained(f"{folder}/vqa.ckpt")
-    inputs = torch.zeros(20, 20, 3, dtype=torch.uint8).numpy(), "is it red"
-    outcomes["answers"] = [str(model.answer(*inputs)) for model in (loaded, ours)]
     theirs, mine = loaded.state_dict(), ours.state_dict()
     outcomes["equal"] = all(torch.equal(theirs[key], mine[key].half().float()) if mine[key].is_floating_point()
                         else torch.equal(theirs[key], mine[key]) for key in mine)
@@ -101,25 +87,15 @@ def outcomes(folder: Path) -> dict[str, Any]:
     return record
 
 
-def test_a_dry_run_tells_everything_and_uploads_nothing(outcomes: dict[str, Any], folder: Path) -> None:
-    code, out, _, there, wrote = outcomes["dry"]
-    assert code == 0
-    assert there == ["other/toy"]
-    assert wrote == []
-    sizes = {file.name: file.stat().st_size for file in (folder / "kept").iterdir()}
-    lines = [line.split() for line in out.splitlines()]
-    assert {line[1]: int(line[0].replace(",", "")) for line in lines[: len(sizes)]} == sizes
-    assert "acme/toy: is free; the token is of ann\n" in out
-    assert "trained on: drawn scenes (maskvlm.data.scenes.source.Scenes)" in out
-    assert "missing: the card's figures are from step 6, these weights from step 7\n" in out
-    assert "missing: the command that made it is unknown" in out
-    assert "no metrics" not in out
-    assert "no metrics" not in outcomes["up"][1]
-
-
-def test_what_is_published_is_what_convert_writes(outcomes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_dry_run_uploads_nothing_and_shows_what_convert_writes(
+    outcomes: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
     """Asking the models for the comparison leaves nothing behind in the files."""
-    assert outcomes["dry"][0] == 0
+    code, out, _, there, wrote = outcomes["dry"]
+    assert (code, there, wrote) == (0, ["other/toy"], [])
+    assert "acme/toy: is free; the token is of ann\n" in out
+    assert "missing: the card's figures are from step 6, these weights from step 7\n" in out
     convert([str(folder / "best.ckpt"), str(tmp_path / "half"), "--dtype", DTYPES[0]])
     for file in (tmp_path / "half").iterdir():
         if file.name not in ("README.md", "checksums.json"):
@@ -127,118 +103,42 @@ def test_what_is_published_is_what_convert_writes(outcomes: dict[str, Any], fold
     assert "/home" not in (folder / "kept" / "config.json").read_text()
 
 
-def test_what_is_uploaded_arrives_with_its_name_in_its_card(outcomes: dict[str, Any], folder: Path) -> None:
-    code, out, _, there, wrote = outcomes["up"]
-    assert code == 0
+@pytest.mark.slow
+def test_what_is_uploaded_arrives_and_comes_down_the_same(outcomes: dict[str, Any], folder: Path) -> None:
+    code, _, _, there, wrote = outcomes["up"]
+    assert code == outcomes["tuned"][0] == 0
     assert "acme/toy" in there
     assert wrote
-    assert "uploaded: http" in out
     assert outcomes["files"] == sorted(file.name for file in (folder / "kept").iterdir())
     assert 'MaskVLM.from_pretrained("acme/toy")' in outcomes["card"]
-    assert outcomes["card"].index("retrieval/tr_r5") < outcomes["card"].index("retrieval/tr_r10")
-    assert "knows drawn scenes alone (at most 3 " in outcomes["card"]
     assert not outcomes["created"]["acme/toy"].get("private")
-    code, out, _, _, wrote = outcomes["again"]
-    assert code == 0
-    assert wrote
-    assert "acme/toy: already exists; an upload adds a commit to it" in out
-
-
-def test_a_fine_tuned_model_goes_up_private_and_comes_down_the_same(outcomes: dict[str, Any]) -> None:
-    code, out, *_ = outcomes["tuned"]
-    assert code == 0
-    assert "pairs " in out
-    assert "missing: no metrics" not in out  # they lie beside it
     assert outcomes["created"]["ann/vqa"]["visibility"] == "private"
     assert outcomes["equal"]
-    assert outcomes["answers"][0].split("(")[0] == outcomes["answers"][1].split("(")[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "status", "message"),
-    [
-        ("no token", 69, "acme/toy: is free; there is no token to upload with. Log in (hf auth login)"),
-        ("wrong token", 69, "acme/toy: the hub rejects the token, or cannot be reached ("),
-        ("theirs", 69, "other/toy: already exists; the token is of ann, who is neither other nor a member of it."),
-        ("free, not yours", 69, "other/new: is free; the token is of ann, who is neither"),
-        ("may only read", 69, "acme/toy: is free; the token of ann may only read."),
-        ("too large", 73, "large.ckpt: --dtype: float16 cannot hold numbers of backbone.text."),
-        ("no owner", 2, "to=toy: names no owner. Give owner/name."),
-        ("no name", 2, "to=a b/toy: is not a valid hub name ("),
-        ("no target", 2, "the following arguments are required: --to"),
-        ("no such file", 66, "none.ckpt"),
-        ("no such dtype", 2, "--dtype"),
-        ("folder there", 73, "already exists. Name another one."),
-    ],
-)
-def test_a_mistake_is_one_line_and_nothing_is_written(
-    outcomes: dict[str, Any], name: str, status: int, message: str
-) -> None:
-    code, _, err, there, wrote = outcomes[name]
-    assert code == status, err
-    assert message in err
-    assert len(err.splitlines()) == 1
-    assert there == ["other/toy"]
-    assert wrote == []
+@pytest.mark.slow
+def test_a_mistake_is_one_line_and_nothing_is_written(outcomes: dict[str, Any]) -> None:
+    for name, status in (("no token", 69), ("theirs", 69), ("too large", 73), ("folder there", 73)):
+        code, _, err, there, wrote = outcomes[name]
+        assert (name, code, len(err.splitlines())) == (name, status, 1)
+        assert (there, wrote) == (["other/toy"], [])
 
 
-def test_worse_weights_are_refused(folder: Path) -> None:
-    model = PretrainedMaskVLM.from_pretrained(folder / "best.ckpt")
-    before = outputs(model)
-    assert "images 1.0000000 (largest difference 0.0e+00)" in compared(before, before, folder)
+def test_worse_weights_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "best.ckpt")
+    before = outputs(PretrainedMaskVLM.from_pretrained(tmp_path / "best.ckpt"))
+    assert "images 1.0000000 (largest difference 0.0e+00)" in compared(before, before, tmp_path)
     assert before.text_embeds is not None
     turned = MaskVLMOutput(**{**before, "text_embeds": before.text_embeds.flip(0)})
     with pytest.raises(UserError, match="vectors of texts have a cosine of"):
-        compared(before, turned, folder)
+        compared(before, turned, tmp_path)
 
 
-def test_a_set_is_known_by_its_hash_or_by_the_folder_of_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "manifest.json").write_text("{")
-    entry = LINEAGE_ENTRY._replace(source="maskvlm.data.prepared.source.Prepared", sha="ab" * 8)
-    card = {"data": {"settings": {"root": "flickr8k"}}}
-    first, second = entry._replace(sha="cd" * 8), entry
-    sets = known_sets([first, second], card)
-    assert sets.keys() == {second.sha}
-    assert sets[second.sha].licence.startswith("non-commercial")
-    lines = [*data_lines([first, second, second], sets)]
-    assert len(lines) == 2
-    assert "a set that the history does not name" in lines[0]
-    assert "`flickr8k`" in lines[1]
-    split = {"sha256": "cd" * 32}
-    manifest = {"title": "Mine", "licence": "CC0", "splits": {"train": split}}
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "manifest.json").touch()
-    monkeypatch.setattr("maskvlm.cli.publish.read_manifest", lambda _: manifest)
-    assert known_sets([first], {}) == {first.sha: KnownSet("Mine", "CC0")}
-
-
-def test_what_is_not_known_is_said() -> None:
-    lines = [*missing(MaskVLMConfig(step=3))]
-    assert [line.partition(" ")[0] for line in lines] == ["no", "the", "the", "part"]
-    versions = {"command": ["pretrain"], "commit": "abc+"}
-    config = MaskVLMConfig(evaluation={"card": {"versions": versions}, "metrics": {"step": 3}}, step=3)
-    assert "abc+" in next(missing(config))
-    assert limits([LINEAGE_ENTRY.words() | {"source": "unknown"}]).endswith("is unknown.")
-    photographs = LINEAGE_ENTRY.words() | {"source": "x.Y"}
-    assert "at most 3 different images with their texts: " in limits([photographs] * 2)
-    drawn = LINEAGE_ENTRY.words() | {"source": "maskvlm.data.scenes.source.Scenes", "sha": "1"}
-    assert "at most 6 different images with their texts, a part of them drawn scenes: " in limits([photographs, drawn])
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("data=/home/me/mine", "data=mine"),
-        ("/a/b/best.ckpt", "best.ckpt"),
-        ("checkpoints/a/best.ckpt", "checkpoints/a/best.ckpt"),
-        ("https://x.org/a/b", "https://x.org/a/b"),
-        ("../a/b", "../a/b"),
-        ("1 / 2", "1 / 2"),
-    ],
-)
-def test_folders_of_this_machine_stay_here(text: str, expected: str) -> None:
-    assert without_folders({"a": [text, 1, None]}) == {"a": [expected, 1, None]}
+def test_folders_of_this_machine_stay_here() -> None:
+    told = {
+        "data=/home/me/mine": "data=mine",
+        "/a/b/best.ckpt": "best.ckpt",
+        "checkpoints/a/best.ckpt": "checkpoints/a/best.ckpt",
+        "https://x.org/a/b": "https://x.org/a/b",
+    }
+    assert without_folders({"a": [*told, 1, None]}) == {"a": [*told.values(), 1, None]}

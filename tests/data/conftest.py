@@ -1,11 +1,8 @@
 """What the tests of readers and of captions share."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast, RobertaTokenizerFast
 
 from maskvlm.data.text import train_tokenizer
@@ -17,23 +14,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def karpathy(tmp_path: Path, own_cache: None) -> Any:
-    """Write a json in the Karpathy layout and its images; gives the json's path."""
-
-    def write(images: list[dict[str, Any]], folder: str = "images", absent: tuple[str, ...] = ()) -> str:
-        for row in images:
-            path = tmp_path / folder / row.get("filepath", "") / row["filename"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if row["filename"] not in absent:
-                Image.new("RGB", (16, 16)).save(path)
-        file = tmp_path / "toy.json"
-        file.write_text(json.dumps({"images": images, "dataset": "toy"}))
-        return str(file)
-
-    return write
 
 
 @pytest.fixture(scope="session")
@@ -56,21 +36,7 @@ def trained(captions: list[str]) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def bert() -> PreTrainedTokenizerFast:
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        "a",
-        "dog",
-        "[",
-        "]",
-        "mask",
-        "run",
-        "##ning",
-        "##s",
-    ]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "[", "]", "mask", "run", "##ning", "##s"]
     return BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
 
 

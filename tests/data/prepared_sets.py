@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -64,8 +66,21 @@ class Here:
         return done
 
 
+def not_drawn(report: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+@contextmanager
+def in_process() -> Iterator[None]:
+    """Prepare in this process, and without drawing the first look, which takes most of the time."""
+    first_look = patch("maskvlm.data.prepare.first_look.draw_look", not_drawn)
+    with patch("maskvlm.data.prepare.prepare.Pool", Here), first_look:
+        yield
+
+
 def make(root: Path, name: str, rows: Iterable[RawRow | BadRow], shard: int = 7) -> Path:
     """Prepare these rows as `root/name`."""
-    with patch("maskvlm.data.prepare.prepare.Pool", Here):
+    with in_process():
         prepare(Rows(rows), Plan("csv", "toy", Settings(name), {}, rows=shard), root / name, 1, lambda text: None)
     return root / name

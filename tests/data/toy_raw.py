@@ -1,29 +1,26 @@
 """A raw set of made images, with rows of every kind that preparing has to deal with."""
 
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from data.prepared_sets import Rows, in_process
 from PIL import Image
 
 from maskvlm.data.prepare.finish import Plan
 from maskvlm.data.prepare.prepare import prepare
 from maskvlm.data.prepare.rows import Settings
-from maskvlm.data.raw.base import BadRow, Facts, RawRow, RawSet
+from maskvlm.data.raw.base import BadRow, Facts, RawRow
 
 
-class Toy(RawSet):
+class Toy(Rows):
     """Rows of a list."""
 
     def __init__(self, rows: list[RawRow | BadRow], images: int | None = None) -> None:
-        self.list = rows
+        super().__init__(rows)
         self.facts = Facts("Toy images", images, None, "free")
         self.annotations: list[Path] = []
-
-    def rows(self) -> Iterator[RawRow | BadRow]:
-        yield from self.list
 
 
 def photo(seed: int, width: int = 96, height: int = 64) -> Image.Image:
@@ -40,30 +37,19 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 
 def row(number: int, split: str = "train", **changes: Any) -> RawRow:
     """Image `number`, a PNG that must be encoded anew, with two captions."""
-    whole = RawRow(
-        image=encoded(photo(number), "PNG"),
-        captions=(f"image  number {number}", "a second caption"),
-        image_id=f"toy {number}",
-        split=split,
-        origin=f"toy.csv:{number}",
-    )
+    captions = (f"image  number {number}", "a second caption")
+    whole = RawRow(encoded(photo(number), "PNG"), captions, f"toy {number}", split, f"toy.csv:{number}")
     return whole._replace(**changes)
-
-
-def many() -> list[RawRow | BadRow]:
-    """Sixty rows, each with a caption to mend and every seventh without an image."""
-    return [row(n, captions=(f"number {n}\u200b",), **({"image": b"no"} if n % 7 == 6 else {})) for n in range(60)]
 
 
 def plan(name: str = "toy", rows: int = 4, side: int = 48, raw: str = "toy.csv", **more: Any) -> Plan:
     return Plan("csv", raw, Settings(name, side, **more), {}, rows)
 
 
-def make(
-    root: Path, rows: list[RawRow | BadRow], images: int | None = None, workers: int = 1, **more: Any
-) -> dict[str, Any]:
-    """Prepare these rows in `root`; the manifest."""
-    return prepare(Toy(rows, images), plan(**more), root, workers, lambda line: None)
+def make(root: Path, entries: list[RawRow | BadRow], images: int | None = None, **more: Any) -> dict[str, Any]:
+    """Prepare these rows in `root`, in this process; the manifest."""
+    with in_process():
+        return prepare(Toy(entries, images), plan(**more), root, 1, lambda line: None)
 
 
 def files_of(root: Path) -> dict[str, bytes]:

@@ -1,145 +1,106 @@
 """Whole commands that meet faults, as their user sees them: exit status, lines, what is left in the run's folder.
 
-Rows 1 to 7, 15, 17 to 22 and 63 of the matrix; `apart.py` starts the commands. That each guard is what holds its row
-is tested beside it: test_run_lock.py, test_step_guard.py, test_attempts.py, test_outputs.py.
+Each is a real process. What decides each of them is tested in-process in test_run_lock.py, test_step_guard.py,
+test_attempts.py, test_outputs.py and tests/checkpoint.
 """
 
 import json
-import os
-import subprocess
+import math
+import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from forks import PAIR, Child, Forks, ends, small
 
-ROOT = Path(__file__).resolve().parents[2]
-Outcomes = dict[str, Any]
+from maskvlm.checkpoint.io import load
+from maskvlm.training.csv_log import rows_in
 
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """What all scenarios found; one process runs them, as importing takes longer than most of them."""
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, str(Path(__file__).with_name("apart.py")), str(tmp_path_factory.mktemp("apart"))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    scenarios: Outcomes = json.loads(done.stdout)
-    return scenarios
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="faults of Linux processes")]
+UNMEASURED = "--trainer.limit_val_batches=0"
 
 
-def test_of_two_commands_one_trains_and_one_says_so(outcomes: Outcomes) -> None:
-    two = outcomes["two"]
-    assert two["codes"] == [0, 73]
-    assert two["said"].count("\n") == 1
-    assert two["said"].startswith("error: ")
-    assert f"run: another process is training here (process {two['first']} on " in two["said"]
-    assert two["steps"] == [*range(60)]
+def words(run: Path, steps: int, *more: str) -> list[str]:
+    return small(run, f"--data.steps={steps}", UNMEASURED, *more)
 
 
-def test_a_killed_runs_folder_and_a_copy_of_a_living_one_are_free_at_once(outcomes: Outcomes) -> None:
-    """The killed one had data workers, which are copies of it."""
-    assert outcomes["killed"] == {"codes": [75, 75], "alive": True}
+def trained(run: Path) -> list[int]:
+    """Steps in metrics.csv that have a loss."""
+    if not (run / "metrics.csv").is_file():
+        return []
+    rows = rows_in((run / "metrics.csv").read_bytes())
+    return [int(row["step"]) for row in rows if "train/loss" in row and row.get("step", "").isdigit()]
 
 
-def test_one_bad_batch_costs_one_step(outcomes: Outcomes) -> None:
-    """Row 63."""
-    bad = outcomes["one_bad_batch"]
-    assert bad["code"] == 0
-    assert len(bad["said"]) == 1
-    assert bad["said"][0].startswith("warning: step 10 skipped: its loss is not finite (nan); 8 samples, listed in ")
-    assert bad["finite"]
-    assert bad["listed"]["count"] == 1
-    samples = bad["listed"]["steps"][0]["samples"]
-    assert len({one["index"] for one in samples}) == 8
-    for one in samples:
+def until(there: Callable[[], object], child: Child) -> None:
+    """Wait for something; three minutes at most."""
+    end = time.monotonic() + 180
+    while not there():
+        assert time.monotonic() < end, child.log.read_text()
+        time.sleep(0.01)
+
+
+def after(run: Path, step: int, child: Child) -> None:
+    """Wait until the training has logged this step."""
+    until(lambda: max(trained(run), default=-1) >= step, child)
+
+
+def test_what_one_process_meets_is_skipped_by_all(forks: Forks, tmp_path: Path) -> None:
+    """Also the samples of the other process are listed: nobody knows yet which of the batch it was."""
+    run = tmp_path / "run"
+    pair = forks.start_two(words(run, 12, *PAIR), tmp_path, spoil={"step": 9, "of_rank": 1, "factor": math.nan})
+    assert ends(pair, 180) == [0, 0]
+    assert all(bool(value.isfinite().all()) for value in load(run / "last.ckpt")["state_dict"].values())
+    listed = json.loads((run / "bad_samples.json").read_text())["skipped_steps"]
+    (step,) = listed["steps"]
+    assert (listed["count"], step["step"]) == (1, 10)
+    assert step["reason"].startswith("its loss is not finite")
+    assert len({one["index"] for one in step["samples"]}) == 8
+    for one in step["samples"]:
         assert one["origin"] == f"scenes (seed 0) train image {one['index']}"
-        assert one["image_id"].startswith("scene ")
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("nan", "its loss is not finite"), ("spike", "its loss shot up")])
-def test_what_one_process_meets_is_skipped_by_all(kind: str, reason: str, outcomes: Outcomes) -> None:
-    """Also the samples of the other processes are listed: nobody knows yet which of the batch it was."""
-    pair = outcomes["in_one_process_of_two"][kind]
-    assert pair["codes"] == [0, 0]
-    assert pair["finite"]
-    (step,) = pair["listed"]["steps"]
-    assert (pair["listed"]["count"], step["step"]) == (1, 10)
-    assert step["reason"].startswith(reason)
-    alone = outcomes["one_bad_batch"]["listed"]["steps"][0]["samples"]
-    assert step["samples"] == alone  # the same global batch
+def test_two_signals_are_one_and_a_third_ends_it_at_once(forks: Forks, tmp_path: Path) -> None:
+    """The checkpoint that was there stays whole."""
+    run = tmp_path / "run"
+
+    def strike(child: Child, times: int) -> None:
+        for _ in range(times):
+            child.signal(signal.SIGTERM)
+            time.sleep(0.05)  # sooner, the system would make one of them
+
+    first = forks.start(words(run, 400), tmp_path / "first.txt")
+    after(run, 10, first)
+    strike(first, 2)
+    assert first.wait(180) == 75
+    step = load(run / "last.ckpt")["global_step"]
+    assert step > 8
+    again = forks.start(words(run, 400), tmp_path / "again.txt", spoil={"step": step + 6, "fault": "late"})
+    after(run, step + 5, again)
+    strike(again, 3)
+    assert again.wait(180) == -signal.SIGTERM
+    assert load(run / "last.ckpt")["global_step"] >= step
 
 
-def test_a_step_that_always_dies_is_not_tried_for_ever(outcomes: Outcomes) -> None:
-    """Row 15."""
-    always = outcomes["crashing"]["always"]
-    assert always["codes"] == [70, 70, 70, 70, 77]
-    (line,) = always["said"][-1]
-    assert "always: the run died 4 times in step 11. " in line
-    assert "delete" in line
-
-
-def test_after_two_failures_it_goes_on_from_the_checkpoint_before(outcomes: Outcomes) -> None:
-    from_last = outcomes["crashing"]["from_last"]
-    assert from_last["codes"] == [70, 70, 0]
-    assert "died 2 times in step 11; resuming from previous.ckpt" in from_last["said"][2][0]
-    assert from_last["steps"] == [*range(12)]
-
-
-def test_two_signals_are_one_and_a_third_ends_it_at_once(outcomes: Outcomes) -> None:
-    """Row 7. The checkpoint that was there stays whole."""
-    signals = outcomes["signals"]
-    assert signals["codes"] == [75, -15]
-    assert signals["then"] >= signals["step"] > 8
-
-
-def test_a_damaged_record_of_the_settings_is_one_line(outcomes: Outcomes) -> None:
-    assert outcomes["damaged"]["stopped"] == 75
-    for code, lines in outcomes["damaged"]["config"]:
-        assert code == 65
-        (line,) = lines
-        assert "config-fit.yaml: damaged (" in line
-        assert "--ckpt_path last" in line
-
-
-def test_without_a_whole_checkpoint_nothing_begins_anew(outcomes: Outcomes) -> None:
-    """Row 22."""
-    code, lines = outcomes["damaged"]["all torn"]
-    assert code == 77
-    assert "all 2 checkpoints are damaged" in lines[-1]
-
-
-def test_damaged_records_and_a_torn_checkpoint_do_not_stop_a_run(outcomes: Outcomes) -> None:
-    """Rows 19 and 21. The files that inform are damaged before it goes on, versions.json once more while it runs."""
-    code, lines = outcomes["damaged"]["records"]
-    assert code == 0
-    assert "last.ckpt: truncated" in lines[0]
-    assert "resuming after step " in lines[1]
-    assert lines[1].endswith("previous.ckpt)")
-    assert len(lines) == 2
-    assert outcomes["damaged"]["finished"] == 40
-
-
-@pytest.mark.parametrize(
-    ("when", "code", "what"),
-    [
-        ("from the start", 73, "cannot be written (Read-only file system)"),
-        ("read-only", 73, "cannot be written (Read-only file system)"),
-        ("full", 74, "no space left: disk full ("),
-    ],
-)
-def test_a_folder_that_cannot_be_written_is_one_line(when: str, code: int, what: str, outcomes: Outcomes) -> None:
-    """Rows 17 and 18."""
-    if "unwritable" not in outcomes:
-        pytest.skip("needs root, to mount a read-only and a full file system")
-    case = outcomes["unwritable"][when]
-    assert case["code"] == code
-    (line,) = case["said"]
-    assert line.startswith("error: ")
-    assert what in line
-    if when == "from the start":
-        assert case["left"] == []
-    else:
-        assert case["step"] >= 4
-        assert "crash.txt" not in case["left"]
+def test_damaged_records_and_a_torn_checkpoint_do_not_stop_a_run(forks: Forks, tmp_path: Path) -> None:
+    """The files that inform are damaged before it goes on. Without any whole checkpoint it does not begin anew."""
+    run = tmp_path / "run"
+    stopped = forks.start(words(run, 40), tmp_path / "stopped.txt")
+    after(run, 10, stopped)
+    stopped.signal(signal.SIGTERM)
+    assert stopped.wait(180) == 75
+    whole = {path.name: path.read_bytes() for path in run.glob("*.ckpt")}
+    for name, content in whole.items():
+        (run / name).write_bytes(content[:-100])
+    assert forks.start(words(run, 40), tmp_path / "torn.txt").wait(180) == 77
+    (run / "previous.ckpt").write_bytes(whole["previous.ckpt"])
+    for name in ("versions.json", "provenance.json", "metrics.json", "bad_samples.json", "attempts.json", "run.lock"):
+        (run / name).write_bytes(b"\xff{[")
+    (run / "metrics.csv").write_bytes(b'step,train/loss\nnan,1\n1e400,2\nx,\x00\n"' + b"z" * 200_000 + b"\n2,1.5\n")
+    last = forks.start(words(run, 40), tmp_path / "last.txt")
+    assert last.wait(180) == 0
+    assert any("last.ckpt: truncated" in line for line in last.output_lines("warning"))
+    assert any("previous.ckpt" in line for line in last.output_lines("resuming after step"))
+    assert json.loads((run / "versions.json").read_text())["finished"]["step"] == 40

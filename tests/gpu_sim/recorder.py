@@ -5,7 +5,6 @@ the CUDA context, the allocator's fragments and the workspaces of matrix product
 """
 
 import collections
-import itertools
 import traceback
 import weakref
 from typing import Any
@@ -35,15 +34,9 @@ BLOCK = 512  # bytes; the allocator hands out multiples of them
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
     """Stands in for scaled_dot_product_attention: the CPU's own choice of a kernel would be that of a CPU."""
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
@@ -82,17 +75,11 @@ class Recorder(TorchDispatchMode):
         kernels: launched, by the phase that `phase` names.
         matmuls: (operation, dtype) -> how often.
         sent: (collective, phase) -> bytes that this process gets or hands over, whichever is more.
-        peak: bytes of all storages that were alive at once; `peak_at` names the moment.
-
-    Args:
-        by_line: also note what made each storage, for `largest`; slow.
+        peak: bytes of all storages that were alive at once.
     """
 
-    def __init__(self, by_line: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.by_line = by_line
-        self.makers: dict[int, str] = {}
-        self.history: list[tuple[str, int]] = []
         self.phase = "forward"
         self.waits: collections.Counter[str] = collections.Counter()
         self.copies: collections.Counter[str] = collections.Counter()
@@ -102,7 +89,6 @@ class Recorder(TorchDispatchMode):
         self.sent: collections.Counter[tuple[str, str]] = collections.Counter()
         self.alive: dict[int, int] = {}
         self.now = self.peak = 0
-        self.peak_at = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -127,7 +113,7 @@ class Recorder(TorchDispatchMode):
             if name in MATMULS:
                 self.matmuls[name, str(inputs[-1].dtype).removeprefix("torch.")] += 1
         for x in outputs:
-            self.count(x, f"{self.phase} {name}")
+            self.count(x)
         return out
 
     @staticmethod
@@ -151,7 +137,7 @@ class Recorder(TorchDispatchMode):
             return inputs[:-1]
         return inputs[1:] if "scatter" in name else inputs[:1] if "alltoall" in name else inputs
 
-    def count(self, x: Tensor, where: str = "") -> None:
+    def count(self, x: Tensor) -> None:
         """Note the storage of a tensor on the device until nothing holds it any more."""
         if x.device.type != "cuda":
             return
@@ -162,23 +148,8 @@ class Recorder(TorchDispatchMode):
         size = -(-storage.nbytes() // BLOCK) * BLOCK
         self.alive[key] = size
         self.now += size
-        if self.by_line:
-            self.makers[key] = f"{where} {x.dtype} at {site()}" if where else "parameters"
-            self.history.append((self.makers[key], size))
         weakref.finalize(storage, self._freed, key)
-        if self.now > self.peak:
-            self.peak, self.peak_at = self.now, f"{where} at {site()}"
+        self.peak = max(self.peak, self.now)
 
     def _freed(self, key: int) -> None:
-        size = self.alive.pop(key, 0)
-        self.now -= size
-        if self.by_line:
-            self.history.append((self.makers.pop(key, ""), -size))
-
-    def largest(self, most: int) -> dict[str, float]:
-        """What made the storages that were alive at the peak -> MiB, the largest first."""
-        sums = list(itertools.accumulate(size for _, size in self.history))
-        held: collections.Counter[str] = collections.Counter()
-        for maker, size in self.history[: sums.index(max(sums)) + 1]:
-            held[maker] += size
-        return {maker: round(size / 2**20, 1) for maker, size in held.most_common(most)}
+        self.now -= self.alive.pop(key, 0)

@@ -45,11 +45,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="base")
     parser.add_argument("--pairs", type=int, default=64, help="of one process")
     parser.add_argument("--world", type=int, default=1)
-    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--chunk", type=int, help="pairs that are computed at once (model.chunk)")
     parser.add_argument("--memory-alone", action="store_true", help="do not count operations")
-    parser.add_argument("--largest", type=int, default=0, help="so many lines that made what is alive at the peak")
-    parser.add_argument("--task", type=json.loads, default={}, help="options of MaskedPretraining, as JSON")
     return parser.parse_args()
 
 
@@ -58,10 +55,8 @@ def build(options: argparse.Namespace) -> tuple[MaskVLM, MaskedPretraining]:
     path = ROOT / "conf" / "model" / f"{options.model}.yaml"
     settings = yaml.safe_load(path.read_text())["model"]["backbone"]["init_args"]
     image, text = settings.pop("image")["init_args"], settings.pop("text")["init_args"]
-    if options.checkpointing:
-        image["checkpointing"] = text["checkpointing"] = settings["checkpointing"] = True
     backbone = MaskVLM(ImageEncoder(**image, random_init=True), TextEncoder(**text, random_init=True), **settings)
-    task = MaskedPretraining(**options.task)
+    task = MaskedPretraining()
     task.build(backbone)
     if options.chunk is not None:
         task.compute_in_chunks(options.chunk)
@@ -99,7 +94,7 @@ def uniform(world: int) -> Any:
 
 
 class Step(nn.Module):
-    """Backbone and task in one module, so that operations are counted by their parts."""
+    """Backbone and task in one module."""
 
     def __init__(self, backbone: MaskVLM, task: MaskedPretraining) -> None:
         super().__init__()
@@ -145,7 +140,7 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         for name in ("trunc_normal_", "xavier_uniform_", "kaiming_uniform_", "normal_", "uniform_"):
             stack.enter_context(mock.patch(f"torch.nn.init.{name}", lambda tensor, *_, **__: tensor))
         backbone, task = build(options)
-    recorder, flops = Recorder(by_line=options.largest > 0), FlopCounterMode(display=False, depth=4)
+    recorder, flops = Recorder(), FlopCounterMode(display=False)
     with as_on_cuda(options.world), FakeTensorMode(allow_non_fake_inputs=True):
         put_on_device(backbone, task)
         backbone.text.tokenizer = Tokens()  # type: ignore[assignment]
@@ -171,18 +166,11 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
             # As torch does it on a GPU by itself; it does not take these for some.
             nn.utils.clip_grad_norm_(learned, 1.0, foreach=True)
         untouched = [name for name, x in step.named_parameters() if x.requires_grad and x.grad is None]
-        forward_flops = 0
         if not options.memory_alone:
-            # Another step: what counts operations by modules also keeps their activations alive.
+            # Another step: what counts operations also keeps their activations alive.
             with flops:
                 _, loss = forward(step, batch)
-                forward_flops = flops.get_total_flops()
                 loss.backward()
-    parts = {
-        name.removeprefix("Step."): sum(counts.values())
-        for name, counts in flops.get_flop_counts().items()
-        if name.count(".") in (1, 2)
-    }
     return {
         "pairs": options.pairs,
         "world": options.world,
@@ -193,11 +181,7 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         "matmuls": {" ".join(key): count for key, count in recorder.matmuls.items()},
         "sent": {" ".join(key): size for key, size in recorder.sent.items()},
         "peak_gib": round(recorder.peak / 2**30, 2),
-        "peak_at": recorder.peak_at,
-        "largest_mib": recorder.largest(options.largest) if options.largest else {},
         "gflop_per_pair": round(flops.get_total_flops() / options.pairs / 1e9, 2),
-        "forward_gflop_per_pair": round(forward_flops / options.pairs / 1e9, 2),
-        "parts_gflop_per_pair": {name: round(count / options.pairs / 1e9, 2) for name, count in parts.items()},
         "losses": {name: f"{term.dtype} {term.device}".removeprefix("torch.") for name, term in terms.items()},
         "devices": sorted({str(x.device) for x in (*step.parameters(), *step.buffers())}),
         "no_gradient": untouched,

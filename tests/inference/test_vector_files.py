@@ -2,8 +2,6 @@
 
 import json
 import os
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from PIL import Image
-from toy_examples import bare_backbone, data_for, fit, matters
-from toys import PATCH, SIZE, WIDTH
+from toy_pretrained import saved
+from toys import SIZE
 
-from maskvlm.cli.embed import device_of_process, main, process_of
 from maskvlm.data.batch import Row
-from maskvlm.data.scenes.source import Scenes
 from maskvlm.inference import vector_files
-from maskvlm.inference.pretrained import PretrainedMaskVLM, UnknownWords
+from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.inference.vector_files import embed, identity
-from maskvlm.objectives.pretraining import MaskedPretraining
-from maskvlm.training.lit import LitModel
-from maskvlm.utils.errors import ExitCode, UserError
-
-VIT = {"patch_size": PATCH, "embed_dim": WIDTH, "depth": 1, "num_heads": 2}
-BERT = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 2 * WIDTH}
-IMAGE = {"name": "vit_tiny_patch16_224", "image_size": SIZE, "config": VIT}
-TEXT = {"name": "bert", "text_length": 24, "vocab_size": 150, "config": BERT}
-CROSS = {"cross_layers": 2, "cross_heads": 2}
-TASK = {"mask_block": 16, "decoder_layers": 1, "contrast_dim": 8, "rerank_k": 3}
-
-
-def toy_checkpoint(path: Path) -> Path:
-    """A checkpoint of pre-training, of weights that all matter; it says which model it is."""
-    backbone, task = bare_backbone(), MaskedPretraining(**TASK)  # type: ignore[arg-type]
-    model = LitModel(backbone, task)
-    encoders = {
-        name: {"class_path": f"maskvlm.model.encoders.{name.title()}Encoder", "init_args": args}
-        for name, args in (("image", IMAGE), ("text", TEXT))
-    }
-    whole = {"class_path": "maskvlm.model.maskvlm.MaskVLM", "init_args": encoders | CROSS}
-    model.model_yaml = yaml.safe_dump({"model": {"random_init": True, "backbone": whole}})
-    model.task_yaml = yaml.safe_dump(
-        {"class_path": "maskvlm.objectives.pretraining.MaskedPretraining", "init_args": TASK}
-    )
-    trainer = fit(model, data_for(backbone, Scenes(train=24, val=6, test=5, size=SIZE)), path)
-    matters(backbone, task)
-    trainer.save_checkpoint(path)
-    return path
+from maskvlm.utils.errors import UserError
 
 
 class Photos:
@@ -83,7 +50,9 @@ class Photos:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_checkpoint(tmp_path_factory.mktemp("checkpoint") / "best.ckpt")
+    path = tmp_path_factory.mktemp("checkpoint") / "best.ckpt"
+    saved(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -141,18 +110,6 @@ def test_the_files_hold_the_models_own_vectors(model: PretrainedMaskVLM, photos:
     }  # fmt: skip
 
 
-def test_the_same_model_in_another_container_is_the_same(model: PretrainedMaskVLM, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path / "hub")
-    copy = PretrainedMaskVLM.from_pretrained(tmp_path / "hub")
-    assert identity(copy) == identity(model)
-    with torch.no_grad():
-        copy.task.projection.image.weight[0, 0] += 1e-3
-    assert identity(copy) != identity(model)
-
-
-# ---------------------------------------------------------------------- stopped, shared, started again
-
-
 def test_a_killed_one_goes_on_to_the_same_files(model: PretrainedMaskVLM, photos: Photos, tmp_path: Path) -> None:
     start(model, photos, tmp_path / "whole")
     whole = content(tmp_path / "whole")
@@ -202,46 +159,23 @@ def test_two_processes_make_what_one_makes(model: PretrainedMaskVLM, photos: Pho
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
-def test_processes_are_those_of_torchrun_or_slurm() -> None:
-    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}
-    assert process_of({"RANK": "1", "WORLD_SIZE": "2", **slurm}) == (1, 2)
-    assert process_of(slurm) == (3, 4)
-
-
-def test_where_chooses_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert [device_of_process(name, 1) for name in ("auto", "cpu", "gpu")] == ["cpu", "cpu", "cuda"]
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert [device_of_process(name, 3) for name in ("auto", "cpu", "gpu")] == ["cuda:1", "cpu", "cuda:1"]
-    assert process_of({"SLURM_NTASKS": "4"}) == (0, 1)  # a shell that waits for srun
-
-
 def test_other_things_are_refused(model: PretrainedMaskVLM, photos: Photos, tmp_path: Path) -> None:
     start(model, photos, tmp_path / "v")
     there = content(tmp_path / "v")
 
-    def refused(*, shard: int = 4, captions: bool = True, split: str = "val") -> str:
-        with pytest.raises(UserError) as caught:
-            embed(model, photos, tmp_path / "v", {"split": split}, shard, captions)
-        assert caught.value.code == ExitCode.CANNOT_CREATE
+    def refused(what: str, *, split: str = "val") -> None:
+        with pytest.raises(UserError, match=what):
+            start(model, photos, tmp_path / "v", split=split)
         assert content(tmp_path / "v") == there
-        return caught.value.what
 
-    assert refused(split="test") == "holds vectors of another split (split val, not test)"
-    assert refused(shard=5) == "holds vectors of shards of another size (shard 4, not 5)"
-    assert "or without captions" in refused(captions=False)
+    refused("another split", split="test")
     photos.fingerprint = "others"
-    assert refused() == "holds vectors of other data (data photos, not others)"
+    refused("other data")
     photos.fingerprint = "photos"
     with torch.no_grad():
         model.task.projection.text.weight[0, 0] += 1e-3
-        message = refused()
+        refused("another checkpoint")
         model.task.projection.text.weight[0, 0] -= 1e-3
-    assert message.startswith("holds vectors of another checkpoint (weights ")
-
-
-# ---------------------------------------------------------------------- images that cannot be read
 
 
 def test_a_broken_image_is_left_out_counted_and_listed(
@@ -261,61 +195,3 @@ def test_a_broken_image_is_left_out_counted_and_listed(
     listed = json.loads((folder / "bad_samples.json").read_text())
     assert listed["problems"] == {"truncated": 1, "missing": 4}
     assert listed["left_out"] == {"no caption": ["photos 99"]}
-    assert listed["examples"]["truncated"][0].startswith("photos 2: bad image, truncated")
-    assert [line.split(":")[0] for line in listed["examples"]["missing"]] == [f"photos {n}" for n in (4, 5, 6, 7)]
-    (folder / "bad_samples.json").unlink()
-    assert start(model, photos, folder) == report  # all is done, and still it is said
-    assert json.loads((folder / "bad_samples.json").read_text()) == listed
-
-
-# ---------------------------------------------------------------------- the command
-
-
-def test_the_command_embeds_what_the_files_configure(
-    checkpoint: Path, root: Path, tmp_path: Path, stack: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.chdir(root)
-    out = tmp_path / "vectors"
-    words = ["--from", str(checkpoint), "--out", str(out), "--device", "cpu", "--no-captions", "--shard", "4"]
-    data = [*stack(WHERE="cpu"), "--data.source.val", "6"]
-    assert main([*words, *data], []) == 0
-    facts = json.loads((out / "vectors.json").read_text())
-    assert facts["data"] == Scenes(val=6, short=5).split("val").fingerprint
-    assert facts["source"]["class_path"] == "maskvlm.data.scenes.source.Scenes"
-    assert facts["source"]["init_args"]["val"] == 6
-    assert sorted(content(out)) == [*(f"pictures-0000{n}-of-00002.parquet" for n in range(2)), "vectors.json"]
-    table = rows_of(out)
-    assert table["path"].to_pylist() == [None] * 6
-    assert table["origin"].to_pylist()[5] == "scenes (seed 0) val image 5"
-    monkeypatch.setattr(PretrainedMaskVLM, "unknown_words", lambda self, texts: ["giraffe"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UnknownWords)  # a line, not Python's warning
-        with_captions = [word for word in words if word != "--no-captions"]
-        assert main([*with_captions, *data, "--out", str(tmp_path / "more")], []) == 0
-    assert "warning: words that the model's tokenizer does not know: giraffe; " in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"--data.source.vall: unknown key \(did you mean data.source.val\?\)"):
-        main([*words, *data, "--data.source.vall", "3"], [])
-    files = ("conf/base.yaml", "conf/model/tiny.yaml", "conf/finetune.yaml", "tasks/nlvr/conf.yaml")
-    with pytest.raises(UserError, match="has no captions of images"):
-        main([*words, *(word for file in files for word in ("-c", file))], [])
-
-
-def test_parts_and_streams_of_the_training_images(
-    checkpoint: Path, root: Path, tmp_path: Path, stack: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """Rows are those of the whole split, by which images are found again; a stream has none."""
-    monkeypatch.chdir(root)
-    out = tmp_path / "vectors"
-    words = ["--from", str(checkpoint), "--out", str(out), "--device", "cpu", "--no-captions", "--split", "train"]
-    assert main([*words, *stack(WHERE="cpu"), "--data.source.train", "6", "--data.fraction", "0.5"], []) == 0
-    assert "embedding all images of split=train;" in capsys.readouterr().err
-    assert rows_of(out)["row"].to_pylist() == [*range(6)]
-    (tmp_path / "shard.tar").touch()
-    source = {"class_path": "maskvlm.data.streaming.source.Stream"}
-    source |= {"init_args": {"root": str(tmp_path / "shard.tar"), "evaluate": str(tmp_path)}}  # type: ignore[dict-item]
-    (tmp_path / "stream.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"source": source}}}))
-    files = ("conf/base.yaml", "conf/model/tiny.yaml", "conf/pretrain.yaml", str(tmp_path / "stream.yaml"))
-    with pytest.raises(UserError, match="--split: train is streamed"):
-        main([*words, *(word for file in files for word in ("-c", file))], [])

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from toys import slow_cross, torch_attention
 
 from maskvlm.model import cross_attention
-from maskvlm.model.cross_attention import Context, CrossBlock, CrossEncoder
-from maskvlm.model.text_lengths import MANY
+from maskvlm.model.cross_attention import CrossBlock, CrossEncoder
 
 WIDTH, OTHER, HEADS = 12, 20, 4
 
@@ -73,12 +72,6 @@ def test_an_encoder_that_knows_places_gives_each_block_the_same_ones(every: int 
     assert set(encoder.state_dict()) - set(plain.state_dict()) == {"pos_embed"}
 
 
-def test_the_feed_forward_is_four_times_as_wide_with_gelu() -> None:
-    layers = CrossBlock(768, 768, 12).feed_forward
-    assert [type(layer) for layer in layers] == [nn.Linear, nn.GELU, nn.Linear]
-    assert layers[0].out_features == 3072
-
-
 def test_all_pairs_at_once_equal_each_pair_alone_without_padding(encoder: CrossEncoder) -> None:
     lengths, others = [6, 3, 1], [4, 2, 5]
     x_BLD, context_BSD = noise(3, 6, WIDTH), noise(3, 5, OTHER, seed=1)
@@ -87,51 +80,6 @@ def test_all_pairs_at_once_equal_each_pair_alone_without_padding(encoder: CrossE
     for row, (length, other) in enumerate(zip(lengths, others, strict=True)):
         expected = slow_cross(encoder, x_BLD[row, :length], context_BSD[row, :other])
         torch.testing.assert_close(output[row, :length], expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("every", [0, 1, 3, 4, None])
-def test_skipping_positions_in_the_last_block_is_exact(encoder: CrossEncoder, every: int | None) -> None:
-    x_BLD, attention_BL = noise(4, 6, WIDTH), padding([6, 3, 1, 5], 6)
-    context = encoder.context(noise(4, 5, OTHER, seed=1), padding([4, 5, 1, 2], 5))
-    full = encoder(x_BLD, context, attention_BL)
-    output = encoder(x_BLD, context, attention_BL, every)
-    rows = 4 if every is None else every
-    torch.testing.assert_close(output.full_RLD, full.full_RLD[:rows], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(output.cls_BD, full.full_RLD[:, 0], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("every", [0, 2, None])
-def test_a_context_by_index_equals_the_rows_gathered_beforehand(encoder: CrossEncoder, every: int | None) -> None:
-    x_BLD, context_USD = noise(5, 6, WIDTH), noise(3, 4, OTHER, seed=1)
-    attention_US, index_B = padding([4, 1, 2], 4), torch.tensor([2, 0, 0, 1, 2])
-    by_index = encoder(x_BLD, encoder.context(context_USD, attention_US, index_B), num_full=every)
-    gathered = encoder(x_BLD, encoder.context(context_USD[index_B], attention_US[index_B]), num_full=every)
-    torch.testing.assert_close(by_index, gathered, atol=1e-6, rtol=1e-6)
-    unpadded = encoder(x_BLD, encoder.context(context_USD, None, index_B), num_full=every)
-    torch.testing.assert_close(
-        unpadded, encoder(x_BLD, encoder.context(context_USD[index_B]), num_full=every), atol=1e-6, rtol=1e-6
-    )
-
-
-def test_a_context_can_be_kept_and_met_by_other_pairs(encoder: CrossEncoder) -> None:
-    context_USD, attention_US = noise(3, 4, OTHER), padding([4, 1, 2], 4)
-    context = encoder.context(context_USD, attention_US)
-    for index_B in (torch.tensor([1, 1]), torch.tensor([2, 0])):
-        output = encoder(noise(2, 6, WIDTH), Context(context.blocks, attention_US, index_B))
-        expected = encoder(noise(2, 6, WIDTH), encoder.context(context_USD[index_B], attention_US[index_B]))
-        torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("every", [0, 2])
-def test_what_stands_at_padding_changes_nothing(encoder: CrossEncoder, every: int) -> None:
-    lengths, others = padding([6, 3, 1], 6), padding([4, 2, 5], 5)
-    x_BLD, context_BSD = noise(3, 6, WIDTH), noise(3, 5, OTHER, seed=1)
-    clean = encoder(x_BLD, encoder.context(context_BSD, others), lengths, every)
-    x_BLD, context_BSD = x_BLD.clone(), context_BSD.clone()
-    x_BLD[~lengths], context_BSD[~others] = 1e4, -1e4
-    dirty = encoder(x_BLD, encoder.context(context_BSD, others), lengths, every)
-    assert torch.equal(dirty.cls_BD, clean.cls_BD)
-    assert torch.equal(dirty.full_RLD[lengths[:every]], clean.full_RLD[lengths[:every]])
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -196,12 +144,6 @@ def test_recomputing_activations_gives_the_same_gradients() -> None:
         torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
 
 
-def test_no_pair_at_all(encoder: CrossEncoder) -> None:
-    nobody = torch.zeros(0, dtype=torch.long)
-    out = encoder(noise(0, 6, WIDTH), encoder.context(noise(3, 5, OTHER), None, nobody))
-    assert (out.full_RLD.shape[0], out.cls_BD.shape) == (0, (0, WIDTH))
-
-
 def test_every_parameter_is_used(encoder: CrossEncoder) -> None:
     """Also where only class tokens leave the last block; distributed training waits for each gradient."""
     encoder(noise(2, 4, WIDTH), encoder.context(noise(2, 3, OTHER)), num_full=0).cls_BD.square().sum().backward()
@@ -227,12 +169,3 @@ def test_many_texts_in_groups_of_like_length_are_as_one_pass(full: int, monkeypa
         results.append([read, out.cls_BD, *torch.autograd.grad(total, [text_ULD, image_VSD, *encoder.parameters()])])
     for mine, wanted in zip(*results, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-12)
-
-
-def test_many_texts_cost_their_own_length() -> None:
-    encoder, shapes = CrossEncoder(16, 12, layers=2, heads=2), []
-    encoder.blocks[0].feed_forward.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[:2]))  # type: ignore[union-attr]
-    length_U = torch.tensor([3] * 12 + [9] * 4).repeat(MANY // 16)
-    attention_UL = torch.arange(9) < length_U[:, None]
-    encoder(torch.randn(len(length_U), 9, 16), encoder.context(torch.randn(len(length_U), 5, 12)), attention_UL)
-    assert sum(rows * length for rows, length in shapes) == length_U.sum()

@@ -1,17 +1,16 @@
 """Both encoders against timm's and transformers' own, on narrow models with random weights."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from maskvlm.data.text import train_tokenizer
 from maskvlm.model.encoders import ImageEncoder, TextEncoder, encoders_frozen
-from maskvlm.model.hf_text import FINISHED_MASK, IGNORE_PADDING, takes_finished_mask
+from maskvlm.model.hf_text import FINISHED_MASK, takes_finished_mask
 from maskvlm.model.text_lengths import MANY
 from maskvlm.utils.errors import UserError
 
@@ -92,45 +91,7 @@ def test_a_masked_patch_is_the_mask_token_before_its_position() -> None:
         hidden_BLD = torch.cat([vit.cls_token.expand(2, 1, 32), hidden_BND], 1) + vit.pos_embed
         expected_BLD = vit.norm(vit.blocks(hidden_BLD))
         torch.testing.assert_close(encoder(images(), mask_BN), expected_BLD, atol=1e-6, rtol=0)
-
-
-@torch.no_grad()
-def test_a_pass_that_fails_leaves_no_mask_behind() -> None:
-    encoder = image_encoder()
-    plain = encoder(images())
-    norm, encoder.vit.norm = encoder.vit.norm, nn.Linear(7, 7)
-    with pytest.raises(RuntimeError):
-        encoder(images(), torch.ones(2, 16, dtype=torch.bool))
-    encoder.vit.norm = norm
-    assert torch.equal(encoder(images()), plain)
-
-
-def test_masked_pixels_are_invisible_and_others_are_not() -> None:
-    encoder, image = image_encoder(), images(1)
-    mask_1N = torch.zeros(1, 16, dtype=torch.bool)
-    mask_1N[0, 5] = True  # row 1, column 1 of 4 x 4
-    inside, outside = image.clone(), image.clone()
-    inside[:, :, 16:32, 16:32] = 9
-    outside[:, :, 16:32, 32:48] = 9
-    with torch.no_grad():
-        expected = encoder(image, mask_1N)
-        assert torch.equal(encoder(inside, mask_1N), expected)
-        assert not torch.allclose(encoder(outside, mask_1N), expected, atol=1e-3)
-        assert not torch.allclose(encoder(inside), encoder(image), atol=1e-3)  # the mask is forgotten
-        encoder(image, mask_1N)
-        assert torch.equal(encoder.vit.forward_features(image), encoder(image))
-
-
-def test_the_mask_token_learns_only_where_something_is_masked() -> None:
-    encoder = image_encoder()
-    encoder(images()).square().sum().backward()
-    assert encoder.mask_token.grad is None
-    assert all(p.grad is not None for p in encoder.vit.parameters())
-    mask_BN = torch.zeros(2, 16, dtype=torch.bool)
-    mask_BN[1, 3] = True
-    encoder(images(), mask_BN)[:, :, 0].sum().backward()
-    assert encoder.mask_token.grad is not None
-    assert encoder.mask_token.grad.abs().sum() > 0
+        assert torch.equal(encoder.vit.forward_features(images()), encoder(images()))  # the mask is forgotten
 
 
 def ragged_mask() -> Tensor:
@@ -159,19 +120,6 @@ def test_patches_that_are_left_out_are_not_there(name: str, visible: int | None)
             expected_LD[0] = out_LD[0]
             expected_LD[1:][~mask_N] = out_LD[first:]
             torch.testing.assert_close(encoded_LD, expected_LD, atol=1e-5, rtol=0)
-
-
-def test_whole_images_in_front_of_those_with_patches_left_out() -> None:
-    encoder = image_encoder(masked_patches="left_out")
-    usual = image_encoder()
-    usual.load_state_dict(encoder.state_dict())
-    mask_BN = torch.cat([torch.zeros(2, 16, dtype=torch.bool), ragged_mask()])
-    with torch.no_grad():
-        both_BLD = encoder(images(5), mask_BN, torch.arange(2))
-        torch.testing.assert_close(both_BLD[:2], usual(images(5)[:2]), atol=1e-6, rtol=0)
-        torch.testing.assert_close(both_BLD[2:], encoder(images(5)[2:], mask_BN[2:]), atol=1e-6, rtol=0)
-        torch.testing.assert_close(encoder(images(2)), usual(images(2)))
-        torch.testing.assert_close(encoder(images(2), mask_BN[:2]), usual(images(2)), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("frozen", "cached"), [(0, False), (1, False), (1, True)])
@@ -203,19 +151,6 @@ def test_trained_blocks_may_see_some_patches_of_whole_images(
     assert "blocks.1.attn.qkv.weight" in learns
 
 
-def test_the_mask_token_behind_a_frozen_tower_learns() -> None:
-    encoder = image_encoder(masked_patches="left_out", frozen="all").train()
-    encoder(images(3), ragged_mask()).square().sum().backward()
-    assert encoder.mask_token.grad is not None
-    assert encoder.mask_token.grad.abs().sum() > 0
-    assert all(parameter.grad is None for parameter in encoder.vit.parameters())
-
-
-def test_patches_can_be_left_out_of_a_plain_vit_alone() -> None:
-    with pytest.raises(UserError, match=r"model\.backbone\.image\.masked_patches: .*eva02"):
-        image_encoder("eva02_tiny_patch14_224", config={"patch_size": 16}, masked_patches="left_out")
-
-
 @pytest.mark.parametrize("left_out", [False, True])
 def test_an_encoder_that_stands_still_gives_the_same_and_learns_nothing(left_out: bool) -> None:
     image = image_encoder(masked_patches="left_out" if left_out else "token").train()
@@ -231,23 +166,12 @@ def test_an_encoder_that_stands_still_gives_the_same_and_learns_nothing(left_out
     assert image(images(3)).requires_grad
 
 
-def test_what_the_data_module_must_know() -> None:
-    encoder = image_encoder(size=48, config={"patch_size": 8})
-    assert (encoder.width, encoder.patch_size, encoder.grid) == (32, 8, (6, 6))
-    assert (encoder.num_patches, encoder.image_size) == (36, 48)
-    assert encoder.mean == encoder.std == (0.5, 0.5, 0.5)  # what timm trained these with
-    clip, imagenet = image_encoder(normalisation="clip"), image_encoder(normalisation="imagenet")
-    assert (clip.mean[0], imagenet.mean[0], imagenet.std[2]) == (0.48145466, 0.485, 0.225)
-
-
 @pytest.mark.parametrize(
     ("name", "size", "config", "words"),
     [
         ("vit_tiny_patch16_24", 64, {}, "vit_tiny_patch16_224"),  # the nearest name
-        ("vit_tiny_patch16_224.nope", 64, {}, "nope"),
         ("vit_base_patch16_siglip_224", 64, {}, "class token"),
         ("vit_small_r26_s32_224", 64, {}, "plain patches"),  # a CNN before the ViT
-        ("resnet18", 64, {}, "resnet18"),
         ("tnt_s_patch16_224", 64, {}, "plain patches"),  # a transformer without a patch embedding of its own
         ("vit_tiny_patch16_224", 70, {}, "multiple of 16"),
         ("vit_tiny_patch16_224", 64, {"embed_dimm": 3}, "embed_dimm"),
@@ -255,10 +179,13 @@ def test_what_the_data_module_must_know() -> None:
     ],
 )
 def test_image_encoders_that_cannot_be(name: str, size: int, config: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=words):
         ImageEncoder(name, size, random_init=True, config=config)
-    assert "\n" not in str(caught.value)
-    assert caught.value.where.startswith("model.backbone.image")
+
+
+def test_patches_can_be_left_out_of_a_plain_vit_alone() -> None:
+    with pytest.raises(UserError, match=r"masked_patches: .*eva02"):
+        image_encoder("eva02_tiny_patch14_224", config={"patch_size": 16}, masked_patches="left_out")
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
@@ -280,14 +207,14 @@ def test_checkpointing_changes_nothing_but_memory(kind: str) -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
-@pytest.mark.parametrize("path", ["left out", "subset", "frozen subset", "kept"])
+@pytest.mark.parametrize("path", ["left out", "frozen subset", "kept"])
 def test_checkpointing_reaches_blocks_that_timm_does_not_run(path: str, tmp_path: Path) -> None:
     """With stochastic depth: what is recomputed drops the same branches."""
     masked = "left_out" if path == "left out" else "token"
     grads = []
     for checkpointing in (False, True):
         folder = str(tmp_path / str(checkpointing)) if path == "kept" else None
-        settings: dict[str, Any] = {"frozen": int(path in ("frozen subset", "kept")), "feature_cache": folder}
+        settings: dict[str, Any] = {"frozen": int(path != "left out"), "feature_cache": folder}
         encoder = image_encoder(masked_patches=masked, drop_path=0.5, checkpointing=checkpointing, **settings).train()
         encoder.frozen_blocks.open_cache("here", 3)
         inputs: tuple[Any, ...] = (images(3), ragged_mask())
@@ -305,16 +232,6 @@ def test_checkpointing_reaches_blocks_that_timm_does_not_run(path: str, tmp_path
         grads.append({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     torch.testing.assert_close(grads[0], grads[1])
-
-
-def test_a_copy_masks_with_its_own_token() -> None:
-    encoder = image_encoder()
-    twin = copy.deepcopy(encoder)
-    mask_BN = torch.ones(2, 16, dtype=torch.bool)
-    with torch.no_grad():
-        twin.mask_token.normal_()
-        assert not torch.allclose(twin(images(), mask_BN), encoder(images(), mask_BN), atol=1e-3)
-        assert torch.equal(twin(images()), encoder(images()))
 
 
 # ---------------------------------------------------------------------- text
@@ -341,31 +258,6 @@ def test_text_features_are_those_of_transformers(kind: str, pad: int) -> None:
     assert ours_BTD.shape == (2, 7, encoder.width) == (2, 7, 32)
     torch.testing.assert_close(ours_BTD[attention_BT], theirs_BTD[attention_BT], atol=1e-5, rtol=0)
     torch.testing.assert_close(ours_BTD[1, :4], alone_1TD[0], atol=1e-5, rtol=0)  # padding changes nothing
-
-
-@pytest.mark.parametrize("kind", [*sorted(IGNORE_PADDING), "convbert"])
-def test_texts_are_grouped_only_where_padding_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty texts of 4 to 10 tokens, in groups and not."""
-    settings = {"pad_token_id": 0, "vocab_size": 50} | (BERT if kind != "distilbert" else DISTILBERT)
-    torch.manual_seed(0)
-    encoder, count = TextEncoder(kind, 10, random_init=True, vocab_size=50, config=settings).eval(), 0
-    token_BT = torch.randint(5, 50, (20, 10), generator=torch.Generator().manual_seed(0))
-    attention_BT = torch.arange(10) < torch.arange(20)[:, None] % 7 + 4
-    token_BT = token_BT.masked_fill(~attention_BT, 0)
-    by_length = encoder._by_length
-
-    def counted(*inputs: Tensor) -> Tensor:
-        nonlocal count
-        count += 1
-        return by_length(*inputs)
-
-    monkeypatch.setattr(encoder, "_by_length", counted)
-    with torch.no_grad():
-        output = encoder(token_BT, attention_BT)
-        monkeypatch.setattr("maskvlm.model.encoders.worth_grouping", lambda *_: False)
-        wanted = encoder(token_BT, attention_BT)
-    assert count == (kind != "convbert")
-    torch.testing.assert_close(output[attention_BT], wanted[attention_BT], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", sorted(FINISHED_MASK))
@@ -406,26 +298,6 @@ def test_many_texts_in_groups_of_like_length_are_as_each_alone(kind: str, pad: i
     torch.testing.assert_close(grouped, torch.autograd.grad(total, [*encoder.parameters()]))
 
 
-def test_many_texts_cost_their_own_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, shapes = text_encoder(), []
-    encoder.model.register_forward_pre_hook(lambda *args: shapes.append(args[2]["input_ids"].shape), with_kwargs=True)
-    length_B = torch.tensor([3] * 12 + [12] * 4).repeat(MANY // 16)
-    attention_BT = torch.arange(12) < length_B[:, None]
-    encoder(torch.full(attention_BT.shape, 7), attention_BT)
-    assert sum(rows * length for rows, length in shapes) == length_B.sum()
-
-
-@pytest.mark.parametrize("pad", [0, 1])
-def test_roberta_counts_positions_from_the_padding_id_on(pad: int) -> None:
-    encoder = text_encoder("roberta", {"pad_token_id": pad})
-    token_BT, attention_BT = padded(pad)
-    position_BT = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]]) + pad
-    with torch.no_grad():
-        by_hand = encoder.model(token_BT, attention_BT, position_ids=position_BT).last_hidden_state
-        ours = encoder(token_BT, attention_BT)
-    torch.testing.assert_close(ours[attention_BT], by_hand[attention_BT], atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_no_parameter_is_without_use(kind: str) -> None:
     """DDP would wait for its gradient for ever."""
@@ -433,33 +305,6 @@ def test_no_parameter_is_without_use(kind: str) -> None:
     encoder(*padded(0)).sum().backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
     assert encoder.model.config._attn_implementation == "sdpa"
-
-
-def test_the_longest_text_has_a_position() -> None:
-    for kind in ("bert", "roberta"):
-        encoder = text_encoder(kind)
-        assert encoder(torch.full((1, 12), 7), torch.ones(1, 12, dtype=torch.bool)).shape == (1, 12, 32)
-        first = 1 if kind == "roberta" else 0
-        with pytest.raises(UserError, match="13 tokens, but the model has 12 positions"):
-            text_encoder(kind, {"max_position_embeddings": 12 + first}, text_length=13)
-
-
-def test_a_well_known_model_starts_at_random_without_a_hub() -> None:
-    encoder = TextEncoder("roberta-base", random_init=True, config={"num_hidden_layers": 1})
-    shapes = {name: tuple(value.shape) for name, value in encoder.model.state_dict().items()}
-    assert shapes["embeddings.word_embeddings.weight"] == (50265, 768)
-    assert shapes["embeddings.position_embeddings.weight"] == (514, 768)
-    assert shapes["embeddings.token_type_embeddings.weight"] == (1, 768)
-    assert encoder.tokenizer is None
-    assert encoder.vocab_size == 50265
-    assert TextEncoder("FacebookAI/roberta-base", random_init=True, config={"num_hidden_layers": 1}).vocab_size == 50265
-
-
-def test_a_model_of_somebody_else_is_not_taken_for_a_well_known_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`acme/roberta-base` may have other heads, which no shape of a tensor shows."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="acme/roberta-base"):
-        TextEncoder("acme/roberta-base", random_init=True)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -484,67 +329,25 @@ def test_tokenizers_that_do_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
         text_encoder().set_tokenizer(bare)
 
 
-def test_a_tokenizer_that_cannot_be_had(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the tokenizer of roberta-base is not on this machine.*leave it out"):
-        text_encoder(tokenizer="roberta-base")
-    with pytest.raises(UserError, match="holds no tokenizer"):
-        text_encoder(tokenizer=str(tmp_path))
-
-
-def test_a_model_type_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "bert").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert text_encoder("bert").tokenizer is None
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(UserError, match="its configuration cannot be read"):
-        TextEncoder("~/bert", 12)
-
-
-def test_a_given_tokenizer_sizes_the_random_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.save_pretrained(tmp_path)
-    encoder = TextEncoder("roberta", 12, random_init=True, config=BERT, tokenizer=str(tmp_path))
-    assert encoder.tokenizer.get_vocab() == tokenizer.get_vocab()
-    assert encoder.vocab_size == len(tokenizer)
-    assert encoder.config.pad_token_id == tokenizer.pad_token_id == 0
-
-
 @pytest.mark.parametrize(
-    ("name", "config", "where", "words"),
+    ("name", "config", "words"),
     [
-        ("gpt2", {}, "model.backbone.text.name", "is not an encoder trained as a masked language"),
-        ("bart", {}, "model.backbone.text.name", "is not an encoder trained as a masked language"),
-        ("bert", {"hiden_size": 32}, "model.backbone.text.config.hiden_size", "Did you mean hidden_size"),
-        ("bert", {"num_attention_heads": 5}, "model.backbone.text.config", "32.*5"),
-        ("bert", {"hidden_size": "wide"}, "model.backbone.text", "hidden_size"),
-        ("./nowhere/roberta", {}, "./nowhere/roberta", "no such folder"),
-        ("layoutlm", BERT, "model.backbone.text.name", "cannot encode text alone"),
-        (
-            "some-org/some-model",
-            {},
-            "model.backbone.text.name",
-            "configuration of some-org/some-model is not on",
-        ),
+        ("gpt2", {}, "is not an encoder trained as a masked language"),
+        ("bert", BERT | {"hiden_size": 32}, "Did you mean hidden_size"),
+        ("bert", BERT | {"num_attention_heads": 5}, "32.*5"),
+        ("bert", BERT | {"hidden_size": "wide"}, "hidden_size"),
+        ("./nowhere/roberta", {}, "no such folder"),
+        ("layoutlm", BERT, "cannot encode text alone"),
+        ("acme/roberta-base", {}, "acme/roberta-base"),  # it may have other heads than the well-known one
+        ("ibert", BERT | {"max_position_embeddings": 8}, "12 tokens, but the model has 7 positions"),
     ],
 )
-def test_text_encoders_that_cannot_be(name: str, config: dict[str, Any], where: str, words: str) -> None:
-    with pytest.raises(UserError, match=words) as caught:
-        TextEncoder(name, 12, random_init=True, config=(BERT if name == "bert" else {}) | config)
-    assert caught.value.where == where
-    assert "\n" not in str(caught.value)
+def test_text_encoders_that_cannot_be(name: str, config: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        TextEncoder(name, 12, random_init=True, config=config)
 
 
 # ---------------------------------------------------------------------- readiness
-
-
-def test_quantised_positions_are_counted_and_the_trial_draws_nothing() -> None:
-    """I-BERT's tables are modules of its own; convbert has dropout, and is tried out when it is built."""
-    with pytest.raises(UserError, match="has 511 positions"):
-        TextEncoder("ibert", 600, random_init=True, vocab_size=50, config=BERT | {"max_position_embeddings": 512})
-    torch.manual_seed(0)
-    encoder, after = TextEncoder("convbert", 12, random_init=True, vocab_size=50, config=BERT), torch.rand(1)
-    torch.manual_seed(0)
-    type(encoder.model)(encoder.config)
-    assert torch.equal(torch.rand(1), after)
 
 
 def test_random_weights_must_be_asked_for() -> None:

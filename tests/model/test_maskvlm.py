@@ -1,9 +1,12 @@
 """The backbone: two encoders and two cross encoders, neither of which sees the other's inner states."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from toys import LENGTH, SIZE, VOCAB, slow_cross, toy_backbone, toy_batch
+from toys import slow_cross, toy_backbone, toy_batch
 
 from maskvlm.checkpoint.warm_start import Start
 from maskvlm.model.encoders import ImageEncoder
@@ -26,21 +29,6 @@ def test_class_tokens_of_pairs_are_those_of_the_slow_way() -> None:
         torch.testing.assert_close(fused.product_MD[row], image_D * text_D, atol=1e-6, rtol=1e-5)
 
 
-def test_the_two_cross_encoders_share_nothing() -> None:
-    backbone = toy_backbone()
-    image_ids = {id(parameter) for parameter in backbone.cross_image.parameters()}
-    assert not image_ids & {id(parameter) for parameter in backbone.cross_text.parameters()}
-    assert len(backbone.cross_image.blocks) == len(backbone.cross_text.blocks) == 2
-
-
-def test_the_data_module_is_told_what_the_encoders_know() -> None:
-    backbone = toy_backbone()
-    spec = backbone.input_spec
-    assert (spec.image_size, spec.text_length, spec.vocab_size) == (SIZE, LENGTH, VOCAB)
-    assert (spec.mean, spec.std) == (backbone.image.mean, backbone.image.std)
-    assert spec.tokenizer is backbone.text.tokenizer
-
-
 @pytest.mark.parametrize(("width", "adapted"), [(None, "image"), (16, "text"), (24, "both"), (32, "image")])
 def test_encoders_of_different_widths_get_a_linear_layer(width: int | None, adapted: str) -> None:
     """16 and 32 wide; without a word the cross encoders take the text's width."""
@@ -57,21 +45,21 @@ def test_encoders_of_different_widths_get_a_linear_layer(width: int | None, adap
     assert backbone.fuse(image_BLD, text_BTD, batch.attention_CT).image_MD.shape == (3, backbone.width)
 
 
-def test_encoders_of_one_width_are_left_as_they_are() -> None:
-    assert not [name for name in toy_backbone().state_dict() if "adapter" in name]
-
-
-def test_heads_that_do_not_divide_the_width() -> None:
-    with pytest.raises(UserError, match=r"cross_heads: 5 does not divide width 16\. give a divisor of 16"):
-        toy_backbone(cross_heads=5)
-
-
-@pytest.mark.parametrize("share", [1.5, -0.1, float("nan")])
-def test_shares_that_are_none_are_named(share: float) -> None:
-    with pytest.raises(UserError, match=f"model.backbone.dropout: {share} is out of range"):
-        toy_backbone(dropout=share)
-    with pytest.raises(UserError, match=f"model.backbone.image.drop_path: {share} is out of range"):
-        ImageEncoder("vit_tiny_patch16_224", 32, random_init=True, drop_path=share)
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: toy_backbone(cross_heads=5), "cross_heads: 5 does not divide width 16"),
+        (lambda: toy_backbone(dropout=1.5), "model.backbone.dropout: 1.5 is out of range"),
+        (
+            lambda: ImageEncoder("vit_tiny_patch16_224", 32, random_init=True, drop_path=-0.1),
+            "drop_path: -0.1 is out of range",
+        ),
+        (lambda: init_positions(torch.nn.Parameter(torch.zeros(1, 5, 90)), (2, 2)), "embed_dim 90 is not a multiple"),
+    ],
+)
+def test_settings_that_cannot_be(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make()
 
 
 def test_places_of_queries_follow_the_size_of_the_image() -> None:
@@ -96,11 +84,6 @@ def test_cross_encoders_start_small_but_for_cross_attention_and_encoders_from_xa
         bound = (6 / sum(layer.weight.shape)) ** 0.5
         assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
         assert not layer.bias.any()
-
-
-def test_a_width_without_positions_is_named() -> None:
-    with pytest.raises(UserError, match=r"embed_dim 90 is not a multiple of 4.*Set it to 92"):
-        init_positions(torch.nn.Parameter(torch.zeros(1, 5, 90)), (2, 2))
 
 
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4)])

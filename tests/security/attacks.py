@@ -1,693 +1,426 @@
-"""Attacks by somebody who hands out a model, a folder, a configuration, an index or a data set: what each tries to do.
+"""Attacks by somebody who hands out a checkpoint, a folder, an encoder or a configuration: one of each kind.
 
-An attack writes its files and says which commands open them. Three things tell that it got through: a file in `mark`, a
-connection to `port`, a file of `secret` that was opened. The corpus is written without knowledge of what the program
-checks; it also runs against other versions of the program, so it uses nothing of it but its file formats.
+Each table has names and changes of a good file; `write` makes the files of one. Three things tell that an attack got
+through: the file `mark` exists, an address was connected to, a file of `secret` was read. The tables use nothing of the
+program but its file formats, so they also run against other versions of it (`run_attacks.py`).
 """
 
+import base64
 import io
 import json
+import os
 import pickle
 import shutil
-import tarfile
+import struct
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = ROOT / "tests" / "fixtures" / "89274c0"
+EVIL = "evil_of_a_stranger"  # a module that writes the mark when it is imported
 
 
-@dataclass
-class Place:
-    """Where an attack works. here: its files. mark: what its code would write into. secret: what it would read."""
+class Place(NamedTuple):
+    """Where an attack works: a new folder."""
 
     here: Path
-    mark: Path
-    secret: Path
-    port: int
-    name: str = ""
 
     @property
-    def marker(self) -> str:
-        return str(self.mark / self.name)
+    def mark(self) -> Path:
+        """What its code writes."""
+        return self.here / "mark"
 
     @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}/{self.name}"
+    def secret(self) -> Path:
+        """A folder that it would read."""
+        return self.here / "secret"
+
+    def prepare(self) -> Path:
+        """Make the secret, and a folder of packages, which is returned, with one that writes the mark."""
+        shutil.copytree(OLD / "hub", self.secret)
+        shutil.copy(OLD / "run" / "last.ckpt", self.secret / "secret.ckpt")
+        packages = self.here / "packages"
+        packages.mkdir()
+        (packages / f"{EVIL}.py").write_text(f"open({str(self.mark)!r}, 'w')\nclass Task: ...\n")
+        return packages
+
+    @property
+    def code(self) -> dict[str, Any]:
+        """What makes a careless reader of settings run `touch MARK`."""
+        return {"class_path": "torch.utils.collect_env.run", "init_args": {"command": f"touch {self.mark}"}}
 
 
-@dataclass
-class Attack:
-    """What it is called, how it writes its files, and the commands that open them."""
-
-    name: str
-    make: Callable[[Place], list[list[str]]]
-    kind: str = field(default="model")
-
-
-ATTACKS: list[Attack] = []
-
-
-def attack(kind: str, **settings: Any) -> Callable[[Callable[..., list[list[str]]]], Callable[..., list[list[str]]]]:
-    """Add a function to the corpus; with settings once for each of their values."""
-
-    def add(make: Callable[..., list[list[str]]]) -> Callable[..., list[list[str]]]:
-        if not settings:
-            ATTACKS.append(Attack(make.__name__, make, kind))
-        for key, values in settings.items():
-            for label, value in values.items():
-                name = f"{make.__name__}-{label}"
-                ATTACKS.append(Attack(name, lambda place, value=value, key=key: make(place, **{key: value}), kind))
-        return make
-
-    return add
-
-
-# ---------------------------------------------------------------------- code that would run
-
-
-def runs(place: Place) -> dict[str, Any]:
-    """Values that make a careless reader of configurations run `touch marker`."""
-    touch = ["touch", place.marker]
-    handler = "torch.distributed.elastic.multiprocessing.subprocess_handler"
-    entry = {
-        "entrypoint": "touch",
-        "args": [place.marker],
-        "env": {},
-        "stdout": None,
-        "stderr": None,
-        "local_rank_id": 0,
-    }
-    return {
-        "subprocess": {"class_path": f"{handler}.SubprocessHandler", "init_args": entry},
-        "collect": {"class_path": "torch.utils.collect_env.run", "init_args": {"command": " ".join(touch)}},
-        "popen": {"class_path": "subprocess.Popen", "init_args": {"args": touch}},
-        "hydra": {"_target_": "os.system", "command": " ".join(touch)},
-        "listed": [{"class_path": f"{handler}.SubprocessHandler", "init_args": entry}],
-        "deep": {"a": {"b": [{"class_path": f"{handler}.SubprocessHandler", "init_args": entry}]}},
-    }
+Change = Callable[[Any, Place], Any]
 
 
 class Reduced:
     """Pickles to a call of `os.system`."""
 
-    def __init__(self, command: str) -> None:
-        self.command = command
+    def __init__(self, place: Place) -> None:
+        self.command = f"touch {place.mark}"
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        import os
-
         return os.system, (self.command,)
-
-
-# ---------------------------------------------------------------------- models
 
 
 def content() -> dict[str, Any]:
     """What a good checkpoint holds."""
-    good_content: dict[str, Any] = torch.load(OLD / "run" / "last.ckpt", weights_only=True)
-    return good_content
+    held: dict[str, Any] = torch.load(OLD / "run" / "last.ckpt", weights_only=True)
+    return held
 
 
-WAYS = ("api", "fit", "fill", "convert", "export", "resume")
+# ---------------------------------------------------------------------- the recipes of a model and of its task
 
 
-def opened(place: Place, source: Path, ways: tuple[str, ...] = WAYS) -> list[list[str]]:
-    """Commands that open a model."""
-    image = place.here / "image.png"
-    if not image.exists():
-        from PIL import Image
-
-        Image.new("RGB", (48, 48), "red").save(image)
-    task = ["-c", str(ROOT / "conf/base.yaml"), "-c", str(ROOT / "conf/finetune.yaml")]
-    task += ["-c", str(ROOT / "tasks/entailment/conf.yaml"), "-c", str(ROOT / "conf/where/cpu.yaml")]
-    task += ["--trainer.fast_dev_run", "1", "--data.batch_size", "4", "--data.eval_batch_size", "4"]
-    config = source.parent / "config-fit.yaml"
-    every = {
-        "api": ["API", str(source)],
-        "auto": ["AUTO", str(source)],
-        "processor": ["PROCESSOR", str(source)],
-        "fit": ["fit", "--run", str(place.here / "run"), "--from", str(source), *task],
-        "fill": ["fill", "--from", str(source), str(image), "a [MASK] circle"],
-        "convert": ["convert", str(source), str(place.here / "converted")],
-        "export": ["export", "--from", str(source), str(place.here / "exported"), "--format", "torch"],
-        "resume": ["fit", "-c", str(config), "--run", str(source.parent), "--ckpt_path", str(source)],
-    }
-    return [every[way] for way in ways]
-
-
-def checkpoint(place: Place, change: Callable[[dict[str, Any]], Any], ways: tuple[str, ...] = WAYS) -> list[list[str]]:
-    """A run's folder with a changed checkpoint, and no sum beside it."""
-    folder = place.here / "stranger"
-    shutil.copytree(OLD / "run", folder)
-    (folder / "last.ckpt.sha256").unlink()
-    held = content()
-    changed = change(held)
-    torch.save(held if changed is None else changed, folder / "last.ckpt")
-    return opened(place, folder / "last.ckpt", ways)
-
-
-def model_of(held: dict[str, Any]) -> dict[str, Any]:
-    model: dict[str, Any] = yaml.safe_load(held["model"])
-    return model
-
-
-def into_model(place: Place, change: Callable[[dict[str, Any]], Any]) -> list[list[str]]:
-    """A checkpoint whose recipe of the backbone is changed, and the same as a folder of the hub's format."""
-
-    def spoil(held: dict[str, Any]) -> None:
-        recipe = model_of(held)
-        change(recipe["model"])
-        held["model"] = yaml.safe_dump(recipe)
-
-    def spoil_folder(config: dict[str, Any]) -> None:
-        recipe = {"random_init": True, "backbone": config["backbone"]}
-        change(recipe)
-        config["backbone"] = recipe["backbone"]
-
-    return checkpoint(place, spoil, WAYS[:5]) + folder(place, spoil_folder)
-
-
-def into_task(place: Place, change: Callable[[dict[str, Any]], Any]) -> list[list[str]]:
-    """The same of the recipe of the task."""
-
-    def spoil(held: dict[str, Any]) -> None:
-        recipe = yaml.safe_load(held["task"])
-        change(recipe)
-        held["task"] = yaml.safe_dump(recipe)
-
-    return checkpoint(place, spoil, ("api", "fill", "convert", "export")) + folder(
-        place, lambda config: change(config["task"])
-    )
-
-
-HUB = ("api", "auto", "fill", "fit")
-
-
-def folder(
-    place: Place,
-    change: Callable[[dict[str, Any]], Any],
-    more: Callable[[Path], Any] = lambda folder: None,
-    ways: tuple[str, ...] = HUB,
-) -> list[list[str]]:
-    """A folder of the hub's format with a changed config.json, and no sums."""
-    hub = place.here / "hub"
-    shutil.copytree(OLD / "hub", hub)
-    (hub / "checksums.json").unlink()
-    config = json.loads((hub / "config.json").read_text())
-    change(config)
-    (hub / "config.json").write_text(json.dumps(config))
-    more(hub)
-    return opened(place, hub, ways)
-
-
-def args_of(model: dict[str, Any], part: str) -> dict[str, Any]:
-    args: dict[str, Any] = model["backbone"]["init_args"][part]["init_args"]
+def image(recipe: dict[str, Any]) -> dict[str, Any]:
+    args: dict[str, Any] = recipe["init_args"]["image"]["init_args"]
     return args
 
 
-HOW = {name: name for name in ("subprocess", "collect", "popen", "hydra", "listed", "deep")}
+def text(recipe: dict[str, Any]) -> dict[str, Any]:
+    args: dict[str, Any] = recipe["init_args"]["text"]["init_args"]
+    return args
 
 
-@attack("model", how=HOW)
-def code_in_the_image_encoders_config(place: Place, how: str) -> list[list[str]]:
-    return into_model(place, lambda model: args_of(model, "image")["config"].update(x=runs(place)[how]))
+def other(spec: dict[str, Any], new: dict[str, Any]) -> None:
+    spec.clear()
+    spec.update(new)
 
 
-@attack("model", how=HOW)
-def code_in_the_text_encoders_config(place: Place, how: str) -> list[list[str]]:
-    return into_model(place, lambda model: args_of(model, "text")["config"].update(hidden_act=runs(place)[how]))
+BACKBONES: dict[str, Change] = {
+    "code in a timm setting": lambda r, p: image(r)["config"].update(x=p.code),
+    "code as an activation": lambda r, p: text(r)["config"].update(hidden_act=p.code),
+    "code as a number": lambda r, p: r["init_args"].update(cross_layers=p.code),
+    "another backbone": lambda r, p: other(r, p.code),
+    "a file through timm": lambda r, p: image(r)["config"].update(checkpoint_path=f"{p.secret}/model.safetensors"),
+    "an address through timm": lambda r, p: image(r)["config"].update(pretrained_cfg={"url": "http://127.0.0.1:9/x"}),
+    "a hub through timm": lambda r, p: image(r).update(name="hf-hub:stranger/model"),
+    "a file as weights": lambda r, p: image(r).update(weights=f"{p.secret}/model.safetensors"),
+    "a folder as a tokenizer": lambda r, p: text(r).update(tokenizer=str(p.secret)),
+    "a type that fetches code": lambda r, p: text(r).update(name="yoso"),
+    "an auto_map": lambda r, p: text(r)["config"].update(auto_map={"AutoModel": f"{EVIL}.X"}),
+    "layers without end": lambda r, p: r["init_args"].update(cross_layers=10**12),
+    "width without end": lambda r, p: text(r)["config"].update(hidden_size=2**40, intermediate_size=2**40),
+}  # fmt: skip
 
 
-@attack("model", how={"subprocess": "subprocess", "collect": "collect"})
-def code_in_the_place_of_a_number(place: Place, how: str) -> list[list[str]]:
-    return into_model(place, lambda model: model["backbone"]["init_args"].update(dropout=runs(place)[how]))
+def part(name: str, **settings: Any) -> dict[str, Any]:
+    return {"class_path": f"maskvlm.objectives.{name}", "init_args": settings}
 
 
-@attack("model", part={"backbone": "backbone", "image": "image", "text": "text"})
-def another_class(place: Place, part: str) -> list[list[str]]:
-    def change(model: dict[str, Any]) -> None:
-        spec = model["backbone"] if part == "backbone" else model["backbone"]["init_args"][part]
-        spec.clear()
-        spec.update(runs(place)["subprocess"])
+WORDS = "pretraining_losses.WordsPresent"
+TASKS: dict[str, Change] = {
+    "a class of ours that is no task": lambda t, p: t.update(part("pretraining.PretrainingMetrics")),
+    "a script of a task": lambda t, p: t.update(class_path="tasks.vqa.score.main"),
+    "a package of a stranger": lambda t, p: t.update(class_path=f"{EVIL}.Task"),
+    "code in a setting": lambda t, p: t["init_args"].update(temperature=p.code),
+    "a loss of a stranger": lambda t, p: t["init_args"].update(losses=[{"class_path": f"{EVIL}.Task"}]),
+    "a loss with code": lambda t, p: t["init_args"].update(losses=[part(WORDS, weight="exit()")]),
+    "a masking that is a number": lambda t, p: t["init_args"].update(text_masking=7),
+    "a masking that is code": lambda t, p: t["init_args"].update(image_masking=p.code),
+    "a decoder without end": lambda t, p: t["init_args"].update(decoder_layers=10**12),
+}  # fmt: skip
 
-    return into_model(place, change)
-
-
-@attack("model", path={
-    "builtin": "builtins.exec", "os": "os.system", "hub": "torch.hub.load", "load": "torch.load",
-    "module": "torch.nn.Linear", "lightning": "lightning.pytorch.callbacks.LambdaCallback",
-    "function": "maskvlm.utils.launch.requeue", "folder": "tasks.vqa.score.main", "package": "evil.Task",
-})  # fmt: skip
-def another_task(place: Place, path: str) -> list[list[str]]:
-    (place.here / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")  # on the path, as the command runs here
-    return into_task(place, lambda task: task.update(class_path=path))
+# ---------------------------------------------------------------------- what a checkpoint holds beside them
 
 
-@attack("model", how={"subprocess": "subprocess", "hydra": "hydra"})
-def code_in_a_setting_of_the_task(place: Place, how: str) -> list[list[str]]:
-    return into_task(place, lambda task: task["init_args"].update(temperature=runs(place)[how]))
+def settings_of(held: dict[str, Any], **more: Any) -> None:
+    held["model"] = yaml.safe_dump(yaml.safe_load(held["model"]) | more)
 
 
-@attack("model", how={"subprocess": "subprocess", "collect": "collect"})
-def a_trainer_beside_the_model(place: Place, how: str) -> list[list[str]]:
-    """`fit --from` took the whole text for a configuration file."""
-    hook = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"ddp_comm_hook": runs(place)[how]}}
-
-    def spoil(held: dict[str, Any]) -> None:
-        held["model"] = yaml.safe_dump(model_of(held) | {"trainer": {"strategy": hook, "devices": 1}})
-
-    return checkpoint(place, spoil, WAYS[:5])
+def doubled(times: int, kind: Any) -> Any:
+    tree = kind([0])
+    for _ in range(times):
+        tree = kind([tree, tree])
+    return tree
 
 
-@attack("model")
-def a_profiler_that_writes_elsewhere(place: Place) -> list[list[str]]:
-    profiler = {"class_path": "lightning.pytorch.profilers.SimpleProfiler"}
-    profiler |= {"init_args": {"dirpath": str(place.mark), "filename": place.name}}  # type: ignore[dict-item]
-
-    def spoil(held: dict[str, Any]) -> None:
-        held["model"] = yaml.safe_dump(model_of(held) | {"trainer": {"profiler": profiler}})
-
-    return checkpoint(place, spoil, ("fit",))
+def looped() -> list[Any]:
+    loop: list[Any] = []
+    loop.append(loop)
+    return loop
 
 
-@attack("model")
-def settings_of_the_model_that_are_not_its_shape(place: Place) -> list[list[str]]:
-    def spoil(held: dict[str, Any]) -> None:
-        recipe = model_of(held)
-        recipe["model"]["task"] = runs(place)["subprocess"]
-        held["model"] = yaml.safe_dump(recipe)
-
-    return checkpoint(place, spoil, ("api", "fit"))
+def stored_tokenizer(held: dict[str, Any], key: str, **more: Any) -> None:
+    document = json.loads(held["tokenizer"])
+    document[key].update(more)
+    held["tokenizer"] = json.dumps(document)
 
 
-@attack("model", key={
-    "checkpoint_path": "path", "pretrained_cfg": "cfg", "overlay": "overlay", "cache_dir": "cache", "url": "url",
-})  # fmt: skip
-def files_and_addresses_through_timm(place: Place, key: str) -> list[list[str]]:
-    secret = str(place.secret / "secret.safetensors")
-    values: dict[str, dict[str, Any]] = {
-        "path": {"checkpoint_path": secret},
-        "cfg": {"pretrained": True, "pretrained_cfg": {"file": secret}},
-        "overlay": {"pretrained": True, "pretrained_cfg_overlay": {"url": f"{place.address}.pth"}},
-        "cache": {"pretrained": True, "cache_dir": place.marker},
-        "url": {"pretrained": True, "pretrained_cfg": {"url": f"{place.address}.pth", "num_classes": 0}},
-    }
-    return into_model(place, lambda model: args_of(model, "image")["config"].update(values[key]))
+def shared(held: dict[str, Any], _: Place) -> None:
+    """A model of gigabytes would come of a file of megabytes."""
+    largest = torch.zeros(max(value.numel() for value in held["state_dict"].values()))
+    state = {name: largest[: value.numel()].view(value.shape) for name, value in held["state_dict"].items()}
+    held["state_dict"] = state
 
 
-@attack("model", key={"weights": "weights", "tokenizer": "tokenizer", "name": "name", "start": "start"})
-def files_through_our_own_settings(place: Place, key: str) -> list[list[str]]:
-    def change(model: dict[str, Any]) -> None:
-        if key == "start":
-            model["backbone"]["init_args"]["start"] = str(place.secret / "secret.ckpt")
-        elif key == "weights":
-            args_of(model, "image").update(weights=str(place.secret / "secret.safetensors"), random_init=False)
-        else:
-            args_of(model, "text")[key] = str(place.secret)
-
-    return into_model(place, change)
+def with_attributes(held: dict[str, Any], _: Place) -> None:
+    state = OrderedDict(held["state_dict"])
+    state.values = 5  # type: ignore[assignment, method-assign]
+    held["state_dict"] = state
 
 
-@attack("model", name={"hub": "hf-hub:stranger/model", "local": "local-dir:", "path": "../secret"})
-def a_timm_model_of_another_place(place: Place, name: str) -> list[list[str]]:
-    named = name + str(place.secret) if name.endswith(":") else name
-    return into_model(place, lambda model: args_of(model, "image").update(name=named))
-
-
-@attack("model", key={
-    "attention": {"attn_implementation": "stranger/kernel"}, "private": {"_attn_implementation": "stranger/kernel"},
-    "quantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-    "auto": {"auto_map": {"AutoModel": "evil.X"}}, "path": {"name_or_path": "/etc"},
-})  # fmt: skip
-def settings_of_transformers_that_fetch(place: Place, key: dict[str, Any]) -> list[list[str]]:
-    return into_model(place, lambda model: args_of(model, "text")["config"].update(key))
-
-
-@attack("bomb", size={"layers": 10**12, "negative": -1, "wide": 2**40, "float": 1e300, "text": "9" * 5000})
-def sizes_without_end(place: Place, size: Any) -> list[list[str]]:
-    def change(model: dict[str, Any]) -> None:
-        model["backbone"]["init_args"]["cross_layers"] = size
-        args_of(model, "image")["config"]["depth"] = size
-        args_of(model, "text")["config"]["num_hidden_layers"] = size
-
-    return into_model(place, change)
-
-
-@attack("bomb")
-def a_decoder_without_end(place: Place) -> list[list[str]]:
-    return into_task(place, lambda task: task["init_args"].update(decoder_layers=10**12))
-
-
-@attack("bomb")
-def aliases_that_multiply(place: Place) -> list[list[str]]:
-    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
-    bomb += "".join(f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(9))
-
-    def spoil(held: dict[str, Any]) -> None:
-        held["model"] = bomb
-
-    return checkpoint(place, spoil, ("api", "fit"))
-
-
-@attack("model", key={"object": "!!python/object/apply:os.system ['touch {}']", "name": "!!python/name:os.system"})
-def yaml_that_asks_for_objects(place: Place, key: str) -> list[list[str]]:
-    def spoil(held: dict[str, Any]) -> None:
-        held["model"] = "model: " + key.format(place.marker)
-
-    return checkpoint(place, spoil, ("api", "fit"))
-
-
-@attack("pickle", where={"content": "content", "callbacks": "callbacks", "state": "state", "lineage": "lineage"})
-def a_pickle_that_runs(place: Place, where: str) -> list[list[str]]:
-    evil = Reduced(f"touch {place.marker}")
-
-    def spoil(held: dict[str, Any]) -> None:
-        if where == "content":
-            held["evil"] = evil
-        elif where == "state":
-            held["state_dict"]["evil"] = evil
-        else:
-            held[where] = [evil]
-
-    return checkpoint(place, spoil)
-
-
-@attack("pickle", how={"bare": "bare", "legacy": "legacy", "tar": "tar", "inner": "inner"})
-def a_pickle_in_the_place_of_the_file(place: Place, how: str) -> list[list[str]]:
-    evil = Reduced(f"touch {place.marker}")
-    commands = checkpoint(place, lambda held: None)
-    path = place.here / "stranger" / "last.ckpt"
-    if how == "bare":
-        path.write_bytes(pickle.dumps(evil))
-    elif how == "legacy":
-        torch.save({"state_dict": {}, "x": evil}, path, _use_new_zipfile_serialization=False)
-    elif how == "tar":
-        with tarfile.open(path, "w") as tar:
-            data = pickle.dumps(evil)
-            entry = tarfile.TarInfo("pickle")
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-    else:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", pickle.dumps(evil, protocol=2))
-            archive.writestr("archive/version", "3")
-    return commands
-
-
-@attack("model", key={
-    "instantiator": {"hyper_parameters": {"_instantiator": "os.system"}},
-    "class": {"hyper_parameters": {"_class_path": "evil.Model"}, "hparams_name": "kwargs"},
-    "data": {"datamodule_hyper_parameters": {"_instantiator": "evil.make"}},
-})  # fmt: skip
-def hyper_parameters_that_import(place: Place, key: dict[str, Any]) -> list[list[str]]:
-    (place.here / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
-    return checkpoint(place, lambda held: held.update(key))
-
-
-@attack("model")
-def a_callback_state_that_deletes(place: Place) -> list[list[str]]:
-    """Lightning deletes what the best checkpoint was, by the name that the state gives."""
-    victim = place.here / "precious.ckpt"
-    victim.write_bytes(b"precious")
-
-    def spoil(held: dict[str, Any]) -> None:
-        for key, state in held["callbacks"].items():
-            if key.startswith("ModelCheckpoint"):
-                away = f"{place.here}/stranger/../precious.ckpt"
-                best = torch.tensor(-1e9)
-                state |= {"dirpath": f"{place.here}/stranger", "best_model_path": away, "kth_best_model_path": away}
-                state |= {"best_k_models": {away: best}, "best_model_score": best, "kth_value": best}
-
-    return checkpoint(place, spoil, ("resume",))
-
-
-@attack(
-    "bomb", form={"meta": "meta", "sparse": "sparse", "wide": "wide", "long": "long", "self": "self", "deep": "deep"}
+ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(9)
 )
-def tensors_and_lists_that_are_none(place: Place, form: str) -> list[list[str]]:
-    def spoil(held: dict[str, Any]) -> None:
-        name = "backbone.image.mask_token"
-        if form == "meta":
-            held["state_dict"][name] = torch.empty(10**9, 10**3, device="meta")
-        elif form == "sparse":
-            held["state_dict"][name] = torch.sparse_coo_tensor([[0]], [1.0], (2**40,))
-        elif form == "wide":
-            held["state_dict"][name] = torch.zeros(1).expand(10**12)
-        elif form == "long":
-            held["labels"] = torch.zeros(1, dtype=torch.long).expand(10**10)
-        elif form == "self":
-            loop: list[Any] = []
-            loop.append(loop)
-            held["callbacks"] = loop
-        else:
-            doubled: list[Any] = [0]
-            for _ in range(60):
-                doubled = [doubled, doubled]
-            held["evaluation"] = doubled
+RULE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+DOUBLING = {"type": "Sequence", "normalizers": [RULE] * 30}
+INSERTING = {"type": "Sequence", "normalizers": [RULE | {"pattern": {"Regex": "(?=.)"}, "content": "y"}] * 9}
+OBJECT = "model: !!python/object/apply:os.system ['touch MARK']"
+CONTENTS: dict[str, Change] = {
+    "a trainer beside the model": lambda h, p: settings_of(h, **hook(p.code)),
+    "YAML that makes objects": lambda h, p: h.update(model=OBJECT.replace("MARK", str(p.mark))),
+    "YAML that multiplies": lambda h, p: h.update(model=ALIASES),
+    "a pickle that runs": lambda h, p: h.update(x=Reduced(p)),
+    "a list that doubles": lambda h, p: h.update(callbacks={"x": doubled(60, list)}),
+    "a list that holds itself": lambda h, p: h.update(callbacks=looped()),
+    "a key of many tuples": lambda h, p: h.update(x={doubled(8, tuple): 1}),
+    "a bytearray": lambda h, p: h.update(x=bytearray(9)),
+    "a tensor without memory": lambda h, p: h.update(x=torch.empty(10**9, 10**3, device="meta")),
+    "a sparse tensor": lambda h, p: h["state_dict"].update(x=torch.sparse_coo_tensor([[0]], [1.0], (2**40,))),
+    "a terabyte over four bytes": lambda h, p: h.update(callbacks={"x": torch.zeros(1).expand(10**12)}),
+    "tensors over one memory": shared,
+    "a container with attributes": with_attributes,
+    "complex numbers": lambda h, p: h["state_dict"].update(x=torch.zeros(2, dtype=torch.complex64)),
+    "a state that is none": lambda h, p: h.update(state_dict=5),
+    "a name that is none": lambda h, p: h["state_dict"].update({5: torch.zeros(1)}),
+    "a history that is a number": lambda h, p: h.update(lineage=5),
+    "a tokenizer that is a list": lambda h, p: h.update(tokenizer=["x"]),
+    "labels that are a tensor": lambda h, p: h.update(labels=torch.zeros(3, dtype=torch.long)),
+    "a history without its keys": lambda h, p: h.update(lineage=[{"task": "x"}]),
+    "a later format": lambda h, p: h.update(schema=99),
+    "a tokenizer whose rules double": lambda h, p: stored_tokenizer(h, "tokenizer", normalizer=DOUBLING),
+    "a role of a tokenizer that is none": lambda h, p: stored_tokenizer(h, "special", tokenizer_object="[MASK]"),
+    "unread: hyper-parameters that import": lambda h, p: h.update(hyper_parameters={"_instantiator": f"{EVIL}.make"}),
+}
 
-    return checkpoint(place, spoil, ("api", "fit", "convert"))
+# ---------------------------------------------------------------------- the bytes of a checkpoint
+
+NUMBER = b"J\x00\x2e\xb9\x05"  # 96 million
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x0atQ"
+WIDE = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00" + NUMBER
+WIDE += b"\x85K\x00\x85\x89ccollections\nOrderedDict\n)RtR"
+CALLED = b"ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\nbytearray\ncbuiltins\nbytearray\n" + NUMBER + b"\x85}tR"
+COPIED = b"ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n(" + WIDE
+COPIED += b"ctorch\nfloat64\nX\x03\x00\x00\x00cpu\x89tR"
+ENCODED = 20 * b"c_codecs\nencode\n" + b"X\x01\x00\x00\x00aX\x06\x00\x00\x00latin1\x86R"
+ENCODED += 19 * b"X\x03\x00\x00\x00hex\x86R"
 
 
-@attack("bomb")
-def members_that_overlap(place: Place) -> list[list[str]]:
+def replaced_pickle(path: Path, value: bytes) -> None:
+    """A state of one value, which a pickle's instructions make."""
+    good = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(good)) as source, zipfile.ZipFile(path, "w") as archive:
+        for info in source.infolist():
+            made = b"\x80\x02}(X\x0a\x00\x00\x00state_dict}X\x01\x00\x00\x00x" + value + b"su."
+            archive.writestr(info.filename, made if info.filename.endswith("data.pkl") else source.read(info))
+
+
+def overlapping(path: Path) -> None:
     """Many entries of the archive that are the same bytes: a small file of a large content."""
-    commands = checkpoint(place, lambda held: held.update(x=torch.zeros(2**20)), ("api",))
-    path = place.here / "stranger" / "last.ckpt"
     with zipfile.ZipFile(path) as archive:
         big = max(archive.infolist(), key=lambda info: info.file_size)
     with zipfile.ZipFile(path, "a") as archive:
-        for number in range(3000):
+        for number in range(500):
             twin = zipfile.ZipInfo(f"{big.filename}{number}")
-            twin.header_offset, twin.file_size, twin.compress_size, twin.CRC = (
-                big.header_offset,
-                big.file_size,
-                big.file_size,
-                big.CRC,
-            )
+            twin.header_offset, twin.CRC = big.header_offset, big.CRC
+            twin.file_size = twin.compress_size = big.file_size
             archive.filelist.append(twin)
-            archive.NameToInfo[twin.filename] = twin
         archive._didModify = True  # type: ignore[attr-defined]
-    return commands
 
 
-# ---------------------------------------------------------------------- folders of the hub's format
+def in_zip(path: Path, data: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/version", "3")
 
 
-@attack("folder", key={
-    "auto_map": {"auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M", "AutoProcessor": "evil.P"}},
-    "quantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-    "attention": {"_attn_implementation": "stranger/kernel", "attn_implementation": "stranger/kernel"},
-    "architectures": {"architectures": ["evil.M"], "custom_pipelines": {"x": {"impl": "evil.P"}}},
-})  # fmt: skip
-def config_json_that_names_code(place: Place, key: dict[str, Any]) -> list[list[str]]:
-    def more(hub: Path) -> None:
-        (hub / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
+FILES: dict[str, Callable[[Path, Place], Any]] = {
+    "a bare pickle": lambda f, p: f.write_bytes(pickle.dumps(Reduced(p))),
+    "a zip": lambda f, p: in_zip(f, pickle.dumps(Reduced(p), protocol=2)),
+    "members that overlap": lambda f, p: overlapping(f),
+    "a call by another": lambda f, p: replaced_pickle(f, CALLED),
+    "a copy that grows": lambda f, p: replaced_pickle(f, COPIED),
+    "codecs that double": lambda f, p: replaced_pickle(f, ENCODED),
+}
 
-    return folder(place, lambda config: config.update(key), more)
-
-
-@attack("folder", key={
-    "auto_map": {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "T"},
-    "class": {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"},
-    "template": {"chat_template": "{{ cycler.__init__.__globals__.os.system('touch x') }}"},
-})  # fmt: skip
-def tokenizer_config_that_names_code(place: Place, key: dict[str, Any]) -> list[list[str]]:
-    def more(hub: Path) -> None:
-        (hub / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
-        file = hub / "tokenizer_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | key))
-
-    return folder(place, lambda config: None, more, (*HUB, "processor"))
+# ---------------------------------------------------------------------- folders of the hub's format, and encoders
 
 
-@attack("folder")
-def processor_config_that_names_code(place: Place) -> list[list[str]]:
-    def more(hub: Path) -> None:
-        (hub / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
-        settings = {"processor_class": "P", "auto_map": {"AutoProcessor": "evil.P", "AutoImageProcessor": "evil.I"}}
-        (hub / "processor_config.json").write_text(json.dumps(settings))
-
-    return folder(place, lambda config: None, more, (*HUB, "processor"))
+def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    document = json.loads(file.read_text()) if file.exists() else {}
+    change(document)
+    file.write_text(json.dumps(document))
 
 
-@attack("folder", name={name: name for name in ("config.json", "tokenizer.json", "model.safetensors")})
-def a_link_out_of_the_folder(place: Place, name: str) -> list[list[str]]:
-    def more(hub: Path) -> None:
-        (hub / name).unlink()
-        (hub / name).symlink_to(place.secret / ("secret" + Path(name).suffix))
-
-    # Not by AutoModel: transformers reads config.json itself, before it knows whose it is.
-    return folder(place, lambda config: None, more, ("api", "fill", "fit"))
+def merge(file: Path, **more: Any) -> None:
+    edit(file, lambda document: document.update(more))
 
 
-@attack("folder")
-def an_adapter_of_another_model(place: Place) -> list[list[str]]:
-    def more(hub: Path) -> None:
-        (hub / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(place.secret)}))
-
-    return folder(place, lambda config: None, more)
+def linked(folder: Path, name: str, place: Place) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to(place.secret / name)
 
 
-@attack("folder")
-def a_pickle_beside_the_weights(place: Place) -> list[list[str]]:
-    def more(hub: Path) -> None:
-        (hub / "model.safetensors").unlink()
-        (hub / "pytorch_model.bin").write_bytes(pickle.dumps(Reduced(f"touch {place.marker}")))
-
-    return folder(place, lambda config: None, more)
+def tokenizer(folder: Path, **rules: Any) -> None:
+    merge(folder / "tokenizer.json", **rules)
 
 
-@attack("folder", names={"up": "../../secret/secret.safetensors", "absolute": "SECRET/secret.safetensors"})
-def an_encoders_index_that_leads_out(place: Place, names: str) -> list[list[str]]:
-    encoder_folder = encoder(place)
-    (encoder_folder / "model.safetensors").unlink()
-    named = names.replace("SECRET", str(place.secret))
-    (encoder_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": named}}))
-    return using(place, encoder_folder)
+def charsmap(longest: int) -> dict[str, str]:
+    """A normaliser without a rule, which could put a text of this length in the place of a character."""
+    content = struct.pack("<I", 4) + bytes(4) + b"a\0" + longest * b"b" + b"\0"
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
 
 
-@attack("folder", key={
-    "auto_map": {"auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}},
-    "quantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-    "attention": {"_attn_implementation": "stranger/kernel", "attn_implementation": "stranger/kernel"},
-    "wide": {"hidden_size": 2**20, "num_attention_heads": 1, "intermediate_size": 2**20},
-    "layers": {"num_hidden_layers": 10**12},
-})  # fmt: skip
-def an_encoder_that_names_code(place: Place, key: dict[str, Any]) -> list[list[str]]:
-    encoder_folder = encoder(place)
-    (encoder_folder / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
-    config = json.loads((encoder_folder / "config.json").read_text())
-    (encoder_folder / "config.json").write_text(json.dumps(config | key))
-    return using(place, encoder_folder)
+CLASSES = {"AutoConfig": f"{EVIL}.C", "AutoModel": f"{EVIL}.M", "AutoProcessor": f"{EVIL}.P"}
+TOKENIZERS = {"AutoTokenizer": [f"{EVIL}.T", f"{EVIL}.T"]}
+JINJA = "{{ cycler.__init__.__globals__.os.system('touch mark') }}"
+QUANTISED = {"quantization_config": {"quant_method": "gptq", "bits": 4}, "attn_implementation": "stranger/kernel"}
+PADDING = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+PADDING |= {"pad_type_id": 0, "pad_token": "[PAD]"}
+BERT = {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 99_999]}
+TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "no", "type_id": 0}}], "pair": []}
+UNREAD: dict[str, Callable[[Path, Place], Any]] = {
+    "unread: classes in config.json": lambda f, p: merge(f / "config.json", auto_map=CLASSES, **QUANTISED),
+    "unread: classes of a tokenizer": lambda f, p: merge(f / "tokenizer_config.json", auto_map=TOKENIZERS),
+}
+FOLDERS: dict[str, Callable[[Path, Place], Any]] = {
+    "a link as config.json": lambda f, p: linked(f, "config.json", p),
+    "a link as tokenizer.json": lambda f, p: linked(f, "tokenizer.json", p),
+    "a link as weights": lambda f, p: linked(f, "model.safetensors", p),
+    "a pickle for weights": lambda f, p: (
+        (f / "model.safetensors").rename(f / "x") and (f / "pytorch_model.bin").write_bytes(pickle.dumps(Reduced(p)))
+    ),
+    "a header without end": lambda f, p: (f / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f{}"),
+    "a file for timm": lambda f, p: edit(
+        f / "config.json", lambda c: image(c["backbone"])["config"].update(pretrained_cfg={"file": str(p.secret)})
+    ),
+    "a token that the model lacks": lambda f, p: tokenizer(f, post_processor=BERT),
+    "rules that double": lambda f, p: tokenizer(f, normalizer=DOUBLING),
+    "rules that put in": lambda f, p: tokenizer(f, normalizer=INSERTING),
+    "a table of long texts": lambda f, p: tokenizer(f, normalizer=charsmap(300)),
+    "rules that stop the process": lambda f, p: tokenizer(f, post_processor=TEMPLATE | {"special_tokens": {}}),
+    **UNREAD,
+    "unread: settings that are no texts": lambda f, p: merge(f / "tokenizer_config.json", mask_token=5, pad_token={}),
+    "unread: a template": lambda f, p: merge(f / "tokenizer_config.json", chat_template=JINJA),
+    "unread: padding without end": lambda f, p: tokenizer(f, padding=PADDING),
+}
 
 
-@attack("folder")
-def an_encoders_tokenizer_that_names_code(place: Place) -> list[list[str]]:
-    encoder_folder = encoder(place)
-    (encoder_folder / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
-    tokenizer_config = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
-    (encoder_folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    return using(place, encoder_folder)
+def indexed(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").unlink()
+    merge(folder / "model.safetensors.index.json", weight_map={"x": name})
 
 
-def encoder(place: Place) -> Path:
+ENCODERS: dict[str, Callable[[Path, Place], Any]] = {
+    "a link as config.json": lambda f, p: linked(f, "config.json", p),
+    "a link as tokenizer.json": lambda f, p: linked(f, "tokenizer.json", p),
+    "a link as weights": lambda f, p: linked(f, "model.safetensors", p),
+    "an index that leads up": lambda f, p: indexed(f, "../secret/model.safetensors"),
+    "an index of a pickle": lambda f, p: indexed(f, "evil.pkl"),
+    "width without end": lambda f, p: merge(f / "config.json", hidden_size=2048, intermediate_size=2048),
+    "layers without end": lambda f, p: merge(f / "config.json", num_hidden_layers=10**12),
+    **UNREAD,
+}
+
+# ---------------------------------------------------------------------- the files of one
+
+KINDS: dict[str, dict[str, Callable[[Any, Place], Any]]] = {
+    "backbone": BACKBONES, "task": TASKS, "content": CONTENTS, "file": FILES, "folder": FOLDERS, "encoder": ENCODERS,
+}  # fmt: skip
+
+
+@cache
+def encoder_files() -> dict[str, bytes]:
     """A small text encoder as save_pretrained writes it."""
     from transformers import BertConfig, BertModel
 
-    encoder_folder = place.here / "encoder"
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=256, **shape)).save_pretrained(encoder_folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(OLD / "hub" / name, encoder_folder)
-    return encoder_folder
+    with tempfile.TemporaryDirectory() as folder:
+        BertModel(BertConfig(vocab_size=256, **shape)).save_pretrained(folder)
+        written = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return written | {name: (OLD / "hub" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
 
 
-def using(place: Place, encoder_folder: Path) -> list[list[str]]:
-    """A model that starts from it."""
-    return [["ENCODER", str(encoder_folder)]]
+def good(place: Place, kind: str) -> Path:
+    """A checkpoint, a folder of the hub's format without its sums, or an encoder, none of them changed."""
+    path = place.here / (kind if kind in ("folder", "encoder") else "x.ckpt")
+    if kind == "encoder":
+        path.mkdir()
+        for name, data in encoder_files().items():
+            (path / name).write_bytes(data)
+    elif kind == "folder":
+        shutil.copytree(OLD / "hub", path)
+        (path / "checksums.json").unlink()
+    else:
+        shutil.copy(OLD / "run" / "last.ckpt", path)
+    return path
+
+
+def with_recipe(path: Path, key: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the recipe of the backbone (`model`) or of the task of a checkpoint, or of a folder."""
+    if path.is_dir():
+        edit(path / "config.json", lambda config: change(config["backbone" if key == "model" else key]))
+        return
+    held = content()
+    recipe = yaml.safe_load(held[key])
+    change(recipe["model"]["backbone"] if key == "model" else recipe)
+    torch.save(held | {key: yaml.safe_dump(recipe)}, path)
+
+
+def write(kind: str, name: str, place: Place, as_folder: bool = False) -> Path:
+    """Write the files of an attack; returns what is to be opened. as_folder: put a recipe into a folder."""
+    change, path = KINDS[kind][name], good(place, "folder" if as_folder else kind)
+    if kind in ("backbone", "task"):
+        with_recipe(path, "model" if kind == "backbone" else kind, lambda recipe: change(recipe, place))
+    elif kind == "content":
+        held = content()
+        change(held, place)
+        torch.save(held, path)
+    else:
+        change(path, place)
+    return path
 
 
 # ---------------------------------------------------------------------- configurations
 
 
-def configured(place: Place, text: str, *more: str) -> list[list[str]]:
-    """A `-c` file over the built-in world's."""
-    file = place.here / "stranger.yaml"
-    file.write_text(text)
-    stack = ["base", "model/tiny", "pretrain", "pretrain-tiny", "data/scenes", "where/cpu"]
-    words = [word for name in stack for word in ("-c", str(ROOT / "conf" / f"{name}.yaml"))]
-    run = ["--run", str(place.here / "run"), "--trainer.fast_dev_run", "1", "--data.batch_size", "4"]
-    return [["fit", *words, "-c", str(file), *run, *more], ["bench", *words, "-c", str(file), *more]]
+def callback(path: str, **args: Any) -> dict[str, Any]:
+    return {"trainer": {"callbacks+": [{"class_path": path, "init_args": args}]}}
 
 
-def callback(path: str, **args: Any) -> str:
-    return yaml.safe_dump({"trainer": {"callbacks+": [{"class_path": path, "init_args": args}]}})
+def hook(spec: Any) -> dict[str, Any]:
+    args = {"ddp_comm_hook": spec}
+    return {"trainer": {"strategy": {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": args}}}
 
 
-@attack("config", key={
-    "lambda": "lightning.pytorch.callbacks.LambdaCallback", "stranger": "evil.Callback",
-    "popen": "subprocess.Popen", "torch": "torch.utils.collect_env.run", "requeue": "maskvlm.utils.launch.requeue",
-})  # fmt: skip
-def a_callback_that_is_none(place: Place, key: str) -> list[list[str]]:
-    (place.here / "evil.py").write_text(f"open({place.marker!r}, 'w')\n")
-    touch = runs(place)["collect"]
-    args = {"lambda": {"setup": touch}, "torch": {"command": f"touch {place.marker}"}}
-    chosen = args.get("lambda" if "Lambda" in key else "torch" if "collect" in key else "", {})
-    return configured(place, callback(key, **chosen))
+def task(spec: Any) -> dict[str, Any]:
+    return {"model": {"task": spec}}
 
 
-@attack("config", how=HOW)
-def code_in_a_strategy(place: Place, how: str) -> list[list[str]]:
-    strategy = {
-        "class_path": "lightning.pytorch.strategies.DDPStrategy",
-        "init_args": {"ddp_comm_hook": runs(place)[how]},
-    }
-    return configured(place, yaml.safe_dump({"trainer": {"strategy": strategy, "devices": 1}}))
-
-
-@attack("config", how={"subprocess": "subprocess", "collect": "collect"})
-def code_where_anything_may_stand(place: Place, how: str) -> list[list[str]]:
-    config = {"model": {"backbone": {"init_args": {"image": {"init_args": {"config": {"x": runs(place)[how]}}}}}}}
-    return configured(place, yaml.safe_dump(config))
-
-
-@attack("config", text={
-    "object": "run: !!python/object/apply:os.system ['touch MARK']\n", "name": "run: !!python/name:os.system\n",
-    "bomb": "a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
-    "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e,*e]\n",
-    "resolver": "run: ${oc.create:${oc.decode:'[1, 2]'}}\n",
-    "env": "run: ${oc.env:PATH,${oc.env:HOME}}${oc.decode:x}\n",
-})  # fmt: skip
-def yaml_of_a_stranger(place: Place, text: str) -> list[list[str]]:
-    return configured(place, text.replace("MARK", place.marker))
-
-
-@attack("config")
-def a_task_of_a_stranger(place: Place) -> list[list[str]]:
-    (place.here / "evil.py").write_text(f"open({place.marker!r}, 'w')\nclass Task: ...\n")
-    return configured(place, yaml.safe_dump({"model": {"task": {"class_path": "evil.Task"}}}))
-
-
-# ---------------------------------------------------------------------- an index
-
-
-@attack("index", key={"source": "source", "root": "root", "path": "path"})
-def an_index_that_names_things(place: Place, key: str) -> list[list[str]]:
-    """Its images are read for re-ranking."""
-    import pyarrow.parquet as pq
-
-    index_folder = place.here / "index"
-    shutil.copytree(place.here.parent / "index", index_folder)
-    about = json.loads((index_folder / "index.json").read_text())
-    if key == "source":
-        about["source"] = runs(place)["subprocess"]
-    elif key == "root":
-        about["source"] = {
-            "class_path": "maskvlm.data.prepared.source.Prepared",
-            "init_args": {"root": str(place.secret)},
-        }
-    else:
-        import hashlib
-
-        table = pq.read_table(index_folder / "ids.parquet").to_pylist()
-        schema = pq.read_schema(index_folder / "ids.parquet")
-        import pyarrow as pa
-
-        rows = [row | {"path": str(place.secret / "secret.png")} for row in table]
-        pq.write_table(pa.Table.from_pylist(rows, schema), index_folder / "ids.parquet")
-        about["sha256"]["ids.parquet"] = hashlib.sha256((index_folder / "ids.parquet").read_bytes()).hexdigest()
-    (index_folder / "index.json").write_text(json.dumps(about))
-    command = ["search", "--index", str(index_folder), "--from", str(OLD / "run" / "last.ckpt")]
-    return [[*command, "a red circle", "--rerank"]]
-
-
-def corpus() -> Iterator[Attack]:
-    """All of them."""
-    yield from ATTACKS
+PARSER = "jsonargparse.set_parsing_settings"
+CONFIGS: dict[str, Callable[[Place], Any]] = {
+    "a callback of callables": lambda p: callback("lightning.pytorch.callbacks.LambdaCallback", setup=p.code),
+    "it by its bare name": lambda p: {"trainer": {"callbacks": "LambdaCallback"}},
+    "a callback that loads": lambda p: callback("StochasticWeightAveraging", swa_lrs=0.1, avg_fn="torch.hub.load"),
+    "a callback of a stranger": lambda p: callback(f"{EVIL}.Callback"),
+    "a logger that sends": lambda p: {"trainer": {"logger": "WandbLogger"}},
+    "a reader of checkpoints": lambda p: {"trainer": {"plugins": ["lightning.pytorch.plugins.TorchCheckpointIO"]}},
+    "code in a strategy": lambda p: hook(p.code),
+    "a function in a strategy": lambda p: hook("maskvlm.utils.whole_files.write_text"),
+    "a task of a stranger": lambda p: task({"class_path": f"{EVIL}.Task"}),
+    "a task that is a method": lambda p: task("maskvlm.objectives.pretraining.MaskedPretraining.forward"),
+    "a task through our imports": lambda p: task({"class_path": "maskvlm.config.given_options.os.system"}),
+    "a task in a text": lambda p: task("{class_path: os.system}"),
+    "a source that opens the parser": lambda p: {"data": {"init_args": {"source": {"class_path": PARSER}}}},
+    "YAML that makes objects": lambda p: OBJECT.replace("MARK", str(p.mark)),
+    "YAML that multiplies": lambda p: ALIASES,
+}

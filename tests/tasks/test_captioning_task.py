@@ -3,8 +3,6 @@
 Shapes: B images, C captions, S tokens, V vocabulary.
 """
 
-import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,11 @@ from typing import Any
 import pytest
 import slow_step
 import torch
-from PIL import Image
 from torch import Tensor
 from toy_examples import matters
 from toy_pretrained import saved, toy_model
-from toys import SIZE, WIDTH, slow_causal_block, take, toy_backbone, toy_batch
+from toys import slow_causal_block, take, toy_backbone, toy_batch
 
-from maskvlm.cli.main import main
 from maskvlm.data.batch import Batch
 from maskvlm.inference.pretrained import PretrainedMaskVLM
 from maskvlm.model.maskvlm import MaskVLM
@@ -62,9 +58,6 @@ def measured(task: Captioning, backbone: MaskVLM, batch: Batch, *sizes: int) -> 
     return task.compute(backbone)
 
 
-# ---------------------------------------------------------------------- the loss
-
-
 def slow_nats(backbone: MaskVLM, task: Captioning, batch: Batch, caption: int) -> list[Tensor]:
     """Of each token of a caption, end token included; later tokens do not exist."""
     token_S = batch.token_CT[caption, batch.attention_CT[caption]]
@@ -79,7 +72,7 @@ def slow_nats(backbone: MaskVLM, task: Captioning, batch: Batch, caption: int) -
     return nats
 
 
-@pytest.mark.parametrize(("captions", "holes"), [(1, ()), (2, ()), (2, (1,))])
+@pytest.mark.parametrize(("captions", "holes"), [(1, ()), (2, (1,))])
 def test_the_loss_is_the_mean_over_all_tokens(captions: int, holes: tuple[int, ...]) -> None:
     """What could not be read weighs nothing."""
     backbone, task = build()
@@ -88,47 +81,12 @@ def test_the_loss_is_the_mean_over_all_tokens(captions: int, holes: tuple[int, .
     read = [c for c, row in enumerate(batch.owner_C.tolist()) if row not in holes]
     nats = [value for c in read for value in slow_nats(backbone, task, batch, c)]
     assert loss.item() == pytest.approx(torch.stack(nats).mean().item(), rel=1e-5)
+    loss.backward()
+    parameters = [*backbone.named_parameters(), *task.named_parameters()]  # DDP waits for ever for one without
+    assert [name for name, p in parameters if p.requires_grad != (p.grad is not None)] == []
 
 
-def test_whatever_can_be_trained_has_a_gradient() -> None:
-    """DDP waits for ever for one that does not come."""
-    backbone, task = build(image_ablation=True)
-    task(backbone, toy_batch(3))["captioning"].backward()
-    parameters = [*backbone.named_parameters(), *task.named_parameters()]
-    assert [name for name, p in parameters if p.requires_grad and p.grad is None] == []
-    assert [name for name, p in parameters if not p.requires_grad and p.grad is not None] == []
-    trained = {name.split(".")[0] for name, p in backbone.named_parameters() if p.requires_grad}
-    assert trained == {"image", "text"}
-    words = [name for name, p in backbone.text.named_parameters() if p.requires_grad]
-    assert words == ["model.embeddings.word_embeddings.weight"]
-
-
-def test_training_learns_to_write() -> None:
-    """Six images of noise by heart, with greedy search and with beams."""
-    backbone, task = writer()
-    task.set_uniform(Draw(0, 0, "cpu"))
-    batch = toy_batch(6)
-    parameters = [p for p in [*backbone.parameters(), *task.parameters()] if p.requires_grad]
-    for parameter in parameters:
-        parameter.data *= 0.3
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
-    for _ in range(150):
-        optimizer.zero_grad()
-        task(backbone, batch)["captioning"].backward()
-        optimizer.step()
-    tokenizer: Any = backbone.text.tokenizer
-    texts = tuple(tokenizer.decode(row[1:], skip_special_tokens=True) for row in batch.token_CT)
-    for beams in (1, 3):
-        task.beams = beams
-        metrics = measured(task, backbone, batch._replace(texts=texts), 6)
-        assert [line["prediction"] for line in task.predictions] == [*texts]
-        assert metrics["captioning/bleu_1"] == pytest.approx(100)
-
-
-# ---------------------------------------------------------------------- what is taken over
-
-
-def test_it_starts_from_the_text_cross_encoder_and_the_token_head() -> None:
+def test_it_starts_from_pre_training_or_its_own_checkpoint() -> None:
     _, before = slow_step.build()
     backbone, task = toy_backbone(seed=3), Captioning()
     task.build(backbone)
@@ -140,21 +98,9 @@ def test_it_starts_from_the_text_cross_encoder_and_the_token_head() -> None:
         assert torch.equal(own[f"writer.decoder.{name}"], value), name
     new = {"writer.position_SD", "writer.norm.weight", "writer.norm.bias"}
     assert names == own.keys() - new
-    assert tuple(own["writer.position_SD"].shape) == (backbone.text.text_length, WIDTH)
-
-
-def test_its_own_checkpoint_brings_everything() -> None:
     _, before = build()
-    backbone, task = toy_backbone(), Captioning()
-    task.build(backbone)
-    assert task.warm_start(before.state_dict()) == set(task.state_dict())
+    assert task.warm_start(before.state_dict()) == set(own)
     assert all(torch.equal(task.state_dict()[name], value) for name, value in before.state_dict().items())
-    longer = toy_backbone(length=12)
-    task.build(longer)
-    assert task.warm_start(before.state_dict()) == set(task.state_dict()) - {"writer.position_SD"}
-
-
-# ---------------------------------------------------------------------- what is measured
 
 
 def test_metrics_are_those_of_what_was_written() -> None:
@@ -203,15 +149,7 @@ def test_the_blind_control_does_not_see_the_images() -> None:
         assert torch.allclose(*terms, rtol=1e-3) == blind  # statistics of the same images, summed twice
 
 
-def test_the_card_says_how_it_was_measured() -> None:
-    card = Captioning(beams=2).card()
-    assert card["beams"] == 2
-    assert "end token included" in card["chosen by"]
-    assert "references that were measured on" in card["cider"]
-    assert "official script" in card["words"]
-
-
-def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_beams_and_no_metrics_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as caught:
         Captioning(beams=0)
     assert caught.value.where == "model.task.beams"
@@ -223,10 +161,7 @@ def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         assert caught.value.code == ExitCode.UNAVAILABLE
 
 
-# ---------------------------------------------------------------------- a model that is asked
-
-
-def test_a_fine_tuned_model_captions_with_its_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fine_tuned_model_captions_with_its_decoder(tmp_path: Path) -> None:
     saved(tmp_path / "last.ckpt", "captioning", beams=2)
     model: Any = PretrainedMaskVLM.from_pretrained(tmp_path / "last.ckpt")
     generator = torch.Generator().manual_seed(0)
@@ -238,39 +173,5 @@ def test_a_fine_tuned_model_captions_with_its_decoder(tmp_path: Path, capsys: py
     assert model.caption(images) == [answer.caption for answer in answers]
     assert model.caption(images[0]) == answers[0].caption
     assert model.caption([]) == []
-    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(tmp_path / "0.png")
-    assert main(["caption", "--from", str(tmp_path / "last.ckpt"), str(tmp_path / "0.png"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["caption"] == answers[0].caption
     with pytest.raises(UserError, match="no head for it"):
         model.match(images[0], "a star")
-
-
-# ---------------------------------------------------------------------- whole runs
-
-
-@pytest.mark.slow
-def test_a_run_from_pre_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two steps, then the checkpoint is measured to the same numbers; pre-training itself has no such head."""
-    saved(tmp_path / "before.ckpt")
-    monkeypatch.chdir(tmp_path)
-    small = ["where=cpu", "--data.batch_size", "4", "--data.source.train", "20", "--data.source.val", "6"]
-    small += ["--data.source.size", str(SIZE)]
-    run = ["finetune", "captioning", "from=before.ckpt", "run=r", *small, "--data.steps", "2"]
-    assert main(run) == 0
-    folder = tmp_path / "checkpoints" / "r"
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert all(math.isfinite(metrics[name]) for name in METRICS)
-    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 6
-    assert "scene " in json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])["text"]
-    card = json.loads((folder / "card.json").read_text())
-    assert card["settings"]["beams"] == 3
-    assert card["images of the split seen in training"] == 0
-    assert main(["evaluate", "captioning", "from=checkpoints/r/last.ckpt", "run=e", *small]) == 0
-    again = json.loads((tmp_path / "checkpoints" / "e" / "metrics.json").read_text())
-    assert [again[name] for name in METRICS] == pytest.approx([metrics[name] for name in METRICS])
-    assert "(majority)" in capsys.readouterr().out
-    assert main(["evaluate", "captioning", "from=before.ckpt", "run=z", *small]) == ExitCode.BAD_DATA
-    error_line = capsys.readouterr().err.splitlines()[-1]
-    assert "before.ckpt: holds no heads of Captioning (writer.position_SD, writer.norm.weight" in error_line

@@ -1,34 +1,22 @@
-"""VQA v2 and Visual Genome's questions as distributed: what is read, and the one line for every wrong file."""
+"""VQA v2 and Visual Genome's questions as distributed: what is read, skipped, counted and refused."""
 
 import json
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from maskvlm.data.files import images_by_number
 from maskvlm.data.images import safe_open
 from maskvlm.data.table import RowOrigin
 from maskvlm.utils.errors import ExitCode, UserError
-from tasks.vqa.data import VqaV2, parse_vqa
+from tasks.vqa.data import VqaV2
 from tasks.vqa.genome import parse_genome
 
 PART = "mscoco_train2014"
 QUESTIONS, ANNOTATIONS = f"v2_OpenEnded_{PART}_questions.json", f"v2_{PART}_annotations.json"
-
-
-def error_of(read: Callable[[], object]) -> UserError | None:
-    """The user's error that reading ends with; any other exception is ours."""
-    try:
-        read()
-    except UserError as error:
-        return error
-    return None
 
 
 def question(number: Any = 1, image: Any = 9, text: Any = "What is it?") -> dict[str, Any]:
@@ -63,14 +51,8 @@ def source(tmp_path: Path) -> Any:
 
 
 def test_a_question_is_an_example_with_ten_answers(source: Any, tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        PART,
-        [question(5, 9, "What  is it?"), question(6, 12)],
-        [annotation(6), annotation(5, "A dog!", "cat", kind="")],
-        9,
-        12,
-    )
+    annotations = [annotation(6), annotation(5, "A dog!", "cat", kind="")]
+    write(tmp_path, PART, [question(5, 9, "What  is it?"), question(6, 12)], annotations, 9, 12)
     examples = source().split("train")
     assert len(examples) == 2
     assert examples[0] == {
@@ -98,87 +80,33 @@ def test_labels_are_the_frequent_answers_of_training(source: Any, tmp_path: Path
     assert source(min_count=3).labels == ("cat",)
     assert source(min_count=2).targets(["dog"] * 3 + ["cow"] * 7) == {"dog": pytest.approx(0.9)}
     assert source(min_count=2).shares(["dog"] * 3 + ["cow"] * 7) == {"dog": pytest.approx(0.3)}
-    with pytest.raises(UserError, match=r"is shared by 4 questions\. Lower data\.source\.min_count") as caught:
+    with pytest.raises(UserError, match=r"data\.source\.min_count"):
         _ = source(min_count=4).labels
-    assert (caught.value.where, caught.value.code) == ("data.source.min_count", ExitCode.USAGE)
 
 
-def test_of_a_set_with_one_answer_a_question_answers_are_in_the_form_that_is_taught(tmp_path: Path) -> None:
-    """The official accuracy compares raw texts there. COCO's stay as people wrote them."""
-    answers = {}
-    for part in ("daquar_val", "mscoco_val2014"):
-        write(tmp_path, part, [question(1)], [annotation(1, "garbage_bin")])
-        origin = RowOrigin(tmp_path / f"v2_OpenEnded_{part}_questions.json", "{file} questions[{place}]")
-        columns = parse_vqa(origin, part, tmp_path / f"v2_{part}_annotations.json")
-        answers[part] = {*columns.columns["answers"][0]}
-    assert answers == {"daquar_val": {"garbage bin"}, "mscoco_val2014": {"garbage_bin"}}
-
-
-@pytest.mark.parametrize("majority", [{"multiple_choice_answer": ""}, {}])
-def test_a_vocabulary_of_some_of_the_questions_is_refused(source: Any, tmp_path: Path, majority: Any) -> None:
+def test_a_vocabulary_of_some_of_the_questions_is_refused(source: Any, tmp_path: Path) -> None:
     """It would lack the answers of the others, and nobody would know."""
-    some = {key: value for key, value in annotation(7).items() if key != "multiple_choice_answer"} | majority
+    some = annotation(7) | {"multiple_choice_answer": ""}
     write(tmp_path, PART, [question(5), question(7), question(9)], [{**some, "question_id": 9}, some, annotation(5)], 9)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"2 questions have no multiple_choice_answer, .* first is 7") as caught:
         source().split("train")
-    assert str(caught.value) == (
-        f"{tmp_path / ANNOTATIONS}: 2 questions have no multiple_choice_answer, which the vocabulary is built from; "
-        "the first is 7. Take the annotations as distributed, or set data.source.answers."
-    )
     assert caught.value.code == ExitCode.BAD_DATA
     (tmp_path / "answers.json").write_text('["dog"]')
     assert len(source(answers=str(tmp_path / "answers.json")).split("train")) == 3
 
 
-@pytest.mark.parametrize("from_file", [True, False])
-def test_a_part_outside_the_vocabulary_says_how_to_change_that(source: Any, tmp_path: Path, from_file: bool) -> None:
-    write(tmp_path, PART, [question(1), question(2)], [annotation(1, "dog"), annotation(2, "dog")], 9)
-    write(tmp_path, "mscoco_val2014", [question(3, 12)], [annotation(3, "cow")], 12)
-    (tmp_path / "answers.json").write_text('["emu"]')
-    options: Any = {"answers": str(tmp_path / "answers.json")} if from_file else {"min_count": 2}
-    with pytest.raises(UserError) as caught:
-        source(train=[PART, "mscoco_val2014"], **options).split("train")
-    number, todo = (
-        (2, f"Correct data.source.answers ({tmp_path / 'answers.json'})")
-        if from_file
-        else (
-            1,
-            "Lower data.source.min_count, or set data.source.answers",
-        )
-    )
-    assert caught.value.what == f"no examples are left (answer outside the vocabulary: {number})"
-    assert caught.value.todo == todo
-
-
 def test_training_skips_questions_without_an_answer_of_the_vocabulary(source: Any, tmp_path: Path) -> None:
-    answered = [annotation(0, "dog"), annotation(1, "dog"), annotation(2, "cow"), annotation(3, "cow", "Dogs", "dog")]
+    given = (["dog"], ["dog"], ["emu"], ["emu", "ox", "Dogs", "dog"])
+    answered = [annotation(i, *answers) for i, answers in enumerate(given)]
     write(tmp_path, PART, [question(i) for i in range(4)], answered, 9)
-    examples = source(min_count=2).split("train")
-    assert [examples[i]["id"] for i in range(3)] == ["0", "1", "2"]  # cow, twice
-    assert source(min_count=2).labels == ("cow", "dog")
-    write(
-        tmp_path,
-        PART,
-        [question(i) for i in range(4)],
-        [*answered[:2], annotation(2, "emu"), annotation(3, "emu", "ox", "dog", "yak")],
-    )
-    source_of_dogs = source(answers=str(tmp_path / "answers.json"))
     (tmp_path / "answers.json").write_text('["dog"]')
-    examples = source_of_dogs.split("train")
+    examples = source(answers=str(tmp_path / "answers.json")).split("train")
     assert [examples[i]["id"] for i in range(3)] == ["0", "1", "3"]
     assert examples.skipped == {"answer outside the vocabulary": [f"{QUESTIONS} questions[2]"]}
     assert len(source(answers=str(tmp_path / "answers.json"), val=PART).split("val")) == 4
-
-
-def test_the_vocabulary_is_kept(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, PART, [question(1), question(2)], [annotation(1), annotation(2, "cat")], 9)
-    first = source()
-    assert len(first.split("train")) == 2
-    for name in ("parse_vqa", "build_vocabulary", "soft_targets"):
-        monkeypatch.setattr(f"tasks.vqa.data.{name}", None)
-    second = source()
-    assert second.labels == first.labels == ("cat", "dog")
-    assert second.split("train").fingerprint == first.split("train").fingerprint
+    (tmp_path / "answers.json").write_text('["cow"]')
+    with pytest.raises(UserError, match="no examples are left"):
+        source(answers=str(tmp_path / "answers.json")).split("train")
 
 
 def test_several_parts_are_trained_on_at_once(source: Any, tmp_path: Path) -> None:
@@ -193,22 +121,8 @@ def test_several_parts_are_trained_on_at_once(source: Any, tmp_path: Path) -> No
     assert examples.skipped == {"empty text": ["v2_OpenEnded_mscoco_val2014_questions.json questions[1]"]}
     assert [*examples.image_ids()] == ["coco 9", "coco 12"]
     assert examples.fingerprint != source().split("train").fingerprint
-    with pytest.raises(UserError, match=r"2 question_ids stand in more than one .*parts: 1, 2\. Name each part once"):
+    with pytest.raises(UserError, match="2 question_ids stand in more than one of the training parts: 1, 2"):
         source(train=[PART, PART]).split("train")
-
-
-@pytest.mark.parametrize(
-    ("number", "ending"),
-    [(1, "1 question_id stands in more than one of the training parts: 0"), (5, ": 0, 1, 2, ...")],
-)
-def test_some_ids_of_two_parts_are_named(source: Any, tmp_path: Path, number: int, ending: str) -> None:
-    write(tmp_path, PART, [question(i) for i in range(6)], [annotation(i) for i in range(6)], 9)
-    same = [question(i) for i in range(number)]
-    write(tmp_path, "mscoco_val2014", [question(9), *same], [annotation(9), *map(annotation, range(number))], 9)
-    with pytest.raises(UserError) as caught:
-        source(train=[PART, "mscoco_val2014"]).split("train")
-    assert caught.value.what.endswith(ending)
-    assert caught.value.what.startswith(f"{number} question_id")
 
 
 def test_test_questions_need_no_annotations(source: Any, tmp_path: Path) -> None:
@@ -223,16 +137,10 @@ def test_test_questions_need_no_annotations(source: Any, tmp_path: Path) -> None
 
 
 def test_the_part_s_own_image_is_preferred() -> None:
-    names = [
-        "train2014/COCO_train2014_000000000009.jpg",
-        "val2014/COCO_val2014_000000000009.jpg",
-        "vg/9.jpg",
-        "vg/10.jpg",
-    ]
+    names = [f"{part}2014/COCO_{part}2014_000000000009.jpg" for part in ("train", "val")] + ["vg/9.jpg", "vg/10.jpg"]
     assert images_by_number(names, "mscoco_train2014") == {"coco 9": names[0]}
     assert images_by_number(names, "mscoco_val2014") == {"coco 9": names[1]}
     assert images_by_number(names[2:], "mscoco_val2014") == {"coco 9": "vg/9.jpg", "coco 10": "vg/10.jpg"}
-    assert images_by_number(["train2017/000000000009.jpg", "x.jpg"], PART) == {"coco 9": "train2017/000000000009.jpg"}
 
 
 def test_a_few_questions_without_image_are_skipped_in_training_alone(source: Any, tmp_path: Path) -> None:
@@ -241,111 +149,46 @@ def test_a_few_questions_without_image_are_skipped_in_training_alone(source: Any
     examples = source(max_missing=0.1).split("train")
     assert [examples[i]["id"] for i in range(9)] == [str(i) for i in ten if i != 4]
     assert examples.skipped == {"missing image": [f"{QUESTIONS} questions[4]"]}
-    with pytest.raises(UserError, match=r"questions\[4\]: 1 of 10 .* coco 10\. .*raise data\.source\.max_missing"):
-        source().split("train")
-    with pytest.raises(UserError, match=r"questions\[4\]: 1 of 10 .* evaluation leaves nothing out") as caught:
-        source(val=PART, max_missing=1.0).split("val")
-    assert caught.value.code == ExitCode.MISSING_INPUT
-
-
-def test_images_that_no_question_names_are_no_matter_but_none_is_an_error(source: Any, tmp_path: Path) -> None:
-    write(tmp_path, PART, [question(1, 9)], [annotation(1)], 9, 10, 11)
-    assert source().split("train").skipped == {}
-    write(tmp_path, PART, [question(1, 7)], [annotation(1)])
-    with pytest.raises(UserError, match=r"1 of 1 examples of split 'train' lacks an image in .*: coco 7"):
-        source(max_missing=1.0).split("train")
-    with pytest.raises(UserError, match="there is no such folder of images"):
-        source(images=str(tmp_path / "no")).split("train")
-
-
-# ------------------------------------------------------------------ wrong files
+    for options, split in (({}, "train"), ({"val": PART, "max_missing": 1.0}, "val")):
+        with pytest.raises(UserError, match=r"questions\[4\]: 1 of 10 .* coco 10") as caught:
+            source(**options).split(split)
+        assert caught.value.code == ExitCode.MISSING_INPUT
 
 
 def test_missing_files_are_named(source: Any, tmp_path: Path) -> None:
-    write(tmp_path, PART, [question()], None, 9)
-    for split, options in (("train", {}), ("val", {"val": PART})):
-        todo = r"Prepare the set \(maskvlm data vqav2 FOLDER\), or set data\.source\.root"
-        with pytest.raises(UserError, match=rf"{ANNOTATIONS}: no such file\. {todo}") as caught:
+    write(tmp_path, PART, [question(1, 7)], None, 9)
+    for options, split in (({}, "train"), ({"val": PART}, "val")):
+        with pytest.raises(UserError, match=f"{ANNOTATIONS}: no such file"):
             source(**options).split(split)
-        assert caught.value.code == ExitCode.MISSING_INPUT
-    with pytest.raises(UserError, match=r"mscoco_val2014_questions\.json: no such file"):
-        source().split("val")
-    message = r"_questions\.json: no such file \(there is no folder .*/no\)\. .*maskvlm data"
-    with pytest.raises(UserError, match=message):
-        VqaV2(str(tmp_path / "no")).split("val")
-    with pytest.raises(UserError, match=r"data\.source\.val: no part was given for this split"):
+    write(tmp_path, PART, [question(1, 7)], [annotation(1)])
+    with pytest.raises(UserError, match=r"data\.source\.val: no part"):
         source(val=None).split("val")
     with pytest.raises(UserError, match=r"answers\.txt: no such file"):
         _ = source(answers=str(tmp_path / "answers.txt")).labels
+    with pytest.raises(UserError, match="1 of 1 examples"):
+        source(max_missing=1.0).split("train")
 
 
-@pytest.mark.parametrize(
-    ("questions", "message"),
-    [
-        ([question(), question(2), question(1)], "questions[2]: question_id '1' appears twice, first at"),
-        ([question(), question(2), question(3)], "questions[2]: question 3 has no annotation in "),
-        ([question()], f"{ANNOTATIONS} annotations[1]: question 2 is not in "),
-        ([question(), {"question_id": 2, "question": "a"}], "questions[1]: key 'image_id' is missing"),
-        ([question(), {"image_id": 2, "question": "a"}], "questions[1]: key 'question_id' is missing"),
-        ([question(), {"image_id": 9, "question_id": 2}], "questions[1]: key 'question' is missing"),
-        ([question(), question("2")], "questions[1]: 'question_id' is str instead of int"),
-        ([question(), question(2, "../9")], "questions[1]: 'image_id' is str instead of int"),
-        ([question(), question(2, 9, None)], "questions[1]: 'question' is NoneType instead of str"),
-        ([question(), 3], "questions[1]: int instead of an object with 'question_id'"),
-        ({}, f"{QUESTIONS}: 'questions' is dict instead of list"),
-        ([], f"{QUESTIONS}"),
-    ],
-)
-def test_a_wrong_question_is_named(source: Any, tmp_path: Path, questions: Any, message: str) -> None:
-    write(tmp_path, PART, questions, [annotation(1), annotation(2)], 9)
-    with pytest.raises(UserError) as caught:
+TWO = [annotation(1), annotation(2)]
+WRONG: list[tuple[Any, Any, str]] = [
+    ([question(), question(2), question(1)], TWO, r"questions\[2\]: question_id '1' appears twice"),
+    ([question(), question(2), question(3)], TWO, r"questions\[2\]: question 3 has no annotation"),
+    ([question()], TWO, r"annotations\[1\]: question 2 is not in"),
+    ([question(), {"question_id": 2, "question": "a"}], TWO, r"questions\[1\]: key 'image_id'"),
+    ([question(), question("2")], TWO, "'question_id' is str"),
+    ([question(), question(2, "../9")], TWO, "'image_id' is str"),
+    ({}, TWO, "'questions' is dict"),
+    ([question()], [annotation(1), annotation(1)], r"annotations\[1\]: question_id 1"),
+    ([question()], [{**annotation(1), "answers": []}], r"annotations\[0\]: a question without"),
+    ([question()], [{**annotation(1), "image_id": 12}], r"image_id of question 1 is 12 here and 9"),
+]
+
+
+@pytest.mark.parametrize(("questions", "annotations", "message"), WRONG)
+def test_a_wrong_entry_is_named(source: Any, tmp_path: Path, questions: Any, annotations: Any, message: str) -> None:
+    write(tmp_path, PART, questions, annotations, 9)
+    with pytest.raises(UserError, match=message) as caught:
         source().split("train")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert caught.value.code == ExitCode.BAD_DATA
-
-
-@pytest.mark.parametrize(
-    ("annotations", "message"),
-    [
-        ([annotation(1), annotation(1)], "annotations[1]: question_id 1 is also that of position 0"),
-        ([{**annotation(1), "answers": []}], "annotations[0]: a question without answers"),
-        ([{**annotation(1), "answers": [{"answer": 3}]}], "annotations[0].answers[0]: 'answer' is int instead of str"),
-        ([{"question_id": 1}], "annotations[0]: key 'answers' is missing"),
-        ([annotation(1, "\ud800")], "half a surrogate"),
-        ({}, "'annotations' is dict instead of list"),
-    ],
-)
-def test_a_wrong_annotation_is_named(source: Any, tmp_path: Path, annotations: Any, message: str) -> None:
-    write(tmp_path, PART, [question()], annotations, 9)
-    with pytest.raises(UserError) as caught:
-        source().split("train")
-    assert f"{ANNOTATIONS}" in caught.value.where
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("image", [12, "9", [9]])
-def test_an_annotation_of_another_image_is_named(source: Any, tmp_path: Path, image: Any) -> None:
-    fits = {**annotation(1), "image_id": 9}
-    write(tmp_path, PART, [question(1), question(2)], [{**annotation(2), "image_id": None}, fits], 9)
-    assert len(source().split("train")) == 2
-    write(tmp_path, PART, [question(1), question(2)], [fits, {**annotation(2), "image_id": image}])
-    with pytest.raises(UserError) as caught:
-        source().split("train")
-    assert str(caught.value) == (
-        f"{tmp_path / ANNOTATIONS} annotations[1]: image_id of question 2 is {image!r} here and 9 in "
-        f"{tmp_path / QUESTIONS} questions[1]. Use questions and annotations of the same part."
-    )
-    assert caught.value.code == ExitCode.BAD_DATA
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 99_999, b"[]", b'{"questions": 3}', b"<html>"])
-def test_a_file_that_is_something_else_is_named(source: Any, tmp_path: Path, content: bytes) -> None:
-    write(tmp_path, PART, [question()], [annotation()], 9)
-    (tmp_path / QUESTIONS).write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        source().split("train")
-    assert caught.value.where.startswith(str(tmp_path / QUESTIONS))
     assert caught.value.code == ExitCode.BAD_DATA
 
 
@@ -355,27 +198,6 @@ def test_an_empty_question_is_an_error_in_evaluation_and_a_mended_one_is_counted
     assert counts == {"text surrogate": [f"{QUESTIONS} questions[1]"], "empty text": [f"{QUESTIONS} questions[0]"]}
     with pytest.raises(UserError, match=r"questions\[0\]: the text is empty"):
         source(val=PART).split("val")
-
-
-KEYS = st.sampled_from(["question_id", "image_id", "question", "answers", "multiple_choice_answer"])
-ENTRY = (
-    st.dictionaries(KEYS, st.none() | st.integers() | st.text(max_size=5) | st.just([{"answer": "a"}])) | st.integers()
-)
-
-
-@given(questions=st.lists(ENTRY, max_size=3), annotations=st.lists(ENTRY, max_size=3))
-def test_any_entries_are_rows_or_an_error_that_names_one(
-    tmp_path_factory: pytest.TempPathFactory, questions: list[Any], annotations: list[Any]
-) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    write(folder, PART, questions, annotations)
-    origin = RowOrigin(folder / QUESTIONS, "{file} questions[{place}]")
-    error = error_of(lambda: parse_vqa(origin, PART, folder / ANNOTATIONS))
-    if error is None:
-        assert len(questions) == len(annotations) > 0
-    else:
-        assert error.where.startswith((str(folder / QUESTIONS), str(folder / ANNOTATIONS)))
-        assert "\n" not in str(error)
 
 
 # ------------------------------------------------------------------ Visual Genome
@@ -415,38 +237,18 @@ def test_visual_genome_is_added_to_training_alone(source: Any, tmp_path: Path) -
     assert len(both.split("val")) == 1
 
 
-def test_visual_genome_may_add_nothing(source: Any, tmp_path: Path) -> None:
-    write(tmp_path, PART, [question(1, 9)], [annotation(1, "dog")], 9)
-    plain = source().split("train")
-    both = source(visual_genome=genome(tmp_path, "Cat.", "Cow.")).split("train")
-    assert [both[i] for i in (0, -1)] == [plain[0]] * 2
-    assert len(both) == 1
-    assert [*both.image_ids()] == ["coco 9"]
-    places = [f"question_answers.json question {place}" for place in (0, 1)]
-    assert both.skipped == {"answer outside the vocabulary": places}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({}, "vg.json: dict instead of a list of images with `qas`"),
-        ([3], "vg.json [0]: int instead of an object with 'id'"),
-        ([{"id": 1}], "vg.json [0]: key 'qas' is missing"),
-        ([{"id": 1, "qas": [{}]}], "vg.json [0].qas[0]: key 'qa_id' is missing"),
-        ([{"id": 1, "qas": [{"qa_id": 1, "question": "a"}]}], "vg.json [0].qas[0]: key 'answer' is missing"),
-        (
-            [{"id": 1, "qas": [{"qa_id": 1, "question": "a", "answer": "b"}] * 2}],
-            "question 1: qa_id 'vg 1' appears twice",
-        ),
-        ([], "vg.json: no example in this file"),
-    ],
-)
-def test_a_wrong_file_of_visual_genome_is_named(tmp_path: Path, content: Any, message: str) -> None:
-    file = tmp_path / "vg.json"
-    file.write_text(json.dumps(content))
-    with pytest.raises(UserError) as caught:
-        parse_genome(RowOrigin(file, "{file} question {place}"), {})
-    assert message in str(caught.value)
+def test_a_wrong_file_of_visual_genome_is_named(tmp_path: Path) -> None:
+    file, one = tmp_path / "vg.json", {"qa_id": 1, "question": "a", "answer": "b"}
+    for content, message in (
+        ({}, "dict instead of a list"),
+        ([{"id": 1}], r"\[0\]: key 'qas'"),
+        ([{"id": 1, "qas": [{"qa_id": 1, "question": "a"}]}], r"\[0\]\.qas\[0\]: key 'answer'"),
+        ([{"id": 1, "qas": [one] * 2}], "question 1: qa_id 'vg 1' appears twice"),
+        ([], "no example"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"vg.json.*{message}"):
+            parse_genome(RowOrigin(file, "{file} question {place}"), {})
 
 
 def test_visual_genomes_photos_of_coco_have_their_ids_there(source: Any, tmp_path: Path) -> None:
@@ -459,15 +261,11 @@ def test_visual_genomes_photos_of_coco_have_their_ids_there(source: Any, tmp_pat
     examples = source(visual_genome=str(file)).split("train")
     assert [examples[row]["image_ids"] for row in range(3)] == [["coco 42"], ["coco 42"], ["vg 9"]]
     assert examples[1]["images"] == [str(tmp_path / "vg" / "VG_100K" / "8.jpg")]
-    (file.parent / "image_data.json").unlink()
-    with pytest.raises(UserError, match=r"image_data\.json is missing: only this file says which images are also"):
-        source(visual_genome=str(file)).split("train")
-
-
-def test_a_missing_file_of_visual_genome_is_named(source: Any, tmp_path: Path) -> None:
-    write(tmp_path, PART, [question()], [annotation()], 9)
-    with pytest.raises(UserError, match=r"no\.json: no such file\. Correct data\.source\.visual_genome"):
+    with pytest.raises(UserError, match="no such file"):
         source(visual_genome=str(tmp_path / "no.json")).split("train")
+    (file.parent / "image_data.json").unlink()
+    with pytest.raises(UserError, match=r"image_data\.json is missing"):
+        source(visual_genome=str(file)).split("train")
 
 
 # ------------------------------------------------------------------ the real thing
@@ -481,11 +279,10 @@ def test_all_questions_of_the_small_set_are_read(shared_data: Path, tmp_path: Pa
     assert (len({*train.image_ids()}), len({*val.image_ids()})) == (635, 159)
     assert not {*train.image_ids()} & {*val.image_ids()}
     assert train.skipped == val.skipped == {}
-    assert all(len(small.targets(train[i]["answers"])) == 1 for i in range(100))
     frequent = VqaV2(folder, ["daquar_train"], "daquar_val", cache=str(tmp_path))
     rows = frequent.split("train")
     assert len(rows) + len(rows.skipped["answer outside the vocabulary"]) == 5435
-    assert len(rows) == sum(bool(frequent.targets(train[i]["answers"])) for i in range(5435))
+    assert all(len(frequent.targets(rows[i]["answers"])) == 1 for i in range(0, len(rows), 50))
 
 
 def test_true_rows_of_vqa_v2_and_visual_genome_are_read(shared_data: Path, tmp_path: Path) -> None:

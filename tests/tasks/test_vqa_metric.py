@@ -1,12 +1,10 @@
-"""The official VQA accuracy: rows worked out by hand, every rule, and an independent reading of the original."""
+"""The official VQA accuracy: rows worked out by hand, and an independent reading of the original, step by step."""
 
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.vqa.metric import CONTRACTIONS, Mean, VqaAccuracy, accuracy, credit, normalise, vqa_accuracy
@@ -39,78 +37,42 @@ NUMBERS = dict(pair.split(":") for pair in DIGITS.split())
 MARKS = [";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!"]
 
 
-# ------------------------------------------------------------------ worked out by hand
-
 # Ten answers as {answer: people}; of ten, 0, 1, 2, 3 and 4 equal ones are worth 0, 0.3, 0.6, 0.9 and 1.
 ROWS: list[tuple[str, dict[str, int], float]] = [
     # real answers
     ("net", {"net": 6, "netting": 1, "mesh": 1, "pitcher": 1, "orange": 1}, 1),
     ("mesh", {"net": 6, "netting": 1, "mesh": 1, "pitcher": 1, "orange": 1}, 0.3),
     # all the same: compared as written, but for the space around it
-    ("Yes", {"yes": 10}, 0),
     ("yes.", {"yes": 10}, 0),
-    ("a cat", {"cat": 10}, 0),
-    ("the end", {"the end": 10}, 1),
     ("1", {"one": 10}, 0),
-    ("one", {"one": 10}, 1),
-    ("blue white", {"blue, white": 10}, 0),
-    ("blue, white", {"blue, white": 10}, 1),
+    ("the end", {"the end": 10}, 1),
     (" yes\n", {"yes": 10}, 1),
-    ("yes", {"\tyes ": 10}, 1),
-    ("stop sign", {"stop\tsign": 10}, 1),
     ("stop sign", {"stop\nsign": 10}, 1),
-    ("hot dog", {"hot  dog": 10}, 0),
     ("Yes", {"yes": 5, "yes ": 5}, 0),  # the same once trimmed
     # different as written, the same in normal form
     ("YES!", {"yes": 5, "Yes": 5}, 1),
     ("hot dog", {"hot  dog": 3, "dog": 7}, 0.9),
     # articles
     ("cat", {"a cat": 1, "the cat": 1, "an cat": 1, "dog": 7}, 0.9),
-    ("The cat", {"cat": 2, "dog": 8}, 0.6),
     ("theatre", {"the atre": 9, "atre": 1}, 0),
     ("a", {"the": 2, "an": 1, "dog": 7}, 0.9),  # all are empty
-    ("", {"a": 1, "b": 9}, 0.3),
-    # numbers
+    # numbers and contractions
     ("none", {"0": 1, "zero": 1, "x": 8}, 0.6),
-    ("Ten", {"10": 3, "x": 7}, 0.9),
     ("eleven", {"11": 9, "x": 1}, 0),
-    ("one on left", {"1 on left": 4, "left": 6}, 1),
-    ("two.", {"2": 1, "x": 9}, 0.3),
-    ("twos", {"2": 9, "twos": 1}, 0.3),
-    # contractions
     ("dont know", {"don't know": 2, "no": 8}, 0.6),
-    ("don't", {"dont": 3, "no": 7}, 0.9),
-    ("couldnt've", {"couldn'tve": 4, "no": 6}, 1),
     ("couldntve", {"couldn't've": 9, "no": 1}, 0),  # one apostrophe is forgiven, not two
     ("Im", {"i'm": 9, "im": 1}, 0.3),  # the table has these with a capital only
-    ("lets", {"let's": 9, "lets": 1}, 0.3),
-    ("somebody'd", {"somebodyd": 1, "x": 9}, 0.3),
-    ("ten oclock", {"10 o'clock": 4, "noon": 6}, 1),
     # punctuation
-    ("red/blue", {"red blue": 4, "red": 6}, 1),
     ("red, blue", {"red blue": 4, "red": 6}, 1),
-    ("red -blue", {"red blue": 4, "red": 6}, 1),
     ("red- blue-green", {"red bluegreen": 2, "red blue green": 8}, 0.6),  # once beside a space: never a space
     ("red- blue/green", {"red blue green": 4, "red": 6}, 1),  # each mark by itself
-    ("t-shirt", {"t shirt": 3, "tshirt": 7}, 0.9),
-    ("t-shirt!", {"T-shirt": 3, "tshirt": 7}, 0.9),
-    ("1,000", {"1000": 4, "1": 6}, 1),
-    ("1, 000", {"1 000": 4, "1000": 6}, 1),
     ("1,000-2,000", {"10002000": 1, "1000 2000": 9}, 0.3),  # a number with a comma: no mark leaves a space
     ("10:30", {"10:30": 2, "10 30": 8}, 0.6),
-    ("50%", {"50%": 2, "50": 8}, 0.6),
-    ("$5", {"$5": 2, "5": 8}, 0.6),
-    ("dog's", {"dog's": 2, "dogs": 8}, 0.6),
     # points
-    ("2.50", {"2.50": 2, "250": 8}, 0.6),
-    ("2.", {"2": 2, "2.0": 8}, 0.6),
     ("u.s.", {"us": 2, "u s": 8}, 0.6),
     ("v.2", {"v.2": 2, "v2": 8}, 0.6),  # a digit after it saves a point,
     ("2.v", {"2v": 2, "2.5": 8}, 0.6),  # one before it does not
-    (".5", {".5": 2, "5": 8}, 0.6),
-    ("...", {"the": 2, "x": 8}, 0.6),
     # lines
-    ("red\nblue", {"red\tblue": 2, "red": 8}, 0.6),
     ("red-\nblue-white", {"red bluewhite": 2, "red": 8}, 0.6),  # a line break is a space beside the mark
     ("The dog's toys, two.", {"dog's toys 2": 4, "x": 6}, 1),
 ]
@@ -120,88 +82,18 @@ ROWS: list[tuple[str, dict[str, int], float]] = [
 def test_rows_worked_out_by_hand(prediction: str, counts: dict[str, int], expected: float) -> None:
     answers = [answer for answer, count in counts.items() for _ in range(count)]
     assert len(answers) == 10
-    assert accuracy(prediction, answers) == expected
-    assert accuracy(prediction, answers[::-1]) == expected
+    assert accuracy(prediction, answers) == accuracy(prediction, answers[::-1]) == expected
 
 
-def test_how_many_agree() -> None:
-    worth = [accuracy("cat", ["cat"] * count + ["dog"] * (10 - count)) for count in range(11)]
-    assert worth == [0, 0.3, 0.6, 0.9, 1, 1, 1, 1, 1, 1, 1]
-
-
-@pytest.mark.parametrize("mark", MARKS)
-def test_each_mark(mark: str) -> None:
-    assert normalise(f"x{mark}y") == "x y"
-    assert normalise(f"x{mark} y{mark}z") == "x yz"
-    assert normalise(f"x {mark}y{mark}z") == "x yz"
-    assert normalise(f"x{mark}y 1,5") == "xy 15"
-    assert normalise(f"{mark}x{mark}") == "x"  # nothing beside it but the ends
-
-
-@pytest.mark.parametrize("sign", list(":'%$&*#~^|"))
-def test_other_signs_stay(sign: str) -> None:
-    assert normalise(f"x{sign}y {sign}") == f"x{sign}y {sign}"
-
-
-@pytest.mark.parametrize(("word", "digits"), NUMBERS.items())
-def test_each_number(word: str, digits: str) -> None:
-    assert normalise(word) == normalise(word.upper()) == normalise(f"the {word}.") == digits
-
-
-@pytest.mark.parametrize(("word", "form"), FORMS.items())
-def test_each_contraction(word: str, form: str) -> None:
-    """Also those with a capital, which the lower case keeps from being mended."""
-    assert normalise(f"x {word}") == f"x {form if word == word.lower() else word.lower()}"
-
-
-def test_no_other_contractions() -> None:
-    assert {word: form for word, form in FORMS.items() if word == word.lower() and word != form} == CONTRACTIONS
-
-
-def test_thirty_two_points_go() -> None:
-    """The original passes re.UNICODE, which is 32, as the count."""
-    assert normalise("." * 32 + "x") == "x"
-    assert normalise("." * 33 + "x") == ".x"
-
-
-def test_numbers_come_before_articles_and_contractions_last() -> None:
-    assert normalise("a one the dont") == "1 don't"
-
-
-# ------------------------------------------------------------------ other numbers of people
-
-
-CREDITS = [
-    *[(0, 1, 0.0), (1, 1, 1.0)],
-    *[(0, 2, 0.0), (1, 2, 1 / 2), (2, 2, 1.0)],  # one of two: 0 without himself, 1 without the other
-    *[(1, 3, 1 / 3), (2, 3, 2 / 3), (3, 3, 1.0)],  # one of three: 0, 1/2, 1/2
-    *[(1, 4, 1 / 4), (3, 4, 3 / 4), (4, 4, 1.0)],  # one of four: 0, 1/3, 1/3, 1/3
-    *[(3, 5, 4 / 5), (4, 5, 1.0), (3, 1000, 0.999)],  # three of five: 2/3, 2/3, 2/3, 1, 1
-]
-
-
-@pytest.mark.parametrize(("matches", "people", "expected"), CREDITS)
-def test_credit(matches: int, people: int, expected: float) -> None:
-    assert credit(matches, people) == pytest.approx(expected, abs=1e-15)
-    assert accuracy("x", ["x"] * matches + ["y"] * (people - matches)) == credit(matches, people)
-
-
-def test_one_answer_is_compared_as_written() -> None:
-    assert accuracy("red", ["red"]) == 1
-    assert accuracy("Red", ["red"]) == 0
-
-
-def test_no_answers() -> None:
+def test_credit_of_some_of_the_people() -> None:
+    """With ten the official one; with fewer than four all others must agree, and one person decides alone."""
+    assert [credit(matches, 10) for matches in range(11)] == [0, 0.3, 0.6, 0.9, 1, 1, 1, 1, 1, 1, 1]
+    table = {(0, 1): 0, (1, 1): 1, (1, 2): 1 / 2, (2, 2): 1, (1, 3): 1 / 3, (2, 3): 2 / 3, (3, 3): 1}
+    table |= {(1, 4): 1 / 4, (3, 4): 3 / 4, (4, 4): 1, (3, 5): 4 / 5, (4, 5): 1, (3, 1000): 0.999}
+    assert {case: credit(*case) for case in table} == pytest.approx(table, abs=1e-15)
+    assert [accuracy(text, ["red"]) for text in ("red", "Red")] == [1, 0]  # compared as written
     with pytest.raises(ValueError, match="at least one answer"):
         accuracy("x", [])
-
-
-@given(people=st.integers(1, 30))
-def test_credit_rises_from_nothing_to_all(people: int) -> None:
-    worth = [credit(matches, people) for matches in range(people + 1)]
-    assert worth[0] == 0
-    assert worth[-1] == 1
-    assert worth == sorted(worth)
 
 
 # ------------------------------------------------------------------ the original, step by step
@@ -238,45 +130,26 @@ def original_accuracy(prediction: str, answers: list[str]) -> float:
     return sum(scores) / len(scores)
 
 
-WORDS = [
-    *FORMS,
-    *NUMBERS,
-    *MARKS,
-    "a",
-    "an",
-    "the",
-    "A",
-    "1,000",
-    "2.5",
-    ".",
-    "...",
-    "x",
-    "Dog",
-    "7",
-    "İ",
-    "٣",
-    " ",
-    "\n",
-    "\t",
-    "\xa0",
-]
-PIECES = st.lists(st.sampled_from(WORDS), max_size=6)
+def original(answer: str) -> str:
+    return original_words(original_punctuation(answer.replace("\n", " ").replace("\t", " ").strip()))
+
+
+def test_every_word_and_mark_is_treated_as_in_the_original() -> None:
+    assert {word: form for word, form in FORMS.items() if word == word.lower() and word != form} == CONTRACTIONS
+    words = [form for word in [*FORMS, *NUMBERS, "a", "an", "the"] for form in (word, f"x {word.upper()}", f"{word}.")]
+    signs = [*MARKS, *":'%$&*#~^|", ".", "...", "." * 32, "." * 33]
+    forms = ("x{}y", "x{} y{}z", "x {}y{}z", "x{}y 1,5", "{}x{}", "2{}5 {}5 2{}", "x{}\ny")
+    texts = [form.replace("{}", sign) for sign in signs for form in forms]
+    for text in [*words, *texts, "a one the dont", "İ ٣\xa0"]:
+        assert normalise(text) == original(text), text
+    assert normalise("." * 32 + "x") == "x"  # the original passes re.UNICODE, which is 32, as the count
+    assert normalise("." * 33 + "x") == ".x"
+
+
+PIECES = st.lists(
+    st.sampled_from([*FORMS, *NUMBERS, *MARKS, "a", "The", "1,000", "2.5", ".", "x", " ", "\n"]), max_size=6
+)
 ANSWER = st.one_of(st.text(max_size=12), PIECES.map("".join), PIECES.map(" ".join))
-
-
-@given(ANSWER)
-@example("." * 40)
-@example("red-\nblue-white")
-def test_normalise_equals_the_original(answer: str) -> None:
-    trimmed = answer.replace("\n", " ").replace("\t", " ").strip()
-    assert normalise(answer) == original_words(original_punctuation(trimmed))
-
-
-@given(ANSWER)
-def test_what_is_normalised_stays(answer: str) -> None:
-    once = normalise(answer)
-    if answer.count(".") <= 32:
-        assert normalise(once) == once
 
 
 @given(
@@ -290,49 +163,24 @@ def test_accuracy_equals_the_original(distinct: list[str], chosen: list[int], pr
         assert accuracy(text, answers) == pytest.approx(original_accuracy(text, answers), abs=1e-12)
 
 
-# ------------------------------------------------------------------ many questions
-
-
-def near(percent: float) -> Any:
-    return pytest.approx(percent, abs=1e-12)
-
-
 def test_means_over_all_and_by_type() -> None:
+    """Nothing is rounded, and the type "" is not listed."""
     measured = vqa_accuracy(
         ["yes", "2", "cat", "dog"],
         [["yes"] * 10, ["two"] * 1 + ["3"] * 9, ["cat"] * 2 + ["cow"] * 8, ["bird"] * 10],
         ["is the", "how many", "what is", ""],
         ["yes/no", "number", "other", "other"],
     )
+    near = {percent: pytest.approx(percent, abs=1e-12) for percent in (30, 47.5, 60)}
     assert measured == VqaAccuracy(
-        overall=Mean(near(47.5), 4),  # (100 + 30 + 60 + 0) / 4
-        by_question_type={
-            "how many": Mean(near(30), 1),
-            "is the": Mean(100, 1),
-            "what is": Mean(near(60), 1),
-        },
-        by_answer_type={
-            "number": Mean(near(30), 1),
-            "other": Mean(near(30), 2),
-            "yes/no": Mean(100, 1),
-        },
+        Mean(near[47.5], 4),  # (100 + 30 + 60 + 0) / 4
+        {"how many": Mean(near[30], 1), "is the": Mean(100, 1), "what is": Mean(near[60], 1)},
+        {"number": Mean(near[30], 1), "other": Mean(near[30], 2), "yes/no": Mean(100, 1)},
     )
     assert list(measured.by_answer_type) == ["number", "other", "yes/no"]
-
-
-def test_nothing_is_rounded() -> None:
     third = vqa_accuracy(["x", "y", "z"], [["x"] * 10] * 3, [""] * 3, [""] * 3)
-    assert third == (Mean(near(100 / 3), 3), {}, {})
-
-
-def test_what_cannot_be_averaged() -> None:
+    assert third == (Mean(pytest.approx(100 / 3, abs=1e-12), 3), {}, {})
     with pytest.raises(ValueError, match="at least one question"):
         vqa_accuracy([], [], [], [])
-    for unequal in (([["x"]], ["", ""], [""]), ([["x"]], [""], []), ([], [""], [""])):
-        with pytest.raises(ValueError, match="zip"):
-            vqa_accuracy(["x"], *unequal)
-
-
-def test_the_metric_needs_python_alone() -> None:
-    code = "import sys, tasks.vqa.metric; sys.exit(bool({'torch', 'numpy', 'maskvlm'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    with pytest.raises(ValueError, match="zip"):
+        vqa_accuracy(["x"], [["x"]], ["", ""], [""])
